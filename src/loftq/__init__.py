@@ -1,0 +1,60 @@
+"""LoftQ: LoRA-fine-tuning-aware quantization (arXiv 2310.08659).
+
+``import loftq`` makes ``from_pretrained`` understand LoftQ checkpoints. It is quick: transformers and PEFT are not
+imported here, our parts are registered with them when they are.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+__version__ = "0.1.0"
+__all__ = [
+    "Policy",
+    "QuantSpec",
+    "SolveSpec",
+    "Solution",
+    "get_peft_model",
+    "quantize",
+    "quantize_weight",
+    "solve",
+]
+
+if TYPE_CHECKING:
+    from loftq.api import get_peft_model, quantize, quantize_weight
+    from loftq.plan import Policy
+    from loftq.solve import Solution, solve
+    from loftq.spec import QuantSpec, SolveSpec
+
+_PUBLIC = {
+    "Policy": "loftq.plan",
+    "QuantSpec": "loftq.spec",
+    "SolveSpec": "loftq.spec",
+    "Solution": "loftq.solve",
+    "solve": "loftq.solve",
+    "get_peft_model": "loftq.api",
+    "quantize": "loftq.api",
+    "quantize_weight": "loftq.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'loftq' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def _register_quantizer(_: Any) -> None:
+    import loftq.nn.hf  # noqa: F401
+
+
+def _install_lora_layers(_: Any) -> None:
+    from loftq.nn.peft import install
+
+    install()
+
+
+wrapt.register_post_import_hook(_register_quantizer, "transformers.quantizers.auto")
+wrapt.register_post_import_hook(_install_lora_layers, "peft.tuners.lora.model")

@@ -1,0 +1,331 @@
+"""The command line: a verb is a signature, a call and a print."""
+
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from loftq.errors import Interrupted, LoftqError, UsageError
+
+if TYPE_CHECKING:
+    from loftq.plan import Policy
+
+app = typer.Typer(
+    name="loftq",
+    help="LoftQ: quantize a Hugging Face model to 2, 3, 4 or 8 bits, with the LoRA start that makes up for it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str, typer.Argument(help="A local model directory, or a hub id like org/name.", show_default=False)
+]
+Directory = Annotated[Path, typer.Argument(help="A directory made by `loftq quantize`.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Bits = Annotated[
+    str,
+    typer.Option(
+        help="2, 3, 4 or 8; an average between 2.0 and 4.0 (first layers 4 bits, the rest 2, as in the paper: 2.25, "
+        "2.5, 3.0); or patterns with a default, 'layers.0-3=4,2'. 16 leaves a module dense."
+    ),
+]
+Rank = Annotated[str, typer.Option(help="Rank of the adapter, or patterns with a default: 'mlp=32,16'.")]
+Alpha = Annotated[
+    float | None, typer.Option(help="lora_alpha; the rank if not given. The start does not depend on it.")
+]
+Code = Annotated[str, typer.Option(help="nf, uniform, uniform-tensor or affine.")]
+BlockSize = Annotated[int, typer.Option(help="Weights of a row that share a scale.")]
+ScaleDtype = Annotated[
+    str | None, typer.Option(help="bfloat16, float16 or float32. [default: bfloat16; bnb: float32]")
+]
+DoubleQuant = Annotated[
+    bool, typer.Option("--double-quant", help="Quantize the scales too, as bitsandbytes does.")
+]
+RankPolicy = Annotated[str, typer.Option(help="A rank too large for a matrix: refuse or clamp.")]
+RsLora = Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")]
+Embeddings = Annotated[bool, typer.Option("--embeddings", help="Quantize embedding tables too.")]
+MinCoverage = Annotated[float, typer.Option(help="Refuse if less of the layers' weights would be quantized.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+
+
+@app.command()
+def plan(
+    model: Model,
+    bits: Bits = "4",
+    rank: Rank = "16",
+    alpha: Alpha = None,
+    code: Code = "nf",
+    block_size: BlockSize = 64,
+    scale_dtype: ScaleDtype = None,
+    double_quant: DoubleQuant = False,
+    rank_policy: RankPolicy = "refuse",
+    rslora: RsLora = False,
+    embeddings: Embeddings = False,
+    min_coverage: MinCoverage = 0.5,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Show, for every tensor, how it would be quantized or why not. Reads no weights."""
+    from loftq.report.tables import print_plan
+    from loftq.workflows.source import open_source, plan_table
+
+    policy = _policy(
+        bits=bits,
+        rank=rank,
+        alpha=alpha,
+        code=code,
+        block_size=block_size,
+        scale_dtype=scale_dtype or "bfloat16",
+        double_quant=double_quant,
+        rank_policy=rank_policy,
+        rslora=rslora,
+        embeddings=embeddings,
+        min_coverage=min_coverage,
+    )
+    source = open_source(model, policy, revision)
+    rows = plan_table(source.plan)
+    if as_json:
+        print(
+            json.dumps(
+                {"tensors": rows, "coverage": source.plan.coverage, "digest": source.plan.digest()}, indent=2
+            )
+        )
+    else:
+        print_plan(rows, source.plan.coverage)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.", show_default=False)],
+    bits: Bits = "4",
+    rank: Rank = "16",
+    alpha: Alpha = None,
+    code: Code = "nf",
+    block_size: BlockSize = 64,
+    scale_dtype: ScaleDtype = None,
+    double_quant: DoubleQuant = False,
+    steps: Annotated[int, typer.Option(help="Alternations T; the best step is kept.")] = 5,
+    method: Annotated[
+        str, typer.Option(help="loftq, svd (one step) or qlora (quantize, zero start).")
+    ] = "loftq",
+    order: Annotated[
+        str, typer.Option(help="quantize-first, or svd-first (the paper's ablation).")
+    ] = "quantize-first",
+    svd: Annotated[str, typer.Option(help="auto, exact or randomized.")] = "auto",
+    format: Annotated[
+        str, typer.Option(help="loftq (packed), bnb (bitsandbytes NF4), or dense (dequantized).")
+    ] = "loftq",
+    rank_policy: RankPolicy = "refuse",
+    rslora: RsLora = False,
+    embeddings: Embeddings = False,
+    min_coverage: MinCoverage = 0.5,
+    workers: Annotated[int, typer.Option(help="Matrices worked on at a time. [default: one per core]")] = 0,
+    device: Annotated[str, typer.Option(help="Where to solve: cpu, cuda, cuda:1, …")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Seeds random starts, together with each tensor's name.")] = 0,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of the backbone: 500MB, 2GB.")] = "1GB",
+    task_type: Annotated[str | None, typer.Option(help="PEFT task type to write into the adapter.")] = None,
+    revision: Revision = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier output of loftq.")
+    ] = False,
+) -> None:
+    """Make a LoftQ checkpoint: packed backbone, LoRA start, manifest, model card. Continues where it was stopped."""
+    from loftq.formats.layouts import LAYOUTS
+    from loftq.report.tables import print_summary
+    from loftq.spec import SolveSpec
+    from loftq.workflows.quantize import QuantizeOptions
+    from loftq.workflows.quantize import quantize as run
+
+    _choice("--method", method, ("loftq", "svd", "qlora"))
+    _choice("--format", format, tuple(LAYOUTS))
+    _check_device(device)
+    solver = SolveSpec(steps={"svd": 1, "qlora": 0}.get(method, steps), order=order, svd=svd, seed=seed)
+    policy = _policy(
+        bits=bits,
+        rank=rank,
+        alpha=alpha,
+        code=code,
+        block_size=block_size,
+        scale_dtype=scale_dtype or ("float32" if format == "bnb" else "bfloat16"),
+        double_quant=double_quant,
+        rank_policy=rank_policy,
+        rslora=rslora,
+        embeddings=embeddings,
+        min_coverage=min_coverage,
+        solve=solver,
+    )
+    options = QuantizeOptions(
+        policy=policy,
+        format=format,
+        workers=_at_least("--workers", workers, 0),
+        device=device,
+        max_shard_bytes=_bytes(max_shard_size),
+        overwrite=overwrite,
+        revision=revision,
+        task_type=task_type,
+    )
+    with _Bar() as bar:
+        manifest = run(model, output, options, bar.begin)
+    print_summary(output, manifest, bar.began)
+
+
+@app.command()
+def inspect(
+    directory: Directory,
+    as_json: Json = False,
+    plot: Annotated[Path | None, typer.Option(help="Save a picture of the errors: errors.png.")] = None,
+) -> None:
+    """Show, per matrix, bits, rank, bytes, error per step and the step kept; and what the whole costs."""
+    from loftq.report.inspect import inspection
+    from loftq.report.inspect import plot as draw
+    from loftq.report.tables import print_inspection
+    from loftq.workflows.check import read_manifest
+
+    inspected = inspection(read_manifest(directory))
+    if plot:
+        draw(inspected, plot)
+    if as_json:
+        print(json.dumps(inspected, indent=2))
+    else:
+        print_inspection(inspected)
+
+
+@app.command()
+def verify(directory: Directory) -> None:
+    """Check hashes, shapes and finiteness of every file, without loading the model."""
+    from loftq.workflows.check import verify as run
+
+    manifest = run(directory)
+    size = sum(f["size"] for f in manifest["files"].values())
+    print(
+        f"{directory}: {len(manifest['files'])} files, {size / 1e6:.1f} MB, {len(manifest['matrices'])} matrices: all good"
+    )
+
+
+def _policy(**options: Any) -> "Policy":
+    from loftq.plan import Policy
+    from loftq.spec import QuantSpec
+
+    _choice("--rank-policy", options["rank_policy"], ("refuse", "clamp"))
+    QuantSpec(bits=2, **{k: options[k] for k in ("code", "block_size", "scale_dtype", "double_quant")})
+    return Policy(**options)
+
+
+def _choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UsageError(f"{option}: {value!r} is not one of {', '.join(allowed)}")
+
+
+def _at_least(option: str, value: int, low: int) -> int:
+    if value < low:
+        raise UsageError(f"{option}: {value} is less than {low}")
+    return value
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UsageError(f"--device {device!r} cannot be used: {str(e).splitlines()[0]}") from e
+
+
+def _bytes(text: str) -> int:
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = text[:-2], text[-2:].upper()
+    if unit not in units or not number.replace(".", "", 1).isdecimal() or float(number) <= 0:
+        raise UsageError(f"--max-shard-size: {text!r} is not a size like 500MB or 2GB")
+    return int(float(number) * units[unit])
+
+
+class _Bar:
+    """A progress bar with matrices, time left, and the relative error so far."""
+
+    def __init__(self) -> None:
+        self.began = False
+        self._bar: Any = None
+        self._error = self._norm = 0.0
+
+    def begin(self, total: int, done: int) -> Any:
+        from tqdm.auto import tqdm
+
+        self.began = True
+        self._bar = tqdm(total=total, initial=done, unit="matrix", desc="LoftQ", dynamic_ncols=True)
+        return self._advance
+
+    def _advance(self, report: dict[str, Any]) -> None:
+        self._error += (report["errors"][report["kept"]] * report["norm"]) ** 2
+        self._norm += report["norm"] ** 2
+        if self._norm:
+            self._bar.set_postfix_str(f"error {(self._error / self._norm) ** 0.5:.4f}", refresh=False)
+        self._bar.update()
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _stop(number: int, _: object) -> NoReturn:
+    signal.signal(number, signal.SIG_DFL)  # a second signal ends at once
+    raise Interrupted("stopped by a signal; run the same command again to continue")
+
+
+def main() -> NoReturn:
+    """Run the command line: one line on stderr for every error, its exit code, no traceback (unless LOFTQ_DEBUG is set)."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("loftq: %(levelname)s: %(message)s"))
+    logging.getLogger("loftq").addHandler(handler)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)
+    try:
+        app(standalone_mode=False)
+        code = 0
+    except typer.Exit as e:
+        code = e.exit_code
+    except LoftqError as e:
+        code = _report(e, e.label, e.exit_code)
+    except BrokenPipeError:
+        code = 0
+    except OSError as e:
+        code = _report(e, "storage", 4)
+    except MemoryError as e:
+        code = _report(e, "memory", 4)
+    except Exception as e:
+        if type(e).__module__.startswith(("click", "typer")):
+            code = _report(getattr(e, "format_message", lambda: e)(), "usage", 2)
+        else:
+            code = _report(
+                f"{type(e).__name__}: {e}; this is a bug of loftq, please report it", "internal", 70
+            )
+    _exit(code)
+
+
+def _report(error: object, label: str, code: int) -> int:
+    if os.environ.get("LOFTQ_DEBUG"):
+        import traceback
+
+        traceback.print_exc()
+    line = " ".join(str(error).split())
+    print(f"loftq: error[{label}]: {line}", file=sys.stderr)
+    return code
+
+
+def _exit(code: int) -> NoReturn:
+    """Leave at once: a matrix that is still being solved after a failure or a signal is not waited for."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)

@@ -1,0 +1,297 @@
+"""Every change that loftq makes to the file system.
+
+One module, so that a test can fail, kill or cut off power at each primitive: ``step`` is called just before
+it and ``done`` just after. A file is written beside its place, synced and renamed over it: under its name it
+is absent, old or complete, never torn. A failed fsync is never retried, because the kernel may have dropped
+the pages and report success the second time.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import socket
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loftq.errors import ConflictError, LoftqError, StorageError, quoted
+from loftq.formats import strict_json
+from loftq.formats.regular import RegularFile, open_regular, shown
+
+logger = logging.getLogger("loftq")
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_DIRECTORY_SYNC = (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP)
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+_CURES = {
+    errno.EEXIST: "move it away or choose another --output",
+    errno.EISDIR: "move it away or choose another --output",
+    errno.ENOTDIR: "a file stands where a directory is needed; choose another --output",
+    errno.ENOTEMPTY: "move it away or choose another --output",
+    errno.ENOENT: "its directory does not exist or was removed; create it and run again",
+    errno.ENAMETOOLONG: "choose a shorter --output",
+    errno.EXDEV: "both must be on one file system; choose another --output",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f) or choose another --output",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigest:
+    """Length and SHA-256 (hexadecimal) of a file's bytes."""
+
+    size: int
+    sha256: str
+
+
+def step(op: str, path: Path) -> None:
+    """Called just before each primitive; does nothing. Tests replace it.
+
+    Args:
+        op: create, write, fsync, rename, mkdir, unlink, fsync-dir or rmtree.
+        path: what is changed; for rename the destination.
+    """
+
+
+def done(op: str, path: Path) -> None:
+    """Called just after each primitive that succeeded; does nothing. Tests replace it."""
+
+
+def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> FileDigest:
+    """Put the bytes of ``chunks`` at ``path``, whole or not at all, and durably.
+
+    An error of ``chunks`` itself passes through unchanged. Whatever goes wrong, the temporary sibling is
+    removed; after a kill it stays and is named ``.{name}.{random}.tmp``.
+
+    Raises: StorageError naming ``path`` and what to do.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        digest = _write_new(temporary, chunks, path)
+        with _mutation("rename", path):
+            os.rename(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError), _mutation("unlink", temporary):
+            os.unlink(temporary)
+        raise
+    _sync_directory(path.parent)
+    return digest
+
+
+def write_json(path: Path, obj: Any) -> FileDigest:
+    """``obj`` as strict, deterministic JSON at ``path``, atomically."""
+    return write_atomic(path, [strict_json.dumps(obj)])
+
+
+def copy_file(src: Path, dst: Path) -> FileDigest:
+    """The bytes of the regular file ``src`` at ``dst``, atomically; mode and times are not copied."""
+    with open_regular(src) as file:
+        return write_atomic(dst, _checked_chunks(file))
+
+
+def sha256_file(path: Path) -> FileDigest:
+    """Length and SHA-256 of the regular file ``path``, which must not change meanwhile."""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        for chunk in file.chunks(0, file.stamp.size):
+            digest.update(chunk)
+        return FileDigest(file.stamp.size, digest.hexdigest())
+
+
+def make_dirs(path: Path) -> None:
+    """Create ``path`` and its missing parents, each synced into its parent; an existing directory is fine."""
+    missing = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        if path.parent == path:
+            break
+        path = path.parent
+    for directory in reversed(missing):
+        with _mutation("mkdir", directory):
+            _make_directory(directory)
+        _sync_directory(directory.parent)
+
+
+def rename(src: Path, dst: Path) -> None:
+    """Rename a file or directory and sync the directories it leaves and enters."""
+    with _mutation("rename", dst):
+        os.rename(src, dst)
+    _sync_directory(dst.parent)
+    if src.parent != dst.parent:
+        _sync_directory(src.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or symbolic link, durably; an absent one is fine."""
+    with _mutation("unlink", path):
+        path.unlink(missing_ok=True)
+    if path.parent.is_dir():
+        _sync_directory(path.parent)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory and all in it, durably; links are not followed, an absent one is fine."""
+    if not os.path.lexists(path):
+        return
+    with _mutation("rmtree", path):
+        shutil.rmtree(path)
+    _sync_directory(path.parent)
+
+
+class DirectoryLock:
+    """Keeps a second process out of a directory while the first works on it.
+
+    ``path`` is the lock file. The kernel drops the lock when the holder and its forked children end, however
+    they end, so there are no stale locks; the file itself is removed on leaving. Best effort: some network
+    file systems have no locks or only pretend, and correctness never rests on it.
+
+    Raises: ConflictError naming process and host of the holder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd: int | None = None
+
+    def __enter__(self) -> "DirectoryLock":
+        while self._fd is None:
+            fd = self._open()
+            try:
+                self._take(fd)
+                if self._is_current(fd):
+                    self._sign(fd)
+                    self._fd = fd
+            finally:
+                if self._fd is None:
+                    os.close(fd)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        fd, self._fd = self._fd, None
+        if fd is None:
+            return
+        try:
+            if self._is_current(fd):
+                with contextlib.suppress(OSError), _mutation("unlink", self.path):
+                    os.unlink(self.path)
+        finally:
+            os.close(fd)
+
+    def _open(self) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        with _mutation("create", self.path):
+            fd = os.open(self.path, flags, 0o666)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise StorageError(f"{shown(self.path)}: not a regular file; remove it, the lock goes there")
+        return fd
+
+    def _take(self, fd: int) -> None:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            why = f"in use by {_holder(fd)}; wait for it or choose another --output"
+            raise ConflictError(f"{shown(self.path)}: {why}") from e
+        except OSError as e:
+            if e.errno not in _NO_LOCKS:
+                raise StorageError(_explained("lock", self.path, e)) from e
+            logger.warning("%s: this file system has no locks; run one process at a time", shown(self.path))
+
+    def _is_current(self, fd: int) -> bool:
+        """Whether the file we hold is still the one under the name (the last holder may have removed it)."""
+        try:
+            return os.path.samestat(os.fstat(fd), os.stat(self.path, follow_symlinks=False))
+        except FileNotFoundError:
+            return False
+
+    def _sign(self, fd: int) -> None:
+        text = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n"
+        with _mutation("write", self.path):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, text.encode(), 0)
+
+
+def _holder(fd: int) -> str:
+    """Who signed the lock file; it may be empty, as the holder signs just after it has the lock."""
+    try:
+        signed = json.loads(os.pread(fd, 4096, 0))
+        return f"process {int(signed['pid'])} on {quoted(signed['host'])}"
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return "another process"
+
+
+def _write_new(temporary: Path, chunks: Iterable[bytes | memoryview], path: Path) -> FileDigest:
+    with _mutation("create", temporary, path):
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        digest, size = hashlib.sha256(), 0
+        for chunk in chunks:
+            view = memoryview(chunk).cast("B")
+            digest.update(view)
+            size += len(view)
+            while view:
+                with _mutation("write", temporary, path):
+                    written = os.write(fd, view)
+                view = view[written:]
+        with _mutation("fsync", temporary, path):
+            os.fsync(fd)
+        return FileDigest(size, digest.hexdigest())
+    finally:
+        os.close(fd)
+
+
+def _checked_chunks(file: RegularFile) -> Iterator[memoryview]:
+    """All bytes of an open file; a change is noticed before the copy gets its name."""
+    yield from file.chunks(0, file.stamp.size)
+    file.check_unchanged()
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        os.mkdir(directory)
+    except FileExistsError:
+        if not directory.is_dir():
+            raise
+
+
+def _sync_directory(directory: Path) -> None:
+    with _mutation("fsync-dir", directory):
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        except OSError as e:
+            if e.errno not in _NO_DIRECTORY_SYNC:
+                raise
+        finally:
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def _mutation(op: str, path: Path, blamed: Path | None = None) -> Iterator[None]:
+    """One primitive between ``step`` and ``done``; its OSError becomes a StorageError naming ``blamed``."""
+    try:
+        step(op, path)
+        yield
+        done(op, path)
+    except LoftqError:
+        raise
+    except OSError as e:
+        raise StorageError(_explained(op, blamed or path, e)) from e
+
+
+def _explained(op: str, path: Path, e: OSError) -> str:
+    where, why = shown(path), e.strerror or str(e)
+    if e.errno in _NO_SPACE:
+        return f"{where}: no space left ({why}); free some space and run the same command again to continue"
+    if e.errno in _NOT_WRITABLE:
+        return f"{where}: not writable ({why}); choose another --output"
+    cure = _CURES.get(e.errno or 0, "check the disk, then run the same command again to continue")
+    return f"{where}: {op} failed ({why}); {cure}"

@@ -1,0 +1,186 @@
+"""How a quantized matrix is written: packed (our format), dequantized, or as bitsandbytes' NF4.
+
+A layout knows the names, dtypes and shapes of the tensors it writes before any weight is read, so that headers come
+first; and it reads back what it wrote, so that errors are measured on the file's own tensors.
+"""
+
+import json
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from loftq.errors import UsageError
+from loftq.formats.tensorfile import DTYPES, Entry
+from loftq.numerics import Quantized, decode, dequantize, encode, normal_float
+from loftq.spec import QuantSpec, stored_tensors
+
+
+class MatrixLike(Protocol):
+    """What a layout needs to know of a matrix; :class:`loftq.plan.Matrix` is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def quant(self) -> QuantSpec: ...
+
+
+class Layout(Protocol):
+    """One way of writing a quantized matrix."""
+
+    name: ClassVar[str]
+
+    def entries(self, matrix: MatrixLike) -> list[Entry]:
+        """The tensors to be written, in order."""
+        ...
+
+    def encode(self, matrix: MatrixLike, quantized: Quantized) -> list[Tensor]:
+        """Their contents."""
+        ...
+
+    def decode(self, matrix: MatrixLike, tensors: list[Tensor]) -> Tensor:
+        """The float32 matrix ``(out, in)`` that a reader gets from them."""
+        ...
+
+    def quantization_config(
+        self, modules: list[tuple[str, QuantSpec]], bits: float, kept: list[str]
+    ) -> dict | None:
+        """The object for ``config.json``; None for a dense model."""
+        ...
+
+
+class PackedLayout:
+    """Our own format, docs/format.md."""
+
+    name = "loftq"
+
+    def entries(self, matrix: MatrixLike) -> list[Entry]:
+        stem = matrix.name.removesuffix("weight")
+        return [
+            Entry(stem + suffix, dtype, shape)
+            for suffix, (dtype, shape) in stored_tensors(matrix.quant, *matrix.shape).items()
+        ]
+
+    def encode(self, matrix: MatrixLike, quantized: Quantized) -> list[Tensor]:
+        tensors = encode(quantized, matrix.quant)
+        return [tensors[suffix] for suffix in stored_tensors(matrix.quant, *matrix.shape)]
+
+    def decode(self, matrix: MatrixLike, tensors: list[Tensor]) -> Tensor:
+        names = stored_tensors(matrix.quant, *matrix.shape)
+        return decode(dict(zip(names, tensors, strict=True)), matrix.quant, matrix.shape[1])
+
+    def quantization_config(
+        self, modules: list[tuple[str, QuantSpec]], bits: float, kept: list[str]
+    ) -> dict | None:
+        from loftq.formats.config import quantization_config
+
+        return quantization_config(modules, bits)
+
+
+class DenseLayout:
+    """The dequantized backbone in the dtype of the source: loads anywhere, saves nothing."""
+
+    name = "dense"
+
+    def entries(self, matrix: MatrixLike) -> list[Entry]:
+        rows, columns = matrix.shape
+        return [
+            Entry(matrix.name, matrix.dtype, (columns, rows) if matrix.kind == "conv1d" else (rows, columns))
+        ]
+
+    def encode(self, matrix: MatrixLike, quantized: Quantized) -> list[Tensor]:
+        weight = dequantize(quantized, matrix.quant).to(DTYPES[matrix.dtype])
+        return [weight.T.contiguous() if matrix.kind == "conv1d" else weight]
+
+    def decode(self, matrix: MatrixLike, tensors: list[Tensor]) -> Tensor:
+        weight = tensors[0].float()
+        return weight.T if matrix.kind == "conv1d" else weight
+
+    def quantization_config(
+        self, modules: list[tuple[str, QuantSpec]], bits: float, kept: list[str]
+    ) -> dict | None:
+        return None
+
+
+class BitsAndBytesLayout:
+    """bitsandbytes' 4-bit NF4 tensors, as its ``Linear4bit`` saves them: loads without our package.
+
+    NF2's levels are four of NF4's sixteen, so a 2-bit backbone fits exactly (and takes 4 bits).
+    """
+
+    name = "bnb"
+    SUFFIXES = ("weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4")
+    NF2_IN_NF4 = (0, 7, 11, 15)
+
+    def entries(self, matrix: MatrixLike) -> list[Entry]:
+        self._check(matrix)
+        stem = matrix.name.removesuffix("weight")
+        numel = matrix.shape[0] * matrix.shape[1]
+        shapes = [(numel // 2, 1), (numel // matrix.quant.block_size,), (16,), (len(self._state(matrix)),)]
+        dtypes = ["U8", "F32", "F32", "U8"]
+        return [Entry(stem + s, d, n) for s, d, n in zip(self.SUFFIXES, dtypes, shapes, strict=True)]
+
+    def encode(self, matrix: MatrixLike, quantized: Quantized) -> list[Tensor]:
+        codes = quantized.codes.flatten()
+        if matrix.quant.bits == 2:
+            codes = torch.tensor(self.NF2_IN_NF4, dtype=torch.uint8)[codes.int()]
+        packed = (codes[0::2] << 4) | codes[1::2]  # the first of two codes is the high half
+        state = torch.frombuffer(bytearray(self._state(matrix)), dtype=torch.uint8)
+        return [
+            packed[:, None].contiguous(),
+            quantized.scales["weight_scale"].flatten(),
+            normal_float(4),
+            state,
+        ]
+
+    def decode(self, matrix: MatrixLike, tensors: list[Tensor]) -> Tensor:
+        packed, absmax, levels, _ = tensors
+        codes = torch.stack([packed[:, 0] >> 4, packed[:, 0] & 15], 1).view(-1, matrix.quant.block_size)
+        return (levels[codes.int()] * absmax[:, None]).view(matrix.shape)
+
+    def quantization_config(
+        self, modules: list[tuple[str, QuantSpec]], bits: float, kept: list[str]
+    ) -> dict | None:
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_compute_dtype": "bfloat16",
+            "bnb_4bit_use_double_quant": False,
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": kept,
+        }
+
+    def _check(self, matrix: MatrixLike) -> None:
+        quant = matrix.quant
+        if (quant.code, quant.scale_dtype, quant.double_quant) != (
+            "nf",
+            "float32",
+            False,
+        ) or quant.bits not in (2, 4):
+            raise UsageError(
+                f"{matrix.name}: --format bnb holds NF4 (or NF2 in it) with float32 scales; "
+                "use --bits 4 --code nf --scale-dtype float32 without --double-quant"
+            )
+        if matrix.shape[1] % quant.block_size or matrix.kind == "embedding":
+            raise UsageError(
+                f"{matrix.name}: --format bnb needs a Linear whose in_features are a multiple of the block size "
+                f"{quant.block_size}, got {matrix.kind} {matrix.shape}; leave it dense with --bits 'NAME=16,4'"
+            )
+
+    def _state(self, matrix: MatrixLike) -> bytes:
+        dtype = str(DTYPES[matrix.dtype]).removeprefix("torch.")
+        state: dict[str, Any] = {"quant_type": "nf4", "blocksize": matrix.quant.block_size, "dtype": dtype}
+        return json.dumps({**state, "shape": list(matrix.shape)}).encode()
+
+
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout for layout in (PackedLayout(), DenseLayout(), BitsAndBytesLayout())
+}

@@ -1,0 +1,128 @@
+"""Regular files, opened without hanging and read without ``mmap``.
+
+A file truncated while it is mapped kills the process; read by ``pread`` it gives an error with a name.
+Nothing here changes the file system; what does is in ``fsio``.
+"""
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from loftq.errors import InputError, StorageError, quoted
+
+CHUNK = 4 << 20
+"""Bytes per read where a file is copied or hashed: large enough for full speed, small enough to forget."""
+
+_NOT_REGULAR = (errno.ENXIO, errno.ENODEV, errno.EISDIR)
+_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+
+
+def shown(path: Path) -> str:
+    """``path`` as it stands at the head of a message: long enough to keep the file's own name."""
+    return quoted(path, 400)
+
+
+@dataclass(frozen=True, slots=True)
+class FileStamp:
+    """What must stay the same while a run reads a file."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+@dataclass(frozen=True, slots=True)
+class RegularFile:
+    """An open regular file and its stamp at opening."""
+
+    path: Path
+    fd: int
+    stamp: FileStamp
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill ``view`` with the bytes at ``offset``; short reads are continued."""
+        filled = 0
+        while filled < len(view):
+            got = self._pread(offset + filled, view[filled:])
+            if got == 0:
+                raise _changed(self.path)
+            filled += got
+
+    def read_at(self, offset: int, count: int) -> bytes:
+        """The ``count`` bytes at ``offset``."""
+        raw = bytearray(count)
+        self.read_into(memoryview(raw), offset)
+        return bytes(raw)
+
+    def chunks(self, start: int, stop: int, size: int = CHUNK) -> Iterator[memoryview]:
+        """The bytes ``start:stop`` in order, at most ``size`` at a time; each chunk is the caller's own."""
+        while start < stop:
+            view = memoryview(bytearray(min(size, stop - start)))
+            self.read_into(view, start)
+            yield view
+            start += len(view)
+
+    def check_unchanged(self) -> None:
+        """Refuse if size, time or inode are no longer those of the opening."""
+        if _stamp(os.fstat(self.fd)) != self.stamp:
+            raise _changed(self.path)
+
+    def _pread(self, offset: int, view: memoryview) -> int:
+        try:
+            return os.preadv(self.fd, [view], offset)
+        except OSError as e:
+            why = f"reading failed at byte {offset} ({e.strerror}); check the disk and run again"
+            raise StorageError(f"{shown(self.path)}: {why}") from e
+
+
+@contextlib.contextmanager
+def open_regular(path: Path, expected: FileStamp | None = None) -> Iterator[RegularFile]:
+    """Open ``path`` for reading; it must be a regular file and must not change before the block ends.
+
+    Args:
+        expected: the stamp of an earlier opening, which the file must still have.
+    Raises:
+        InputError: no such file, not a regular file (a FIFO is refused, not waited for), changed.
+        StorageError: permission, or too many open files.
+    """
+    fd = _open(path)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise _not_regular(path)
+        file = RegularFile(path, fd, _stamp(status))
+        if expected is not None and file.stamp != expected:
+            raise _changed(path)
+        yield file
+        file.check_unchanged()
+    finally:
+        os.close(fd)
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, _FLAGS)
+    except FileNotFoundError as e:
+        raise InputError(f"{shown(path)}: no such file; check the path") from e
+    except OSError as e:
+        if e.errno in _NOT_REGULAR:
+            raise _not_regular(path) from e
+        if e.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise InputError(f"{shown(path)}: cannot be opened ({e.strerror}); check the path") from e
+        raise StorageError(f"{shown(path)}: cannot be read ({e.strerror}); check its permissions") from e
+
+
+def _stamp(status: os.stat_result) -> FileStamp:
+    return FileStamp(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def _not_regular(path: Path) -> InputError:
+    return InputError(f"{shown(path)}: not a regular file; name a file, not a directory, pipe or device")
+
+
+def _changed(path: Path) -> InputError:
+    return InputError(f"{shown(path)}: source changed while reading; leave it alone and run again")

@@ -1,0 +1,322 @@
+"""A checkpoint directory as Hugging Face writes it: which files hold which tensors, all checked before use.
+
+Only headers are read at opening (a ``.bin`` has none: it is loaded, one shard at a time). Names in the index
+never become paths before they are known to be plain file names; links may not lead out of the checkpoint.
+"""
+
+import logging
+import math
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loftq.errors import InputError, StorageError, listed, quoted
+from loftq.formats import fsio, strict_json
+from loftq.formats.picklefile import read_pickle_tensors
+from loftq.formats.regular import CHUNK, FileStamp, open_regular, shown
+from loftq.formats.tensorfile import (
+    TensorInfo,
+    check_name,
+    dtype_name,
+    read_chunks,
+    read_header,
+    read_tensor,
+    tensor_bytes,
+)
+
+logger = logging.getLogger("loftq")
+
+_KINDS = {
+    "safetensors": ("model.safetensors", ".safetensors"),
+    "pickle": ("pytorch_model.bin", ".bin"),
+}
+_LOOKED_FOR = " or ".join(f"{single}(.index.json)" for single, _ in _KINDS.values())
+_MAX_FILE_NAME = 255
+
+# Ending of a tensor's name, ending of the tensor that must lie beside it, method.
+_QUANTIZED = (
+    (".weight_packed", "", "compressed-tensors"),
+    (".qweight", "", "GPTQ or AWQ"),
+    (".absmax", "", "bitsandbytes 4-bit"),
+    (".quant_state.bitsandbytes__nf4", "", "bitsandbytes 4-bit"),
+    (".quant_state.bitsandbytes__fp4", "", "bitsandbytes 4-bit"),
+    (".SCB", "", "bitsandbytes 8-bit"),
+    (".W_q", ".scale", "HQQ"),
+    (".codebooks", ".codes", "AQLM"),
+    ("_proj_blocks", "_proj_scales", "MXFP4"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """What tells one version of a source file from another without reading its tensors.
+
+    ``header_sha256`` covers the header of a safetensors file and all of a ``.bin``, which has no header.
+    """
+
+    name: str
+    size: int
+    mtime_ns: int
+    header_sha256: str
+
+
+class Checkpoint:
+    """An opened checkpoint; ``read`` and ``chunks`` may be called from several threads.
+
+    Attributes:
+        directory: where it lies.
+        kind: ``safetensors`` or ``pickle``.
+        tensors: every tensor, sorted by name.
+        files: every shard, sorted by name.
+    """
+
+    def __init__(self, directory: Path, kind: str, shards: "list[_Shard]") -> None:
+        self.directory = directory
+        self.kind = kind
+        found = {name: info for shard in shards for name, info in shard.tensors.items()}
+        self.tensors: dict[str, TensorInfo] = dict(sorted(found.items()))
+        self.files = [shard.identity for shard in sorted(shards, key=lambda s: s.identity.name)]
+        self._stamps = {shard.path: shard.stamp for shard in shards}
+        self._loaded = _LoadedShard()
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor in fresh memory; InputError if its file changed since the opening."""
+        info = self._info(name)
+        stamp = self._stamps[info.file]
+        if self.kind == "safetensors":
+            return read_tensor(info, stamp)
+        return self._loaded.read(info, stamp)
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """The tensor's bytes for a byte-exact copy, a few megabytes at a time."""
+        info = self._info(name)
+        if self.kind == "safetensors":
+            yield from read_chunks(info, self._stamps[info.file])
+            return
+        raw = tensor_bytes(self.read(name))
+        for start in range(0, len(raw), CHUNK):
+            yield raw[start : start + CHUNK]
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self.tensors:
+            raise InputError(f"{shown(self.directory)}: no tensor {quoted(name)}; check the name")
+        return self.tensors[name]
+
+
+def open_checkpoint(directory: Path, *, allow_external_symlinks: bool = False) -> Checkpoint:
+    """Find the shards of ``directory`` and check index, names, links and headers against each other.
+
+    safetensors are preferred to ``.bin``. All missing, doubled and unlisted tensors are reported at once.
+
+    Args:
+        allow_external_symlinks: follow links that leave the directory. Links into the blobs of the Hugging
+            Face cache are always followed.
+    Raises: InputError, StorageError.
+    """
+    kind, index, single = _find(directory)
+    opener = _open_safetensors if kind == "safetensors" else _open_pickle
+    if index is None:
+        _check_link(single, directory, allow_external_symlinks)
+        return Checkpoint(directory, kind, [opener(single)])
+    _check_link(index, directory, allow_external_symlinks)
+    weight_map, total_size = _read_index(index, single.suffix)
+    paths = [directory / name for name in sorted(set(weight_map.values()))]
+    missing = [path.name for path in paths if not os.path.lexists(path)]
+    present = [path for path in paths if path.name not in missing]
+    for path in present:
+        _check_link(path, directory, allow_external_symlinks)
+    shards = [opener(path) for path in present]
+    _check_agreement(index, weight_map, missing, shards)
+    _compare_total_size(index, total_size, shards)
+    return Checkpoint(directory, kind, shards)
+
+
+def is_quantized_source(tensors: Mapping[str, TensorInfo]) -> str | None:
+    """With which method ``tensors`` are quantized already, and the tensor that tells; None if they are not.
+
+    8-bit floats with a scale do not count: they are full-precision weights in a short type.
+    """
+    for name in tensors:
+        for ending, partner, method in _QUANTIZED:
+            if name.endswith(ending) and (not partner or name.removesuffix(ending) + partner in tensors):
+                return f"{method} (tensor {quoted(name)})"
+        if name.endswith(".weight_scale"):
+            weight = tensors.get(name.removesuffix("_scale"))
+            if weight is not None and weight.dtype in ("U8", "I8"):
+                return f"loftq or compressed-tensors (tensor {quoted(name)} beside {weight.dtype} weights)"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    path: Path
+    stamp: FileStamp
+    identity: FileIdentity
+    tensors: dict[str, TensorInfo]
+
+
+class _LoadedShard:
+    """The one ``.bin`` shard held in memory; workers that ask for another wait for the change."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._path: Path | None = None
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def read(self, info: TensorInfo, stamp: FileStamp) -> torch.Tensor:
+        with self._lock:
+            if self._path != info.file:
+                self._path, self._tensors = None, {}
+                self._tensors = read_pickle_tensors(info.file, expected=stamp)
+                self._path = info.file
+            return self._tensors[info.name].clone()
+
+
+def _open_safetensors(path: Path) -> _Shard:
+    file = read_header(path)
+    stamp = file.stamp
+    identity = FileIdentity(path.name, stamp.size, stamp.mtime_ns, file.header_sha256)
+    return _Shard(path, stamp, identity, file.tensors)
+
+
+def _open_pickle(path: Path) -> _Shard:
+    with open_regular(path) as file:
+        stamp = file.stamp
+        digest = fsio.sha256_file(path).sha256
+    infos = {}
+    for name, tensor in read_pickle_tensors(path, expected=stamp).items():
+        size = tensor.numel() * tensor.itemsize
+        infos[name] = TensorInfo(name, dtype_name(tensor.dtype), tuple(tensor.shape), size, 0, size, path)
+    return _Shard(path, stamp, FileIdentity(path.name, stamp.size, stamp.mtime_ns, digest), infos)
+
+
+def _find(directory: Path) -> tuple[str, Path | None, Path]:
+    """Kind, index if there is one, and the path that an unsharded checkpoint has."""
+    if not os.path.isdir(directory):
+        what = "a file" if os.path.lexists(directory) else "no such directory"
+        raise InputError(f"{shown(directory)}: {what}; wanted a local directory with {_LOOKED_FOR}")
+    found = []
+    for kind, (single, _) in _KINDS.items():
+        path, index = directory / single, directory / f"{single}.index.json"
+        if os.path.lexists(path) and os.path.lexists(index):
+            both = f"both {path.name} and {index.name} are there"
+            raise InputError(f"{shown(directory)}: {both}; remove the one that does not belong")
+        if os.path.lexists(path) or os.path.lexists(index):
+            found.append((kind, index if os.path.lexists(index) else None, path))
+    if not found:
+        what = f"no checkpoint; looked for {_LOOKED_FOR}, {_instead(directory)}"
+        raise InputError(f"{shown(directory)}: {what}")
+    if len(found) > 1:
+        logger.info("%s: using safetensors, not the .bin files beside them", shown(directory))
+    return found[0]
+
+
+def _instead(directory: Path) -> str:
+    """What an unusable directory holds instead, and what to do about it."""
+    try:
+        endings = {Path(name).suffix for name in os.listdir(directory)}
+    except OSError as e:
+        raise StorageError(f"{shown(directory)}: cannot be listed ({e.strerror}); check permissions") from e
+    if endings & {".safetensors", ".bin"}:
+        return "found shards without an index; fetch the index as well"
+    if ".gguf" in endings:
+        return "found GGUF only; start from the original checkpoint in safetensors"
+    return "found none of them; fetch the weights or check the path"
+
+
+def _read_index(index: Path, ending: str) -> tuple[dict[str, str], Any]:
+    """The checked ``weight_map`` and the unchecked ``total_size``; no shard is touched."""
+    content = strict_json.load_object(index)
+    where = shown(index)
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        got = "an empty one" if weight_map == {} else type(weight_map).__name__
+        raise InputError(f"{where}: weight_map must map tensor to file, got {got}; fetch the index again")
+    for tensor, file in weight_map.items():
+        check_name(tensor, where)
+        problem = _file_name_problem(file, ending)
+        if problem:
+            raise InputError(
+                f"{where}: {quoted(tensor)}: file name {quoted(repr(file))} {problem};"
+                f" wanted a plain name ending in {ending}, fetch the index again"
+            )
+    _check_case_twins(set(weight_map.values()), where)
+    metadata = content.get("metadata")
+    return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
+
+
+def _file_name_problem(file: Any, ending: str) -> str | None:
+    if not isinstance(file, str):
+        return f"is not text but {type(file).__name__}"
+    if not file.isprintable():
+        return "has a control character"
+    if any(c in "/\\:" for c in file):
+        return "leads out of the directory"
+    if not file.endswith(ending) or file == ending:
+        return "has the wrong ending"
+    return "is too long" if len(file.encode()) > _MAX_FILE_NAME else None
+
+
+def _check_case_twins(files: Iterable[str], where: str) -> None:
+    seen: dict[str, str] = {}
+    for file in sorted(files):
+        twin = seen.setdefault(file.casefold(), file)
+        if twin != file:
+            pair = f"file names {quoted(twin)} and {quoted(file)} differ only by case"
+            raise InputError(f"{where}: {pair}; rename one, they are one file on some systems")
+
+
+def _check_link(path: Path, directory: Path, allow_external: bool) -> None:
+    """Refuse a symbolic link that leads nowhere, or out of the checkpoint unless allowed."""
+    if not path.is_symlink():
+        return
+    try:
+        target = Path(os.path.realpath(path, strict=True))
+    except OSError as e:
+        why = f"a symbolic link that leads nowhere ({e.strerror})"
+        raise InputError(f"{shown(path)}: {why}; fetch the file again") from e
+    home = Path(os.path.realpath(directory))
+    in_cache = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
+    if not (allow_external or in_cache or home in target.parents):
+        why = f"a symbolic link out of the checkpoint, to {quoted(target, 400)}"
+        raise InputError(f"{shown(path)}: {why}; copy the file or allow external symlinks")
+
+
+def _check_agreement(
+    index: Path, weight_map: Mapping[str, str], missing: list[str], shards: list[_Shard]
+) -> None:
+    """Index and shards must name the same tensors, each once; everything wrong is told in one message."""
+    homes: dict[str, list[str]] = {}
+    for shard in shards:
+        for name in shard.tensors:
+            homes.setdefault(name, []).append(shard.path.name)
+    gone = set(missing)
+    astray = [n for n, f in weight_map.items() if f not in gone and f not in homes.get(n, ())]
+    doubled = [f"{n} ({listed(files)})" for n, files in homes.items() if len(files) > 1]
+    unlisted = [n for n in homes if n not in weight_map]
+    problems = [
+        f"{what}: {listed(sorted(names))}"
+        for what, names in (
+            ("missing files", missing),
+            ("tensors not in the file the index names", astray),
+            ("tensors in two files", doubled),
+            ("tensors not in the index", unlisted),
+        )
+        if names
+    ]
+    if problems:
+        cure = "fetch the checkpoint again or repair the index"
+        raise InputError(f"{shown(index)}: {'; '.join(problems)}; {cure}")
+
+
+def _compare_total_size(index: Path, total_size: Any, shards: list[_Shard]) -> None:
+    """``total_size`` is advice: some tools count it otherwise, so a difference is only a warning."""
+    actual = math.fsum(info.nbytes for shard in shards for info in shard.tensors.values())
+    if total_size is not None and total_size != actual:
+        told = quoted(repr(total_size), 40)
+        logger.warning("%s: total_size is %s, the tensors have %d bytes", shown(index), told, actual)

@@ -1,0 +1,115 @@
+"""JSON without the freedoms of the standard library: no duplicate names, no NaN, bounded size and depth."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from loftq.errors import InputError, quoted
+from loftq.formats.regular import open_regular, shown
+
+MAX_BYTES = 64 << 20
+MAX_DEPTH = 100
+
+
+def loads(raw: bytes, where: str, *, max_bytes: int = MAX_BYTES) -> Any:
+    """The value of the JSON text ``raw``.
+
+    Args:
+        where: what the text is; every message starts with it.
+        max_bytes: longer texts are refused unparsed.
+    Raises:
+        InputError: not UTF-8, a byte order mark, a duplicate name, NaN or Infinity, a number out of range, a
+            lone surrogate, more than 100 levels, or no JSON at all.
+    """
+    if len(raw) > max_bytes:
+        raise _refused(where, f"{len(raw)} bytes of JSON, at most {max_bytes} are read")
+    try:
+        text = raw.decode("utf-8")
+        if text.startswith("\ufeff"):
+            raise ValueError("a byte order mark at the start")
+        value = json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            parse_int=_whole if b"-0" in raw else int,
+        )
+        if b"\\u" in raw:
+            _check_surrogates(value)
+    except RecursionError as e:
+        raise _refused(where, f"more than {MAX_DEPTH} levels of nesting") from e
+    except ValueError as e:
+        raise _refused(where, f"not strict JSON: {quoted(e)}") from e
+    if isinstance(value, (dict, list)) and _deeper_than(value, MAX_DEPTH):
+        raise _refused(where, f"more than {MAX_DEPTH} levels of nesting")
+    return value
+
+
+def load_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """The JSON object in the regular file ``path``; its size is checked before it is read."""
+    where = shown(path)
+    with open_regular(path) as file:
+        if file.stamp.size > max_bytes:
+            raise _refused(where, f"{file.stamp.size} bytes of JSON, at most {max_bytes} are read")
+        raw = file.read_at(0, file.stamp.size)
+    value = loads(raw, where, max_bytes=max_bytes)
+    if not isinstance(value, dict):
+        raise _refused(where, f"wanted a JSON object, got {type(value).__name__}")
+    return value
+
+
+def dumps(obj: Any) -> bytes:
+    """``obj`` as JSON, the same bytes for equal objects: sorted keys, two spaces, UTF-8, a final newline."""
+    text = json.dumps(obj, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
+    return text.encode("utf-8") + b"\n"
+
+
+def _refused(where: str, problem: str) -> InputError:
+    return InputError(f"{where}: {problem}; repair the file or fetch it again")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"duplicate name {quoted(repr(key))}")
+            seen.add(key)
+    return found
+
+
+def _no_constant(word: str) -> Any:
+    raise ValueError(f"{word} is not a JSON number")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"number out of range: {quoted(digits, 40)}")
+    return number
+
+
+def _whole(digits: str) -> int | float:
+    """An integer; ``-0`` is the float that every other JSON reader takes it for."""
+    return -0.0 if digits == "-0" else int(digits)
+
+
+def _check_surrogates(value: Any) -> None:
+    """Half a surrogate pair can only come from a ``\\u`` escape and has no UTF-8."""
+    json.dumps(value, ensure_ascii=False).encode("utf-8")
+
+
+def _deeper_than(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit):
+        level = [
+            child
+            for item in level
+            for child in (item.values() if type(item) is dict else item)
+            if type(child) is dict or type(child) is list
+        ]
+        if not level:
+            return False
+    return True

@@ -1,0 +1,69 @@
+"""The LoftQ start as a plain PEFT adapter: its configuration, and the names and shapes of its tensors."""
+
+from typing import Any
+
+from torch import Tensor
+
+from loftq.plan import Matrix, Plan, target_suffixes
+
+
+def adapter_config(
+    plan: Plan, others: list[str], prefix: str, base: str, task_type: str | None
+) -> dict[str, Any]:
+    """``adapter_config.json``: LoRA on exactly the quantized modules.
+
+    Args:
+        others: modules that an adapter could wrap and that are not quantized.
+        prefix: the base model's prefix; dropped from names, so that a model without a head finds them too.
+        base: where the quantized backbone will be.
+        task_type: PEFT's name of the task, or None.
+    """
+    from peft import LoraConfig
+
+    modules = [m.module.removeprefix(f"{prefix}.") for m in plan.matrices]
+    ranks = {m.module.removeprefix(f"{prefix}."): m.rank for m in plan.matrices if m.rank != plan.rank}
+    config = LoraConfig(
+        r=plan.rank,
+        lora_alpha=int(plan.lora_alpha) if plan.lora_alpha == int(plan.lora_alpha) else plan.lora_alpha,  # type: ignore[arg-type]
+        use_rslora=plan.use_rslora,
+        target_modules=target_suffixes(modules, [o.removeprefix(f"{prefix}.") for o in others]),
+        rank_pattern=ranks,
+        init_lora_weights=True,
+        task_type=task_type,  # type: ignore[arg-type]
+        base_model_name_or_path=base,
+        inference_mode=True,
+    ).to_dict()
+    config["target_modules"] = sorted(config["target_modules"])
+    return config
+
+
+def adapter_names(matrix: Matrix) -> tuple[str, str]:
+    """Names of A and B in the adapter file."""
+    root = f"base_model.model.{matrix.module}"
+    if matrix.kind == "embedding":
+        return f"{root}.lora_embedding_A", f"{root}.lora_embedding_B"
+    return f"{root}.lora_A.weight", f"{root}.lora_B.weight"
+
+
+def adapter_shapes(matrix: Matrix) -> dict[str, tuple[int, int]]:
+    """Tensors of a matrix's adapter: name -> shape. An embedding's factors are transposed: see :func:`adapter_tensors`."""
+    a, b = adapter_names(matrix)
+    rows, columns = matrix.shape
+    if matrix.kind == "embedding":
+        return {a: (matrix.rank, rows), b: (columns, matrix.rank)}
+    return {a: (matrix.rank, columns), b: (rows, matrix.rank)}
+
+
+def adapter_tensors(matrix: Matrix, b: Tensor, a: Tensor) -> dict[str, Tensor]:
+    """Factors as PEFT stores them. An embedding adds ``(B_e @ A_e).T`` to its table, so ``A_e = B.T, B_e = A.T``."""
+    name_a, name_b = adapter_names(matrix)
+    if matrix.kind == "embedding":
+        return {name_a: b.T.contiguous(), name_b: a.T.contiguous()}
+    return {name_a: a.contiguous(), name_b: b.contiguous()}
+
+
+def adapter_product(matrix: Matrix, tensors: dict[str, Tensor]) -> Tensor:
+    """``B @ A`` in the orientation of the matrix, from the tensors of the adapter file."""
+    name_a, name_b = adapter_names(matrix)
+    product = tensors[name_b] @ tensors[name_a]
+    return product.T if matrix.kind == "embedding" else product

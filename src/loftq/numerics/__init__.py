@@ -1,0 +1,24 @@
+"""Tensor in, tensor out: code books, blockwise quantization, bit packing, truncated SVD.
+
+Plain torch, written to be read: this is the oracle that every faster path is compared with.
+"""
+
+from loftq.numerics.blockwise import Quantized, decode, dequantize, encode, quantize
+from loftq.numerics.codebooks import dynamic_8bit, levels, normal_float
+from loftq.numerics.lowrank import truncated_svd
+from loftq.numerics.packing import pack, packed_shape, unpack
+
+__all__ = [
+    "Quantized",
+    "decode",
+    "dequantize",
+    "dynamic_8bit",
+    "encode",
+    "levels",
+    "normal_float",
+    "pack",
+    "packed_shape",
+    "quantize",
+    "truncated_svd",
+    "unpack",
+]

@@ -1,0 +1,192 @@
+"""Blockwise quantization: scales from blocks of a row, codes from the *stored* scales.
+
+Every code decodes by one formula, ``value = (levels[code] - zero) * scale``. Scales are first brought to the
+form in which they are stored (rounded, or quantized themselves), and only then are codes chosen, so what the
+solver optimises is what a reader of the file gets.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from loftq.errors import NumericalError
+from loftq.numerics.codebooks import dynamic_8bit, halfway, levels, midpoints
+from loftq.numerics.packing import pack, unpack
+from loftq.spec import NESTED_BLOCK, QuantSpec
+
+CHUNK = 1 << 22  # elements worked on at a time: bounds temporaries, and stays near the caches
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized matrix: one code per weight, and the tensors that scale it, as stored."""
+
+    codes: UInt8[Tensor, "out in"]
+    scales: dict[str, Tensor]  # by suffix: weight_scale, weight_zero, weight_scale_absmax, weight_scale_mean
+
+
+def quantize(weight: Float[Tensor, "out in"], spec: QuantSpec) -> Quantized:
+    """Nearest codes of ``weight`` under ``spec``.
+
+    Scales are computed in float32. A block whose scale is zero decodes to exact zeros.
+
+    Raises: NumericalError if a scale does not fit ``spec.scale_dtype``.
+    """
+    weight = weight.float()
+    scale, zero = _fit(weight, spec)
+    scales = _store(scale, spec)
+    if zero is not None:
+        scales["weight_zero"] = zero.to(torch.uint8) if spec.code == "affine" else zero
+    scale, zero = _scale_and_zero(scales)
+    safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+    gaps = midpoints(spec.code, spec.bits).to(weight.device)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    for rows in _row_chunks(weight):
+        parts = zip(_blocks(weight[rows], spec), _blocks(codes[rows], spec), strict=True)
+        for (at, values), (_, out) in parts:
+            scaled = values / _at(safe, rows, at)
+            if zero is not None:
+                scaled += _at(zero, rows, at)
+            out.copy_(torch.bucketize(scaled, gaps, out_int32=True))
+    return Quantized(codes, scales)
+
+
+def dequantize(quantized: Quantized, spec: QuantSpec) -> Float[Tensor, "out in"]:
+    """``(levels[code] - zero) * scale`` in float32."""
+    table = levels(spec.code, spec.bits).to(quantized.codes.device)
+    values = torch.empty(quantized.codes.shape, device=quantized.codes.device)
+    for rows in _row_chunks(values):
+        values[rows] = table[quantized.codes[rows].int()]
+    return _rescale(values, quantized.scales, spec)
+
+
+def encode(quantized: Quantized, spec: QuantSpec) -> dict[str, Tensor]:
+    """The tensors of the file format, by suffix: packed codes and scales."""
+    return {"weight": pack(quantized.codes, spec.bits), **quantized.scales}
+
+
+def decode(tensors: dict[str, Tensor], spec: QuantSpec, columns: int) -> Float[Tensor, "out in"]:
+    """The float32 matrix that the tensors of the file format stand for.
+
+    Where a byte holds whole codes, a table of 256 rows maps it to its levels at once.
+    """
+    packed = tensors["weight"]
+    if 8 % spec.bits:
+        codes = unpack(packed, spec.bits, columns)
+        return dequantize(Quantized(codes, tensors), spec)
+    every_byte = torch.arange(256, dtype=torch.uint8).view(torch.int8)[:, None]
+    table = levels(spec.code, spec.bits)[unpack(every_byte, spec.bits, 8 // spec.bits).int()]
+    bytes_ = packed.reshape(packed.shape[0], -1).view(torch.uint8)
+    values = torch.nn.functional.embedding(bytes_.int(), table.to(packed.device)).flatten(1)
+    return _rescale(values[:, :columns].contiguous(), tensors, spec)
+
+
+def decode_rows(
+    tensors: dict[str, Tensor], spec: QuantSpec, columns: int, rows: Tensor
+) -> Float[Tensor, "n in"]:
+    """Some rows of :func:`decode`, by their indices, without decoding the others: an embedding's lookup."""
+    scale, zero = _scale_and_zero(tensors)
+    chosen = {
+        "weight": tensors["weight"][rows],
+        "weight_scale": scale if scale.shape[0] == 1 else scale[rows],
+    }
+    if zero is not None:
+        chosen["weight_zero"] = zero if zero.shape[0] == 1 else zero[rows]
+    return decode(chosen, spec, columns)
+
+
+def _rescale(values: Tensor, scales: dict[str, Tensor], spec: QuantSpec) -> Tensor:
+    """``(values - zero) * scale``, in place."""
+    scale, zero = _scale_and_zero(scales)
+    for at, block in _blocks(values, spec):
+        if zero is not None:
+            block -= _at(zero, slice(None), at)
+        block *= _at(scale, slice(None), at)
+    return values
+
+
+def _fit(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points of every block, float32, before they are stored."""
+    top = 2**spec.bits - 1
+    if spec.code == "uniform-tensor":
+        # LoftQ's GLUE code: clip at mean ± 2 sigma, then min-max. Its 1e-8 keeps a constant tensor finite.
+        mean, sigma = weight.mean(), _sigma(weight.flatten())
+        low = weight.min().clamp(min=mean - 2 * sigma)
+        high = weight.max().clamp(max=mean + 2 * sigma)
+        scale = ((high - low + 1e-8) / top).reshape(1, 1)
+        return scale, -low / scale
+    scales, zeros = [], []
+    for _, block in _blocks(weight, spec):
+        if spec.code == "nf":
+            scales.append(block.abs().amax(-1))
+        elif spec.code == "uniform":
+            scales.append(block.mean(-1) + 2.5 * _sigma(block))
+        else:
+            low, high = block.amin(-1).clamp(max=0), block.amax(-1).clamp(min=0)
+            scale = (high - low) / top
+            scales.append(scale)
+            zeros.append((-low / torch.where(scale == 0, 1, scale)).round().clamp(0, top))
+    return torch.cat(scales, 1), torch.cat(zeros, 1) if zeros else None
+
+
+def _sigma(values: Tensor) -> Tensor:
+    """Sample standard deviation over the last axis; 0 for a single value."""
+    return values.std(-1) if values.shape[-1] > 1 else torch.zeros_like(values[..., 0])
+
+
+def _store(scale: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
+    """Scales in their stored form: rounded to ``scale_dtype``, or bitsandbytes' double quantization."""
+    if not spec.double_quant:
+        stored = scale.to(getattr(torch, spec.scale_dtype))
+        if not stored.isfinite().all():
+            raise NumericalError(
+                f"a scale of {scale.abs().max():.3g} does not fit {spec.scale_dtype}; use --scale-dtype bfloat16"
+            )
+        return {"weight_scale": stored}
+    flat = scale.flatten()
+    mean = flat.mean()
+    centred = torch.nn.functional.pad(flat - mean, (0, -flat.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    absmax = centred.abs().amax(1)
+    safe = torch.where(absmax == 0, 1, absmax)
+    gaps = halfway(dynamic_8bit()).to(scale.device)
+    codes = torch.bucketize(centred / safe[:, None], gaps).to(torch.uint8)
+    return {
+        "weight_scale": codes.flatten()[: flat.numel()].view(scale.shape),
+        "weight_scale_absmax": absmax,
+        "weight_scale_mean": mean.reshape(1),
+    }
+
+
+def _scale_and_zero(scales: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Stored scales and zero points as float32."""
+    scale, zero = scales["weight_scale"], scales.get("weight_zero")
+    if "weight_scale_absmax" in scales:
+        absmax = (
+            scales["weight_scale_absmax"].repeat_interleave(NESTED_BLOCK)[: scale.numel()].view(scale.shape)
+        )
+        scale = dynamic_8bit().to(scale.device)[scale.int()] * absmax + scales["weight_scale_mean"]
+    return scale.float(), None if zero is None else zero.float()
+
+
+def _blocks(values: Tensor, spec: QuantSpec) -> Iterator[tuple[slice, Tensor]]:
+    """Views of the whole blocks ``(out, n, block)`` and of the short last one ``(out, 1, rest)``, with their places."""
+    rows, columns = values.shape
+    size = columns if spec.code == "uniform-tensor" else min(spec.block_size, columns)
+    whole = columns // size
+    yield slice(0, whole), values[:, : whole * size].unflatten(1, (whole, size))
+    if columns % size:
+        yield slice(whole, whole + 1), values[:, whole * size :].unsqueeze(1)
+
+
+def _at(scale: Tensor, rows: slice, blocks: slice) -> Tensor:
+    """Scales of some rows and blocks, shaped to broadcast over a block; a per-tensor scale has one row."""
+    return scale[rows if scale.shape[0] > 1 else slice(None), blocks, None]
+
+
+def _row_chunks(matrix: Tensor) -> Iterator[slice]:
+    step = max(1, CHUNK // max(1, matrix.shape[1]))
+    for start in range(0, matrix.shape[0], step):
+        yield slice(start, start + step)

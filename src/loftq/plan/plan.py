@@ -1,0 +1,325 @@
+"""The plan: for every tensor of a checkpoint, how it is quantized or why it is kept."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from loftq.errors import InputError, UsageError, listed, quoted
+from loftq.plan.patterns import Rules, parse_rules
+from loftq.spec import BITS, QuantSpec, SolveSpec, scaling, stored_bytes
+
+DENSE = 16  # as a number of bits: leave the matrix as it is
+FLOATS = ("F64", "F32", "F16", "BF16")
+HEADS = {"lm_head", "embed_out", "classifier", "score", "qa_outputs", "pooler", "cls", "classification_head"}
+ROUTERS = {"router", "gate"}
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Place of a module in a repeated stack of layers: ``encoder.layer`` 3 of 12."""
+
+    name: str
+    index: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a checkpoint tensor is in the model, read off a skeleton without weights.
+
+    Attributes:
+        module: name of the module that owns it at run time; empty if the model has no such parameter.
+        kind: ``linear``, ``conv1d``, ``embedding``, ``experts`` (3-D), or ``other``.
+        backbone: inside the base model, not in a task head.
+        tied: names of other parameters that are the same tensor.
+        keep: a reason known to the model's side why it must stay dense.
+    """
+
+    module: str = ""
+    kind: str = "other"
+    backbone: bool = False
+    stack: Stack | None = None
+    tied: tuple[str, ...] = ()
+    keep: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What the user asks for; ``docs/usage.md`` documents every field under the option of its name."""
+
+    bits: str = "4"
+    code: str = "nf"
+    block_size: int = 64
+    scale_dtype: str = "bfloat16"
+    double_quant: bool = False
+    rank: str = "16"
+    rank_policy: str = "refuse"
+    alpha: float | None = None
+    rslora: bool = False
+    embeddings: bool = False
+    min_coverage: float = 0.5
+    solve: SolveSpec = field(default_factory=SolveSpec)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A tensor to quantize. ``shape`` is ``(out, in)`` as solved; a Conv1D's tensor is stored transposed."""
+
+    name: str
+    module: str
+    kind: str
+    shape: tuple[int, int]
+    dtype: str
+    quant: QuantSpec
+    rank: int
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def bytes(self) -> int:
+        return stored_bytes(self.quant, *self.shape)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor that is copied byte by byte. ``missed``: a matrix of a layer that one would want quantized."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    reason: str
+    missed: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every decision about a checkpoint, in the order of the model's layers."""
+
+    matrices: tuple[Matrix, ...]
+    kept: tuple[Kept, ...]
+    lora_alpha: float
+    use_rslora: bool
+    rank: int  # the adapter's default rank; matrices that differ are in its rank_pattern
+    solve: SolveSpec
+
+    def scaling(self, matrix: Matrix) -> float:
+        return scaling(self.lora_alpha, matrix.rank, self.use_rslora)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the layers' matrices, in weights, that is quantized."""
+        done = sum(m.numel for m in self.matrices)
+        missed = sum(_numel(k.shape) for k in self.kept if k.missed)
+        return done / (done + missed) if done + missed else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def digest(self) -> str:
+        """SHA-256 of the plan; equal plans give equal files."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def make(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], roles: Mapping[str, Role], policy: Policy
+) -> Plan:
+    """Decide about every tensor.
+
+    Args:
+        tensors: name -> (safetensors dtype, shape), from the file headers alone.
+        roles: name -> role, from the model's skeleton.
+
+    Raises: UsageError for options that fit no module or a rank that does not fit a matrix; InputError when
+        nothing, or less than ``policy.min_coverage`` of the layers' weights, would be quantized.
+    """
+    ranks = parse_rules("--rank", policy.rank, _rank_value)
+    wanted = {n: _reason_to_keep(n, *tensors[n], roles[n], policy) for n in tensors}
+    modules = [roles[n].module for n, reason in wanted.items() if not reason]
+    bits = _bits_rules(policy.bits, [roles[n] for n, reason in wanted.items() if not reason])
+    bits.refuse_unmatched("--bits", modules)
+    ranks.refuse_unmatched("--rank", modules)
+    matrices, kept, refused = [], [], []
+    for name in sorted(tensors, key=natural):
+        dtype, shape = tensors[name]
+        role, reason = roles[name], wanted[name]
+        width = bits(role.module) if not reason else DENSE
+        if not reason and width == DENSE:
+            reason = "left dense by --bits"
+        if reason:
+            by_design = set(role.module.split(".")) & (HEADS | ROUTERS)
+            missed = (
+                role.backbone
+                and role.kind in ("linear", "conv1d", "experts")
+                and len(shape) > 1
+                and not by_design
+            )
+            kept.append(Kept(name, dtype, shape, _numel(shape) * _itemsize(dtype), reason, missed))
+            continue
+        quant = QuantSpec(
+            bits=width,
+            code=policy.code,
+            block_size=policy.block_size,
+            scale_dtype=policy.scale_dtype,
+            double_quant=policy.double_quant,
+        )
+        oriented = (shape[1], shape[0]) if role.kind == "conv1d" else (shape[0], shape[1])
+        rank = ranks(role.module)
+        if rank >= min(oriented) and policy.rank_policy == "refuse":
+            refused.append(f"{name} {oriented[0]}x{oriented[1]} with rank {rank}")
+        matrices.append(
+            Matrix(name, role.module, role.kind, oriented, dtype, quant, min(rank, min(oriented) - 1))
+        )
+    if refused:
+        raise UsageError(
+            f"the rank must be below the shorter side of every matrix, and is not for {listed(refused)}; "
+            "give a smaller --rank, or --rank-policy clamp"
+        )
+    alpha = float(ranks.default if policy.alpha is None else policy.alpha)
+    scaling(alpha, ranks.default, policy.rslora)
+    plan = Plan(tuple(matrices), tuple(kept), alpha, policy.rslora, ranks.default, policy.solve)
+    _check_coverage(plan, policy)
+    return plan
+
+
+def _check_coverage(plan: Plan, policy: Policy) -> None:
+    if not plan.matrices:
+        reasons = sorted({k.reason for k in plan.kept if len(k.shape) > 1})
+        raise InputError(f"nothing to quantize: every matrix is kept ({listed(reasons)})")
+    if plan.coverage < policy.min_coverage:
+        missed = [f"{k.name} ({k.reason})" for k in plan.kept if k.missed]
+        raise InputError(
+            f"only {plan.coverage:.0%} of the layers' weights would be quantized, less than --min-coverage "
+            f"{policy.min_coverage:.0%}; kept: {listed(missed)}; lower --min-coverage to accept that"
+        )
+
+
+def _reason_to_keep(name: str, dtype: str, shape: tuple[int, ...], role: Role, policy: Policy) -> str:
+    """Why a tensor stays as it is; empty if it is to be quantized."""
+    parts = set(role.module.split("."))
+    if role.keep:
+        return role.keep
+    if not role.module:
+        return "not a parameter of the model"
+    if role.kind == "experts":
+        return "3-D expert block: no adapter of PEFT's fits packed experts yet"
+    if len(shape) < 2 or 0 in shape:
+        return "empty" if 0 in shape else "a vector (norm or bias)"
+    if role.kind == "other" or len(shape) > 2:
+        return "not a Linear, Conv1D or Embedding weight"
+    if role.kind == "embedding" and not policy.embeddings:
+        return "an embedding (--embeddings quantizes it)"
+    if role.kind == "embedding" and min(shape) <= parse_rules("--rank", policy.rank, _rank_value)(
+        role.module
+    ):
+        return "an embedding smaller than the rank"
+    if role.tied:
+        return f"tied to {listed(role.tied, 3)}"
+    if parts & HEADS:
+        return "a head or pooler"
+    if not role.backbone:
+        return "outside the backbone"
+    if parts & ROUTERS and role.module.rpartition(".")[2] in ROUTERS:
+        return "a router of experts"
+    if min(shape) < 2:
+        return "one row or column: nothing to factorize"
+    if dtype not in FLOATS:
+        raise InputError(
+            f"{quoted(name)}: dtype {dtype} cannot be quantized (a scale may be missing); wanted one of "
+            f"{', '.join(FLOATS)}; start from the full-precision checkpoint"
+        )
+    return ""
+
+
+def _bits_rules(text: str, roles: list[Role]) -> Rules[int]:
+    """``--bits``: a width, patterns, or a decimal average by the paper's rule.
+
+    The paper's mixed precision (section 4.4; LoftQ's code): with an average of ``a`` bits, the first
+    ``int(L * (a - 2) / 2)`` of a stack's ``L`` layers have 4 bits, everything else 2.
+    """
+    if "." not in text or "=" in text:
+        return parse_rules("--bits", text, _bits_value)
+    try:
+        average = float(text)
+    except ValueError:
+        average = -1.0
+    if not 2 <= average <= 4:
+        raise UsageError(
+            f"--bits {quoted(text)}: an average must lie between 2.0 and 4.0 (the first layers get 4 bits, the rest 2)"
+        )
+    stacks = {r.stack.name: r.stack.length for r in roles if r.stack}
+    rules = []
+    for stack, length in stacks.items():
+        first = int(length * (average - 2) / 2)
+        if first:
+            rules.append((f"{stack}.0-{first - 1}", 4))
+    if average > 2 and not rules:
+        raise UsageError(
+            f"--bits {text}: no stack of layers is long enough for this average ({stacks or 'no stack found'}); "
+            "give a pattern such as 'layers.0=4,2'"
+        )
+    return Rules(tuple(rules), 2)
+
+
+def _bits_value(text: str) -> int:
+    if text not in {str(b) for b in (*BITS, DENSE)}:
+        raise UsageError(
+            f"--bits: {quoted(text)} is not a width; wanted 2, 3, 4, 8, 16 (leave dense), an average such as 2.5, "
+            "or patterns such as 'layers.0-3=4,2'"
+        )
+    return int(text)
+
+
+def _rank_value(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"--rank: {quoted(text)} is not a whole number of at least 1")
+    return int(text)
+
+
+def target_suffixes(chosen: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Shortest endings, of at least two parts, that select the chosen modules and none of the others.
+
+    PEFT selects modules whose name ends with one of these. Two parts at the least, so that a layer of a task
+    head that is added later (``classification_head.out_proj``) is not caught by a name as short as ``out_proj``.
+    """
+    others = [f".{name}" for name in others]
+    suffixes = set()
+    for name in chosen:
+        parts = name.split(".")
+        for n in range(min(2, len(parts)), len(parts) + 1):
+            suffix = ".".join(parts[-n:])
+            if not any(other.endswith(f".{suffix}") for other in others):
+                break
+        suffixes.add(suffix)
+    return sorted(suffixes, key=natural)
+
+
+def task_type(architecture: str) -> str | None:
+    """PEFT's task type of a transformers class that needs no head beside the checkpoint's own; else None."""
+    endings = {
+        "ForCausalLM": "CAUSAL_LM",
+        "LMHeadModel": "CAUSAL_LM",
+        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    }
+    return next((task for ending, task in endings.items() if architecture.endswith(ending)), None)
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key that counts: layer 2 comes before layer 10."""
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(".")]
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count
+
+
+def _itemsize(dtype: str) -> int:
+    return 1 if dtype == "BOOL" or dtype.startswith("F8") else int("".join(filter(str.isdigit, dtype))) // 8

@@ -1,0 +1,63 @@
+"""The model card of a LoftQ checkpoint."""
+
+from typing import Any
+
+from loftq.plan import Plan
+
+LOADERS = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+}
+NEEDS = {"loftq": "import loftq  # registers the packed layers\n", "bnb": "", "dense": ""}
+
+
+def model_card(
+    base: str,
+    architecture: str,
+    layout: str,
+    directory: str,
+    plan: Plan,
+    matrices: list[dict[str, Any]],
+    summary: dict[str, Any],
+) -> str:
+    """README.md of the output directory: what it is, how to load it, what it cost."""
+    is_hub_id = not base.startswith((".", "/", "~")) and base.count("/") == 1
+    loader = next((auto for ending, auto in LOADERS.items() if architecture.endswith(ending)), "AutoModel")
+    front = [f"base_model: {base}", "base_model_relation: quantized"] if is_hub_id else []
+    widths = sorted({m["bits"] for m in matrices})
+    better = 1 - summary["error"] / summary["qlora_error"] if summary["qlora_error"] else 0.0
+    quant = plan.matrices[0].quant
+    return "\n".join(
+        [
+            "---",
+            "library_name: peft",
+            *front,
+            "tags: [loftq, lora, quantization]",
+            "---",
+            f"# {directory}",
+            "",
+            f"A frozen {'/'.join(map(str, widths))}-bit backbone ({quant.code}, block {quant.block_size}) and a LoftQ start "
+            f"for LoRA (rank {plan.rank}, alpha {plan.lora_alpha:g}), made by [LoftQ](https://arxiv.org/abs/2310.08659).",
+            "",
+            "```python",
+            f"{NEEDS[layout]}from peft import PeftModel",
+            f"from transformers import {loader}",
+            "",
+            f'model = {loader}.from_pretrained("{directory}")',
+            f'model = PeftModel.from_pretrained(model, "{directory}", subfolder="loftq_init", is_trainable=True)',
+            "```",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| quantized matrices | {summary['matrices']} |",
+            f"| stored bits per quantized weight | {summary['bits_per_weight']:.3f} |",
+            f"| compression of everything on disk against 16 bits | {summary['compression']:.2f}x |",
+            f"| trainable share | {summary['trainable_share']:.2%} |",
+            f"| relative weight error, LoftQ | {summary['error']:.4f} |",
+            f"| relative weight error, QLoRA | {summary['qlora_error']:.4f} ({better:.0%} removed) |",
+            "",
+        ]
+    )

@@ -1,0 +1,64 @@
+"""What is in a LoftQ checkpoint: the data of ``loftq inspect``, its table and its plot."""
+
+from pathlib import Path
+from typing import Any
+
+from loftq.errors import UsageError
+
+HELPS_BELOW = 0.99  # a low-rank part that removes less than 1 % of the error is reported
+
+
+def inspection(manifest: dict[str, Any]) -> dict[str, Any]:
+    """``matrices`` (per matrix: name, shape, bits, rank, alpha, bytes, errors, kept, qlora_error), ``totals``, ``warnings``."""
+    keys = ("name", "shape", "bits", "rank", "alpha", "bytes", "errors", "kept", "qlora_error")
+    matrices = [{k: m[k] for k in keys} for m in manifest["matrices"]]
+    return {"matrices": matrices, "totals": manifest["totals"], "warnings": warnings(matrices)}
+
+
+def warnings(matrices: list[dict[str, Any]]) -> list[str]:
+    """One line per matrix whose low-rank part does not help."""
+    lines = []
+    for m in matrices:
+        error, alone = m["errors"][m["kept"]], m["qlora_error"]
+        if m["kept"] and alone and error > HELPS_BELOW * alone:
+            lines.append(
+                f"{m['name']}: the low-rank part hardly helps (error {error:.4f}, quantized alone {alone:.4f}); "
+                "a larger --rank may"
+            )
+    return lines
+
+
+def plot(inspected: dict[str, Any], file: Path) -> None:
+    """Error of every matrix, LoftQ's over QLoRA's, and the error per step, as a picture."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+    except ImportError as e:
+        raise UsageError("--plot needs matplotlib: pip install 'loftq[plot]'") from e
+    matrices = inspected["matrices"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), width_ratios=(3, 2), layout="constrained")
+    at = range(len(matrices))
+    left.bar(at, [m["qlora_error"] for m in matrices], color="#c9c9c9", label="quantized alone (QLoRA)")
+    left.bar(
+        at,
+        [m["errors"][m["kept"]] for m in matrices],
+        color="#2b6cb0",
+        width=0.55,
+        label="with the LoftQ start",
+    )
+    left.set(
+        xlabel="matrix, in the order of the model",
+        ylabel="||W − Q − s·BA|| / ||W||",
+        title="Error of every matrix",
+    )
+    left.legend(loc="lower right")
+    for m in matrices:
+        relative = [e / m["qlora_error"] if m["qlora_error"] else 0.0 for e in m["errors"]]
+        right.plot(relative, color="#2b6cb0", alpha=0.25, linewidth=1)
+        right.plot(m["kept"], relative[m["kept"]], "o", color="#c05621", markersize=3, alpha=0.6)
+    right.set(xlabel="step", ylabel="error / QLoRA's error", title="Error per step (dot: the step kept)")
+    right.xaxis.get_major_locator().set_params(integer=True)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)

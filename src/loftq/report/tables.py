@@ -1,0 +1,115 @@
+"""Tables for the terminal."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from loftq.report.inspect import warnings
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=160)
+
+
+def _table(*columns: tuple[str, str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name, side in columns:
+        table.add_column(name, justify=side, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
+    return table
+
+
+def print_plan(rows: list[dict[str, Any]], coverage: float) -> None:
+    """Every tensor: what is done with it, and why not."""
+    columns = (
+        ("tensor", "left"),
+        ("shape", "right"),
+        ("stored as", "left"),
+        ("rank", "right"),
+        ("bytes", "right"),
+    )
+    table = _table(*columns)
+    for row in rows:
+        shape = "x".join(map(str, row["shape"]))
+        if row["action"] == "quantize":
+            stored = f"{row['bits']}-bit {row['code']}, block {row['block_size']}"
+            table.add_row(row["name"], shape, stored, str(row["rank"]), f"{row['bytes']:,}")
+        else:
+            table.add_row(row["name"], shape, f"[dim]kept: {row['reason']}[/dim]", "", f"{row['bytes']:,}")
+    console = _console()
+    console.print(table)
+    quantized = [r for r in rows if r["action"] == "quantize"]
+    weights = sum(r["shape"][0] * r["shape"][1] for r in quantized)
+    packed, total = sum(r["bytes"] for r in quantized), sum(r["bytes"] for r in rows)
+    console.print(
+        f"\n{len(quantized)} of {len(rows)} tensors are quantized: {weights:,} weights, {coverage:.1%} of those in the "
+        f"layers, at {8 * packed / weights:.3f} bits; the backbone takes {total / 1e6:,.1f} MB."
+    )
+
+
+def print_inspection(inspected: dict[str, Any]) -> None:
+    """Every matrix and the totals of a LoftQ checkpoint."""
+    columns = [
+        ("matrix", "left"),
+        ("shape", "right"),
+        ("bits", "right"),
+        ("rank", "right"),
+        ("bytes", "right"),
+    ]
+    table = _table(
+        *columns, ("QLoRA", "right"), ("LoftQ", "right"), ("step", "right"), ("error per step", "left")
+    )
+    for m in inspected["matrices"]:
+        trace = " ".join(f"{e:.4f}" for e in m["errors"][1:])
+        table.add_row(
+            m["name"],
+            "x".join(map(str, m["shape"])),
+            str(m["bits"]),
+            str(m["rank"]),
+            f"{m['bytes']:,}",
+            f"{m['qlora_error']:.4f}",
+            f"{m['errors'][m['kept']]:.4f}",
+            f"{m['kept']}/{len(m['errors']) - 1}",
+            trace,
+        )
+    console = _console()
+    console.print(table)
+    console.print()
+    console.print(_totals(inspected["totals"]))
+    for line in inspected["warnings"]:
+        console.print(f"[yellow]warning:[/yellow] {line}")
+
+
+def print_summary(output: Path, manifest: dict[str, Any], made: bool) -> None:
+    """What ``loftq quantize`` made, and what to do with it."""
+    console = _console()
+    if not made:
+        console.print(f"{output}: already done by an earlier run of this command.")
+    console.print(_totals(manifest["totals"]))
+    lines = warnings(manifest["matrices"])
+    if lines:
+        console.print(
+            f"[yellow]warning:[/yellow] {len(lines)} matrices gain little; see: loftq inspect {output}"
+        )
+    console.print(
+        f"Saved to {output}. Its README.md says how to load it; `loftq inspect {output}` shows every matrix."
+    )
+
+
+def _totals(t: dict[str, Any]) -> Table:
+    table = _table(("", "left"), ("", "right"))
+    gained = 1 - t["error"] / t["qlora_error"] if t["qlora_error"] else 0.0
+    rows = {
+        "quantized": f"{t['matrices']} matrices, {t['quantized_weights']:,} of {t['parameters']:,} parameters",
+        "stored bits per quantized weight": f"{t['bits_per_weight']:.3f}",
+        "on disk, all files": f"{t['disk_bytes'] / 1e6:,.1f} MB ({t['adapter_bytes'] / 1e6:,.1f} MB of it the adapter)",
+        "compression of all that against 16 bits": f"{t['compression']:.2f}x",
+        "trainable": f"{t['trainable_share']:.2%}",
+        "relative error, quantized alone (QLoRA)": f"{t['qlora_error']:.4f}",
+        "relative error, as written": f"{t['error']:.4f} ({gained:.1%} less)",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table

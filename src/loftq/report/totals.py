@@ -1,0 +1,45 @@
+"""What a LoftQ checkpoint costs and how close it is, from the plan and the reports of its matrices."""
+
+import math
+from typing import Any
+
+from loftq.plan import Plan
+
+
+def totals(plan: Plan, matrices: list[dict[str, Any]], file_sizes: dict[str, int]) -> dict[str, Any]:
+    """Sums over a checkpoint.
+
+    Returns:
+        ``bits_per_weight``: stored bits per quantized weight, scales included.
+        ``disk_bytes``: all files; ``adapter_bytes``: the adapter among them.
+        ``dense_16bit_bytes``: all parameters at 16 bits; ``compression``: that over ``disk_bytes``.
+        ``trainable_share``: the adapter's parameters over the model's.
+        ``error``, ``qlora_error``: relative error of all matrices together, sqrt(sum ||W-Q-s·BA||² / sum ||W||²).
+    """
+    quantized = sum(m.numel for m in plan.matrices)
+    kept = sum(math.prod(k.shape) for k in plan.kept)
+    adapter = sum(m.rank * (m.shape[0] + m.shape[1]) for m in plan.matrices)
+    disk = sum(file_sizes.values())
+    dense = 2 * (quantized + kept)
+    return {
+        "matrices": len(matrices),
+        "quantized_weights": quantized,
+        "parameters": quantized + kept,
+        "coverage": plan.coverage,
+        "bits_per_weight": 8 * sum(m["bytes"] for m in matrices) / quantized,
+        "backbone_bytes": sum(
+            n for name, n in file_sizes.items() if name.endswith(".safetensors") and "/" not in name
+        ),
+        "adapter_bytes": file_sizes["loftq_init/adapter_model.safetensors"],
+        "disk_bytes": disk,
+        "dense_16bit_bytes": dense,
+        "compression": dense / disk,
+        "trainable_share": adapter / (quantized + kept),
+        "error": _together(matrices, lambda m: m["errors"][m["kept"]]),
+        "qlora_error": _together(matrices, lambda m: m["qlora_error"]),
+    }
+
+
+def _together(matrices: list[dict[str, Any]], error: Any) -> float:
+    whole = sum(m["norm"] ** 2 for m in matrices)
+    return math.sqrt(sum((error(m) * m["norm"]) ** 2 for m in matrices) / whole) if whole else 0.0

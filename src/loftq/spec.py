@@ -1,0 +1,148 @@
+"""How one matrix is stored and how the solver runs: frozen values, refused at birth, strict when read back."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from loftq.errors import UsageError, quoted
+
+BITS = (2, 3, 4, 8)
+CODES = ("nf", "uniform", "uniform-tensor", "affine")
+SCALE_DTYPES = ("float32", "bfloat16", "float16")
+SVDS = ("auto", "exact", "randomized")
+ORDERS = ("quantize-first", "svd-first")
+
+
+def _choice(what: str, value: object, allowed: tuple) -> None:
+    if value not in allowed or isinstance(value, bool):
+        raise UsageError(f"{what} must be one of {', '.join(map(str, allowed))}, got {quoted(repr(value))}")
+
+
+def _whole(what: str, value: object, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise UsageError(f"{what} must be a whole number of at least {low}, got {quoted(repr(value))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSpec:
+    """How one matrix is quantized and stored. Two equal specs give byte-equal tensors.
+
+    Every code decodes by one formula, ``value = (levels[code] - zero) * scale``; see ``docs/format.md``.
+
+    Attributes:
+        bits: width of a code: 2, 3, 4 or 8.
+        code: ``nf`` NormalFloat with absmax scales (QLoRA, LoftQ); ``uniform`` the block uniform of LoftQ's
+            released quantizer (scale = mean + 2.5 sigma of the block); ``uniform-tensor`` the per-tensor
+            uniform of LoftQ's GLUE code (clip at mean ± 2 sigma, one scale and offset); ``affine`` integers
+            with a scale and an integer zero point per block (the GPTQ and AWQ family).
+        block_size: consecutive input features of one row that share a scale; a row's last block may be short.
+            ``uniform-tensor`` ignores it.
+        scale_dtype: stored type of the scales. The codes are chosen against the *stored* scales.
+        double_quant: store the scales as bitsandbytes' 8-bit dynamic code with one float32 absmax per 256
+            scales and one float32 mean. ``scale_dtype`` is then ignored.
+    """
+
+    bits: int
+    code: str = "nf"
+    block_size: int = 64
+    scale_dtype: str = "bfloat16"
+    double_quant: bool = False
+
+    def __post_init__(self) -> None:
+        _choice("bits", self.bits, BITS)
+        _choice("code", self.code, CODES)
+        _whole("block_size", self.block_size, 1)
+        _choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+        if not isinstance(self.double_quant, bool):
+            raise UsageError(f"double_quant must be true or false, got {quoted(repr(self.double_quant))}")
+        if self.double_quant and self.code == "uniform-tensor":
+            raise UsageError("double_quant has nothing to do for code uniform-tensor: it stores one scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolveSpec:
+    """How the backbone and the factors of one matrix are found.
+
+    Attributes:
+        steps: T of the paper's Algorithm 1. 0 is QLoRA (quantize, zero adapter), 1 is one SVD of the
+            quantization error, 5 the paper's usual choice.
+        order: ``quantize-first`` (Algorithm 1) or ``svd-first`` (the ablation of the paper's Table 6).
+        svd: ``exact`` LAPACK, ``randomized`` block power iteration, or ``auto`` (exact for small matrices).
+        seed: seeds the random start of the factors and of the randomized SVD, together with the tensor's name.
+    """
+
+    steps: int = 5
+    order: str = "quantize-first"
+    svd: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _whole("steps", self.steps, 0)
+        _choice("order", self.order, ORDERS)
+        _choice("svd", self.svd, SVDS)
+        _whole("seed", self.seed, 0)
+
+
+def scaling(lora_alpha: float, rank: int, use_rslora: bool) -> float:
+    """``s`` in ``W ≈ Q + s · B @ A``: ``alpha / r`` (LoRA) or ``alpha / sqrt(r)`` (rsLoRA, arXiv 2312.03732)."""
+    if lora_alpha <= 0:
+        raise UsageError(
+            f"alpha must be positive, got {lora_alpha}: a scaling of 0 would switch the adapter off"
+        )
+    return lora_alpha / (rank**0.5 if use_rslora else rank)
+
+
+S = TypeVar("S", QuantSpec, SolveSpec)
+
+
+def from_dict(kind: type[S], values: dict[str, Any]) -> S:
+    """A spec read back from JSON; unknown fields are refused (a newer loftq may have written them)."""
+    known = {f.name for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UsageError(f"unknown field(s) {unknown} in {kind.__name__}; written by a newer loftq?")
+    return kind(**values)
+
+
+def packed_shape(rows: int, columns: int, bits: int) -> tuple[int, ...]:
+    """Shape of the packed codes of a ``(rows, columns)`` matrix: ``(rows, bytes)``, at 8 bits ``(rows, 1, bytes)``."""
+    n_bytes = -(-columns * bits // 8)
+    return (rows, 1, n_bytes) if bits == 8 else (rows, n_bytes)
+
+
+NESTED_BLOCK = 256  # scales that share one absmax under double quantization, as in bitsandbytes
+_STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
+
+
+def stored_tensors(spec: QuantSpec, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What is stored for a ``(rows, columns)`` matrix: suffix -> (safetensors dtype, shape).
+
+    The suffix follows the module's name: ``model.layers.0.mlp.up_proj.`` + ``weight_scale``.
+    """
+    per_tensor = spec.code == "uniform-tensor"
+    scales = (1, 1) if per_tensor else (rows, -(-columns // spec.block_size))
+    tensors = {"weight": ("I8", packed_shape(rows, columns, spec.bits))}
+    if spec.double_quant:
+        blocks = -(-scales[0] * scales[1] // NESTED_BLOCK)
+        tensors["weight_scale"] = ("U8", scales)
+        tensors["weight_scale_absmax"] = ("F32", (blocks,))
+        tensors["weight_scale_mean"] = ("F32", (1,))
+    else:
+        tensors["weight_scale"] = (_STORED[spec.scale_dtype], scales)
+    if spec.code == "affine":
+        tensors["weight_zero"] = ("U8", scales)
+    elif per_tensor:
+        tensors["weight_zero"] = ("F32", scales)
+    return tensors
+
+
+def stored_bytes(spec: QuantSpec, rows: int, columns: int) -> int:
+    """Bytes on disk of one quantized matrix, scales and zero points included."""
+    total = 0
+    for dtype, shape in stored_tensors(spec, rows, columns).values():
+        count = 1
+        for n in shape:
+            count *= n
+        total += count * _BYTES[dtype]
+    return total

@@ -1,0 +1,107 @@
+"""From the name a user gives to a checkpoint, its skeleton and its plan."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loftq import plan as planning
+from loftq.errors import InputError, StorageError, quoted
+from loftq.formats.source import Checkpoint, is_quantized_source, open_checkpoint
+from loftq.plan import Plan, Policy
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint with what the model says about it."""
+
+    directory: Path
+    name: str  # as the user gave it: a path, or a hub id
+    checkpoint: Checkpoint
+    plan: Plan
+    prefix: str  # of the base model
+    architecture: str
+    adaptable: list[str]  # every module that an adapter could wrap
+    kept_modules: list[str]  # those of them that are not quantized
+
+
+def open_source(model: str, policy: Policy, revision: str | None = None) -> Source:
+    """Headers, skeleton and plan of a local directory or a hub id. Reads no weights."""
+    from loftq.nn import skeleton
+
+    directory = resolve(model, revision)
+    checkpoint = open_checkpoint(directory)
+    method = is_quantized_source(checkpoint.tensors)
+    if method:
+        raise InputError(
+            f"{directory}: already quantized with {method}; start from the full-precision checkpoint"
+        )
+    built = skeleton.build(directory)
+    tensors = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
+    roles = skeleton.roles(built, tensors)
+    skeleton.check_shapes(built, {n: shape for n, (_, shape) in tensors.items()}, roles)
+    plan = planning.make(tensors, roles, policy)
+    adaptable = skeleton.adaptable(built)
+    chosen = {m.module for m in plan.matrices}
+    return Source(
+        directory=directory,
+        name=model,
+        checkpoint=checkpoint,
+        plan=plan,
+        prefix=str(built.base_model_prefix),
+        architecture=type(built).__name__,
+        adaptable=adaptable,
+        kept_modules=[m for m in adaptable if m not in chosen],
+    )
+
+
+def resolve(model: str, revision: str | None = None) -> Path:
+    """A local directory as it is; else a hub id, downloaded to the usual cache. A local path never uses the network."""
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    if not HUB_ID.fullmatch(model):
+        raise InputError(f"{quoted(model)}: no such directory, and not a hub id like 'org/name'")
+    import huggingface_hub
+
+    def download(*patterns: str) -> Path:
+        return Path(
+            huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(patterns))
+        )
+
+    try:
+        directory = download(*SMALL_FILES, "*.safetensors")
+        if not any(directory.glob("*.safetensors")):
+            directory = download(*SMALL_FILES, "*.bin")
+    except Exception as e:  # the many ways in which a network or a hub says no
+        line = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise StorageError(
+            f"{quoted(model)}: not a local directory, and not to be had from the hub: {quoted(line, 200)}"
+        ) from e
+    return directory
+
+
+def plan_table(plan: Plan) -> list[dict[str, Any]]:
+    """One row per tensor, for printing or JSON."""
+    rows: list[dict[str, Any]] = [
+        {
+            "name": m.name,
+            "action": "quantize",
+            "shape": list(m.shape),
+            "kind": m.kind,
+            "bits": m.quant.bits,
+            "code": m.quant.code,
+            "block_size": m.quant.block_size,
+            "rank": m.rank,
+            "bytes": m.bytes,
+        }
+        for m in plan.matrices
+    ]
+    kept = [
+        {"name": k.name, "action": "keep", "shape": list(k.shape), "bytes": k.bytes, "reason": k.reason}
+        for k in plan.kept
+    ]
+    return rows + kept

@@ -1,0 +1,196 @@
+"""The unit of work, one output shard: which tensors it holds, how it is made, and how it is known to be done.
+
+What a shard contains is fixed by the plan alone, so a plain, a parallel and a resumed run make the same bytes. A unit
+is done when its record exists and its files have the recorded hashes.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loftq.errors import LoftqError, NumericalError, quoted
+from loftq.formats import fsio, strict_json
+from loftq.formats.layouts import Layout
+from loftq.formats.source import Checkpoint
+from loftq.formats.tensorfile import Entry, encode_header, tensor_bytes
+from loftq.nn.adapter import adapter_product, adapter_shapes, adapter_tensors
+from loftq.plan import Kept, Matrix, Plan
+from loftq.solve import check_finite, solve
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One output shard, its tensors in the order of the file."""
+
+    index: int
+    file_name: str
+    tensors: tuple[Matrix | Kept, ...]
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        return [t for t in self.tensors if isinstance(t, Matrix)]
+
+    def entries(self, layout: Layout) -> list[Entry]:
+        return [e for t in self.tensors for e in entries(t, layout)]
+
+    def adapter_entries(self) -> list[Entry]:
+        return [Entry(name, "F32", shape) for m in self.matrices for name, shape in adapter_shapes(m).items()]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A matrix as it will be written, and what is known about it."""
+
+    matrix: Matrix
+    stored: list[Tensor]
+    adapter: dict[str, Tensor]
+    report: dict[str, Any]
+
+
+def entries(tensor: Matrix | Kept, layout: Layout) -> list[Entry]:
+    if isinstance(tensor, Kept):
+        return [Entry(tensor.name, tensor.dtype, tensor.shape)]
+    return layout.entries(tensor)
+
+
+def split(plan: Plan, layout: Layout, max_shard_bytes: int, order: list[str]) -> list[Unit]:
+    """Fill shards with tensors in the given order, each up to ``max_shard_bytes`` (a larger tensor has its own)."""
+    by_name = {t.name: t for t in (*plan.matrices, *plan.kept)}
+    shards: list[list[Matrix | Kept]] = [[]]
+    filled = 0
+    for name in order:
+        size = sum(e.nbytes for e in entries(by_name[name], layout))
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(by_name[name])
+        filled += size
+    if len(shards) == 1:
+        return [Unit(0, "model.safetensors", tuple(shards[0]))]
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    return [Unit(i, name, tuple(s)) for i, (name, s) in enumerate(zip(names, shards, strict=True))]
+
+
+def solve_matrix(matrix: Matrix, checkpoint: Checkpoint, plan: Plan, layout: Layout, device: str) -> Solved:
+    """Read, solve and encode one matrix; measure the error on the tensors that will be written."""
+    try:
+        raw = checkpoint.read(matrix.name)
+        source_sha256 = hashlib.sha256(tensor_bytes(raw)).hexdigest()
+        weight = raw.T.contiguous() if matrix.kind == "conv1d" else raw
+        solution = solve(weight.to(device), matrix.quant, matrix.rank, plan.solve, matrix.name)
+        s = plan.scaling(matrix)
+        b, a = (factor.cpu() for factor in solution.factors(s))
+        adapter = adapter_tensors(matrix, b, a)
+        codes = type(solution.quantized)(
+            solution.quantized.codes.cpu(), {k: v.cpu() for k, v in solution.quantized.scales.items()}
+        )
+        stored = layout.encode(matrix, codes)
+        error, product = _written_error(weight, matrix, stored, adapter, s, layout)
+    except LoftqError as e:
+        raise type(e)(f"{quoted(matrix.name)}: {e}") from e
+    errors = list(solution.errors)
+    if layout.name != "dense" and abs(error - errors[solution.kept]) > 1e-3 * errors[0] + 1e-6:
+        raise LoftqError(
+            f"{matrix.name}: the written tensors have error {error}, the solver found {errors[solution.kept]}; "
+            "please report this"
+        )
+    errors[solution.kept] = error
+    report = {
+        "name": matrix.name,
+        "shape": list(matrix.shape),
+        "bits": matrix.quant.bits,
+        "rank": matrix.rank,
+        "alpha": plan.lora_alpha,
+        "bytes": sum(e.nbytes for e in layout.entries(matrix)),
+        "errors": errors,
+        "kept": solution.kept,
+        "qlora_error": errors[0],
+        "norm": torch.linalg.vector_norm(weight, dtype=torch.float64).item(),
+        "adapter_norm_ratio": product,
+        "source_sha256": source_sha256,
+    }
+    return Solved(matrix, stored, adapter, report)
+
+
+def _written_error(
+    weight: Tensor, matrix: Matrix, stored: list[Tensor], adapter: dict[str, Tensor], s: float, layout: Layout
+) -> tuple[float, float]:
+    """``||W - Q - s·BA|| / ||W||`` and ``||s·BA|| / ||W||`` from the very tensors that are written."""
+    for tensor in (*stored, *adapter.values()):
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise NumericalError("a tensor to be written is not finite; the weights' range is too wide")
+    weight = weight.float()
+    norm = torch.linalg.vector_norm(weight, dtype=torch.float64).item() or 1.0
+    product = s * adapter_product(matrix, adapter)
+    residual = weight - layout.decode(matrix, stored) - product
+    lengths = [torch.linalg.vector_norm(t, dtype=torch.float64).item() / norm for t in (residual, product)]
+    return lengths[0], lengths[1]
+
+
+class Workspace:
+    """The directory beside the output in which units are collected until all are there."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.output, self.units = root, root / "output", root / "units"
+
+    def piece(self, unit: Unit) -> Path:
+        return self.units / f"{unit.index:05d}.safetensors"
+
+    def record_path(self, unit: Unit) -> Path:
+        return self.units / f"{unit.index:05d}.json"
+
+    def finished(self, unit: Unit) -> dict[str, Any] | None:
+        """The record of a unit that is done; None if its record is missing or its files do not match it."""
+        try:
+            record = strict_json.load_object(self.record_path(unit))
+            shard = fsio.sha256_file(self.output / unit.file_name)
+            piece = fsio.sha256_file(self.piece(unit))
+        except (LoftqError, OSError):
+            return None
+        matches = record.get("shard") == asdict(shard) and record.get("piece") == asdict(piece)
+        return record if matches else None
+
+    def make(
+        self, unit: Unit, solved: Iterator[Solved], checkpoint: Checkpoint, layout: Layout
+    ) -> dict[str, Any]:
+        """Write a unit's shard, its part of the adapter and, last, its record."""
+        reports: list[dict[str, Any]] = []
+        adapter: dict[str, Tensor] = {}
+
+        def contents() -> Iterator[bytes | memoryview]:
+            yield encode_header(unit.entries(layout), {"format": "pt"})
+            for tensor in unit.tensors:
+                if isinstance(tensor, Kept):
+                    yield tensor_bytes(read_finite(tensor, checkpoint))
+                    continue
+                result = next(solved)
+                reports.append(result.report)
+                adapter.update(result.adapter)
+                yield from map(tensor_bytes, result.stored)
+
+        def adapter_contents() -> Iterator[bytes | memoryview]:
+            yield encode_header(unit.adapter_entries(), {"format": "pt"})
+            for entry in unit.adapter_entries():
+                yield tensor_bytes(adapter.pop(entry.name))
+
+        shard = fsio.write_atomic(self.output / unit.file_name, contents())
+        piece = fsio.write_atomic(self.piece(unit), adapter_contents())
+        record = {"shard": asdict(shard), "piece": asdict(piece), "matrices": reports}
+        fsio.write_json(self.record_path(unit), record)
+        return record
+
+
+def read_finite(kept: Kept, checkpoint: Checkpoint) -> Tensor:
+    """A tensor that is copied. NumericalError if it holds NaN or infinity."""
+    tensor = checkpoint.read(kept.name)
+    if tensor.is_floating_point() and not kept.dtype.startswith("F8"):
+        try:
+            check_finite(tensor)
+        except NumericalError as e:
+            raise NumericalError(f"{quoted(kept.name)}: {e}") from e
+    return tensor

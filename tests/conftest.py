@@ -1,0 +1,23 @@
+"""Settings that make tests repeatable, and shapes checked at run time."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+install_import_hook(["loftq.numerics", "loftq.solve"], "beartype.beartype")
+
+
+@pytest.fixture(autouse=True)
+def repeatable():
+    """The same random numbers, one thread and float32 for every test."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(torch.float32)
