@@ -12,8 +12,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Policy",
     "QuantSpec",
-    "SolveSpec",
     "Solution",
+    "SolveSpec",
     "get_peft_model",
     "quantize",
     "quantize_weight",

@@ -37,15 +37,11 @@ def quantize_weight(
 
     Raises: UsageError for options that do not fit; NumericalError for values that are not finite.
     """
-    quant = QuantSpec(
-        bits=bits, code=code, block_size=block_size, scale_dtype=scale_dtype, double_quant=double_quant
-    )
+    quant = QuantSpec(bits=bits, code=code, block_size=block_size, scale_dtype=scale_dtype, double_quant=double_quant)
     return solve(weight, quant, rank, SolveSpec(steps=steps, order=order, svd=svd, seed=seed))
 
 
-def get_peft_model(
-    model: nn.Module, *, workers: int | None = None, progress: bool = True, **options: Any
-) -> nn.Module:
+def get_peft_model(model: nn.Module, *, workers: int | None = None, progress: bool = True, **options: Any) -> nn.Module:
     """A loaded full-precision model becomes a ``PeftModel`` with packed layers and the LoftQ start.
 
     The model is changed in place, layer by layer, so that little more memory is needed than it has already.
@@ -66,9 +62,7 @@ def get_peft_model(
     return wrapped
 
 
-def quantize(
-    model: str | Path, output: str | Path, *, format: str = "loftq", **options: Any
-) -> dict[str, Any]:
+def quantize(model: str | Path, output: str | Path, *, format: str = "loftq", **options: Any) -> dict[str, Any]:
     """What ``loftq quantize`` does: stream a checkpoint from disk into a LoftQ checkpoint; its manifest.
 
     Args:
@@ -78,9 +72,7 @@ def quantize(
         options: fields of :class:`Policy`, ``steps``, ``order``, ``svd``, ``seed``, ``workers``, ``device``, ``overwrite``.
     """
     own = {k: options.pop(k) for k in ("workers", "device", "overwrite", "max_shard_bytes") if k in options}
-    return _quantize(
-        str(model), Path(output), QuantizeOptions(policy=make_policy(**options), format=format, **own)
-    )
+    return _quantize(str(model), Path(output), QuantizeOptions(policy=make_policy(**options), format=format, **own))
 
 
 def make_policy(**options: Any) -> Policy:

@@ -24,9 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[
-    str, typer.Argument(help="A local model directory, or a hub id like org/name.", show_default=False)
-]
+Model = Annotated[str, typer.Argument(help="A local model directory, or a hub id like org/name.", show_default=False)]
 Directory = Annotated[Path, typer.Argument(help="A directory made by `loftq quantize`.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Bits = Annotated[
@@ -42,12 +40,8 @@ Alpha = Annotated[
 ]
 Code = Annotated[str, typer.Option(help="nf, uniform, uniform-tensor or affine.")]
 BlockSize = Annotated[int, typer.Option(help="Weights of a row that share a scale.")]
-ScaleDtype = Annotated[
-    str | None, typer.Option(help="bfloat16, float16 or float32. [default: bfloat16; bnb: float32]")
-]
-DoubleQuant = Annotated[
-    bool, typer.Option("--double-quant", help="Quantize the scales too, as bitsandbytes does.")
-]
+ScaleDtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32. [default: bfloat16; bnb: float32]")]
+DoubleQuant = Annotated[bool, typer.Option("--double-quant", help="Quantize the scales too, as bitsandbytes does.")]
 RankPolicy = Annotated[str, typer.Option(help="A rank too large for a matrix: refuse or clamp.")]
 RsLora = Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")]
 Embeddings = Annotated[bool, typer.Option("--embeddings", help="Quantize embedding tables too.")]
@@ -92,11 +86,7 @@ def plan(
     source = open_source(model, policy, revision)
     rows = plan_table(source.plan)
     if as_json:
-        print(
-            json.dumps(
-                {"tensors": rows, "coverage": source.plan.coverage, "digest": source.plan.digest()}, indent=2
-            )
-        )
+        print(json.dumps({"tensors": rows, "coverage": source.plan.coverage, "digest": source.plan.digest()}, indent=2))
     else:
         print_plan(rows, source.plan.coverage)
 
@@ -113,12 +103,8 @@ def quantize(
     scale_dtype: ScaleDtype = None,
     double_quant: DoubleQuant = False,
     steps: Annotated[int, typer.Option(help="Alternations T; the best step is kept.")] = 5,
-    method: Annotated[
-        str, typer.Option(help="loftq, svd (one step) or qlora (quantize, zero start).")
-    ] = "loftq",
-    order: Annotated[
-        str, typer.Option(help="quantize-first, or svd-first (the paper's ablation).")
-    ] = "quantize-first",
+    method: Annotated[str, typer.Option(help="loftq, svd (one step) or qlora (quantize, zero start).")] = "loftq",
+    order: Annotated[str, typer.Option(help="quantize-first, or svd-first (the paper's ablation).")] = "quantize-first",
     svd: Annotated[str, typer.Option(help="auto, exact or randomized.")] = "auto",
     format: Annotated[
         str, typer.Option(help="loftq (packed), bnb (bitsandbytes NF4), or dense (dequantized).")
@@ -133,9 +119,7 @@ def quantize(
     max_shard_size: Annotated[str, typer.Option(help="Largest file of the backbone: 500MB, 2GB.")] = "1GB",
     task_type: Annotated[str | None, typer.Option(help="PEFT task type to write into the adapter.")] = None,
     revision: Revision = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier output of loftq.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of loftq.")] = False,
 ) -> None:
     """Make a LoftQ checkpoint: packed backbone, LoRA start, manifest, model card. Continues where it was stopped."""
     from loftq.formats.layouts import LAYOUTS
@@ -306,9 +290,7 @@ def main() -> NoReturn:
         if type(e).__module__.startswith(("click", "typer")):
             code = _report(getattr(e, "format_message", lambda: e)(), "usage", 2)
         else:
-            code = _report(
-                f"{type(e).__name__}: {e}; this is a bug of loftq, please report it", "internal", 70
-            )
+            code = _report(f"{type(e).__name__}: {e}; this is a bug of loftq, please report it", "internal", 70)
     _exit(code)
 
 

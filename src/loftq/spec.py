@@ -86,9 +86,7 @@ class SolveSpec:
 def scaling(lora_alpha: float, rank: int, use_rslora: bool) -> float:
     """``s`` in ``W ≈ Q + s · B @ A``: ``alpha / r`` (LoRA) or ``alpha / sqrt(r)`` (rsLoRA, arXiv 2312.03732)."""
     if lora_alpha <= 0:
-        raise UsageError(
-            f"alpha must be positive, got {lora_alpha}: a scaling of 0 would switch the adapter off"
-        )
+        raise UsageError(f"alpha must be positive, got {lora_alpha}: a scaling of 0 would switch the adapter off")
     return lora_alpha / (rank**0.5 if use_rslora else rank)
 
 

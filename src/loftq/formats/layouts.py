@@ -48,9 +48,7 @@ class Layout(Protocol):
         """The float32 matrix ``(out, in)`` that a reader gets from them."""
         ...
 
-    def quantization_config(
-        self, modules: list[tuple[str, QuantSpec]], bits: float, kept: list[str]
-    ) -> dict | None:
+    def quantization_config(self, modules: list[tuple[str, QuantSpec]], bits: float, kept: list[str]) -> dict | None:
         """The object for ``config.json``; None for a dense model."""
         ...
 
@@ -75,9 +73,7 @@ class PackedLayout:
         names = stored_tensors(matrix.quant, *matrix.shape)
         return decode(dict(zip(names, tensors, strict=True)), matrix.quant, matrix.shape[1])
 
-    def quantization_config(
-        self, modules: list[tuple[str, QuantSpec]], bits: float, kept: list[str]
-    ) -> dict | None:
+    def quantization_config(self, modules: list[tuple[str, QuantSpec]], bits: float, kept: list[str]) -> dict | None:
         from loftq.formats.config import quantization_config
 
         return quantization_config(modules, bits)
@@ -90,9 +86,7 @@ class DenseLayout:
 
     def entries(self, matrix: MatrixLike) -> list[Entry]:
         rows, columns = matrix.shape
-        return [
-            Entry(matrix.name, matrix.dtype, (columns, rows) if matrix.kind == "conv1d" else (rows, columns))
-        ]
+        return [Entry(matrix.name, matrix.dtype, (columns, rows) if matrix.kind == "conv1d" else (rows, columns))]
 
     def encode(self, matrix: MatrixLike, quantized: Quantized) -> list[Tensor]:
         weight = dequantize(quantized, matrix.quant).to(DTYPES[matrix.dtype])
@@ -102,9 +96,7 @@ class DenseLayout:
         weight = tensors[0].float()
         return weight.T if matrix.kind == "conv1d" else weight
 
-    def quantization_config(
-        self, modules: list[tuple[str, QuantSpec]], bits: float, kept: list[str]
-    ) -> dict | None:
+    def quantization_config(self, modules: list[tuple[str, QuantSpec]], bits: float, kept: list[str]) -> dict | None:
         return None
 
 
@@ -144,9 +136,7 @@ class BitsAndBytesLayout:
         codes = torch.stack([packed[:, 0] >> 4, packed[:, 0] & 15], 1).view(-1, matrix.quant.block_size)
         return (levels[codes.int()] * absmax[:, None]).view(matrix.shape)
 
-    def quantization_config(
-        self, modules: list[tuple[str, QuantSpec]], bits: float, kept: list[str]
-    ) -> dict | None:
+    def quantization_config(self, modules: list[tuple[str, QuantSpec]], bits: float, kept: list[str]) -> dict | None:
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
@@ -181,6 +171,4 @@ class BitsAndBytesLayout:
         return json.dumps({**state, "shape": list(matrix.shape)}).encode()
 
 
-LAYOUTS: dict[str, Layout] = {
-    layout.name: layout for layout in (PackedLayout(), DenseLayout(), BitsAndBytesLayout())
-}
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (PackedLayout(), DenseLayout(), BitsAndBytesLayout())}

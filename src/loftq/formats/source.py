@@ -287,9 +287,7 @@ def _check_link(path: Path, directory: Path, allow_external: bool) -> None:
         raise InputError(f"{shown(path)}: {why}; copy the file or allow external symlinks")
 
 
-def _check_agreement(
-    index: Path, weight_map: Mapping[str, str], missing: list[str], shards: list[_Shard]
-) -> None:
+def _check_agreement(index: Path, weight_map: Mapping[str, str], missing: list[str], shards: list[_Shard]) -> None:
     """Index and shards must name the same tensors, each once; everything wrong is told in one message."""
     homes: dict[str, list[str]] = {}
     for shard in shards:

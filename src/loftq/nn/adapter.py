@@ -7,9 +7,7 @@ from torch import Tensor
 from loftq.plan import Matrix, Plan, target_suffixes
 
 
-def adapter_config(
-    plan: Plan, others: list[str], prefix: str, base: str, task_type: str | None
-) -> dict[str, Any]:
+def adapter_config(plan: Plan, others: list[str], prefix: str, base: str, task_type: str | None) -> dict[str, Any]:
     """``adapter_config.json``: LoRA on exactly the quantized modules.
 
     Args:

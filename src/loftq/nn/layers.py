@@ -116,9 +116,7 @@ class LoftQLinear(PackedWeight, nn.Linear):
         return dense
 
     def extra_repr(self) -> str:
-        shape = (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        )
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{shape}, {_describe(self.spec)}"
 
 

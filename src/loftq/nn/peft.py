@@ -54,9 +54,7 @@ def _new_layer(config: LoraConfig, adapter_name: str, target: nn.Module, **kwarg
     if not isinstance(target, PackedWeight) or kwargs.get("parameter_name"):
         return None
     if config.use_dora:
-        raise UsageError(
-            "DoRA needs the norms of a dense weight and does not work on a packed one; use_dora=False"
-        )
+        raise UsageError("DoRA needs the norms of a dense weight and does not work on a packed one; use_dora=False")
     if config.init_lora_weights not in READ_NO_WEIGHT:
         raise UsageError(
             f"init_lora_weights={config.init_lora_weights!r} reads a dense weight, and this one is packed; use True "
@@ -84,11 +82,7 @@ def install() -> None:
         model = unload(self, *args, **kwargs)
         quantizer = getattr(model, "hf_quantizer", None)
         packed_left = any(isinstance(m, PackedWeight) for m in model.modules())
-        if (
-            quantizer is not None
-            and quantizer.quantization_config.quant_method == "loftq"
-            and not packed_left
-        ):
+        if quantizer is not None and quantizer.quantization_config.quant_method == "loftq" and not packed_left:
             quantizer.remove_quantization_config(model)
         return model
 

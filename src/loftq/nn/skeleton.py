@@ -28,9 +28,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """``config.json``, strictly parsed, without the keys that would run or select code."""
     path = directory / "config.json"
     if not path.is_file():
-        raise InputError(
-            f"{path}: missing; a Hugging Face model directory holds a config.json beside its weights"
-        )
+        raise InputError(f"{path}: missing; a Hugging Face model directory holds a config.json beside its weights")
     config = strict_json.load_object(path)
     if "quantization_config" in config:
         method = quoted(config["quantization_config"].get("quant_method", "an unnamed method"))
@@ -47,9 +45,7 @@ def _check_number(path: Path, key: str, value: object) -> None:
         return
     largest = MOST_LAYERS if "layers" in key else LARGEST_SIZE
     if isinstance(value, str) or not 0 <= value <= largest:
-        raise InputError(
-            f"{path}: {quoted(key)} is {quoted(value)!s}; wanted a number between 0 and {largest}"
-        )
+        raise InputError(f"{path}: {quoted(key)} is {quoted(value)!s}; wanted a number between 0 and {largest}")
 
 
 def build(directory: Path) -> nn.Module:
@@ -109,9 +105,7 @@ def roles(model: nn.Module, tensor_names: Iterable[str]) -> dict[str, Role]:
 
 def adaptable(model: nn.Module) -> list[str]:
     """Names of all modules that a LoRA adapter can wrap."""
-    return [
-        name for name, module in model.named_modules() if _kind(module, "weight", None, name)[0] != "other"
-    ]
+    return [name for name, module in model.named_modules() if _kind(module, "weight", None, name)[0] != "other"]
 
 
 def runtime_name(model: nn.Module, tensor: str, parameters: dict[str, Any]) -> tuple[str, bool]:
@@ -140,9 +134,7 @@ def _kind(module: nn.Module, leaf: str, parameter: Any, name: str) -> tuple[str,
         return ("experts" if three_dimensional and "expert" in name else "other"), ""
     if isinstance(module, nn.Embedding):
         last = name.rpartition(".")[2]
-        own_forward = (
-            "" if type(module) is nn.Embedding else f"{type(module).__name__} computes more than a lookup"
-        )
+        own_forward = "" if type(module) is nn.Embedding else f"{type(module).__name__} computes more than a lookup"
         return "embedding", READ_DIRECTLY.get(last, own_forward)
     if isinstance(module, Conv1D):
         return "conv1d", ""
@@ -153,9 +145,7 @@ def _kind(module: nn.Module, leaf: str, parameter: Any, name: str) -> tuple[str,
 
 
 def _inside_attention_of_torch(module: nn.Module) -> bool:
-    return (
-        type(module).__name__ == "NonDynamicallyQuantizableLinear"
-    )  # read directly by nn.MultiheadAttention
+    return type(module).__name__ == "NonDynamicallyQuantizableLinear"  # read directly by nn.MultiheadAttention
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:

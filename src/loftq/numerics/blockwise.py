@@ -84,9 +84,7 @@ def decode(tensors: dict[str, Tensor], spec: QuantSpec, columns: int) -> Float[T
     return _rescale(values[:, :columns].contiguous(), tensors, spec)
 
 
-def decode_rows(
-    tensors: dict[str, Tensor], spec: QuantSpec, columns: int, rows: Tensor
-) -> Float[Tensor, "n in"]:
+def decode_rows(tensors: dict[str, Tensor], spec: QuantSpec, columns: int, rows: Tensor) -> Float[Tensor, "n in"]:
     """Some rows of :func:`decode`, by their indices, without decoding the others: an embedding's lookup."""
     scale, zero = _scale_and_zero(tensors)
     chosen = {
@@ -164,9 +162,7 @@ def _scale_and_zero(scales: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """Stored scales and zero points as float32."""
     scale, zero = scales["weight_scale"], scales.get("weight_zero")
     if "weight_scale_absmax" in scales:
-        absmax = (
-            scales["weight_scale_absmax"].repeat_interleave(NESTED_BLOCK)[: scale.numel()].view(scale.shape)
-        )
+        absmax = scales["weight_scale_absmax"].repeat_interleave(NESTED_BLOCK)[: scale.numel()].view(scale.shape)
         scale = dynamic_8bit().to(scale.device)[scale.int()] * absmax + scales["weight_scale_mean"]
     return scale.float(), None if zero is None else zero.float()
 

@@ -27,9 +27,7 @@ class Rules(Generic[V]):
         for pattern, _ in self.rules:
             if not any(matches(pattern, name) for name in names):
                 near = difflib.get_close_matches(pattern, names, n=5, cutoff=0)
-                raise UsageError(
-                    f"{option}: {quoted(pattern)} matches no module; the nearest are {listed(near)}"
-                )
+                raise UsageError(f"{option}: {quoted(pattern)} matches no module; the nearest are {listed(near)}")
 
 
 def parse_rules(option: str, text: str, value: Callable[[str], V]) -> Rules[V]:

@@ -126,9 +126,7 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def make(
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]], roles: Mapping[str, Role], policy: Policy
-) -> Plan:
+def make(tensors: Mapping[str, tuple[str, tuple[int, ...]]], roles: Mapping[str, Role], policy: Policy) -> Plan:
     """Decide about every tensor.
 
     Args:
@@ -153,12 +151,7 @@ def make(
             reason = "left dense by --bits"
         if reason:
             by_design = set(role.module.split(".")) & (HEADS | ROUTERS)
-            missed = (
-                role.backbone
-                and role.kind in ("linear", "conv1d", "experts")
-                and len(shape) > 1
-                and not by_design
-            )
+            missed = role.backbone and role.kind in ("linear", "conv1d", "experts") and len(shape) > 1 and not by_design
             kept.append(Kept(name, dtype, shape, _numel(shape) * _itemsize(dtype), reason, missed))
             continue
         quant = QuantSpec(
@@ -172,9 +165,7 @@ def make(
         rank = ranks(role.module)
         if rank >= min(oriented) and policy.rank_policy == "refuse":
             refused.append(f"{name} {oriented[0]}x{oriented[1]} with rank {rank}")
-        matrices.append(
-            Matrix(name, role.module, role.kind, oriented, dtype, quant, min(rank, min(oriented) - 1))
-        )
+        matrices.append(Matrix(name, role.module, role.kind, oriented, dtype, quant, min(rank, min(oriented) - 1)))
     if refused:
         raise UsageError(
             f"the rank must be below the shorter side of every matrix, and is not for {listed(refused)}; "
@@ -214,9 +205,7 @@ def _reason_to_keep(name: str, dtype: str, shape: tuple[int, ...], role: Role, p
         return "not a Linear, Conv1D or Embedding weight"
     if role.kind == "embedding" and not policy.embeddings:
         return "an embedding (--embeddings quantizes it)"
-    if role.kind == "embedding" and min(shape) <= parse_rules("--rank", policy.rank, _rank_value)(
-        role.module
-    ):
+    if role.kind == "embedding" and min(shape) <= parse_rules("--rank", policy.rank, _rank_value)(role.module):
         return "an embedding smaller than the rank"
     if role.tied:
         return f"tied to {listed(role.tied, 3)}"

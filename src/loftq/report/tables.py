@@ -58,9 +58,7 @@ def print_inspection(inspected: dict[str, Any]) -> None:
         ("rank", "right"),
         ("bytes", "right"),
     ]
-    table = _table(
-        *columns, ("QLoRA", "right"), ("LoftQ", "right"), ("step", "right"), ("error per step", "left")
-    )
+    table = _table(*columns, ("QLoRA", "right"), ("LoftQ", "right"), ("step", "right"), ("error per step", "left"))
     for m in inspected["matrices"]:
         trace = " ".join(f"{e:.4f}" for e in m["errors"][1:])
         table.add_row(
@@ -90,12 +88,8 @@ def print_summary(output: Path, manifest: dict[str, Any], made: bool) -> None:
     console.print(_totals(manifest["totals"]))
     lines = warnings(manifest["matrices"])
     if lines:
-        console.print(
-            f"[yellow]warning:[/yellow] {len(lines)} matrices gain little; see: loftq inspect {output}"
-        )
-    console.print(
-        f"Saved to {output}. Its README.md says how to load it; `loftq inspect {output}` shows every matrix."
-    )
+        console.print(f"[yellow]warning:[/yellow] {len(lines)} matrices gain little; see: loftq inspect {output}")
+    console.print(f"Saved to {output}. Its README.md says how to load it; `loftq inspect {output}` shows every matrix.")
 
 
 def _totals(t: dict[str, Any]) -> Table:

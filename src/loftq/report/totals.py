@@ -27,9 +27,7 @@ def totals(plan: Plan, matrices: list[dict[str, Any]], file_sizes: dict[str, int
         "parameters": quantized + kept,
         "coverage": plan.coverage,
         "bits_per_weight": 8 * sum(m["bytes"] for m in matrices) / quantized,
-        "backbone_bytes": sum(
-            n for name, n in file_sizes.items() if name.endswith(".safetensors") and "/" not in name
-        ),
+        "backbone_bytes": sum(n for name, n in file_sizes.items() if name.endswith(".safetensors") and "/" not in name),
         "adapter_bytes": file_sizes["loftq_init/adapter_model.safetensors"],
         "disk_bytes": disk,
         "dense_16bit_bytes": dense,

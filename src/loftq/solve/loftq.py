@@ -86,9 +86,7 @@ def solve(
     assert best is not None
     _, kept, (quantized, b, a) = best
     if not all(map(math.isfinite, errors)):
-        raise NumericalError(
-            f"the error trace is not finite: {errors}; the weights' range is too wide for float32"
-        )
+        raise NumericalError(f"the error trace is not finite: {errors}; the weights' range is too wide for float32")
     return Solution(quantized, b, a, tuple(errors), kept)
 
 

@@ -29,9 +29,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 def verify(directory: Path) -> dict[str, Any]:
     """Check hashes, headers, shapes and finiteness of every file; the manifest. InputError lists all that is wrong."""
     manifest = read_manifest(directory)
-    problems = [
-        p for name, digest in manifest["files"].items() for p in _file_problems(directory, name, digest)
-    ]
+    problems = [p for name, digest in manifest["files"].items() for p in _file_problems(directory, name, digest)]
     if problems:
         raise InputError(f"{directory}: {listed(problems)}; make it again, or download it again")
     files = [read_header(directory / name) for name in manifest["files"] if name.endswith(".safetensors")]
@@ -54,20 +52,14 @@ def _file_problems(directory: Path, name: str, wanted: dict[str, Any]) -> list[s
     found = fsio.sha256_file(path)
     if found.size != wanted.get("size"):
         return [f"{quoted(name)}: {found.size} bytes, the manifest says {wanted.get('size')}"]
-    return (
-        [] if found.sha256 == wanted.get("sha256") else [f"{quoted(name)}: its bytes have changed (sha256)"]
-    )
+    return [] if found.sha256 == wanted.get("sha256") else [f"{quoted(name)}: its bytes have changed (sha256)"]
 
 
-def _matrix_problems(
-    matrix: dict[str, Any], tensors: dict[str, tuple], manifest: dict[str, Any]
-) -> list[str]:
+def _matrix_problems(matrix: dict[str, Any], tensors: dict[str, tuple], manifest: dict[str, Any]) -> list[str]:
     """Tensors of a matrix and its adapter that are missing or have another shape than the plan says."""
     rows, columns = matrix["shape"]
     rank, problems = matrix["rank"], []
-    factors = (
-        {(rank, columns), (rows, rank)} if matrix["kind"] != "embedding" else {(rank, rows), (columns, rank)}
-    )
+    factors = {(rank, columns), (rows, rank)} if matrix["kind"] != "embedding" else {(rank, rows), (columns, rank)}
     stems = (
         f"base_model.model.{matrix['module']}.lora_A",
         f"base_model.model.{matrix['module']}.lora_embedding_A",
@@ -104,6 +96,4 @@ def _check_config(directory: Path, manifest: dict[str, Any]) -> None:
     planned = {(m["module"], from_dict(QuantSpec, m["quant"])) for m in manifest["plan"]["matrices"]}
     if listed_there != planned:
         odd = sorted(module for module, _ in listed_there ^ planned)
-        raise InputError(
-            f"{directory / 'config.json'}: the packed modules are not those of the plan: {listed(odd)}"
-        )
+        raise InputError(f"{directory / 'config.json'}: the packed modules are not those of the plan: {listed(odd)}")

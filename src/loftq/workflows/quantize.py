@@ -52,14 +52,10 @@ class QuantizeOptions:
 
 
 Progress = Callable[[dict[str, Any]], None]  # called with the report of each matrix
-Begin = Callable[
-    [int, int], Progress
-]  # called once with the number of matrices in all, and of those done already
+Begin = Callable[[int, int], Progress]  # called once with the number of matrices in all, and of those done already
 
 
-def quantize(
-    model: str, output: Path, options: QuantizeOptions, begin: Begin | None = None
-) -> dict[str, Any]:
+def quantize(model: str, output: Path, options: QuantizeOptions, begin: Begin | None = None) -> dict[str, Any]:
     """Quantize ``model`` into the directory ``output``; the manifest of the result.
 
     Args:
@@ -82,9 +78,7 @@ def quantize(
         return done
     fsio.make_dirs(work.root)
     with fsio.DirectoryLock(work.root / "lock"):
-        done = _already_done(
-            output, identity, options.overwrite
-        )  # another process may have finished meanwhile
+        done = _already_done(output, identity, options.overwrite)  # another process may have finished meanwhile
         if not done:
             _prepare(work, identity, units, layout, output)
             records = _make_units(work, source, units, layout, options, begin)
@@ -139,9 +133,7 @@ def _already_done(output: Path, identity: dict[str, Any], overwrite: bool) -> di
         if overwrite:
             return None
         changed = _differences(found.get("identity"), identity)
-        raise ConflictError(
-            f"{output}: made by another command ({changed}); choose another --output, or --overwrite"
-        )
+        raise ConflictError(f"{output}: made by another command ({changed}); choose another --output, or --overwrite")
     kind = "a directory that loftq did not make" if output.is_dir() else "not a directory"
     raise ConflictError(f"{output}: exists and is {kind}; choose another --output")
 
@@ -152,9 +144,7 @@ def _differences(old: Any, new: dict[str, Any]) -> str:
     return listed(f"{k}: {quoted(old.get(k), 60)} -> {quoted(new[k], 60)}" for k in fields)
 
 
-def _prepare(
-    work: Workspace, identity: dict[str, Any], units: list[Unit], layout: Layout, output: Path
-) -> None:
+def _prepare(work: Workspace, identity: dict[str, Any], units: list[Unit], layout: Layout, output: Path) -> None:
     """Make the workspace, or accept one that an earlier run with the same identity left."""
     path = work.root / "identity.json"
     if path.exists():
@@ -167,9 +157,7 @@ def _prepare(
                 f"{work.root}: holds unfinished work of another command ({_differences(found, identity)}); "
                 "run that command again to finish it, or delete the directory"
             )
-    for leftover in itertools.chain(
-        work.output.glob(".*.tmp"), work.units.glob(".*.tmp"), work.root.glob(".*.tmp")
-    ):
+    for leftover in itertools.chain(work.output.glob(".*.tmp"), work.units.glob(".*.tmp"), work.root.glob(".*.tmp")):
         fsio.remove(leftover)
     fsio.make_dirs(work.output)
     fsio.make_dirs(work.units)
@@ -246,9 +234,7 @@ def _assemble(
     task = options.task_type or planning.task_type(source.architecture)
     others = [m for m in source.adaptable if m not in {x.module for x in source.plan.matrices}]
     config = adapter_config(source.plan, others, source.prefix, str(output), task)
-    config["fan_in_fan_out"] = layout.name != "loftq" and any(
-        m.kind == "conv1d" for m in source.plan.matrices
-    )
+    config["fan_in_fan_out"] = layout.name != "loftq" and any(m.kind == "conv1d" for m in source.plan.matrices)
     write(
         f"{ADAPTER}/adapter_config.json",
         fsio.write_json(work.output / ADAPTER / "adapter_config.json", config),
@@ -260,9 +246,7 @@ def _assemble(
         write(name, fsio.copy_file(path, work.output / name))
     matrices = [m for record in records for m in record["matrices"]]
     summary = totals(source.plan, matrices, {n: d["size"] for n, d in files.items()})
-    card = model_card(
-        source.name, source.architecture, layout.name, output.name, source.plan, matrices, summary
-    )
+    card = model_card(source.name, source.architecture, layout.name, output.name, source.plan, matrices, summary)
     write("README.md", fsio.write_atomic(work.output / "README.md", [card.encode()]))
     manifest = {
         "format_version": 1,
@@ -299,18 +283,14 @@ def _write_adapter(work: Workspace, units: list[Unit]) -> fsio.FileDigest:
     return fsio.write_atomic(work.output / ADAPTER / "adapter_model.safetensors", contents())
 
 
-def _write_config(
-    work: Workspace, source: Source, layout: Layout, options: QuantizeOptions
-) -> fsio.FileDigest:
+def _write_config(work: Workspace, source: Source, layout: Layout, options: QuantizeOptions) -> fsio.FileDigest:
     """The source's configuration with ours added, without keys that would select or run code."""
     config = strict_json.load_object(source.directory / "config.json")
     config = {k: v for k, v in config.items() if not k.startswith(INTERNAL_KEYS)}
     bits = options.policy.bits
     number = float(bits) if bits.replace(".", "", 1).isdecimal() else source.plan.matrices[-1].quant.bits
     modules = [(m.module, m.quant) for m in source.plan.matrices]
-    ours = layout.quantization_config(
-        modules, int(number) if number == int(number) else number, source.kept_modules
-    )
+    ours = layout.quantization_config(modules, int(number) if number == int(number) else number, source.kept_modules)
     config.setdefault("architectures", [source.architecture])
     if ours is not None:
         config["quantization_config"] = ours

@@ -36,9 +36,7 @@ def open_source(model: str, policy: Policy, revision: str | None = None) -> Sour
     checkpoint = open_checkpoint(directory)
     method = is_quantized_source(checkpoint.tensors)
     if method:
-        raise InputError(
-            f"{directory}: already quantized with {method}; start from the full-precision checkpoint"
-        )
+        raise InputError(f"{directory}: already quantized with {method}; start from the full-precision checkpoint")
     built = skeleton.build(directory)
     tensors = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
     roles = skeleton.roles(built, tensors)
@@ -68,9 +66,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
     import huggingface_hub
 
     def download(*patterns: str) -> Path:
-        return Path(
-            huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(patterns))
-        )
+        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
 
     try:
         directory = download(*SMALL_FILES, "*.safetensors")

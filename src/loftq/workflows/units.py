@@ -155,9 +155,7 @@ class Workspace:
         matches = record.get("shard") == asdict(shard) and record.get("piece") == asdict(piece)
         return record if matches else None
 
-    def make(
-        self, unit: Unit, solved: Iterator[Solved], checkpoint: Checkpoint, layout: Layout
-    ) -> dict[str, Any]:
+    def make(self, unit: Unit, solved: Iterator[Solved], checkpoint: Checkpoint, layout: Layout) -> dict[str, Any]:
         """Write a unit's shard, its part of the adapter and, last, its record."""
         reports: list[dict[str, Any]] = []
         adapter: dict[str, Tensor] = {}
