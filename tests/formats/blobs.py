@@ -69,6 +69,9 @@ class Calls:
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = (function, arguments)
 
+    def __call__(self) -> None:
+        """Lets the result of one call be called by another."""
+
     def __reduce__(self) -> Any:
         return self.call
 

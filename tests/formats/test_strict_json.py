@@ -73,7 +73,7 @@ def test_dumps_is_frozen():
 
 
 def test_dumps_refuses_nan():
-    with pytest.raises(ValueError, match="not JSON compliant"):
+    with pytest.raises(ValueError, match=r"not JSON compliant"):
         strict_json.dumps({"a": float("nan")})
 
 
@@ -98,5 +98,5 @@ def test_load_object_checks_the_size_before_reading(tmp_path):
 @pytest.mark.timeout(5)
 def test_load_object_does_not_wait_for_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "a.json")
-    with pytest.raises(InputError, match="not a regular file"):
+    with pytest.raises(InputError, match=r"not a regular file"):
         strict_json.load_object(tmp_path / "a.json")

@@ -1,5 +1,6 @@
 """The safetensors subset: hostile headers as rows, reading, streaming, golden bytes."""
 
+import errno
 import itertools
 import json
 import os
@@ -139,7 +140,7 @@ def test_hostile_header_is_refused(tmp_path, raw, why):
 
 def test_header_cap(tmp_path):
     path = put(tmp_path / "x", blob(b"{}" + b" " * (16 << 20)))
-    with pytest.raises(InputError, match="header length 16777218, at most 16777216 are read"):
+    with pytest.raises(InputError, match=r"header length 16777218, at most 16777216 are read"):
         tf.read_header(path)
     assert tf.read_header(path, max_header_bytes=17 << 20).tensors == {}
 
@@ -149,7 +150,7 @@ def test_huge_claimed_header_is_not_allocated(tmp_path):
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", 1 << 42))
         file.truncate(1 << 43)
-    with pytest.raises(InputError, match="header length 4398046511104, at most"):
+    with pytest.raises(InputError, match=r"header length 4398046511104, at most"):
         tf.read_header(path)
 
 
@@ -205,27 +206,29 @@ def make_socket(path):
 def test_not_a_regular_file(tmp_path, monkeypatch, make):
     monkeypatch.chdir(tmp_path)
     make(type(tmp_path)("x"))
-    with pytest.raises(InputError, match="x: not a regular file"):
+    with pytest.raises(InputError, match=r"x: not a regular file"):
         tf.read_header(tmp_path / "x")
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(InputError, match="x: no such file"):
+    with pytest.raises(InputError, match=r"x: no such file"):
         tf.read_header(tmp_path / "x")
 
 
 def test_link_loop(tmp_path):
     (tmp_path / "x").symlink_to("x")
-    with pytest.raises(InputError, match="x: cannot be opened"):
+    with pytest.raises(InputError, match=r"x: cannot be opened"):
         tf.read_header(tmp_path / "x")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_unreadable_file(tmp_path):
-    path = put(tmp_path / "x", honest())
-    path.chmod(0)
-    with pytest.raises(StorageError, match="x: cannot be read"):
-        tf.read_header(path)
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.EIO])
+def test_unreadable_file(tmp_path, monkeypatch, number):
+    def fail(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(regular.os, "open", fail)
+    with pytest.raises(StorageError, match=f"x: cannot be read .{os.strerror(number)}.; "):
+        tf.read_header(tmp_path / "x")
 
 
 @pytest.mark.parametrize("dtype", tf.DTYPES)
@@ -289,7 +292,7 @@ def test_changed_since_the_header(tmp_path, change):
     file = tf.read_header(path)
     change(path)
     for read in (tf.read_tensor, lambda *a: list(tf.read_chunks(*a))):
-        with pytest.raises(InputError, match="x: source changed while reading"):
+        with pytest.raises(InputError, match=r"x: source changed while reading"):
             read(file.tensors["a"], file.stamp)
 
 
@@ -300,7 +303,7 @@ def test_changed_in_the_middle_of_a_tensor(tmp_path, change):
     chunks = tf.read_chunks(file.tensors["a"], file.stamp, 4)
     next(chunks)
     change(path)
-    with pytest.raises(InputError, match="source changed while reading"):
+    with pytest.raises(InputError, match=r"source changed while reading"):
         list(chunks)
 
 
@@ -333,7 +336,7 @@ def test_too_large_for_memory_names_the_tensor(tmp_path):
         except OSError:
             pytest.skip("this file system has no sparse files of 8 TiB")
     file = tf.read_header(path)
-    with pytest.raises(StorageError, match="x: w: not enough memory for 8796093022208 bytes"):
+    with pytest.raises(StorageError, match=r"x: w: not enough memory for 8796093022208 bytes"):
         tf.read_tensor(file.tensors["w"], file.stamp)
 
 
@@ -351,11 +354,11 @@ def test_descriptors_are_closed(tmp_path):
 
 ENTRIES = [tf.Entry("b", "F32", (1, 2)), tf.Entry("a.é", "U8", (3,)), tf.Entry("none", "BF16", (0,))]
 GOLDEN = (
-    b"\xc0\x00\x00\x00\x00\x00\x00\x00"
+    b"\xd8\x00\x00\x00\x00\x00\x00\x00"
     b'{"__metadata__":{"format":"pt","x":"1"},'
     b'"b":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]},'
     b'"a.\xc3\xa9":{"dtype":"U8","shape":[3],"data_offsets":[8,11]},'
-    b'"none":{"dtype":"BF16","shape":[0],"data_offsets":[11,11]}}     '
+    b'"none":{"dtype":"BF16","shape":[0],"data_offsets":[11,11]}}      '
 )
 
 

@@ -113,9 +113,12 @@ def _check_member(member: zipfile.ZipInfo, where: str) -> None:
 
 
 def _check_spans(file: RegularFile, members: list[zipfile.ZipInfo], end: int, where: str) -> None:
-    """Records must lie one after the other, under the names of the directory, and before the directory."""
+    """Records must lie one after the other from byte 0, under the directory's names and before it."""
     position = 0
-    for member in sorted(members, key=lambda m: m.header_offset):
+    members = sorted(members, key=lambda m: m.header_offset)
+    if members[0].header_offset:
+        raise _refused(where, f"{members[0].header_offset} bytes before the zip archive")
+    for member in members:
         start, name = member.header_offset, quoted(member.filename)
         if start < position or start + 30 > end:
             raise _refused(where, f"zip record {name} overlaps another or leaves the file")
@@ -146,31 +149,44 @@ def _why_refused(e: Exception) -> str:
     if named and "eights only" in text:
         name = next(group for group in named.groups() if group)
         return f"the pickle calls {quoted(name.rstrip('.'))}, which is more than tensors"
-    reason = text.partition("WeightsUnpickler error: ")[2] or text
-    return f"PyTorch refuses it ({quoted(' '.join(reason.split()))})"
+    reason = text.partition("WeightsUnpickler error: ")[2].partition("Check the documentation")[0] or text
+    return f"PyTorch refuses it ({type(e).__name__}: {quoted(' '.join(reason.split()))})"
 
 
 def _named_tensors(loaded: Any, where: str) -> dict[str, torch.Tensor]:
-    prefix = ""
-    if type(loaded) in (dict, OrderedDict) and loaded.keys() == {"state_dict"}:
-        loaded, prefix = loaded["state_dict"], "state_dict."
-    if type(loaded) not in (dict, OrderedDict):
-        raise _refused(where, f"wanted a dict of tensors, got {quoted(type(loaded).__name__)}")
-    for key, value in loaded.items():
+    prefix, named = "", _entries(loaded, where)
+    if list(named) == ["state_dict"]:
+        prefix, named = "state_dict.", _entries(named["state_dict"], where)
+    found = {}
+    for key, value in named.items():
         if type(key) is not str:
             got = type(key).__name__
             raise _refused(where, f"{prefix}{quoted(repr(key))}: wanted text as key, got {got}")
         check_name(key, where)
-        problem = _problem(value)
+        tensor = _bare(value)
+        problem = quoted(type(value).__name__) if tensor is None else _problem(tensor)
         if problem:
             raise _refused(where, f"{quoted(prefix + key)}: wanted a plain dense CPU tensor, got {problem}")
-    return dict(loaded)
+        found[key] = tensor
+    return found
 
 
-def _problem(value: Any) -> str | None:
-    """Why ``value`` is not a plain dense CPU tensor."""
+def _entries(loaded: Any, where: str) -> dict[Any, Any]:
+    """The entries of a dict, by the methods of ``dict``: a pickle can hang other ones on an OrderedDict."""
+    if type(loaded) not in (dict, OrderedDict):
+        raise _refused(where, f"wanted a dict of tensors, got {quoted(type(loaded).__name__)}")
+    return dict(dict.items(loaded))
+
+
+def _bare(value: Any) -> torch.Tensor | None:
+    """A tensor without the attributes that a pickle can hang on it; None for anything else."""
     if type(value) not in (torch.Tensor, torch.nn.Parameter):
-        return quoted(type(value).__name__)
+        return None
+    return torch.Tensor.detach(value)
+
+
+def _problem(value: torch.Tensor) -> str | None:
+    """Why ``value`` is not a plain dense CPU tensor."""
     if value.layout is not torch.strided or value.is_nested:
         return "a sparse or nested tensor"
     if value.device.type != "cpu":
@@ -212,5 +228,4 @@ def _owns_storage(t: torch.Tensor) -> bool:
 
 
 def _plain(t: torch.Tensor) -> torch.Tensor:
-    t = t.detach()
     return t if _owns_storage(t) else t.clone(memory_format=torch.contiguous_format)

@@ -31,13 +31,19 @@ def print_plan(rows: list[dict[str, Any]], coverage: float) -> None:
         ("bytes", "right"),
     )
     table = _table(*columns)
+    vectors = [r for r in rows if r["action"] == "keep" and len(r["shape"]) < 2]
     for row in rows:
+        if row in vectors:
+            continue
         shape = "x".join(map(str, row["shape"]))
         if row["action"] == "quantize":
             stored = f"{row['bits']}-bit {row['code']}, block {row['block_size']}"
             table.add_row(row["name"], shape, stored, str(row["rank"]), f"{row['bytes']:,}")
         else:
             table.add_row(row["name"], shape, f"[dim]kept: {row['reason']}[/dim]", "", f"{row['bytes']:,}")
+    if vectors:
+        size = sum(r["bytes"] for r in vectors)
+        table.add_row(f"{len(vectors)} vectors", "", "[dim]kept: norms and biases[/dim]", "", f"{size:,}")
     console = _console()
     console.print(table)
     quantized = [r for r in rows if r["action"] == "quantize"]

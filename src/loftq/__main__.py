@@ -1,0 +1,5 @@
+"""``python -m loftq``."""
+
+from loftq.cli import main
+
+main()

@@ -1,0 +1,251 @@
+"""Tiny random models of every family, and the dense model that a LoftQ checkpoint stands for.
+
+Sizes are odd on purpose: rows of 72 weights end in a short block of 8, rows of 40 are shorter than a block.
+"""
+
+import copy
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import loftq
+from loftq.formats.config import read_groups
+from loftq.numerics import decode
+
+HIDDEN, INNER, VOCAB, LENGTH = 72, 40, 101, 7
+BERT = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+DEBERTA = {
+    **BERT,
+    "relative_attention": True,
+    "share_att_key": True,
+    "position_buckets": 8,
+    "max_relative_positions": -1,
+    "pos_att_type": "p2c|c2p",
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+}
+LLAMA = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+BART = {
+    "vocab_size": VOCAB,
+    "d_model": HIDDEN,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": INNER,
+    "decoder_ffn_dim": INNER,
+    "max_position_embeddings": 40,
+    "dropout": 0.0,
+}
+T5 = {
+    "vocab_size": VOCAB,
+    "d_model": HIDDEN,
+    "d_kv": 16,
+    "d_ff": INNER,
+    "num_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 0,
+}
+OPT = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "ffn_dim": INNER,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+    "dropout": 0.0,
+    "word_embed_proj_dim": HIDDEN,
+}
+GPT2 = {
+    "vocab_size": VOCAB,
+    "n_embd": HIDDEN,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 40,
+    "n_inner": INNER,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "pad_token_id": 0,
+}
+MOE = {
+    "num_experts_per_tok": 2,
+    "head_dim": 16,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to make a tiny model, and what to expect of it.
+
+    Attributes:
+        matrices: number of matrices a plain run quantizes.
+        tied: the output head is the input embedding.
+        table: name of the word embedding, if it can be quantized.
+    """
+
+    architecture: str
+    config: str
+    options: dict[str, Any]
+    matrices: int
+    auto: str = "AutoModelForCausalLM"
+    tied: bool = False
+    table: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def model_class(self) -> Any:
+        return getattr(transformers, self.architecture)
+
+    @property
+    def auto_class(self) -> Any:
+        return getattr(transformers, self.auto)
+
+
+_CLASSIFY = "AutoModelForSequenceClassification"
+_SEQ2SEQ = "AutoModelForSeq2SeqLM"
+FAMILIES = {
+    "bert": Family("BertModel", "BertConfig", BERT, 12, "AutoModel", table="embeddings.word_embeddings"),
+    "bert-mlm": Family("BertForMaskedLM", "BertConfig", BERT, 12, "AutoModelForMaskedLM", tied=True),
+    "roberta": Family(
+        "RobertaForSequenceClassification",
+        "RobertaConfig",
+        {**BERT, "num_labels": 3},
+        12,
+        _CLASSIFY,
+        table="roberta.embeddings.word_embeddings",
+    ),
+    "deberta-v3": Family(
+        "DebertaV2Model", "DebertaV2Config", DEBERTA, 12, "AutoModel", table="embeddings.word_embeddings"
+    ),
+    "bart": Family("BartForConditionalGeneration", "BartConfig", BART, 32, _SEQ2SEQ, tied=True),
+    "t5": Family("T5ForConditionalGeneration", "T5Config", T5, 32, _SEQ2SEQ, tied=True),
+    "flan-t5": Family(
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        36,
+        _SEQ2SEQ,
+    ),
+    "opt": Family("OPTForCausalLM", "OPTConfig", OPT, 12, tied=True),
+    "gpt2": Family("GPT2LMHeadModel", "GPT2Config", GPT2, 8, tied=True),
+    "llama": Family("LlamaForCausalLM", "LlamaConfig", LLAMA, 14, table="model.embed_tokens"),
+    "mistral": Family("MistralForCausalLM", "MistralConfig", {**LLAMA, "sliding_window": 4}, 14),
+    "qwen3": Family(
+        "Qwen3ForCausalLM", "Qwen3Config", {**LLAMA, "head_dim": 16, "tie_word_embeddings": True}, 14, tied=True
+    ),
+    "phi": Family("PhiForCausalLM", "PhiConfig", {**LLAMA, "num_key_value_heads": 4}, 12),
+    "phi3": Family("Phi3ForCausalLM", "Phi3Config", {**LLAMA, "eos_token_id": 1, "bos_token_id": 2}, 8),
+    "gemma": Family("GemmaForCausalLM", "GemmaConfig", {**LLAMA, "head_dim": 16}, 14, tied=True),
+    "mixtral": Family(
+        "MixtralForCausalLM", "MixtralConfig", {**LLAMA, **MOE, "num_local_experts": 4}, 8
+    ),
+    "qwen3-moe": Family(
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {**LLAMA, **MOE, "num_experts": 4, "moe_intermediate_size": INNER},
+        8,
+    ),
+}
+DENSE = [name for name in FAMILIES if name not in ("mixtral", "qwen3-moe")]
+
+
+def tiny(name: str, seed: int = 0) -> Any:
+    """A random model in eval mode; biases and norms are not left at zero and one."""
+    family = FAMILIES[name]
+    torch.manual_seed(seed)
+    model = family.model_class(getattr(transformers, family.config)(**family.options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def saved(name: str, directory: Path, seed: int = 0) -> Any:
+    """``tiny(name)``, saved in ``directory``."""
+    model = tiny(name, seed)
+    model.save_pretrained(directory)
+    return model
+
+
+def quantize(source: Path, output: Path, **options: Any) -> dict[str, Any]:
+    """``loftq.quantize`` at 2 bits and rank 4, in one thread, unless told otherwise."""
+    return loftq.quantize(source, output, **{"bits": 2, "rank": 4, "workers": 1, **options})
+
+
+def inputs(model: Any, batch: int = 2, seed: int = 1) -> dict[str, Tensor]:
+    """Token ids that every family takes; none is a padding token."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (batch, LENGTH), generator=generator)
+    both = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {**both, "decoder_input_ids": ids.flip(1)} if model.config.is_encoder_decoder else both
+
+
+def outputs(model: Any, **more: Tensor) -> Tensor:
+    """Logits, or the last hidden state of a model without a head."""
+    result = model(**inputs(model), **more)
+    return result.logits if "logits" in result else result.last_hidden_state
+
+
+def tensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint directory."""
+    return {name: t for file in sorted(directory.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def written(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """module -> (dequantized Q, s * B @ A), both ``(out, in)``, from the files of a LoftQ checkpoint alone."""
+    config = json.loads((directory / "config.json").read_text())["quantization_config"]
+    adapter_config = json.loads((directory / "loftq_init" / "adapter_config.json").read_text())
+    stored, factors = tensors(directory), tensors(directory / "loftq_init")
+    result = {}
+    for group in read_groups(config):
+        for module in group.modules:
+            mine = {n.removeprefix(f"{module}."): t for n, t in stored.items() if n.startswith(f"{module}.weight")}
+            root = f"base_model.model.{module}"
+            if f"{root}.lora_embedding_A" in factors:
+                product = (factors[f"{root}.lora_embedding_B"] @ factors[f"{root}.lora_embedding_A"]).T
+                rank = factors[f"{root}.lora_embedding_A"].shape[0]
+            else:
+                product = factors[f"{root}.lora_B.weight"] @ factors[f"{root}.lora_A.weight"]
+                rank = factors[f"{root}.lora_A.weight"].shape[0]
+            alpha, rslora = adapter_config["lora_alpha"], adapter_config["use_rslora"]
+            product = product * (alpha / (rank**0.5 if rslora else rank))
+            result[module] = decode(mine, group.quant, product.shape[1]), product
+    return result
+
+
+def substituted(dense: Any, values: dict[str, Tensor]) -> Any:
+    """A copy of ``dense`` with other weights, each ``(out, in)``, in the named modules."""
+    model = copy.deepcopy(dense)
+    with torch.no_grad():
+        for module, value in values.items():
+            target = model.get_submodule(module)
+            transposed = not isinstance(target, (nn.Linear, nn.Embedding))
+            target.weight.copy_(value.T if transposed else value)
+    return model
