@@ -157,6 +157,19 @@ def test_directories_that_cannot_be_synced_are_let_pass(tmp_path, monkeypatch):
     fsio.write_atomic(tmp_path / "f", [NEW])
 
 
+def test_a_failed_directory_sync_is_told(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def fsync(fd):
+        if os.path.isdir(f"/proc/self/fd/{fd}"):
+            raise OSError(errno.EIO, "Input/output error")
+        real(fd)
+
+    monkeypatch.setattr(fsio.os, "fsync", fsync)
+    with pytest.raises(StorageError, match=r"fsync-dir failed .Input/output error."):
+        fsio.write_atomic(tmp_path / "f", [NEW])
+
+
 @pytest.mark.parametrize("error", [InputError("x: source changed while reading"), KeyError("k"), KeyboardInterrupt()])
 def test_an_error_of_the_chunks_passes_unchanged(tmp_path, error):
     def chunks():
@@ -227,6 +240,16 @@ def test_missing_parent(tmp_path):
         fsio.write_atomic(tmp_path / "d" / "f", [NEW])
 
 
+def test_a_planted_temporary_is_neither_followed_nor_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(fsio.secrets, "token_hex", lambda n: "guessed")
+    put(tmp_path / "victim", OLD)
+    (tmp_path / ".f.guessed.tmp").symlink_to("victim")
+    with pytest.raises(StorageError, match=r"f: create failed .File exists."):
+        fsio.write_atomic(tmp_path / "f", [NEW])
+    assert (tmp_path / "victim").read_bytes() == OLD
+    assert (tmp_path / ".f.guessed.tmp").is_symlink()
+
+
 def test_name_too_long(tmp_path):
     with pytest.raises(StorageError, match=r"choose a shorter --output"):
         fsio.write_atomic(tmp_path / ("x" * 250), [NEW])
@@ -262,7 +285,7 @@ def test_copy_file(tmp_path):
     assert fsio.sha256_file(tmp_path / "dst") == digest
 
 
-@pytest.mark.timeout(5)
+@pytest.mark.timeout(20)
 @pytest.mark.parametrize("use", [lambda p: fsio.copy_file(p, p.with_name("dst")), fsio.sha256_file])
 def test_only_regular_files_are_read(tmp_path, use):
     os.mkfifo(tmp_path / "src")
@@ -291,6 +314,14 @@ def test_make_dirs_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fsio.make_dirs(type(tmp_path)("a/b"))
     assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_make_dirs_in_a_removed_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(StorageError, match=r"mkdir failed"):
+        fsio.make_dirs(type(tmp_path)("a"))
 
 
 def test_make_dirs_over_a_file(tmp_path):
@@ -423,6 +454,15 @@ def test_file_systems_without_locks(tmp_path, monkeypatch, caplog, number):
         assert "this file system has no locks" in caplog.text
 
 
+def test_lock_fault_of_the_kernel(tmp_path, monkeypatch):
+    def flock(fd, how):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fsio.fcntl, "flock", flock)
+    with pytest.raises(StorageError, match=r"lock: lock failed"), fsio.DirectoryLock(tmp_path / "lock"):
+        pass
+
+
 def test_lock_directory_removed_while_held(tmp_path):
     (tmp_path / "work").mkdir()
     with fsio.DirectoryLock(tmp_path / "work" / "lock"):
@@ -430,7 +470,7 @@ def test_lock_directory_removed_while_held(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.timeout(5)
+@pytest.mark.timeout(20)
 def test_lock_over_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "lock")
     with pytest.raises(StorageError, match=r"lock: not a regular file"), fsio.DirectoryLock(tmp_path / "lock"):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from blobs import Calls, Storage, archive, dumped, pickled, put, saved, view
 
-from loftq.errors import InputError, UsageError
+from loftq.errors import InputError, StorageError, UsageError
 from loftq.formats import picklefile
 from loftq.formats.picklefile import read_pickle_tensors
 from loftq.formats.regular import open_regular
@@ -274,6 +274,7 @@ def test_tensors_from_nowhere_are_refused(tmp_path):
 ODD = {
     "sparse": (lambda: torch.eye(2).to_sparse(), "a sparse or nested tensor"),
     "meta": (lambda: torch.empty(2, device="meta"), "a tensor on meta"),
+    "negated": (lambda: torch._neg_view(torch.ones(2)), "a lazily negated tensor"),
     "complex": (lambda: torch.ones(2, dtype=torch.complex64), "dtype torch.complex64"),
     "int": (lambda: 3, "int"),
     "none": (lambda: None, "NoneType"),
@@ -332,7 +333,29 @@ def test_large_pickle_is_refused(tmp_path, monkeypatch):
         read_pickle_tensors(put(tmp_path / "x.bin", SOUND))
 
 
-@pytest.mark.timeout(5)
+def test_many_records_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(picklefile, "MAX_RECORDS", 2)
+    with pytest.raises(InputError, match=r"4 zip records, at most 2 are read"):
+        read_pickle_tensors(put(tmp_path / "x.bin", SOUND))
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (MemoryError(), "x.bin: not enough memory to load it"),
+        (OSError(5, "Input/output error"), "x.bin: reading failed .Input/output error.; check the disk"),
+    ],
+)
+def test_faults_of_the_machine_while_loading(tmp_path, monkeypatch, error, why):
+    def load(stream, **options):
+        raise error
+
+    monkeypatch.setattr(picklefile.torch, "load", load)
+    with pytest.raises(StorageError, match=why):
+        read_pickle_tensors(put(tmp_path / "x.bin", SOUND))
+
+
+@pytest.mark.timeout(20)
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_not_a_regular_file(tmp_path, make):
     make(tmp_path / "x.bin")

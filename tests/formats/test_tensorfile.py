@@ -93,6 +93,7 @@ HOSTILE = [
     ),
     pytest.param(one(shape=[2**40, 2**24]), "w: shape .* too many elements", id="wraps-to-0"),
     pytest.param(one(shape=[2]), r"w: U8 of shape \[2\] needs 2 bytes, offsets \[0, 1\] hold 1", id="too-few"),
+    pytest.param(one(offsets=[0, 2], data=b"\0\0"), r"w: U8 of shape \[1\] needs 1 bytes", id="too-many"),
     pytest.param(one("F32"), r"w: F32 of shape \[1\] needs 4 bytes", id="wrong-type"),
     # offsets
     *[
@@ -201,7 +202,7 @@ def make_socket(path):
         s.bind(str(path))
 
 
-@pytest.mark.timeout(5)
+@pytest.mark.timeout(20)
 @pytest.mark.parametrize("make", [os.mkfifo, make_directory, make_socket, lambda p: p.symlink_to("/dev/zero")])
 def test_not_a_regular_file(tmp_path, monkeypatch, make):
     monkeypatch.chdir(tmp_path)
@@ -420,8 +421,9 @@ def test_headers_we_would_not_read_are_not_written(entries, metadata, why):
         torch.empty(0, 4),
         torch.ones(3, requires_grad=True),
         torch.view_as_complex(torch.ones(2, 2)).conj().imag,
+        torch._neg_view(torch.ones(3)),
     ],
-    ids=["transposed", "strided", "scalar", "empty", "grad", "negated"],
+    ids=["transposed", "strided", "scalar", "empty", "grad", "negated-strided", "negated"],
 )
 def test_tensor_bytes_of_awkward_tensors(tensor):
     wanted = tensor.detach().clone().resolve_neg().contiguous()

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq.errors import ConflictError, LoftqError, StorageError, quoted
+from loftq.errors import ConflictError, StorageError, quoted
 from loftq.formats import strict_json
 from loftq.formats.regular import RegularFile, open_regular, shown
 
@@ -75,8 +75,10 @@ def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> FileDigest
     Raises: StorageError naming ``path`` and what to do.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    with _mutation("create", temporary, path):
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        digest = _write_new(temporary, chunks, path)
+        digest = _fill(fd, chunks, temporary, path)
         with _mutation("rename", path):
             os.rename(temporary, path)
     except BaseException:
@@ -176,8 +178,7 @@ class DirectoryLock:
 
     def __exit__(self, *exception: object) -> None:
         fd, self._fd = self._fd, None
-        if fd is None:
-            return
+        assert fd is not None, "left without having been entered"
         try:
             if self._is_current(fd):
                 with contextlib.suppress(OSError), _mutation("unlink", self.path):
@@ -228,9 +229,8 @@ def _holder(fd: int) -> str:
         return "another process"
 
 
-def _write_new(temporary: Path, chunks: Iterable[bytes | memoryview], path: Path) -> FileDigest:
-    with _mutation("create", temporary, path):
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+def _fill(fd: int, chunks: Iterable[bytes | memoryview], temporary: Path, path: Path) -> FileDigest:
+    """Write, hash and sync ``chunks``; closes ``fd`` whatever happens."""
     try:
         digest, size = hashlib.sha256(), 0
         for chunk in chunks:
@@ -281,8 +281,6 @@ def _mutation(op: str, path: Path, blamed: Path | None = None) -> Iterator[None]
         step(op, path)
         yield
         done(op, path)
-    except LoftqError:
-        raise
     except OSError as e:
         raise StorageError(_explained(op, blamed or path, e)) from e
 

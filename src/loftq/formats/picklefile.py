@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch.torch_version import TorchVersion
 
 from loftq.errors import InputError, StorageError, UsageError, quoted
 from loftq.formats.regular import FileStamp, RegularFile, open_regular, shown
@@ -24,7 +25,7 @@ logger = logging.getLogger("loftq")
 MAX_RECORDS = 300_000
 MAX_PICKLE_BYTES = 64 << 20
 
-_TORCH_FLOOR = (2, 10)
+_TORCH_FLOOR = "2.10"
 _ADVICE = "convert it to safetensors where you trust it"
 _ENCRYPTED = 0x1
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)|function ([\w.]+)|Can not set ([\w.]+)|instantiate ([\w.]+)")
@@ -59,7 +60,7 @@ def read_pickle_tensors(
 
 
 def _check_torch() -> None:
-    if torch.torch_version.TorchVersion(torch.__version__) < _TORCH_FLOOR:
+    if TorchVersion(torch.__version__) < _TORCH_FLOOR:
         need = "reading .bin files needs torch 2.10 or newer (CVE-2026-24747)"
         raise UsageError(f"{need}, this is {torch.__version__}; upgrade torch or {_ADVICE}")
 

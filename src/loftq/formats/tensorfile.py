@@ -128,7 +128,7 @@ def read_tensor(info: TensorInfo, stamp: FileStamp) -> torch.Tensor:
     """
     with open_regular(info.file, stamp) as file:
         raw = _allocate(info)
-        file.read_into(memoryview(raw.numpy()), info.start)
+        file.read_into(raw.numpy().data, info.start)
     return raw.view(info.torch_dtype).reshape(info.shape)
 
 
@@ -181,7 +181,7 @@ def tensor_bytes(t: torch.Tensor) -> memoryview:
     """The bytes of ``t``, row-major, without a copy if it is contiguous and on the CPU."""
     dtype_name(t.dtype)
     flat = t.detach().cpu().resolve_neg().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -224,10 +224,7 @@ def _parsed(text: bytes, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: more than {MAX_TENSORS} tensors; split the file")
     if not text.startswith(b"{"):
         raise _damaged(where, "the header is not a JSON object")
-    header = strict_json.loads(text, where, max_bytes=len(text))
-    if not isinstance(header, dict):
-        raise _damaged(where, "the header is not a JSON object")
-    return header
+    return strict_json.loads(text, where, max_bytes=len(text))
 
 
 def _checked_metadata(metadata: Any, where: str) -> dict[str, str]:
