@@ -5,17 +5,21 @@ Sizes are odd on purpose: rows of 72 weights end in a short block of 8, rows of 
 
 import copy
 import json
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import loftq
 from loftq.formats.config import read_groups
+from loftq.nn.layers import PackedWeight
 from loftq.numerics import decode
 
 HIDDEN, INNER, VOCAB, LENGTH = 72, 40, 101, 7
@@ -93,11 +97,10 @@ GPT2 = {
     "embd_pdrop": 0.0,
     "attn_pdrop": 0.0,
     "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
-MOE = {
-    "num_experts_per_tok": 2,
-    "head_dim": 16,
-}
+MOE = {"num_experts_per_tok": 2, "head_dim": 16}
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,6 @@ class Family:
     auto: str = "AutoModelForCausalLM"
     tied: bool = False
     table: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def model_class(self) -> Any:
@@ -156,16 +158,15 @@ FAMILIES = {
     "opt": Family("OPTForCausalLM", "OPTConfig", OPT, 12, tied=True),
     "gpt2": Family("GPT2LMHeadModel", "GPT2Config", GPT2, 8, tied=True),
     "llama": Family("LlamaForCausalLM", "LlamaConfig", LLAMA, 14, table="model.embed_tokens"),
+    "llama-deep": Family("LlamaForCausalLM", "LlamaConfig", {**LLAMA, "num_hidden_layers": 4}, 28),
     "mistral": Family("MistralForCausalLM", "MistralConfig", {**LLAMA, "sliding_window": 4}, 14),
     "qwen3": Family(
         "Qwen3ForCausalLM", "Qwen3Config", {**LLAMA, "head_dim": 16, "tie_word_embeddings": True}, 14, tied=True
     ),
-    "phi": Family("PhiForCausalLM", "PhiConfig", {**LLAMA, "num_key_value_heads": 4}, 12),
+    "phi": Family("PhiForCausalLM", "PhiConfig", {**LLAMA, "num_attention_heads": 6, "num_key_value_heads": 6}, 12),
     "phi3": Family("Phi3ForCausalLM", "Phi3Config", {**LLAMA, "eos_token_id": 1, "bos_token_id": 2}, 8),
     "gemma": Family("GemmaForCausalLM", "GemmaConfig", {**LLAMA, "head_dim": 16}, 14, tied=True),
-    "mixtral": Family(
-        "MixtralForCausalLM", "MixtralConfig", {**LLAMA, **MOE, "num_local_experts": 4}, 8
-    ),
+    "mixtral": Family("MixtralForCausalLM", "MixtralConfig", {**LLAMA, **MOE, "num_local_experts": 4}, 8),
     "qwen3-moe": Family(
         "Qwen3MoeForCausalLM",
         "Qwen3MoeConfig",
@@ -173,7 +174,8 @@ FAMILIES = {
         8,
     ),
 }
-DENSE = [name for name in FAMILIES if name not in ("mixtral", "qwen3-moe")]
+MIXTURES = ["mixtral", "qwen3-moe"]
+DENSE = [name for name in FAMILIES if name not in (*MIXTURES, "llama-deep")]
 
 
 def tiny(name: str, seed: int = 0) -> Any:
@@ -187,22 +189,64 @@ def tiny(name: str, seed: int = 0) -> Any:
     return model.eval()
 
 
-def saved(name: str, directory: Path, seed: int = 0) -> Any:
-    """``tiny(name)``, saved in ``directory``."""
-    model = tiny(name, seed)
-    model.save_pretrained(directory)
-    return model
-
-
 def quantize(source: Path, output: Path, **options: Any) -> dict[str, Any]:
     """``loftq.quantize`` at 2 bits and rank 4, in one thread, unless told otherwise."""
     return loftq.quantize(source, output, **{"bits": 2, "rank": 4, "workers": 1, **options})
 
 
+@dataclass(frozen=True)
+class Made:
+    """A tiny model, saved and quantized. ``dense`` and the directories are shared between tests: leave them alone."""
+
+    family: Family
+    dense: Any
+    source: Path
+    output: Path
+    manifest: dict[str, Any]
+
+    def load(self, cls: Any = None, **options: Any) -> Any:
+        """The packed model."""
+        return (cls or self.family.auto_class).from_pretrained(self.output, **options)
+
+    def start(self, model: Any = None, **options: Any) -> PeftModel:
+        """The packed model with its LoftQ start, trainable."""
+        model = self.load() if model is None else model
+        return PeftModel.from_pretrained(model, self.output, subfolder="loftq_init", is_trainable=True, **options)
+
+    def backbone(self) -> Any:
+        """The dense model with the dequantized weights."""
+        return substituted(self.dense, {module: q for module, (q, _) in written(self.output).items()})
+
+    def started(self) -> Any:
+        """The dense model with ``Q + s * B @ A``."""
+        return substituted(self.dense, {module: q + ba for module, (q, ba) in written(self.output).items()})
+
+
+_made: dict[tuple, Made] = {}
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]:
+    """``made("llama", bits=3)``: a checkpoint, made once per session for the same options."""
+
+    def make(name: str, **options: Any) -> Made:
+        key = (name, *sorted(options.items()))
+        if key not in _made:
+            directory = tmp_path_factory.mktemp(name)
+            dense = tiny(name)
+            dense.save_pretrained(directory / "dense")
+            manifest = quantize(directory / "dense", directory / "quantized", **options)
+            _made[key] = Made(FAMILIES[name], dense, directory / "dense", directory / "quantized", manifest)
+        return _made[key]
+
+    return make
+
+
 def inputs(model: Any, batch: int = 2, seed: int = 1) -> dict[str, Tensor]:
-    """Token ids that every family takes; none is a padding token."""
+    """Token ids that every family takes; none is padding, the last one ends the sentence."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCAB, (batch, LENGTH), generator=generator)
+    ids[:, -1] = 2
     both = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return {**both, "decoder_input_ids": ids.flip(1)} if model.config.is_encoder_decoder else both
 
@@ -249,3 +293,24 @@ def substituted(dense: Any, values: dict[str, Tensor]) -> Any:
             transposed = not isinstance(target, (nn.Linear, nn.Embedding))
             target.weight.copy_(value.T if transposed else value)
     return model
+
+
+def packed(model: nn.Module) -> dict[str, PackedWeight]:
+    """The packed layers by name; an adapter around them does not change the names."""
+    return {
+        name.removeprefix("base_model.model.").removesuffix(".base_layer"): module
+        for name, module in model.named_modules()
+        if isinstance(module, PackedWeight)
+    }
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two sets of tensors are equal in names, dtypes, shapes and bits."""
+    return a.keys() == b.keys() and all(
+        a[n].dtype == b[n].dtype and a[n].shape == b[n].shape and torch.equal(a[n], b[n]) for n in a
+    )
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
+    """Whether ``a`` differs from ``b`` by at most ``tolerance`` of the largest value of ``b``."""
+    return a.shape == b.shape and bool(((a - b).abs().max() <= tolerance * b.abs().max()).item())

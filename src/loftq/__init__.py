@@ -15,6 +15,7 @@ __all__ = [
     "Solution",
     "SolveSpec",
     "get_peft_model",
+    "load_start",
     "quantize",
     "quantize_weight",
     "solve",
@@ -22,6 +23,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from loftq.api import get_peft_model, quantize, quantize_weight
+    from loftq.nn.start import load_start
     from loftq.plan import Policy
     from loftq.solve import Solution, solve
     from loftq.spec import QuantSpec, SolveSpec
@@ -33,6 +35,7 @@ _PUBLIC = {
     "Solution": "loftq.solve",
     "solve": "loftq.solve",
     "get_peft_model": "loftq.api",
+    "load_start": "loftq.nn.start",
     "quantize": "loftq.api",
     "quantize_weight": "loftq.api",
 }

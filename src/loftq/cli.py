@@ -1,7 +1,9 @@
 """The command line: a verb is a signature, a call and a print."""
 
+import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from loftq.errors import Interrupted, LoftqError, UsageError
+from loftq.errors import Interrupted, LoftqError, StorageError, UsageError, quoted
 
 if TYPE_CHECKING:
     from loftq.plan import Policy
@@ -199,6 +201,10 @@ def _policy(**options: Any) -> "Policy":
     from loftq.spec import QuantSpec
 
     _choice("--rank-policy", options["rank_policy"], ("refuse", "clamp"))
+    if not 0 <= options["min_coverage"] <= 1:
+        raise UsageError(f"--min-coverage: {options['min_coverage']} is not between 0 and 1")
+    if options["alpha"] is not None and not math.isfinite(options["alpha"]):
+        raise UsageError(f"--alpha: {options['alpha']} is not a number to scale by")
     QuantSpec(bits=2, **{k: options[k] for k in ("code", "block_size", "scale_dtype", "double_quant")})
     return Policy(**options)
 
@@ -218,8 +224,8 @@ def _check_device(device: str) -> None:
     import torch
 
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise UsageError(f"--device {device!r} cannot be used: {str(e).splitlines()[0]}") from e
 
 
@@ -262,8 +268,11 @@ class _Bar:
 
 
 def _stop(number: int, _: object) -> NoReturn:
-    signal.signal(number, signal.SIG_DFL)  # a second signal ends at once
-    raise Interrupted("stopped by a signal; run the same command again to continue")
+    """End at once, with nothing cleaned up: whatever a killed run leaves, the same command continues from it."""
+    with contextlib.suppress(OSError):
+        os.write(2, b"\n")  # below the progress bar
+    _say("stopped by a signal; run the same command again to continue", Interrupted.label)
+    os._exit(Interrupted.exit_code)
 
 
 def main() -> NoReturn:
@@ -271,43 +280,54 @@ def main() -> NoReturn:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("loftq: %(levelname)s: %(message)s"))
     logging.getLogger("loftq").addHandler(handler)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; its advice would cut the bar in two
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _stop)
-    try:
-        app(standalone_mode=False)
-        code = 0
-    except typer.Exit as e:
-        code = e.exit_code
-    except LoftqError as e:
-        code = _report(e, e.label, e.exit_code)
-    except BrokenPipeError:
-        code = 0
-    except OSError as e:
-        code = _report(e, "storage", 4)
-    except MemoryError as e:
-        code = _report(e, "memory", 4)
-    except Exception as e:
-        if type(e).__module__.startswith(("click", "typer")):
-            code = _report(getattr(e, "format_message", lambda: e)(), "usage", 2)
-        else:
-            code = _report(f"{type(e).__name__}: {e}; this is a bug of loftq, please report it", "internal", 70)
-    _exit(code)
-
-
-def _report(error: object, label: str, code: int) -> int:
-    if os.environ.get("LOFTQ_DEBUG"):
-        import traceback
-
-        traceback.print_exc()
-    line = " ".join(str(error).split())
-    print(f"loftq: error[{label}]: {line}", file=sys.stderr)
-    return code
-
-
-def _exit(code: int) -> NoReturn:
-    """Leave at once: a matrix that is still being solved after a failure or a signal is not waited for."""
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, _stop)
+    code = _run()
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-    finally:
-        os._exit(code)
+    except OSError as e:
+        code = code or _failed(e)
+    os._exit(code)  # a matrix that is still being solved after a failure is not waited for
+
+
+def _run() -> int:
+    """The exit code of the command in ``sys.argv``."""
+    try:
+        app(standalone_mode=False)
+        return 0
+    except typer.Exit as e:
+        return e.exit_code
+    except Exception as e:
+        return _failed(e)
+
+
+def _failed(e: Exception) -> int:
+    """Say what went wrong; the exit code for it."""
+    if os.environ.get("LOFTQ_DEBUG"):
+        import traceback
+
+        traceback.print_exception(e)
+    if isinstance(e, LoftqError):
+        kind, text = type(e), str(e)
+    elif isinstance(e, BrokenPipeError):
+        kind, text = Interrupted, "nobody reads the output any more; run the same command again to continue"
+    elif isinstance(e, OSError):
+        kind, text = StorageError, str(e)
+    elif isinstance(e, MemoryError):
+        kind, text = StorageError, "not enough memory; use fewer --workers"
+    elif type(e).__module__.partition(".")[0] in ("click", "typer"):
+        kind, text = UsageError, getattr(e, "format_message", e.__str__)() or "no command given"
+    else:
+        kind, text = LoftqError, f"{type(e).__name__}: {e}; this is a bug of loftq, please report it"
+    _say(text, kind.label)
+    return kind.exit_code
+
+
+def _say(text: object, label: str) -> None:
+    """One line on stderr, past Python's buffers: a signal may come while they are in use, or the reader be gone."""
+    line = quoted(" ".join(str(text).split()), 4000)
+    with contextlib.suppress(OSError):
+        os.write(2, f"loftq: error[{label}]: {line}\n".encode("utf-8", "replace"))

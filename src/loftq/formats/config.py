@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from loftq.errors import InputError
+from loftq.errors import InputError, UsageError, listed, quoted
 from loftq.spec import QuantSpec, from_dict
 
 FORMAT_VERSION = 1
@@ -41,11 +41,23 @@ def read_groups(config: dict[str, Any]) -> list[Group]:
     unknown = sorted(set(config) - {"quant_method", "format_version", "bits", "groups"})
     if unknown:
         raise InputError(f"quantization_config: unknown field(s) {unknown}; written by a newer loftq?")
-    groups = []
-    for written in config["groups"]:
-        fields = dict(written)
-        modules = fields.pop("modules", None)
-        if not isinstance(modules, list) or not all(isinstance(m, str) for m in modules):
-            raise InputError("quantization_config: every group needs a list of module names under 'modules'")
-        groups.append(Group(from_dict(QuantSpec, fields), tuple(modules)))
+    written = config.get("groups")
+    if not isinstance(written, list) or not written:
+        raise InputError(f"quantization_config: 'groups' must be a list that is not empty, got {quoted(repr(written))}")
+    groups = [_group(fields) for fields in written]
+    names = [name for group in groups for name in group.modules]
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if twice:
+        raise InputError(f"quantization_config: in two groups: {listed(twice)}")
     return groups
+
+
+def _group(written: Any) -> Group:
+    modules = written.get("modules") if isinstance(written, dict) else None
+    if not isinstance(modules, list) or not all(isinstance(m, str) for m in modules):
+        raise InputError("quantization_config: every group needs a list of module names under 'modules'")
+    try:
+        quant = from_dict(QuantSpec, {k: v for k, v in written.items() if k != "modules"})
+    except (UsageError, TypeError) as e:  # TypeError: a field without default is missing
+        raise InputError(f"quantization_config: a group cannot be read: {e}") from e
+    return Group(quant, tuple(modules))

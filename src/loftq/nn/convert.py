@@ -7,87 +7,98 @@ import torch
 from torch import nn
 
 from loftq import plan as planning
-from loftq.errors import LoftqError, UsageError
-from loftq.formats.config import quantization_config
+from loftq.errors import LoftqError, UsageError, listed, quoted
 from loftq.formats.tensorfile import dtype_name
 from loftq.nn import skeleton
 from loftq.nn.adapter import adapter_config, adapter_tensors
-from loftq.nn.hf import LoftQHfQuantizer, LoftQQuantizationConfig
+from loftq.nn.hf import mark_quantized
 from loftq.nn.layers import pack_like, replace_module
+from loftq.nn.start import wrap
 from loftq.numerics import encode
 from loftq.plan import Matrix, Plan, Policy
-from loftq.solve import Solution, ordered_map, solve
+from loftq.solve import Solution, check_finite, ordered_map, solve
+
+# Of the adapter's configuration, what PEFT does not set itself.
+FIELDS = ("r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "init_lora_weights")
 
 
 def convert(
     model: nn.Module, policy: Policy, workers: int, progress: Callable[[Matrix, Solution], None] | None
 ) -> tuple[nn.Module, Plan]:
-    """Replace the planned layers of ``model`` by packed ones, and wrap it with the LoftQ start as ``default`` adapter."""
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    """Replace the planned layers of ``model`` by packed ones, and wrap it with the LoftQ start as ``default`` adapter.
 
-    if any(p.device.type == "meta" for p in model.parameters()):
-        raise UsageError(
-            "the model has parameters on the meta device or on disk; load it fully, or use `loftq quantize`"
-        )
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    tensors = {name: (dtype_name(p.dtype), tuple(p.shape)) for name, p in parameters.items()}
-    plan = planning.make(tensors, skeleton.roles(model, tensors), policy)
+    Raises: UsageError for a model that cannot be converted; what :func:`loftq.plan.make` raises; NumericalError for
+        weights that are not finite. ``model`` is then unchanged.
+    """
+    _check_model(model)
+    roles = skeleton.parameter_roles(model)
+    parameters = {name: model.get_parameter(name) for name in roles}
+    plan = planning.make({n: (dtype_name(p.dtype), tuple(p.shape)) for n, p in parameters.items()}, roles, policy)
+    for matrix in plan.matrices:
+        _named(matrix, check_finite, parameters[matrix.name].detach())
     others = [m for m in skeleton.adaptable(model) if m not in {x.module for x in plan.matrices}]
+    del parameters  # a dense weight is freed when its layer is replaced
     start: dict[str, torch.Tensor] = {}
-
-    def work(matrix: Matrix) -> Solution:
-        weight = parameters[matrix.name].detach()
-        try:
-            return solve(
-                weight.T if matrix.kind == "conv1d" else weight,
-                matrix.quant,
-                matrix.rank,
-                plan.solve,
-                matrix.name,
-            )
-        except LoftqError as e:
-            raise type(e)(f"{matrix.name}: {e}") from e
-
-    for matrix, solution in zip(plan.matrices, ordered_map(work, plan.matrices, workers), strict=True):
-        dense: Any = model.get_submodule(matrix.module)
-        packed = pack_like(dense, matrix.quant)
-        packed.load_stored(encode(solution.quantized, matrix.quant))
-        if getattr(dense, "bias", None) is not None:
-            packed.bias = dense.bias
-        replace_module(model, matrix.module, packed)
-        b, a = solution.factors(plan.scaling(matrix))
-        start.update(adapter_tensors(matrix, b, a))
+    solutions = ordered_map(lambda matrix: _solve(model, matrix, plan), plan.matrices, workers)
+    for matrix, solution in zip(plan.matrices, solutions, strict=True):
+        _replace(model, matrix, solution)
+        start.update(adapter_tensors(matrix, *solution.factors(plan.scaling(matrix))))
         if progress:
             progress(matrix, solution)
+    mark_quantized(model, planning.nominal_bits(policy, plan))
+    return _with_adapter(model, plan, others, start), plan
 
-    prefix = str(getattr(model, "base_model_prefix", ""))
-    _mark_quantized(model, plan, policy)
-    task = planning.task_type(type(model).__name__)
-    fields = adapter_config(plan, others, prefix, "", task)
-    kept = (
-        "r",
-        "lora_alpha",
-        "use_rslora",
-        "target_modules",
-        "rank_pattern",
-        "init_lora_weights",
-        "task_type",
-    )
-    wrapped = get_peft_model(model, LoraConfig(**{k: fields[k] for k in kept}))  # type: ignore[arg-type]
-    result = set_peft_model_state_dict(wrapped, start)
-    if result.unexpected_keys:
-        raise LoftqError(
-            f"the start does not fit the adapter PEFT made: {result.unexpected_keys[:3]}; please report this"
+
+def _check_model(model: nn.Module) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise UsageError(f"wanted a model of transformers, got {type(model).__name__}; give it before PEFT wraps it")
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise UsageError("the model has an adapter already; merge or unload it first")
+    if getattr(model, "quantization_method", None) is not None:
+        raise UsageError(
+            f"the model is quantized already ({quoted(model.quantization_method)}); load it in full precision"
         )
-    return wrapped, plan
+    away = [name for name, p in model.named_parameters() if p.device.type == "meta"]
+    if away:
+        raise UsageError(
+            f"the model has parameters on the meta device or on disk ({listed(away, 3)}); load it fully, or use "
+            "`loftq quantize`"
+        )
 
 
-def _mark_quantized(model: Any, plan: Plan, policy: Policy) -> None:
-    """Make ``save_pretrained`` write a LoftQ checkpoint, and Trainer know what it trains."""
-    if not hasattr(model, "config"):
-        return
-    written = quantization_config(((m.module, m.quant) for m in plan.matrices), plan.matrices[-1].quant.bits)
-    config = LoftQQuantizationConfig(**written)
-    model.config.quantization_config = config
-    model.hf_quantizer = LoftQHfQuantizer(config)
-    model.is_quantized, model.quantization_method = True, "loftq"
+def _solve(model: nn.Module, matrix: Matrix, plan: Plan) -> Solution:
+    weight: torch.Tensor = model.get_parameter(f"{matrix.module}.weight").detach()
+    oriented = weight.T if matrix.kind == "conv1d" else weight
+    return _named(matrix, solve, oriented, matrix.quant, matrix.rank, plan.solve, matrix.name)
+
+
+def _named(matrix: Matrix, work: Callable[..., Any], *args: Any) -> Any:
+    """``work(*args)``; the matrix's name before the message of an error."""
+    try:
+        return work(*args)
+    except LoftqError as e:
+        raise type(e)(f"{quoted(matrix.name)}: {e}") from e
+
+
+def _replace(model: nn.Module, matrix: Matrix, solution: Solution) -> None:
+    """A packed layer with the solved codes in the place of the dense one, whose bias it keeps."""
+    dense: Any = model.get_submodule(matrix.module)
+    packed = pack_like(dense, matrix.quant, device=dense.weight.device)
+    packed.load_stored(encode(solution.quantized, matrix.quant))
+    if getattr(dense, "bias", None) is not None:
+        packed.bias = dense.bias
+    replace_module(model, matrix.module, packed)
+
+
+def _with_adapter(model: Any, plan: Plan, others: list[str], start: dict[str, torch.Tensor]) -> nn.Module:
+    """PEFT's model over the packed one, its adapter the LoftQ start."""
+    from peft import LoraConfig
+
+    fields = adapter_config(plan, others, str(model.base_model_prefix), "", None)
+    wrapped = wrap(model, LoraConfig(**{k: fields[k] for k in FIELDS}), start)
+    # Not the dense checkpoint: with that under it, the start would be added to weights that need none.
+    wrapped.peft_config["default"].base_model_name_or_path = ""
+    return wrapped

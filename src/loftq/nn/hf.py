@@ -4,6 +4,9 @@
 quantized from. A model with another head finds the same modules with or without the base model's prefix.
 """
 
+import functools
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loftq.errors import InputError, UsageError, listed, quoted
-from loftq.formats.config import FORMAT_VERSION, Group, read_groups
+from loftq.formats.config import Group, quantization_config, read_groups
 from loftq.formats.tensorfile import read_header
-from loftq.nn.layers import LoftQEmbedding, LoftQLinear, PackedWeight, pack_like, replace_module
-from loftq.nn.skeleton import runtime_name
+from loftq.nn.layers import LoftQEmbedding, LoftQLinear, PackedWeight, can_pack, pack_like, replace_module
+from loftq.nn.skeleton import renamer
+from loftq.plan import natural
 from loftq.spec import QuantSpec
 
 
@@ -34,15 +38,16 @@ class LoftQQuantizationConfig(QuantizationConfigMixin):
         self,
         groups: list[dict[str, Any]] | None = None,
         bits: float | None = None,
-        format_version: int = FORMAT_VERSION,
+        format_version: int | None = None,
         **unknown: Any,
     ) -> None:
         unknown.pop("quant_method", None)
         self.quant_method = "loftq"
         self.format_version = format_version
         self.bits = bits
-        self.groups = groups or []
-        read_groups({"format_version": format_version, "groups": self.groups, **unknown})
+        self.groups = groups
+        if unknown or groups is not None:
+            read_groups({"format_version": format_version, "groups": groups, **unknown})
 
     @property
     def specs(self) -> dict[str, QuantSpec]:
@@ -52,14 +57,22 @@ class LoftQQuantizationConfig(QuantizationConfigMixin):
 
 @register_quantizer("loftq")
 class LoftQHfQuantizer(HfQuantizer):
-    """Puts packed layers into the skeleton before loading; the tensors then load like any others."""
+    """Puts packed layers into the skeleton before loading; the tensors then load like any others.
 
+    Attributes:
+        new_modules: those that the checkpoint has no weights for, such as the head of another class.
+    """
+
+    new_modules: tuple[str, ...] = ()
     quantization_config: LoftQQuantizationConfig  # type: ignore[assignment]
     is_trainable = True  # type: ignore[assignment]
     is_compileable = True  # type: ignore[assignment]
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        if not self.pre_quantized:
+        """InputError for a config that says nothing about its modules; UsageError for a dense checkpoint."""
+        if self.pre_quantized:
+            read_groups(self.quantization_config.to_dict())
+        else:
             raise UsageError(
                 "a dense checkpoint is not quantized while it loads: run `loftq quantize MODEL --output DIR` and load "
                 "DIR, or load the model and call loftq.get_peft_model(model, bits=..., rank=...)"
@@ -76,18 +89,16 @@ class LoftQHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        report_model_dtype()
         found = resolve(model, self.quantization_config.specs)
-        if not found:
-            raise InputError(
-                f"none of the packed modules ({listed(self.quantization_config.specs, 3)}) is in {type(model).__name__}; "
-                "load the checkpoint with the model class that it was made from"
-            )
         for name, (_, spec) in found.items():
             packed = pack_like(model.get_submodule(name), spec, device="meta")
             packed._is_hf_initialized = True  # type: ignore[assignment]  # keeps _init_weights off the codes
             replace_module(model, name, packed)
         if checkpoint_files:
-            _check_files([Path(f) for f in checkpoint_files], model, found)
+            present = _present([Path(f) for f in checkpoint_files], model)
+            _check_packed(present, model, found, Path(checkpoint_files[0]).parent)
+            self.new_modules = _new_modules(present, model)
         model._checkpoint_conversion_mapping = _prefix_mapping(found)  # type: ignore[assignment]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -98,14 +109,43 @@ class LoftQHfQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        return unpack_model(model, dtype or torch.float32)
+        return unpack_model(model, dtype)
 
 
-def unpack_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Replace every packed layer by a dense one."""
+@functools.cache
+def report_model_dtype() -> None:
+    """``model.dtype`` becomes that of the dense parameters.
+
+    transformers takes the first float parameter's; with packed embeddings that is a scale. ``save_pretrained`` writes
+    the answer into ``config.json``, so that a float32 model would come back in the dtype of its scales.
+    """
+    from transformers.modeling_utils import PreTrainedModel
+
+    first_float: Any = PreTrainedModel.dtype
+
+    def dtype(self: PreTrainedModel) -> torch.dtype:
+        packed = next((m for m in self.modules() if isinstance(m, PackedWeight)), None)
+        return first_float.fget(self) if packed is None else packed.compute_dtype
+
+    PreTrainedModel.dtype = property(dtype, doc=first_float.__doc__)  # type: ignore[assignment]
+
+
+def mark_quantized(model: Any, bits: float) -> None:
+    """Tell transformers what ``model`` holds: what ``save_pretrained`` writes, and Trainer asks for."""
+    report_model_dtype()
+    packed = {name: m.spec for name, m in model.named_modules() if isinstance(m, PackedWeight)}
+    modules = ((name, packed[name]) for name in sorted(packed, key=natural))
+    config = LoftQQuantizationConfig(**quantization_config(modules, bits))
+    model.config.quantization_config = config
+    model.hf_quantizer = LoftQHfQuantizer(config)
+    model.is_quantized, model.quantization_method = True, "loftq"
+
+
+def unpack_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replace every packed layer by a dense one, in ``dtype`` or that of the model around it."""
     for name, module in list(model.named_modules()):
         if isinstance(module, (LoftQLinear, LoftQEmbedding)):
-            replace_module(model, name, module.to_dense(dtype))
+            replace_module(model, name, module.to_dense(dtype or module.compute_dtype))
     return model
 
 
@@ -116,9 +156,17 @@ def resolve(model: nn.Module, specs: dict[str, QuantSpec]) -> dict[str, tuple[st
     found = {}
     for name, spec in specs.items():
         for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-            if candidate in modules and hasattr(modules[candidate], "weight"):
+            if candidate in modules:
                 found[candidate] = (name, spec)
                 break
+    if not found:
+        raise InputError(
+            f"none of the packed modules ({listed(specs, 3)}) is in {type(model).__name__}; "
+            "load the checkpoint with the model class that it was made from"
+        )
+    odd = [f"{name} ({type(modules[name]).__name__})" for name in found if not can_pack(modules[name])]
+    if odd:
+        raise InputError(f"quantization_config packs what is no Linear, Conv1D or Embedding: {listed(odd)}")
     return found
 
 
@@ -128,20 +176,20 @@ def _prefix_mapping(found: dict[str, tuple[str, QuantSpec]]) -> dict[str, str]:
     if runtime == name:
         return {}
     if runtime.endswith(name):
-        first = sorted({n.split(".")[0] for n, _ in found.values()})
+        first = sorted({re.escape(n.split(".")[0]) for n, _ in found.values()})
         return {rf"^(?=(?:{'|'.join(first)})\.)": runtime.removesuffix(name)}
-    dropped = name.removesuffix(runtime)
-    return {rf"^{dropped}": ""}
+    return {f"^{re.escape(name.removesuffix(runtime))}": ""}
 
 
-def _check_files(files: list[Path], model: nn.Module, found: dict[str, tuple[str, QuantSpec]]) -> None:
+def _present(files: list[Path], model: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Parameters that the files hold, by the name they will have: safetensors dtype and shape."""
+    rename = renamer(model)
+    headers = [read_header(file) for file in files if file.suffix == ".safetensors"]
+    return {rename(t.name)[0]: (t.dtype, t.shape) for header in headers for t in header.tensors.values()}
+
+
+def _check_packed(present: dict[str, Any], model: nn.Module, found: Iterable[str], directory: Path) -> None:
     """Refuse files that lack a packed tensor or hold it in another shape; transformers would only warn."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    present = {}
-    for file in files:
-        if file.suffix == ".safetensors":
-            for tensor in read_header(file).tensors.values():
-                present[runtime_name(model, tensor.name, parameters)[0]] = (tensor.dtype, tensor.shape)
     wrong = []
     for runtime in found:
         for suffix, wanted in model.get_submodule(runtime).layout().items():  # type: ignore[operator]
@@ -150,6 +198,12 @@ def _check_files(files: list[Path], model: nn.Module, found: dict[str, tuple[str
                 wrong.append(f"{runtime}.{suffix}: wanted {wanted}, found {quoted(got or 'nothing')}")
     if wrong:
         raise InputError(
-            f"{files[0].parent}: the packed weights do not fit config.json: {listed(wrong)}; "
+            f"{directory}: the packed weights do not fit config.json: {listed(wrong)}; "
             "run `loftq verify` on the directory, or download it again"
         )
+
+
+def _new_modules(present: dict[str, Any], model: Any) -> tuple[str, ...]:
+    tied = model.all_tied_weights_keys
+    missing = (name for name, _ in model.named_parameters() if name not in present and name not in tied)
+    return tuple(dict.fromkeys(name.rpartition(".")[0] for name in missing))

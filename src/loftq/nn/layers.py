@@ -5,12 +5,13 @@ isinstance checks. All stored tensors are frozen Parameters, so they are saved, 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from loftq.errors import UsageError
 from loftq.nn import ops
-from loftq.numerics.blockwise import decode_rows
 from loftq.spec import QuantSpec, stored_tensors
 
 TORCH_DTYPES = {
@@ -39,9 +40,9 @@ class PackedWeight(nn.Module):
         self._columns = columns
         self._spec_key = ops.spec_key(spec)
         self._rows = rows
-        self._stored_names = tuple(self.layout())
-        for name, (stored_dtype, shape) in self.layout().items():
-            empty = torch.empty(shape, dtype=TORCH_DTYPES[stored_dtype], device=device)
+        self._stored_dtypes = {name: TORCH_DTYPES[stored] for name, (stored, _) in self.layout().items()}
+        for name, (_, shape) in self.layout().items():
+            empty = torch.empty(shape, dtype=self._stored_dtypes[name], device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
         # Holds no value. Its dtype is the model's, and follows .to(dtype) like any buffer.
         self.register_buffer("_like", torch.empty(0, device=device, dtype=dtype), persistent=False)
@@ -57,25 +58,41 @@ class PackedWeight(nn.Module):
 
     @property
     def stored(self) -> list[Tensor]:
-        return [self._parameters[name] for name in self._stored_names]  # type: ignore[misc]
+        """The stored tensors in the order of :meth:`layout`. UsageError if a cast has rounded one of them."""
+        for name, wanted in self._stored_dtypes.items():
+            got = self._parameters[name].dtype  # type: ignore[union-attr]
+            if got != wanted and not (wanted.is_floating_point and got == torch.float32):
+                raise UsageError(
+                    f"{name} of a packed layer is {got}, stored as {wanted}: something rounded it, such as a mixed "
+                    "precision policy of FSDP. Quantize with --scale-dtype bfloat16 and without --double-quant, or "
+                    "switch the policy's param_dtype off"
+                )
+        return [self._parameters[name] for name in self._stored_dtypes]  # type: ignore[misc]
 
     def load_stored(self, tensors: dict[str, Tensor]) -> None:
         """Take over freshly encoded tensors (see :func:`loftq.numerics.encode`)."""
-        for name in self._stored_names:
+        for name in self._stored_dtypes:
             self._parameters[name] = nn.Parameter(tensors[name], requires_grad=False)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight, ``(rows, columns)``."""
         return ops.dequantize(self.stored, self._spec_key, self._columns, dtype)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Write the dtypes of the format, whatever PEFT's ``prepare_model_for_kbit_training`` widened meanwhile."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, dtype in self._stored_dtypes.items():
+            destination[prefix + name] = destination[prefix + name].to(dtype)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedWeight":
         """Move and share the stored tensors like all others, but never convert them: they pass ``fn`` as bytes."""
-        held = {name: self._parameters.pop(name) for name in self._stored_names}
+        everything = self._parameters
+        self._parameters = {n: p for n, p in everything.items() if n not in self._stored_dtypes}
         super()._apply(fn, recurse)
-        for name, parameter in held.items():
-            assert parameter is not None
-            moved = fn(parameter.data.view(torch.int8)).view(parameter.dtype)
-            self.register_parameter(name, nn.Parameter(moved, requires_grad=False))
+        for name in self._stored_dtypes:
+            held: Tensor = everything[name].data  # type: ignore[union-attr]
+            self._parameters[name] = nn.Parameter(fn(held.view(torch.int8)).view(held.dtype), requires_grad=False)
+        self._parameters = {n: self._parameters[n] for n in everything}  # in the order of before
         return self
 
     def reset_parameters(self) -> None:
@@ -83,7 +100,11 @@ class PackedWeight(nn.Module):
 
 
 class LoftQLinear(PackedWeight, nn.Linear):
-    """A linear layer whose weight stays packed; ``y = x W^T + b`` decodes it on the fly, forward and backward."""
+    """A linear layer whose weight stays packed; ``y = x W^T + b`` decodes it on the fly, forward and backward.
+
+    Attributes:
+        conv1d: it stands for a ``Conv1D`` of transformers, whose dense weight is ``(in, out)``.
+    """
 
     def __init__(
         self,
@@ -93,24 +114,26 @@ class LoftQLinear(PackedWeight, nn.Linear):
         spec: QuantSpec,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        conv1d: bool = False,
     ) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.conv1d = in_features, out_features, conv1d
         self._init_packed(spec, out_features, in_features, device, dtype)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = ops.linear(x, self.stored, self._spec_key, self._columns)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return ops.linear(x, self.stored, self._spec_key, self._columns, self.bias)
 
-    def to_dense(self, dtype: torch.dtype) -> nn.Linear:
-        """An ordinary ``nn.Linear`` with the decoded weight."""
-        dense = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, device=self.weight.device, dtype=dtype
-        )
-        dense.weight = nn.Parameter(self.dequantize(dtype), requires_grad=False)
+    def to_dense(self, dtype: torch.dtype) -> nn.Module:
+        """An ordinary ``nn.Linear``, or ``Conv1D``, with the decoded weight."""
+        from transformers.pytorch_utils import Conv1D
+
+        weight, shape = self.dequantize(dtype), (self.in_features, self.out_features)
+        with torch.device("meta"):  # no initialisation, no random numbers drawn
+            dense = Conv1D(*shape[::-1]) if self.conv1d else nn.Linear(*shape, self.bias is not None)
+        dense.weight = nn.Parameter(weight.T.contiguous() if self.conv1d else weight, requires_grad=False)
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.detach().to(dtype), requires_grad=self.bias.requires_grad)
         return dense
@@ -138,9 +161,7 @@ class LoftQEmbedding(PackedWeight, nn.Embedding):
         self._init_packed(spec, num_embeddings, embedding_dim, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        stored = dict(zip(self._stored_names, self.stored, strict=True))
-        rows = decode_rows(stored, self.spec, self._columns, input.flatten())
-        return rows.view(*input.shape, self.embedding_dim).to(self.compute_dtype)
+        return ops.lookup(input, self.stored, self._spec_key, self._columns, self.compute_dtype)
 
     def to_dense(self, dtype: torch.dtype) -> nn.Embedding:
         """An ordinary ``nn.Embedding`` with the decoded table."""
@@ -150,17 +171,23 @@ class LoftQEmbedding(PackedWeight, nn.Embedding):
         return f"{self.num_embeddings}, {self.embedding_dim}, {_describe(self.spec)}"
 
 
+def can_pack(module: nn.Module) -> bool:
+    """Whether :func:`pack_like` takes ``module``."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, nn.Embedding, Conv1D))
+
+
 def pack_like(module: nn.Module, spec: QuantSpec, device: torch.device | str | None = None) -> PackedWeight:
-    """An empty packed layer to put in the place of a Linear, a Conv1D (stored transposed) or an Embedding."""
+    """An empty packed layer to put in the place of a Linear, a Conv1D (which holds ``(in, out)``) or an Embedding."""
     dtype = module.weight.dtype  # type: ignore[union-attr]
     if isinstance(module, nn.Embedding):
         return LoftQEmbedding(
             module.num_embeddings, module.embedding_dim, spec, module.padding_idx, device=device, dtype=dtype
         )
-    rows, columns = module.weight.shape  # type: ignore[misc, union-attr]
-    if not isinstance(module, nn.Linear):  # transformers' Conv1D holds (in, out)
-        rows, columns = columns, rows
-    return LoftQLinear(columns, rows, module.bias is not None, spec, device=device, dtype=dtype)
+    conv1d = not isinstance(module, nn.Linear)
+    rows, columns = module.weight.shape[::-1] if conv1d else module.weight.shape  # type: ignore[index, union-attr]
+    return LoftQLinear(columns, rows, module.bias is not None, spec, device, dtype, conv1d)  # type: ignore[arg-type]
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from loftq.numerics import decode
+from loftq.numerics import decode, decode_rows
 from loftq.spec import QuantSpec, from_dict, stored_tensors
 
 
@@ -38,13 +38,14 @@ def _(stored: list[Tensor], spec: str, columns: int, dtype: torch.dtype) -> Tens
 
 
 @torch.library.custom_op("loftq::linear", mutates_args=())
-def linear(x: Tensor, stored: list[Tensor], spec: str, columns: int) -> Tensor:
-    """``x @ W.T`` for a packed W, in the dtype of ``x``. ``x``: ``(..., in)``; result ``(..., out)``."""
-    return torch.nn.functional.linear(x, dequantize(stored, spec, columns, x.dtype))
+def linear(x: Tensor, stored: list[Tensor], spec: str, columns: int, bias: Tensor | None) -> Tensor:
+    """``x @ W.T + bias`` for a packed W, in the dtype of ``x``. ``x``: ``(..., in)``; result ``(..., out)``."""
+    bias = None if bias is None else bias.to(x.dtype)
+    return torch.nn.functional.linear(x, dequantize(stored, spec, columns, x.dtype), bias)
 
 
 @linear.register_fake
-def _(x: Tensor, stored: list[Tensor], spec: str, columns: int) -> Tensor:
+def _(x: Tensor, stored: list[Tensor], spec: str, columns: int, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], stored[0].shape[0]))
 
 
@@ -59,14 +60,46 @@ def _(grad: Tensor, stored: list[Tensor], spec: str, columns: int) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], columns))
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+@torch.library.custom_op("loftq::lookup", mutates_args=())
+def lookup(indices: Tensor, stored: list[Tensor], spec: str, columns: int, dtype: torch.dtype) -> Tensor:
+    """Rows of a packed table: ``(*indices.shape, columns)`` in ``dtype``. Only the rows looked up are decoded."""
+    quant, names = _spec(spec)
+    if not indices.numel():
+        return stored[0].new_empty((*indices.shape, columns), dtype=dtype)
+    rows = decode_rows(dict(zip(names, stored, strict=True)), quant, columns, indices.flatten())
+    return rows.view(*indices.shape, columns).to(dtype)
+
+
+@lookup.register_fake
+def _(indices: Tensor, stored: list[Tensor], spec: str, columns: int, dtype: torch.dtype) -> Tensor:
+    return stored[0].new_empty((*indices.shape, columns), dtype=dtype)
+
+
+def _save_linear(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, stored, ctx.spec, ctx.columns, bias = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(*stored)
+
+
+def _of_linear(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    stored, to_x, to_bias = list(ctx.saved_tensors), None, None
+    if ctx.needs_input_grad[0]:
+        to_x = linear_grad_input(grad, stored, ctx.spec, ctx.columns)
+    if ctx.needs_input_grad[4]:
+        to_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return to_x, [None] * len(stored), None, None, to_bias
+
+
+def _save_linear_grad_input(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     _, stored, ctx.spec, ctx.columns = inputs
     ctx.save_for_backward(*stored)
 
 
-def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+def _of_linear_grad_input(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
     stored = list(ctx.saved_tensors)
-    return linear_grad_input(grad, stored, ctx.spec, ctx.columns), [None] * len(stored), None, None
+    return linear(grad, stored, ctx.spec, ctx.columns, None), [None] * len(stored), None, None
 
 
-linear.register_autograd(_backward, setup_context=_save)
+# Without the bias, each is the other's derivative: the product with a constant matrix, and with its transpose.
+linear.register_autograd(_of_linear, setup_context=_save_linear)
+linear_grad_input.register_autograd(_of_linear_grad_input, setup_context=_save_linear_grad_input)

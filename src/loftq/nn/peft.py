@@ -5,17 +5,20 @@ ours: the merged weight is dense, so it replaces the packed one until it is unme
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from peft.tuners.lora import layer as lora
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.model import LoraModel
-from torch import nn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 
 from loftq.errors import UsageError
+from loftq.nn.hf import mark_quantized
 from loftq.nn.layers import LoftQEmbedding, LoftQLinear, PackedWeight
 
-READ_NO_WEIGHT = (True, False, "gaussian", "orthogonal")  # initialisations that need no dense weight
+READ_NO_WEIGHT = (True, False, "gaussian")  # initialisations that need no dense weight
 
 
 class MergesDense:
@@ -40,9 +43,19 @@ class MergesDense:
         if not self.merged and "_packed" in self.__dict__:  # type: ignore[attr-defined]
             self.base_layer = self.__dict__.pop("_packed")
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MergesDense":
+        """The packed layer that waits for :meth:`unmerge` moves along."""
+        if "_packed" in self.__dict__:
+            self.__dict__["_packed"]._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
 
 class LoftQLoraLinear(MergesDense, lora.Linear):
     """LoRA over a :class:`LoftQLinear`. Its name ends in Linear, as PEFT's ``all-linear`` expects."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fan_in_fan_out = self.base_layer.conv1d  # of the dense weight to merge into, whatever the config says
 
 
 class LoftQLoraEmbedding(MergesDense, lora.Embedding):
@@ -51,26 +64,53 @@ class LoftQLoraEmbedding(MergesDense, lora.Embedding):
 
 def _new_layer(config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module | None:
     """Our LoRA layer for a packed target; None leaves the choice to PEFT."""
-    if not isinstance(target, PackedWeight) or kwargs.get("parameter_name"):
+    if not isinstance(target, PackedWeight):
         return None
-    if config.use_dora:
-        raise UsageError("DoRA needs the norms of a dense weight and does not work on a packed one; use_dora=False")
-    if config.init_lora_weights not in READ_NO_WEIGHT:
-        raise UsageError(
-            f"init_lora_weights={config.init_lora_weights!r} reads a dense weight, and this one is packed; use True "
-            "(the LoftQ start is loaded from the checkpoint's loftq_init folder)"
-        )
     kwargs.pop("parameter_name", None)
     kwargs.pop("device_map", None)
-    kwargs.pop("fan_in_fan_out", None)
     if isinstance(target, LoftQEmbedding):
         return LoftQLoraEmbedding(target, adapter_name, config=config, **kwargs)
     return LoftQLoraLinear(target, adapter_name, config=config, **kwargs)
 
 
+def _refuse(config: LoraConfig, target: nn.Module, parameter_name: str | None) -> None:
+    """UsageError for an adapter that would read, or change, the dense weight that a packed layer does not have."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if not isinstance(base, PackedWeight):
+        return
+    if parameter_name:
+        raise UsageError(f"target_parameters cannot name {parameter_name!r} of a packed layer; use target_modules")
+    if config.use_dora:
+        raise UsageError("DoRA needs the norms of a dense weight and does not work on a packed one; use_dora=False")
+    if getattr(config, "kasa_config", None) is not None:  # PEFT has it since 0.21
+        raise UsageError("KaSA truncates a dense weight and does not work on a packed one; kasa_config=None")
+    if config.init_lora_weights not in READ_NO_WEIGHT:
+        raise UsageError(
+            f"init_lora_weights={config.init_lora_weights!r} reads a dense weight, and this one is packed; use True "
+            "(the LoftQ start is loaded from the checkpoint's loftq_init folder)"
+        )
+
+
+def _forget_unpacked(model: Any) -> None:
+    """After merging, ``model``'s quantization_config lists what is packed still, or is gone if nothing is."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or quantizer.quantization_config.quant_method != "loftq":
+        return
+    bits = quantizer.quantization_config.bits
+    quantizer.remove_quantization_config(model)
+    if any(isinstance(m, PackedWeight) for m in model.modules()):
+        mark_quantized(model, bits)
+
+
 def install() -> None:
-    """Let PEFT's LoraModel make our layers and forget the quantization once nothing packed is left."""
-    create, unload = LoraModel._create_new_module, LoraModel._unload_and_optionally_merge
+    """Let PEFT's LoraModel make our layers, refuse what cannot work on them, and forget merged ones."""
+    replace, create = LoraModel._create_and_replace, LoraModel._create_new_module
+    unload = LoraModel._unload_and_optionally_merge
+
+    @functools.wraps(replace)
+    def create_and_replace(self, lora_config, adapter_name, target, *args, parameter_name=None, **kwargs):  # type: ignore[no-untyped-def]
+        _refuse(lora_config, target, parameter_name)
+        replace(self, lora_config, adapter_name, target, *args, parameter_name=parameter_name, **kwargs)
 
     @functools.wraps(create)
     def create_new_module(lora_config, adapter_name, target, **kwargs):  # type: ignore[no-untyped-def]
@@ -80,11 +120,9 @@ def install() -> None:
     @functools.wraps(unload)
     def unload_and_optionally_merge(self, *args, **kwargs):  # type: ignore[no-untyped-def]
         model = unload(self, *args, **kwargs)
-        quantizer = getattr(model, "hf_quantizer", None)
-        packed_left = any(isinstance(m, PackedWeight) for m in model.modules())
-        if quantizer is not None and quantizer.quantization_config.quant_method == "loftq" and not packed_left:
-            quantizer.remove_quantization_config(model)
+        _forget_unpacked(model)
         return model
 
+    LoraModel._create_and_replace = create_and_replace
     LoraModel._create_new_module = staticmethod(create_new_module)
     LoraModel._unload_and_optionally_merge = unload_and_optionally_merge

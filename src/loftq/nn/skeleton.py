@@ -1,6 +1,6 @@
 """What each tensor of a checkpoint is, from the model's own modules built on the meta device."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,20 @@ from loftq.errors import InputError, listed, quoted
 from loftq.formats import strict_json
 from loftq.plan import Role, Stack
 
-# Keys that steer transformers from inside a config file (CVE-2026-4372); never taken from a checkpoint.
+# Keys that steer transformers from inside a config file (CVE-2026-4372), with and without the underscore of their
+# private twins; never taken from a checkpoint.
 INTERNAL_KEYS = (
     "_attn_implementation",
     "_experts_implementation",
+    "attn_implementation",
+    "experts_implementation",
     "custom_pipelines",
     "auto_map",
     "trust_remote_code",
 )
 LARGEST_SIZE = 1 << 31
 MOST_LAYERS = 4096
+MOST_MODULES = 250_000  # five times as many as a model of 61 layers with 256 experts each has
 READ_DIRECTLY = {"rel_embeddings": "its weight is read directly, past any adapter"}  # DeBERTa-v2
 
 
@@ -30,22 +34,46 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: missing; a Hugging Face model directory holds a config.json beside its weights")
     config = strict_json.load_object(path)
-    if "quantization_config" in config:
-        method = quoted(config["quantization_config"].get("quant_method", "an unnamed method"))
+    method = _quantized_with(config)
+    if method:
         raise InputError(f"{path}: already quantized with {method}; start from the full-precision checkpoint")
+    _check_numbers(path, config)
+    return without_internal_keys(config)
+
+
+def without_internal_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` and the configs nested in it, without :data:`INTERNAL_KEYS` and anything that begins like them."""
+    return {
+        key: without_internal_keys(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if not key.startswith(INTERNAL_KEYS)
+    }
+
+
+def _quantized_with(config: dict[str, Any]) -> str:
+    """Method of a ``quantization_config``, also of a nested config; empty if there is none."""
     for key, value in config.items():
-        _check_number(path, key, value)
-    return {k: v for k, v in config.items() if not k.startswith(INTERNAL_KEYS)}
+        if key in ("quantization_config", "compression_config") and value is not None:
+            return quoted(value.get("quant_method", "an unnamed method") if isinstance(value, dict) else repr(value))
+        nested = _quantized_with(value) if isinstance(value, dict) else ""
+        if nested:
+            return nested
+    return ""
 
 
-def _check_number(path: Path, key: str, value: object) -> None:
-    """Refuse sizes that no model has, before a skeleton is built from them."""
-    counted = key.endswith(("_size", "_layers", "_heads", "_dim")) or key.startswith(("num_", "n_", "d_"))
-    if not counted or value is None or isinstance(value, (list, dict, bool)):
-        return
-    largest = MOST_LAYERS if "layers" in key else LARGEST_SIZE
-    if isinstance(value, str) or not 0 <= value <= largest:
-        raise InputError(f"{path}: {quoted(key)} is {quoted(value)!s}; wanted a number between 0 and {largest}")
+def _check_numbers(path: Path, config: dict[str, Any]) -> None:
+    """Refuse sizes that no model has, also in nested configs, before a skeleton is built from them."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_numbers(path, value)
+        size = key.endswith(("_size", "_dim"))
+        counted = size or key.endswith(("_layers", "_heads")) or key.startswith(("num_", "n_", "d_"))
+        if not counted or value is None or isinstance(value, (dict, bool)):
+            continue
+        largest = MOST_LAYERS if "layer" in key and not size else LARGEST_SIZE
+        for number in value if isinstance(value, list) else [value]:
+            if not isinstance(number, (int, float)) or not 0 <= number <= largest:
+                raise InputError(f"{path}: {quoted(key)} is {quoted(number)}; wanted a number from 0 to {largest}")
 
 
 def build(directory: Path) -> nn.Module:
@@ -57,15 +85,17 @@ def build(directory: Path) -> nn.Module:
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    path = directory / "config.json"
     values = read_config(directory)
-    model_type = values.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    model_type, names = values.get("model_type"), values.get("architectures")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise InputError(
-            f"{directory / 'config.json'}: model_type {quoted(model_type)} is not one of transformers' own; "
+            f"{path}: model_type {quoted(model_type)} is not one of transformers' own; "
             "loftq does not run code that comes with a checkpoint"
         )
-    names = values.get("architectures") or []
-    model_class = getattr(transformers, str(names[0]), None) if names else None
+    named = isinstance(names, list) and names and isinstance(names[0], str)
+    model_class = getattr(transformers, names[0], None) if named else None  # type: ignore[index]
+    count = torch.nn.modules.module.register_module_module_registration_hook(_count_modules())
     try:
         config = CONFIG_MAPPING[model_type].from_dict(values)
         with torch.device("meta"):
@@ -74,33 +104,43 @@ def build(directory: Path) -> nn.Module:
             return transformers.AutoModel.from_config(config)
     except Exception as e:  # whatever transformers raises for a config it cannot take
         line = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise InputError(f"{directory / 'config.json'}: transformers cannot build this model: {line}") from e
+        raise InputError(f"{path}: transformers cannot build this model: {quoted(line, 400)}") from e
+    finally:
+        count.remove()
+
+
+def _count_modules() -> Callable[[nn.Module, str, nn.Module | None], None]:
+    """A hook that stops a skeleton without end: experts and layers are multiplied in more keys than can be listed."""
+    registered = 0
+
+    def count(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+        nonlocal registered
+        registered += 1
+        if registered > MOST_MODULES:
+            raise InputError(f"more than {MOST_MODULES} modules")
+
+    return count
 
 
 def roles(model: nn.Module, tensor_names: Iterable[str]) -> dict[str, Role]:
     """The role of every checkpoint tensor, by the names under which transformers would load it."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    by_identity: dict[int, list[str]] = {}
-    for name, parameter in parameters.items():
-        by_identity.setdefault(id(parameter), []).append(name)
-    modules = dict(model.named_modules())
+    rename, modules = renamer(model), _Modules(model)
     result = {}
     for tensor in tensor_names:
-        runtime, converted = runtime_name(model, tensor, parameters)
+        runtime, converted = rename(tensor)
         if converted:
             kind = "experts" if "expert" in tensor else "other"
             keep = f"converted by transformers on loading into {quoted(runtime)}"
             result[tensor] = Role(quoted(runtime), kind, backbone=True, keep=keep)
-            continue
-        if runtime not in parameters:
-            result[tensor] = Role()
-            continue
-        module_name, _, leaf = runtime.rpartition(".")
-        tied = tuple(n for n in by_identity[id(parameters[runtime])] if n != runtime)
-        kind, keep = _kind(modules[module_name], leaf, parameters[runtime], module_name)
-        backbone = _in_backbone(model, module_name) and modules[module_name] is not _output_head(model)
-        result[tensor] = Role(module_name, kind, backbone, _stack(modules, module_name), tied, keep)
+        else:
+            result[tensor] = modules.role(runtime)
     return result
+
+
+def parameter_roles(model: nn.Module) -> dict[str, Role]:
+    """The role of every parameter of a model that is in memory."""
+    modules = _Modules(model)
+    return {name: modules.role(name) for name in modules.parameters}
 
 
 def adaptable(model: nn.Module) -> list[str]:
@@ -108,21 +148,58 @@ def adaptable(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if _kind(module, "weight", None, name)[0] != "other"]
 
 
-def runtime_name(model: nn.Module, tensor: str, parameters: dict[str, Any]) -> tuple[str, bool]:
-    """The parameter a checkpoint tensor becomes, and whether transformers converts it (fuses, splits) on the way."""
+def renamer(model: nn.Module) -> Callable[[str], tuple[str, bool]]:
+    """Checkpoint tensor -> the parameter it becomes, and whether transformers converts it (fuses, splits) on the way."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    if "_loftq_conversions" not in model.__dict__:
-        model.__dict__["_loftq_conversions"] = get_model_conversion_mapping(model)
-    mapping = model.__dict__["_loftq_conversions"]
-    prefix: str = model.base_model_prefix  # type: ignore[assignment]
+    mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
-    name, source = rename_source_key(tensor, renamings, converters, prefix, parameters)
-    if name not in parameters and tensor in parameters:
-        name, source = tensor, None
-    return name, source is not None
+    parameters: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    prefix: str = model.base_model_prefix  # type: ignore[assignment]
+
+    def rename(tensor: str) -> tuple[str, bool]:
+        name, source = rename_source_key(tensor, renamings, converters, prefix, parameters)
+        if name not in parameters and tensor in parameters:
+            return tensor, False
+        return name, source is not None
+
+    return rename
+
+
+class _Modules:
+    """What there is to know of a model's modules and parameters, looked up once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._modules = dict(model.named_modules())
+        self._twins: dict[int, list[str]] = {}
+        for name, parameter in self.parameters.items():
+            self._twins.setdefault(id(parameter), []).append(name)
+        self._head = _output_head(model)
+        prefix: str = model.base_model_prefix  # type: ignore[assignment]
+        self._backbone = f"{prefix}." if prefix in dict(model.named_children()) else ""
+
+    def role(self, name: str) -> Role:
+        """The role of a parameter; an empty one if the model has none of this name."""
+        if name not in self.parameters:
+            return Role()
+        module_name, _, leaf = name.rpartition(".")
+        module, parameter = self._modules[module_name], self.parameters[name]
+        tied = tuple(n for n in self._twins[id(parameter)] if n != name)
+        kind, keep = _kind(module, leaf, parameter, module_name)
+        backbone = module_name.startswith(self._backbone) and module is not self._head
+        return Role(module_name, kind, backbone, self._stack(module_name), tied, keep)
+
+    def _stack(self, name: str) -> Stack | None:
+        """The outermost ModuleList that holds the module."""
+        parts = name.split(".")
+        for i in range(1, len(parts)):
+            parent = self._modules[".".join(parts[:i])]
+            if isinstance(parent, nn.ModuleList) and parts[i].isdecimal():
+                return Stack(".".join(parts[:i]), int(parts[i]), len(parent))
+        return None
 
 
 def _kind(module: nn.Module, leaf: str, parameter: Any, name: str) -> tuple[str, str]:
@@ -153,22 +230,6 @@ def _output_head(model: nn.Module) -> nn.Module | None:
         return model.get_output_embeddings()  # type: ignore[operator]
     except (NotImplementedError, AttributeError):
         return None
-
-
-def _in_backbone(model: nn.Module, module_name: str) -> bool:
-    prefix = model.base_model_prefix
-    wrapped = prefix in dict(model.named_children())
-    return not wrapped or module_name.startswith(f"{prefix}.")
-
-
-def _stack(modules: dict[str, nn.Module], name: str) -> Stack | None:
-    """The outermost ModuleList that holds the module."""
-    parts = name.split(".")
-    for i in range(1, len(parts)):
-        parent = modules[".".join(parts[:i])]
-        if isinstance(parent, nn.ModuleList) and parts[i].isdecimal():
-            return Stack(".".join(parts[:i]), int(parts[i]), len(parent))
-    return None
 
 
 def check_shapes(model: nn.Module, shapes: dict[str, tuple[int, ...]], roles_: dict[str, Role]) -> None:

@@ -3,7 +3,7 @@
 Plain torch, written to be read: this is the oracle that every faster path is compared with.
 """
 
-from loftq.numerics.blockwise import Quantized, decode, dequantize, encode, quantize
+from loftq.numerics.blockwise import Quantized, decode, decode_rows, dequantize, encode, fit_scales, quantize, scale_and_zero, store_scales
 from loftq.numerics.codebooks import dynamic_8bit, levels, normal_float
 from loftq.numerics.lowrank import truncated_svd
 from loftq.numerics.packing import pack, packed_shape, unpack
@@ -11,14 +11,18 @@ from loftq.numerics.packing import pack, packed_shape, unpack
 __all__ = [
     "Quantized",
     "decode",
+    "decode_rows",
     "dequantize",
     "dynamic_8bit",
     "encode",
+    "fit_scales",
     "levels",
     "normal_float",
     "pack",
     "packed_shape",
     "quantize",
+    "scale_and_zero",
+    "store_scales",
     "truncated_svd",
     "unpack",
 ]

@@ -31,16 +31,13 @@ class Quantized:
 def quantize(weight: Float[Tensor, "out in"], spec: QuantSpec) -> Quantized:
     """Nearest codes of ``weight`` under ``spec``.
 
-    Scales are computed in float32. A block whose scale is zero decodes to exact zeros.
+    Scales are computed in float32. A block whose stored scale is zero decodes to exact zeros.
 
-    Raises: NumericalError if a scale does not fit ``spec.scale_dtype``.
+    Raises: NumericalError if a scale does not fit float32, or does not fit ``spec.scale_dtype``.
     """
-    weight = weight.float()
-    scale, zero = _fit(weight, spec)
-    scales = _store(scale, spec)
-    if zero is not None:
-        scales["weight_zero"] = zero.to(torch.uint8) if spec.code == "affine" else zero
-    scale, zero = _scale_and_zero(scales)
+    weight = weight.detach().float().contiguous()
+    scales = fit_scales(weight, spec)
+    scale, zero = scale_and_zero(scales)
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
     gaps = midpoints(spec.code, spec.bits).to(weight.device)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
@@ -57,7 +54,7 @@ def quantize(weight: Float[Tensor, "out in"], spec: QuantSpec) -> Quantized:
 def dequantize(quantized: Quantized, spec: QuantSpec) -> Float[Tensor, "out in"]:
     """``(levels[code] - zero) * scale`` in float32."""
     table = levels(spec.code, spec.bits).to(quantized.codes.device)
-    values = torch.empty(quantized.codes.shape, device=quantized.codes.device)
+    values = torch.empty(quantized.codes.shape, dtype=torch.float32, device=quantized.codes.device)
     for rows in _row_chunks(values):
         values[rows] = table[quantized.codes[rows].int()]
     return _rescale(values, quantized.scales, spec)
@@ -77,7 +74,7 @@ def decode(tensors: dict[str, Tensor], spec: QuantSpec, columns: int) -> Float[T
     if 8 % spec.bits:
         codes = unpack(packed, spec.bits, columns)
         return dequantize(Quantized(codes, tensors), spec)
-    every_byte = torch.arange(256, dtype=torch.uint8).view(torch.int8)[:, None]
+    every_byte = torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.int8)[:, None]
     table = levels(spec.code, spec.bits)[unpack(every_byte, spec.bits, 8 // spec.bits).int()]
     bytes_ = packed.reshape(packed.shape[0], -1).view(torch.uint8)
     values = torch.nn.functional.embedding(bytes_.int(), table.to(packed.device)).flatten(1)
@@ -86,19 +83,19 @@ def decode(tensors: dict[str, Tensor], spec: QuantSpec, columns: int) -> Float[T
 
 def decode_rows(tensors: dict[str, Tensor], spec: QuantSpec, columns: int, rows: Tensor) -> Float[Tensor, "n in"]:
     """Some rows of :func:`decode`, by their indices, without decoding the others: an embedding's lookup."""
-    scale, zero = _scale_and_zero(tensors)
+    scale, zero = scale_and_zero(tensors)
     chosen = {
-        "weight": tensors["weight"][rows],
-        "weight_scale": scale if scale.shape[0] == 1 else scale[rows],
+        "weight": tensors["weight"].index_select(0, rows),  # which refuses negative indices, as an embedding does
+        "weight_scale": scale if scale.shape[0] == 1 else scale.index_select(0, rows),
     }
     if zero is not None:
-        chosen["weight_zero"] = zero if zero.shape[0] == 1 else zero[rows]
+        chosen["weight_zero"] = zero if zero.shape[0] == 1 else zero.index_select(0, rows)
     return decode(chosen, spec, columns)
 
 
 def _rescale(values: Tensor, scales: dict[str, Tensor], spec: QuantSpec) -> Tensor:
     """``(values - zero) * scale``, in place."""
-    scale, zero = _scale_and_zero(scales)
+    scale, zero = scale_and_zero(scales)
     for at, block in _blocks(values, spec):
         if zero is not None:
             block -= _at(zero, slice(None), at)
@@ -106,15 +103,27 @@ def _rescale(values: Tensor, scales: dict[str, Tensor], spec: QuantSpec) -> Tens
     return values
 
 
+def fit_scales(weight: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
+    """Scales and zero points of every block in their stored form, by suffix; NumericalError if one does not fit."""
+    scale, zero = _fit(weight, spec)
+    scales = store_scales(scale, spec)
+    if zero is not None:
+        scales["weight_zero"] = zero.to(torch.uint8) if spec.code == "affine" else zero
+    return scales
+
+
 def _fit(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
     """Scales and zero points of every block, float32, before they are stored."""
     top = 2**spec.bits - 1
     if spec.code == "uniform-tensor":
         # LoftQ's GLUE code: clip at mean ± 2 sigma, then min-max. Its 1e-8 keeps a constant tensor finite.
+        # The zero point belongs to the stored scale, so that `low` is met exactly even where the scale is coarse.
         mean, sigma = weight.mean(), _sigma(weight.flatten())
         low = weight.min().clamp(min=mean - 2 * sigma)
         high = weight.max().clamp(max=mean + 2 * sigma)
-        scale = ((high - low + 1e-8) / top).reshape(1, 1)
+        scale = _rounded(((high - low + 1e-8) / top).reshape(1, 1), spec)
+        smallest = torch.finfo(scale.dtype).tiny * torch.finfo(scale.dtype).eps
+        scale = torch.where(scale == 0, smallest, scale).float()
         return scale, -low / scale
     scales, zeros = [], []
     for _, block in _blocks(weight, spec):
@@ -135,17 +144,34 @@ def _sigma(values: Tensor) -> Tensor:
     return values.std(-1) if values.shape[-1] > 1 else torch.zeros_like(values[..., 0])
 
 
-def _store(scale: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
+def _rounded(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Scales in ``scale_dtype``, or float32 before double quantization. NumericalError if they do not fit."""
+    if not scale.isfinite().all():
+        cure = "scale the weights down" if spec.code == "nf" else "use code nf, or scale the weights down"
+        raise NumericalError(f"a scale of code {spec.code} is beyond float32: the weights are too large; {cure}")
+    dtype = torch.float32 if spec.double_quant else getattr(torch, spec.scale_dtype)
+    stored = scale.to(dtype)
+    if not stored.isfinite().all():
+        largest = scale.abs().max().item()
+        wider = "bfloat16" if dtype == torch.float16 and largest < torch.finfo(torch.bfloat16).max else "float32"
+        raise NumericalError(
+            f"a scale of {largest:.4g} does not fit {spec.scale_dtype}, which ends at {torch.finfo(dtype).max:.4g}; "
+            f"use --scale-dtype {wider}"
+        )
+    return stored
+
+
+def store_scales(scale: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
     """Scales in their stored form: rounded to ``scale_dtype``, or bitsandbytes' double quantization."""
+    scale = _rounded(scale, spec)
     if not spec.double_quant:
-        stored = scale.to(getattr(torch, spec.scale_dtype))
-        if not stored.isfinite().all():
-            raise NumericalError(
-                f"a scale of {scale.abs().max():.3g} does not fit {spec.scale_dtype}; use --scale-dtype bfloat16"
-            )
-        return {"weight_scale": stored}
+        return {"weight_scale": scale}
     flat = scale.flatten()
     mean = flat.mean()
+    if not (flat - mean).isfinite().all():
+        raise NumericalError(
+            f"scales up to {flat.abs().max():.4g} overflow in double quantization; leave out --double-quant"
+        )
     centred = torch.nn.functional.pad(flat - mean, (0, -flat.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     absmax = centred.abs().amax(1)
     safe = torch.where(absmax == 0, 1, absmax)
@@ -158,7 +184,7 @@ def _store(scale: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
     }
 
 
-def _scale_and_zero(scales: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+def scale_and_zero(scales: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """Stored scales and zero points as float32."""
     scale, zero = scales["weight_scale"], scales.get("weight_zero")
     if "weight_scale_absmax" in scales:

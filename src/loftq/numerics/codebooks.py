@@ -1,6 +1,11 @@
-"""Code books: the values that a code of a given width stands for, before scaling."""
+"""Code books: the values that a code of a given width stands for, before scaling.
+
+Tables are made once a process, so they must not depend on who asks first: models are often built under another
+default dtype, on the meta device, or in inference mode.
+"""
 
 import functools
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -8,10 +13,12 @@ from torch import Tensor
 
 from loftq.errors import UsageError
 
+HOST: Any = {"dtype": torch.float32, "device": "cpu"}
 OFFSET = 0.9677083  # outer quantile of NF4 in QLoRA's released code; LoftQ's code uses it for every width
 
 
 @functools.cache
+@torch.inference_mode(False)
 def normal_float(bits: int) -> Float[Tensor, " levels"]:
     """Levels of the NormalFloat code, sorted, in [-1, 1], with an exact zero.
 
@@ -25,13 +32,14 @@ def normal_float(bits: int) -> Float[Tensor, " levels"]:
     if bits not in (2, 3, 4, 8):
         raise UsageError(f"NormalFloat has 2, 3, 4 or 8 bits, got {bits!r}")
     half = 2**bits // 2
-    positive = torch.special.ndtri(torch.linspace(OFFSET, 0.5, half + 1)[:-1].double())
-    negative = -torch.special.ndtri(torch.linspace(OFFSET, 0.5, half)[:-1].double())
-    values = torch.cat([negative, torch.zeros(1, dtype=torch.double), positive]).float().sort().values
+    positive = torch.special.ndtri(torch.linspace(OFFSET, 0.5, half + 1, **HOST)[:-1].double())
+    negative = -torch.special.ndtri(torch.linspace(OFFSET, 0.5, half, **HOST)[:-1].double())
+    values = torch.cat([negative, torch.zeros(1, **HOST).double(), positive]).float().sort().values
     return values / values.max()
 
 
 @functools.cache
+@torch.inference_mode(False)
 def levels(code: str, bits: int) -> Float[Tensor, " levels"]:
     """The ``2**bits`` sorted levels of a code (see :class:`loftq.spec.QuantSpec`).
 
@@ -41,11 +49,12 @@ def levels(code: str, bits: int) -> Float[Tensor, " levels"]:
     if code == "nf":
         return normal_float(bits)
     if code == "uniform":
-        return torch.linspace(-1, 1, 2**bits)
-    return torch.arange(2**bits, dtype=torch.float32)
+        return torch.linspace(-1, 1, 2**bits, **HOST)
+    return torch.arange(2**bits, **HOST)
 
 
 @functools.cache
+@torch.inference_mode(False)
 def dynamic_8bit() -> Float[Tensor, "256"]:
     """bitsandbytes' signed 8-bit dynamic code, for double quantization (arXiv 2110.02861, section 2.2).
 
@@ -54,13 +63,14 @@ def dynamic_8bit() -> Float[Tensor, "256"]:
     """
     values = [0.0, 1.0]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1)
+        edges = torch.linspace(0.1, 1, 2**decade + 1, **HOST)
         middles = (10 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
         values += middles + [-m for m in middles]
-    return torch.tensor(sorted(values))
+    return torch.tensor(sorted(values), **HOST)
 
 
 @functools.cache
+@torch.inference_mode(False)
 def midpoints(code: str, bits: int) -> Float[Tensor, " gaps"]:
     """Where the nearest level changes: halfway between neighbours."""
     return halfway(levels(code, bits))

@@ -1,7 +1,7 @@
 """What is quantized, how, and why not: data about tensors and a policy in, a plan out. Knows no torch."""
 
 from loftq.plan.patterns import Rules, parse_rules
-from loftq.plan.plan import Kept, Matrix, Plan, Policy, Role, Stack, make, natural, target_suffixes, task_type
+from loftq.plan.plan import Kept, Matrix, Plan, Policy, Role, Stack, make, natural, nominal_bits, target_suffixes, task_type
 
 __all__ = [
     "Kept",
@@ -13,6 +13,7 @@ __all__ = [
     "Stack",
     "make",
     "natural",
+    "nominal_bits",
     "parse_rules",
     "target_suffixes",
     "task_type",

@@ -35,7 +35,7 @@ def parse_rules(option: str, text: str, value: Callable[[str], V]) -> Rules[V]:
     rules: list[tuple[str, V]] = []
     defaults: list[V] = []
     for item in text.split(","):
-        pattern, equals, written = item.strip().rpartition("=")
+        pattern, equals, written = (part.strip() for part in item.rpartition("="))
         if equals and not pattern:
             raise UsageError(f"{option}: {quoted(item)} has nothing before the '='")
         if equals:

@@ -14,6 +14,7 @@ DENSE = 16  # as a number of bits: leave the matrix as it is
 FLOATS = ("F64", "F32", "F16", "BF16")
 HEADS = {"lm_head", "embed_out", "classifier", "score", "qa_outputs", "pooler", "cls", "classification_head"}
 ROUTERS = {"router", "gate"}
+RANK_POLICIES = ("refuse", "clamp")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,14 @@ class Policy:
     embeddings: bool = False
     min_coverage: float = 0.5
     solve: SolveSpec = field(default_factory=SolveSpec)
+
+    def __post_init__(self) -> None:
+        if self.rank_policy not in RANK_POLICIES:
+            raise UsageError(
+                f"--rank-policy must be one of {', '.join(RANK_POLICIES)}, got {quoted(repr(self.rank_policy))}"
+            )
+        if not 0 <= self.min_coverage <= 1:
+            raise UsageError(f"--min-coverage must lie between 0 and 1, got {quoted(repr(self.min_coverage))}")
 
 
 @dataclass(frozen=True)
@@ -137,7 +146,7 @@ def make(tensors: Mapping[str, tuple[str, tuple[int, ...]]], roles: Mapping[str,
         nothing, or less than ``policy.min_coverage`` of the layers' weights, would be quantized.
     """
     ranks = parse_rules("--rank", policy.rank, _rank_value)
-    wanted = {n: _reason_to_keep(n, *tensors[n], roles[n], policy) for n in tensors}
+    wanted = {n: _reason_to_keep(n, *tensors[n], roles[n], policy.embeddings, ranks) for n in tensors}
     modules = [roles[n].module for n, reason in wanted.items() if not reason]
     bits = _bits_rules(policy.bits, [roles[n] for n, reason in wanted.items() if not reason])
     bits.refuse_unmatched("--bits", modules)
@@ -178,6 +187,15 @@ def make(tensors: Mapping[str, tuple[str, tuple[int, ...]]], roles: Mapping[str,
     return plan
 
 
+def nominal_bits(policy: Policy, plan: Plan) -> float:
+    """The one number that stands for ``--bits`` in ``config.json``: as asked, or with patterns the last matrix's."""
+    try:
+        asked = float(policy.bits)
+    except ValueError:
+        return plan.matrices[-1].quant.bits
+    return int(asked) if asked == int(asked) else asked
+
+
 def _check_coverage(plan: Plan, policy: Policy) -> None:
     if not plan.matrices:
         reasons = sorted({k.reason for k in plan.kept if len(k.shape) > 1})
@@ -186,11 +204,13 @@ def _check_coverage(plan: Plan, policy: Policy) -> None:
         missed = [f"{k.name} ({k.reason})" for k in plan.kept if k.missed]
         raise InputError(
             f"only {plan.coverage:.0%} of the layers' weights would be quantized, less than --min-coverage "
-            f"{policy.min_coverage:.0%}; kept: {listed(missed)}; lower --min-coverage to accept that"
+            f"{policy.min_coverage:.0%}; kept: {listed(missed, 3)}; lower --min-coverage to accept that"
         )
 
 
-def _reason_to_keep(name: str, dtype: str, shape: tuple[int, ...], role: Role, policy: Policy) -> str:
+def _reason_to_keep(
+    name: str, dtype: str, shape: tuple[int, ...], role: Role, embeddings: bool, ranks: Rules[int]
+) -> str:
     """Why a tensor stays as it is; empty if it is to be quantized."""
     parts = set(role.module.split("."))
     if role.keep:
@@ -203,9 +223,9 @@ def _reason_to_keep(name: str, dtype: str, shape: tuple[int, ...], role: Role, p
         return "empty" if 0 in shape else "a vector (norm or bias)"
     if role.kind == "other" or len(shape) > 2:
         return "not a Linear, Conv1D or Embedding weight"
-    if role.kind == "embedding" and not policy.embeddings:
+    if role.kind == "embedding" and not embeddings:
         return "an embedding (--embeddings quantizes it)"
-    if role.kind == "embedding" and min(shape) <= parse_rules("--rank", policy.rank, _rank_value)(role.module):
+    if role.kind == "embedding" and min(shape) <= ranks(role.module):
         return "an embedding smaller than the rank"
     if role.tied:
         return f"tied to {listed(role.tied, 3)}"
@@ -275,6 +295,8 @@ def target_suffixes(chosen: Iterable[str], others: Iterable[str]) -> list[str]:
 
     PEFT selects modules whose name ends with one of these. Two parts at the least, so that a layer of a task
     head that is added later (``classification_head.out_proj``) is not caught by a name as short as ``out_proj``.
+
+    Raises: InputError if a whole chosen name is the ending of another.
     """
     others = [f".{name}" for name in others]
     suffixes = set()
@@ -282,8 +304,14 @@ def target_suffixes(chosen: Iterable[str], others: Iterable[str]) -> list[str]:
         parts = name.split(".")
         for n in range(min(2, len(parts)), len(parts) + 1):
             suffix = ".".join(parts[-n:])
-            if not any(other.endswith(f".{suffix}") for other in others):
+            caught = [other for other in others if other.endswith(f".{suffix}")]
+            if not caught:
                 break
+        if caught:
+            raise InputError(
+                f"{quoted(name)} is the ending of {listed((c[1:] for c in caught), 3)}, which is not quantized; PEFT, "
+                "which selects by endings, would put an adapter on both"
+            )
         suffixes.add(suffix)
     return sorted(suffixes, key=natural)
 

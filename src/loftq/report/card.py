@@ -15,19 +15,17 @@ NEEDS = {"loftq": "import loftq  # registers the packed layers\n", "bnb": "", "d
 
 
 def model_card(
-    base: str,
+    hub_id: str | None,
     architecture: str,
     layout: str,
     directory: str,
     plan: Plan,
-    matrices: list[dict[str, Any]],
     summary: dict[str, Any],
 ) -> str:
     """README.md of the output directory: what it is, how to load it, what it cost."""
-    is_hub_id = not base.startswith((".", "/", "~")) and base.count("/") == 1
     loader = next((auto for ending, auto in LOADERS.items() if architecture.endswith(ending)), "AutoModel")
-    front = [f"base_model: {base}", "base_model_relation: quantized"] if is_hub_id else []
-    widths = sorted({m["bits"] for m in matrices})
+    front = [f"base_model: {hub_id}", "base_model_relation: quantized"] if hub_id else []
+    widths = sorted({m.quant.bits for m in plan.matrices})
     better = 1 - summary["error"] / summary["qlora_error"] if summary["qlora_error"] else 0.0
     quant = plan.matrices[0].quant
     return "\n".join(

@@ -1,9 +1,11 @@
 """What is in a LoftQ checkpoint: the data of ``loftq inspect``, its table and its plot."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 from loftq.errors import UsageError
+from loftq.formats import fsio
 
 HELPS_BELOW = 0.99  # a low-rank part that removes less than 1 % of the error is reported
 
@@ -60,5 +62,11 @@ def plot(inspected: dict[str, Any], file: Path) -> None:
         right.plot(m["kept"], relative[m["kept"]], "o", color="#c05621", markersize=3, alpha=0.6)
     right.set(xlabel="step", ylabel="error / QLoRA's error", title="Error per step (dot: the step kept)")
     right.xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    picture = io.BytesIO()
+    try:
+        figure.savefig(picture, format=file.suffix[1:] or "png", dpi=120)
+    except ValueError as e:
+        raise UsageError(f"--plot {file}: {e}") from e
+    finally:
+        plt.close(figure)
+    fsio.write_atomic(file, [picture.getvalue()])

@@ -5,13 +5,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from loftq.report.inspect import warnings
 
 
 def _console() -> Console:
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=160)
+    """Without markup: names and paths may have brackets in them."""
+    console = Console(highlight=False, markup=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=160)
 
 
 def _table(*columns: tuple[str, str]) -> Table:
@@ -40,10 +42,10 @@ def print_plan(rows: list[dict[str, Any]], coverage: float) -> None:
             stored = f"{row['bits']}-bit {row['code']}, block {row['block_size']}"
             table.add_row(row["name"], shape, stored, str(row["rank"]), f"{row['bytes']:,}")
         else:
-            table.add_row(row["name"], shape, f"[dim]kept: {row['reason']}[/dim]", "", f"{row['bytes']:,}")
+            table.add_row(row["name"], shape, Text(f"kept: {row['reason']}", "dim"), "", f"{row['bytes']:,}")
     if vectors:
         size = sum(r["bytes"] for r in vectors)
-        table.add_row(f"{len(vectors)} vectors", "", "[dim]kept: norms and biases[/dim]", "", f"{size:,}")
+        table.add_row(f"{len(vectors)} vectors", "", Text("kept: norms and biases", "dim"), "", f"{size:,}")
     console = _console()
     console.print(table)
     quantized = [r for r in rows if r["action"] == "quantize"]
@@ -83,7 +85,7 @@ def print_inspection(inspected: dict[str, Any]) -> None:
     console.print()
     console.print(_totals(inspected["totals"]))
     for line in inspected["warnings"]:
-        console.print(f"[yellow]warning:[/yellow] {line}")
+        console.print(Text("warning:", "yellow"), line)
 
 
 def print_summary(output: Path, manifest: dict[str, Any], made: bool) -> None:
@@ -94,7 +96,7 @@ def print_summary(output: Path, manifest: dict[str, Any], made: bool) -> None:
     console.print(_totals(manifest["totals"]))
     lines = warnings(manifest["matrices"])
     if lines:
-        console.print(f"[yellow]warning:[/yellow] {len(lines)} matrices gain little; see: loftq inspect {output}")
+        console.print(Text("warning:", "yellow"), f"{len(lines)} matrices gain little; see: loftq inspect {output}")
     console.print(f"Saved to {output}. Its README.md says how to load it; `loftq inspect {output}` shows every matrix.")
 
 

@@ -11,7 +11,7 @@ def totals(plan: Plan, matrices: list[dict[str, Any]], file_sizes: dict[str, int
 
     Returns:
         ``bits_per_weight``: stored bits per quantized weight, scales included.
-        ``disk_bytes``: all files; ``adapter_bytes``: the adapter among them.
+        ``disk_bytes``: all files but card and manifest, which show it; ``adapter_bytes``: the adapter among them.
         ``dense_16bit_bytes``: all parameters at 16 bits; ``compression``: that over ``disk_bytes``.
         ``trainable_share``: the adapter's parameters over the model's.
         ``error``, ``qlora_error``: relative error of all matrices together, sqrt(sum ||W-Q-s·BA||² / sum ||W||²).

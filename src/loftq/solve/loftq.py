@@ -18,7 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loftq.errors import NumericalError, UsageError
-from loftq.numerics import Quantized, dequantize, quantize, truncated_svd
+from loftq.kernels import backend
+from loftq.numerics import Quantized, truncated_svd
 from loftq.spec import QuantSpec, SolveSpec
 
 
@@ -65,12 +66,12 @@ def solve(
     Raises: UsageError for a rank that does not fit; NumericalError for values that are not finite.
     """
     spec = spec or SolveSpec()
+    weight = weight.detach().float()
     check_matrix(weight, rank)
-    weight = weight.float()
     norm = _norm(weight)
-    generator = torch.Generator().manual_seed(tensor_seed(spec.seed, name))
-    quantized = quantize(weight, quant)
-    residual = weight - dequantize(quantized, quant)
+    generator = torch.Generator("cpu").manual_seed(tensor_seed(spec.seed, name))
+    kernels = backend(weight.device)
+    quantized, residual = kernels.quantize_residual(weight, weight, quant)
     errors = [_ratio(_norm(residual), norm)]
     if spec.steps == 0:
         b, a = _zero_start(weight, rank, generator)
@@ -78,7 +79,7 @@ def solve(
 
     alternate = _quantize_first if spec.order == "quantize-first" else _svd_first
     best: tuple[float, int, tuple[Quantized, Tensor, Tensor]] | None = None
-    steps = alternate(weight, quantized, residual, quant, rank, spec, generator)
+    steps = alternate(kernels, weight, quantized, residual, quant, rank, spec, generator)
     for t, (candidate, distance) in enumerate(steps, start=1):
         errors.append(_ratio(distance, norm))
         if best is None or errors[t] < best[0]:
@@ -93,26 +94,21 @@ def solve(
 Step = tuple[tuple[Quantized, Tensor, Tensor], float]  # (Q, B, A) and ||W - Q - B A||
 
 
-def _quantize_first(weight, quantized, residual, quant, rank, spec, generator) -> Iterator[Step]:
+def _quantize_first(kernels, weight, quantized, residual, quant, rank, spec, generator) -> Iterator[Step]:
     a = None
     for t in range(1, spec.steps + 1):
         b, a = truncated_svd(residual, rank, method=spec.svd, generator=generator, start=a)
-        low_rank = b @ a
-        yield (quantized, b, a), _norm(residual - low_rank)
+        yield (quantized, b, a), _norm(_less(residual, b, a))
         if t < spec.steps:
-            quantized = quantize(weight - low_rank, quant)
-            residual = weight - dequantize(quantized, quant)
+            quantized, residual = kernels.quantize_residual(_less(weight, b, a), weight, quant)
 
 
-def _svd_first(weight, quantized, residual, quant, rank, spec, generator) -> Iterator[Step]:
+def _svd_first(kernels, weight, quantized, residual, quant, rank, spec, generator) -> Iterator[Step]:
     a, residual = None, weight
     for _ in range(spec.steps):
         b, a = truncated_svd(residual, rank, method=spec.svd, generator=generator, start=a)
-        target = weight - b @ a
-        quantized = quantize(target, quant)
-        backbone = dequantize(quantized, quant)
-        yield (quantized, b, a), _norm(target - backbone)
-        residual = weight - backbone
+        quantized, residual = kernels.quantize_residual(_less(weight, b, a), weight, quant)
+        yield (quantized, b, a), _norm(_less(residual, b, a))
 
 
 def check_matrix(weight: Tensor, rank: int) -> None:
@@ -127,6 +123,8 @@ def check_matrix(weight: Tensor, rank: int) -> None:
 
 def check_finite(tensor: Tensor) -> None:
     """NumericalError, with count and first place, for NaN or infinity."""
+    if tensor.ndim > 1 and math.isfinite(_norm(tensor.flatten(1))):
+        return  # an infinity or NaN anywhere would show in the norm; reading it once is quick
     finite = tensor.isfinite()
     if not finite.all():
         bad = (~finite).nonzero()
@@ -144,12 +142,19 @@ def tensor_seed(seed: int, name: str) -> int:
 def _zero_start(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """LoRA's own start: B = 0 and A uniform within 1/sqrt(in), as PEFT draws it."""
     rows, columns = weight.shape
-    a = torch.empty(rank, columns).uniform_(-1, 1, generator=generator) / math.sqrt(columns)
-    return torch.zeros(rows, rank, device=weight.device), a.to(weight.device)
+    a = torch.empty(rank, columns, device="cpu", dtype=torch.float32).uniform_(-1, 1, generator=generator)
+    return weight.new_zeros(rows, rank), (a / math.sqrt(columns)).to(weight.device)
+
+
+def _less(matrix: Tensor, b: Tensor, a: Tensor) -> Tensor:
+    """``matrix - b @ a`` in one pass."""
+    return torch.addmm(matrix, b, a, alpha=-1)
 
 
 def _norm(matrix: Tensor) -> float:
-    return torch.linalg.vector_norm(matrix, dtype=torch.float64).item()
+    """Frobenius norm: rows in float32, their sum in float64; all in float64 if float32 overflows."""
+    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(matrix, dim=1).double()).item()
+    return norm if math.isfinite(norm) else torch.linalg.vector_norm(matrix, dtype=torch.float64).item()
 
 
 def _ratio(distance: float, norm: float) -> float:

@@ -19,7 +19,7 @@ class Source:
     """A checkpoint with what the model says about it."""
 
     directory: Path
-    name: str  # as the user gave it: a path, or a hub id
+    hub_id: str | None  # None: a local directory
     checkpoint: Checkpoint
     plan: Plan
     prefix: str  # of the base model
@@ -46,7 +46,7 @@ def open_source(model: str, policy: Policy, revision: str | None = None) -> Sour
     chosen = {m.module for m in plan.matrices}
     return Source(
         directory=directory,
-        name=model,
+        hub_id=None if Path(model).expanduser().exists() else model,
         checkpoint=checkpoint,
         plan=plan,
         prefix=str(built.base_model_prefix),
@@ -75,7 +75,8 @@ def resolve(model: str, revision: str | None = None) -> Path:
     except Exception as e:  # the many ways in which a network or a hub says no
         line = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise StorageError(
-            f"{quoted(model)}: not a local directory, and not to be had from the hub: {quoted(line, 200)}"
+            f"{quoted(model)}: no such directory, and not to be had from the hub ({quoted(line, 200)}); "
+            "check the spelling, the network, or `hf auth login`"
         ) from e
     return directory
 

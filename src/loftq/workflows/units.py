@@ -1,10 +1,11 @@
 """The unit of work, one output shard: which tensors it holds, how it is made, and how it is known to be done.
 
 What a shard contains is fixed by the plan alone, so a plain, a parallel and a resumed run make the same bytes. A unit
-is done when its record exists and its files have the recorded hashes.
+is done when its record is whole and its files have the recorded hashes.
 """
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,14 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loftq.errors import LoftqError, NumericalError, quoted
-from loftq.formats import fsio, strict_json
+from loftq.errors import InputError, LoftqError, NumericalError, StorageError, quoted
+from loftq.formats import fsio
 from loftq.formats.layouts import Layout
 from loftq.formats.source import Checkpoint
 from loftq.formats.tensorfile import Entry, encode_header, tensor_bytes
 from loftq.nn.adapter import adapter_product, adapter_shapes, adapter_tensors
 from loftq.plan import Kept, Matrix, Plan
 from loftq.solve import check_finite, solve
+from loftq.workflows import sealed
+
+logger = logging.getLogger("loftq")
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,12 @@ def solve_matrix(matrix: Matrix, checkpoint: Checkpoint, plan: Plan, layout: Lay
         error, product = _written_error(weight, matrix, stored, adapter, s, layout)
     except LoftqError as e:
         raise type(e)(f"{quoted(matrix.name)}: {e}") from e
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "memory" not in str(e):
+            raise
+        raise StorageError(
+            f"{quoted(matrix.name)}: not enough memory for a matrix of shape {matrix.shape}; use fewer --workers"
+        ) from e
     errors = list(solution.errors)
     if layout.name != "dense" and abs(error - errors[solution.kept]) > 1e-3 * errors[0] + 1e-6:
         raise LoftqError(
@@ -135,25 +145,31 @@ def _written_error(
 class Workspace:
     """The directory beside the output in which units are collected until all are there."""
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.output, self.units = root, root / "output", root / "units"
+    def __init__(self, output: Path) -> None:
+        self.root = output.with_name(f"{output.name}.loftq-partial")
+        self.lock, self.identity = self.root / "lock", self.root / "identity.json"
+        self.units, self.output = self.root / "units", self.root / "output"
+        self.replaced = self.root / "replaced"  # by --overwrite, until the new output stands
 
     def piece(self, unit: Unit) -> Path:
         return self.units / f"{unit.index:05d}.safetensors"
 
-    def record_path(self, unit: Unit) -> Path:
+    def record(self, unit: Unit) -> Path:
         return self.units / f"{unit.index:05d}.json"
 
     def finished(self, unit: Unit) -> dict[str, Any] | None:
-        """The record of a unit that is done; None if its record is missing or its files do not match it."""
-        try:
-            record = strict_json.load_object(self.record_path(unit))
-            shard = fsio.sha256_file(self.output / unit.file_name)
-            piece = fsio.sha256_file(self.piece(unit))
-        except (LoftqError, OSError):
+        """The record of a unit that is done; None if its record is missing, or it or its files were changed."""
+        if not self.record(unit).exists():
             return None
-        matches = record.get("shard") == asdict(shard) and record.get("piece") == asdict(piece)
-        return record if matches else None
+        try:
+            record = sealed.load(self.record(unit))
+            found = {"shard": self.output / unit.file_name, "piece": self.piece(unit)}
+            if all(record[key] == asdict(fsio.sha256_file(path)) for key, path in found.items()):
+                return record
+        except InputError:
+            pass
+        logger.warning("%s: its bytes are not those that were recorded; it is made again", unit.file_name)
+        return None
 
     def make(self, unit: Unit, solved: Iterator[Solved], checkpoint: Checkpoint, layout: Layout) -> dict[str, Any]:
         """Write a unit's shard, its part of the adapter and, last, its record."""
@@ -179,8 +195,7 @@ class Workspace:
         shard = fsio.write_atomic(self.output / unit.file_name, contents())
         piece = fsio.write_atomic(self.piece(unit), adapter_contents())
         record = {"shard": asdict(shard), "piece": asdict(piece), "matrices": reports}
-        fsio.write_json(self.record_path(unit), record)
-        return record
+        return sealed.write(self.record(unit), record)
 
 
 def read_finite(kept: Kept, checkpoint: Checkpoint) -> Tensor:

@@ -1,0 +1,273 @@
+"""What every benchmark shares: sides called in turn, statistics, goals, a table, a JSON file, processes of their own.
+
+A script makes one :class:`Bench`, compares and records, and calls ``finish``, which writes docs/data/bench/<name>.json;
+``report.py`` makes docs/performance.md of these files. The docstring of a script is part of its data: the first line
+is the question, the paragraphs that begin with "Peer:" and "Goal:" say against what, and how good.
+"""
+
+import argparse
+import ctypes
+import datetime
+import gc
+import importlib.metadata
+import inspect
+import json
+import logging
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "numpy", "numba", "triton", "transformers", "peft", "bitsandbytes", "hqq", "torchao")
+
+for noisy in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # advice about optional parts of theirs
+    logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class Versus:
+    """The speed of ``side`` as a multiple of the speed of ``peer``, and the multiple that is the goal."""
+
+    side: str
+    peer: str
+    at_least: float | None = None
+
+
+class Bench:
+    """One script's options, measurements and results.
+
+    Attributes:
+        quick: sizes that only show that the script works; nothing is written unless ``--output`` is given.
+    """
+
+    def __init__(self, script: str, doc: str) -> None:
+        self.name = Path(script).stem
+        paragraphs = [" ".join(p.split()) for p in doc.split("\n\n")]
+        told = dict(p.split(": ", 1) for p in paragraphs if p.startswith(("Peer: ", "Goal: ")))
+        parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--quick", action="store_true", help="small sizes: does it run? nothing is written")
+        parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+        parser.add_argument("--output", type=Path, help="directory of the JSON file [default: docs/data/bench]")
+        options = parser.parse_args()
+        if os.environ.get("OMP_NUM_THREADS") != str(options.threads):  # each library reads it once, when it is loaded
+            os.environ["OMP_NUM_THREADS"] = str(options.threads)
+            os.execv(sys.executable, sys.orig_argv)
+        self.quick: bool = options.quick
+        self.output: Path | None = options.output or (None if self.quick else ROOT / "docs" / "data" / "bench")
+        self.console = Console(width=None if sys.stdout.isatty() else 120)
+        self.result: dict[str, Any] = {
+            "name": self.name,
+            "question": paragraphs[0],
+            "peer": told.get("Peer", ""),
+            "goal": told.get("Goal", ""),
+            "quick": self.quick,
+            "environment": environment(),
+            "notes": [],
+            "cases": [],
+        }
+
+    def compare(
+        self,
+        case: str,
+        sides: Mapping[str, Callable[[], Any]],
+        versus: Sequence[Versus] = (),
+        *,
+        repeats: int = 5,
+        slow: Collection[str] = (),
+        number: int = 1,
+    ) -> dict[str, list[float]]:
+        """Seconds of every call of every side, which take turns, in alternating order, after one call each to warm up.
+
+        Args:
+            slow: sides that are called once only, without warming up.
+            number: calls that are timed together, for calls too short for the clock.
+        """
+        for side in sides.keys() - set(slow):
+            sides[side]()
+        seconds: dict[str, list[float]] = {side: [] for side in sides}
+        for i in range(repeats):
+            for side in list(sides)[:: -1 if i % 2 else 1]:
+                if not (i and side in slow):
+                    gc.collect()
+                    seconds[side].append(_seconds(sides[side], number))
+        for side, values in seconds.items():
+            self._case(case)["times"].append({"side": side, "unit": "s", **_statistics(values)})
+        for v in versus:
+            if {v.side, v.peer} <= sides.keys():
+                pairs = [_of(seconds[v.peer], i) / _of(seconds[v.side], i) for i in range(repeats)]
+                once = v.peer in slow and v.side in slow
+                what = f"speed of {v.side} / {v.peer}"
+                self.record(case, what, pairs[: 1 if once else None], "x", at_least=v.at_least)
+        return seconds
+
+    def record(
+        self,
+        case: str,
+        what: str,
+        values: Sequence[float],
+        unit: str,
+        *,
+        at_least: float | None = None,
+        at_most: float | None = None,
+    ) -> None:
+        """A finding; a goal is judged by the median."""
+        found = _statistics(values)
+        middle, reached = found["median"], None
+        if (at_least is not None or at_most is not None) and not self.quick:
+            reached = (at_least is None or middle >= at_least) and (at_most is None or middle <= at_most)
+        goal = {"at_least": at_least, "at_most": at_most, "reached": reached}
+        self._case(case)["findings"].append({"what": what, "unit": unit, **found, **goal})
+
+    def note(self, text: str) -> None:
+        self.result["notes"].append(text)
+
+    def finish(self) -> None:
+        """Print what was found, and write it."""
+        for case in self.result["cases"]:
+            table = Table("", "median", "min", "max", "n", "goal", title=case["case"], title_justify="left")
+            for row in case["times"]:
+                table.add_row(row["side"], *_numbers(row))
+            for row in case["findings"]:
+                table.add_row(row["what"], *_numbers(row), verdict(row), style="bold")
+            self.console.print(table)
+        for text in self.result["notes"]:
+            self.console.print(text)
+        if self.quick:
+            self.console.print("a quick run: these are not measurements")
+        if self.output:
+            self.output.mkdir(parents=True, exist_ok=True)
+            path = self.output / f"{self.name}.json"
+            path.write_text(json.dumps(self.result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            self.console.print(f"written: {path}")
+
+    def _case(self, name: str) -> dict[str, Any]:
+        for case in self.result["cases"]:
+            if case["case"] == name:
+                return case
+        self.result["cases"].append({"case": name, "times": [], "findings": []})
+        return self.result["cases"][-1]
+
+
+def _of(values: list[float], i: int) -> float:
+    return values[min(i, len(values) - 1)]
+
+
+def _seconds(call: Callable[[], Any], number: int) -> float:
+    """Seconds of one call, on average over ``number``; work queued on a GPU included."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    start = time.perf_counter()
+    for _ in range(number):
+        call()
+    wait()
+    return (time.perf_counter() - start) / number
+
+
+def _statistics(values: Sequence[float]) -> dict[str, Any]:
+    kept = {"min": min(values), "median": statistics.median(values), "max": max(values)}
+    return {"n": len(values), **{k: float(f"{v:.5g}") for k, v in kept.items()}}
+
+
+def _numbers(row: Mapping[str, Any]) -> list[str]:
+    return [*(shown(row[k], row["unit"]) for k in ("median", "min", "max")), str(row["n"])]
+
+
+def shown(value: float, unit: str) -> str:
+    """A number as people read it: seconds and bytes in units of their size."""
+    if unit == "s" and abs(value) < 1:
+        return f"{value * 1e3:.3g} ms" if abs(value) >= 1e-3 else f"{value * 1e6:.3g} µs"
+    if unit == "B":
+        return f"{value / 1e9:.3g} GB" if value >= 1e9 else f"{value / 1e6:.3g} MB"
+    digits = f"{value:.5g}" if 0.99 < value < 1.01 else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+    return f"{digits}x" if unit == "x" else f"{digits} {unit}".strip()
+
+
+def goal(row: Mapping[str, Any]) -> str:
+    """``≥ 5x``; empty without a goal."""
+    for key, sign in (("at_least", "≥"), ("at_most", "≤")):
+        if row[key] is not None:
+            return f"{sign} {shown(row[key], row['unit'])}"
+    return ""
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """The goal and whether it is reached; a quick run does not judge."""
+    return goal(row) + {True: ": reached", False: ": missed", None: ""}[row["reached"]]
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions, and the commit; ``dirty`` if the code is not the commit's."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        if installed(package):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "commit": _git("rev-parse", "--short", "HEAD") or "unknown",
+        "dirty": bool(_git("status", "--porcelain", "--", "src", "benchmarks", "pyproject.toml")),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": versions,
+    }
+
+
+def installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _git(*arguments: str) -> str:
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _cpu() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    features = [f for f in ("avx2", "avx512f", "amx_bf16") if any(f in line.split() for line in lines)]
+    return " ".join([names[0] if names else platform.processor() or platform.machine(), *features])
+
+
+def in_own_process(function: Callable[..., Any], *arguments: Any, **environ: str) -> Any:
+    """``function(*arguments)`` of a benchmark script, called in a new process; arguments and result pass as JSON."""
+    script = Path(inspect.getfile(function))
+    code = (
+        f"import json, sys; sys.path.insert(0, {str(script.parent)!r}); import {script.stem} as script; "
+        f"print(json.dumps(script.{function.__name__}(*json.loads(sys.argv[1]))))"
+    )
+    command = [sys.executable, "-c", code, json.dumps(arguments)]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **environ})
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def reset_peak() -> None:
+    """Let the peak of this process's memory begin anew at what it holds now (Linux)."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident(what: str = "VmRSS") -> int:
+    """Bytes of this process that are in memory now; ``VmHWM``: at the peak (Linux)."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in status if line.startswith(what))

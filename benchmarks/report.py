@@ -1,0 +1,108 @@
+"""Write docs/performance.md from the measurements in docs/data/bench: goals, what was reached, and what limits it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from harness import ROOT, goal, shown
+
+SCRIPTS = {  # in the order of the page: title, and what limits the result
+    "solver": (
+        "LoftQ of one matrix",
+        "The randomized SVD does most of the work: products of the matrix with a thin one, and QR of thin ones. "
+        "The rest is quantization, a few passes over memory a step. Scales in bfloat16 (the peers keep float32) cost a "
+        "part of the error.",
+    ),
+    "quantize": (
+        "Quantizing and decoding",
+        "Decoding is bound by writing the result into fresh memory, which the copy pays too and no side can avoid. Up "
+        "to 4 bits, quantizing compares a weight with every gap between levels; at 8 bits it searches by bisection.",
+    ),
+    "train_step": (
+        "A training step",
+        "Every weight is decoded twice a step, forward and backward; the products are the same BLAS calls for every "
+        "side. The more tokens a step has, the less the decoding matters.",
+    ),
+    "startup": (
+        "Start-up",
+        "`import loftq` leaves torch, transformers and PEFT until they are needed. Numba compiles a kernel when it is "
+        "first used on a machine, and reads it from its cache later.",
+    ),
+    "scaling": (
+        "Scaling",
+        "A step is passes over the matrix, for quantization, and products of it with a thin matrix a little wider than "
+        "the rank. Up to 512 rows or columns the SVD is exact. A worker is one thread; workers share the bandwidth.",
+    ),
+    "gpu": ("On a GPU", ""),
+}
+
+
+def verdict(row: dict[str, Any]) -> str:
+    return {True: "**reached**", False: "**missed**", None: ""}[row["reached"]]
+
+
+def spread(row: dict[str, Any]) -> str:
+    """``1.5x (1.4x to 1.7x)``, or one number where there is one."""
+    low, middle, high = (shown(row[k], row["unit"]) for k in ("min", "median", "max"))
+    return middle if row["n"] == 1 else f"{middle} ({low} to {high})"
+
+
+def section(name: str, result: dict[str, Any] | None) -> Iterator[str]:
+    title, limit = SCRIPTS[name]
+    yield f"## {title}"
+    if result is None:
+        yield f"Not yet measured (`benchmarks/{name}.py`)."
+        return
+    yield result["question"]
+    yield f"Compared with: {result['peer']}"
+    yield f"Goal: {result['goal']}"
+    if result["quick"]:
+        yield "**A quick run: these are not measurements.**"
+    judged = [(c["case"], row) for c in result["cases"] for row in c["findings"] if goal(row)]
+    if judged:
+        rows = [f"| {case} | {r['what']} | {goal(r)} | {spread(r)} | {verdict(r)} |" for case, r in judged]
+        yield "\n".join(["| case | what | goal | measured | |", "|---|---|---|---|---|", *rows])
+    if limit:
+        yield f"What limits it: {limit}"
+    if name == "scaling" and (ROOT / "docs" / "images" / "scaling.png").exists():
+        yield "![Time of LoftQ by size, rank, steps and workers](images/scaling.png)"
+    yield "<details><summary>All numbers</summary>"
+    for case in result["cases"]:
+        rows = [f"| {row['side']} | {spread(row)} | {row['n']} |" for row in case["times"]]
+        rows += [f"| {row['what']} | {spread(row)} | {row['n']} |" for row in case["findings"]]
+        yield "\n".join([f"{case['case']}:\n", "| | median (min to max) | n |", "|---|---|---|", *rows])
+    yield from result["notes"]
+    yield "</details>"
+    yield f"<sub>{provenance(result['environment'])}</sub>"
+
+
+def provenance(environment: dict[str, Any]) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in environment["versions"].items())
+    machine = environment["gpu"] or f"{environment['cpu']}, {environment['cores']} cores"
+    changed = " with changes" if environment["dirty"] else ""
+    return (
+        f"Commit {environment['commit']}{changed}, {environment['date']}; {machine}; {environment['threads']} threads, "
+        f"load before {environment['load']}; {versions}."
+    )
+
+
+def page(results: dict[str, Any]) -> str:
+    head = [
+        "# Performance",
+        "Made by `make bench` (`benchmarks/report.py`) from the files in [data/bench](data/bench); do not edit.",
+        "Sides are called in turn in one process, after a call to warm up. A speed is a ratio of two calls of one "
+        "round; times and ratios are medians, with the smallest and the largest. A goal is judged by the median.",
+    ]
+    parts = [part for name in SCRIPTS for part in section(name, results.get(name))]
+    return "\n\n".join(head + parts) + "\n"
+
+
+def main(data: Path = ROOT / "docs" / "data" / "bench", output: Path = ROOT / "docs" / "performance.md") -> None:
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(data.glob("*.json"))}
+    output.write_text(page(found), encoding="utf-8")
+    print(f"written: {output}, from {', '.join(found) or 'no measurements'}")
+
+
+if __name__ == "__main__":
+    main()

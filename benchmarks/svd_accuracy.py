@@ -1,0 +1,142 @@
+"""How many power iterations the randomized SVD needs: LoftQ's final error against the one with an exact SVD.
+
+    OMP_NUM_THREADS=1 python benchmarks/svd_accuracy.py                      # the table in docs/experiments.md
+    OMP_NUM_THREADS=1 python benchmarks/svd_accuracy.py --settings 4,2,16 8,4,64 --seeds 1
+
+Every matrix is solved with T = 5, once exactly and once per setting. An excess is
+``error(randomized) / error(exact) - 1``: after one step it is the accuracy of the SVD itself, at the end it also
+holds the noise of the alternation, which is measured by solving exactly again with weights changed by 1e-6.
+"""
+
+import argparse
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from loftq.numerics import lowrank
+from loftq.solve import solve
+from loftq.spec import QuantSpec, SolveSpec
+
+MATRICES = {  # name: family, rows, columns
+    "flat": ("flat", 768, 768),
+    "decaying": ("decaying", 768, 1024),
+    "heavy-tailed": ("heavy", 768, 768),
+    "rank 32": ("deficient", 640, 768),
+    "tall": ("flat", 1536, 640),
+    "wide": ("flat", 640, 1536),
+    "large": ("flat", 2048, 2048),
+    "larger": ("decaying", 2048, 4096),
+    "largest": ("flat", 4096, 4096),
+}
+SMALL = [name for name in MATRICES if "large" not in name]
+QUANTS = {
+    "nf2": QuantSpec(bits=2),
+    "nf4": QuantSpec(bits=4),
+    "uniform2": QuantSpec(bits=2, code="uniform"),
+    "uniform-tensor4": QuantSpec(bits=4, code="uniform-tensor"),
+}
+SETTINGS = ("4,2,16", "8,4,16", "16,8,16", "8,4,32", "12,6,32", "6,3,64", "8,4,64", "12,6,64")
+
+
+def matrix(family: str, rows: int, columns: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(rows, columns, generator=generator)
+    if family == "flat":
+        return normal
+    if family == "heavy":  # Student's t with 3 degrees of freedom
+        return normal / torch.randn(3, rows, columns, generator=generator).square().mean(0).sqrt()
+    u, s, vh = torch.linalg.svd(normal, full_matrices=False)
+    k = torch.arange(1, len(s) + 1)
+    return u * ((k <= 32).float() if family == "deficient" else k**-0.5) @ vh
+
+
+def excess(weight: torch.Tensor, quant: QuantSpec, rank: int, exact, seed: int) -> tuple[float, float, float]:
+    """After one step, at the end, and seconds."""
+    start = time.perf_counter()
+    found = solve(weight, quant, rank, SolveSpec(svd="randomized", seed=seed))
+    seconds = time.perf_counter() - start
+    return (
+        found.errors[1] / exact.errors[1] - 1,
+        found.errors[found.kept] / exact.errors[exact.kept] - 1,
+        seconds,
+    )
+
+
+def accuracy(settings: list[str], names: list[str], quants: list[str], ranks: list[int], seeds: int) -> Iterator[str]:
+    rows: dict[str, list[tuple[float, float, float]]] = {s: [] for s in settings}
+    noise, exact_seconds = [], []
+    for family, out, columns in (MATRICES[name] for name in names):
+        for quant in (QUANTS[name] for name in quants):
+            for rank in ranks:
+                for seed in range(seeds):
+                    weight = matrix(family, out, columns, seed)
+                    start = time.perf_counter()
+                    exact = solve(weight, quant, rank, SolveSpec(svd="exact"))
+                    exact_seconds.append(time.perf_counter() - start)
+                    if seed == 0:
+                        shaken = weight * (1 + 1e-6 * torch.randn_like(weight))
+                        again = solve(shaken, quant, rank, SolveSpec(svd="exact"))
+                        noise.append(again.errors[again.kept] / exact.errors[exact.kept] - 1)
+                    for setting in settings:
+                        lowrank.COLD, lowrank.WARM, lowrank.OVERSAMPLE = map(int, setting.split(","))
+                        rows[setting].append(excess(weight, quant, rank, exact, seed))
+    yield "| cold, warm, oversample | one step, worst | final, mean | final, 95 % below | final, worst | time / exact |"
+    yield "|---|---|---|---|---|---|"
+    for setting, values in rows.items():
+        one, final, seconds = zip(*values, strict=True)
+        yield (
+            f"| {setting.replace(',', ', ')} | {max(one):+.5f} | {statistics.mean(final):+.5f} "
+            f"| {sorted(final)[int(0.95 * len(final))]:+.5f} | {max(final):+.5f} "
+            f"| {sum(seconds) / sum(exact_seconds):.2f} |"
+        )
+    yield (
+        f"| exact, weights · (1 ± 1e-6) | | {statistics.mean(noise):+.5f} "
+        f"| {sorted(noise)[int(0.95 * len(noise))]:+.5f} | {max(noise):+.5f} | |"
+    )
+    yield f"\nn = {len(exact_seconds)} matrices a row (noise: {len(noise)}), {seeds} seed(s); {', '.join(names)}."
+
+
+def crossover(setting: str) -> Iterator[str]:
+    lowrank.COLD, lowrank.WARM, lowrank.OVERSAMPLE = map(int, setting.split(","))
+    yield "| shape | rank | exact, s | randomized cold, s | warm, s |"
+    yield "|---|---|---|---|---|"
+    for rows, columns in ((256, 256), (384, 384), (512, 512), (640, 640), (768, 768), (1024, 1024), (2048, 2048)):
+        for rank in (16, 64):
+            weight = matrix("flat", rows, columns, 0)
+            _, a = lowrank.truncated_svd(weight, rank, method="randomized")
+            seconds = []
+            for method, start in (("exact", None), ("randomized", None), ("randomized", a)):
+                begun = time.perf_counter()
+                for _ in range(3):
+                    lowrank.truncated_svd(weight, rank, method=method, start=start)
+                seconds.append((time.perf_counter() - begun) / 3)
+            yield f"| {rows} x {columns} | {rank} | " + " | ".join(f"{s:.3f}" for s in seconds) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", nargs="+", default=SETTINGS, help="COLD,WARM,OVERSAMPLE")
+    parser.add_argument("--matrices", nargs="+", default=SMALL, choices=MATRICES)
+    parser.add_argument("--quants", nargs="+", default=list(QUANTS), choices=QUANTS)
+    parser.add_argument("--ranks", nargs="+", type=int, default=[8, 32, 128])
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--chosen", default=f"{lowrank.COLD},{lowrank.WARM},{lowrank.OVERSAMPLE}")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    print(f"commit {commit}, torch {torch.__version__}, {platform.machine()}, 1 thread\n")
+    for line in accuracy(list(options.settings), options.matrices, options.quants, options.ranks, options.seeds):
+        print(line, flush=True)
+    print(f"\nOne truncated SVD, setting {options.chosen}:\n")
+    for line in crossover(options.chosen):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""The hot operations, in one contract with several back ends.
+
+A back end is a module with the functions of :mod:`loftq.kernels.reference`. The device of the tensors chooses it:
+``cpu`` (compiled with Numba), ``cuda`` (Triton), ``reference`` (plain PyTorch) for every other device. The environment
+variable ``LOFTQ_KERNELS=reference`` selects the reference for all. A back end that cannot be used is named once, with the
+reason, before the reference takes its place.
+"""
+
+import functools
+import importlib
+import logging
+import os
+from types import ModuleType
+
+import torch
+
+from loftq.errors import UsageError
+
+MODULES = {"cpu": "loftq.kernels.cpu", "cuda": "loftq.kernels.gpu"}
+REFERENCE = "loftq.kernels.reference"
+NEEDS = {"cpu": "numba", "cuda": "triton"}
+
+
+def backend(device: torch.device) -> ModuleType:
+    """The back end for tensors on ``device``."""
+    return _load(device.type, os.environ.get("LOFTQ_KERNELS", "compiled"))
+
+
+@functools.cache
+def _load(device_type: str, wanted: str) -> ModuleType:
+    if wanted not in ("compiled", "reference"):
+        raise UsageError(f"LOFTQ_KERNELS is {wanted!r}; wanted compiled or reference")
+    if wanted == "compiled" and device_type in MODULES:
+        try:
+            return importlib.import_module(MODULES[device_type])
+        except ImportError as e:
+            logging.getLogger("loftq").warning(
+                "the compiled kernels for %s cannot be used (%s); plain PyTorch takes their place, more slowly. "
+                "To have them: pip install %s",
+                device_type,
+                e,
+                NEEDS[device_type],
+            )
+    return importlib.import_module(REFERENCE)

@@ -1,0 +1,300 @@
+"""Compiled CPU kernels: the reference's arithmetic in one pass over memory, with the same results to the bit.
+
+Numba compiles on first use, into a cache beside this file (or the user's cache directory). Kernels work on a range of
+rows without the interpreter's lock; :func:`_over_rows` gives every thread that PyTorch has a range, so a solver's
+worker, which has one, runs its kernel alone.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from loftq.kernels.reference import embedding as embedding
+from loftq.numerics import Quantized, fit_scales, levels, scale_and_zero, store_scales
+from loftq.numerics.codebooks import midpoints
+from loftq.spec import QuantSpec, packed_shape
+
+NAME = "cpu"
+FEW_TOKENS = 4  # up to here a product reads the packed weight once; beyond, decoding it first is faster
+LINEAR_SEARCH = 15  # gaps up to which counting the smaller ones, vectorised, beats bisection
+
+compiled = njit(nogil=True, cache=True)
+inlined = njit(nogil=True, cache=True, forceinline=True)  # into its callers, where its constants are known
+unordered = njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})  # maxima of finite values, in any order
+reassociating = njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"})
+
+
+def quantize_residual(target: Tensor, weight: Tensor, spec: QuantSpec) -> tuple[Quantized, Tensor]:
+    """Quantize ``target``, and the float32 residual ``weight - dequantize(codes)``."""
+    target, weight = target.detach().float().contiguous(), weight.detach().float().contiguous()
+    scales = _absmax_scales(target, spec) if spec.code == "nf" else fit_scales(target, spec)
+    scale, zero, block = _expanded(scales, spec, target.shape)
+    codes, residual = torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target)
+    gaps, table = midpoints(spec.code, spec.bits).numpy(), levels(spec.code, spec.bits).numpy()
+    kernel = _quantize_by_counting if len(gaps) <= LINEAR_SEARCH else _quantize_by_bisection
+    arrays = target.numpy(), weight.numpy(), scale, zero, gaps, table, block, codes.numpy(), residual.numpy()
+    _over_rows(kernel, len(target), *arrays)
+    return Quantized(codes, scales), residual
+
+
+def _absmax_scales(target: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
+    block = min(spec.block_size, target.shape[1])
+    absmax = target.new_empty(len(target), -(-target.shape[1] // block))
+    _over_rows(_absmax, len(target), target.numpy(), block, absmax.numpy())
+    return store_scales(absmax, spec)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes to bytes, as :func:`loftq.numerics.pack`."""
+    rows, columns = codes.shape
+    packed = codes.new_empty(packed_shape(rows, columns, bits), dtype=torch.int8)
+    _over_rows(_pack, rows, codes.contiguous().numpy(), bits, _bytes(packed))
+    return packed
+
+
+def dequantize(stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: torch.dtype) -> Tensor:
+    """The dense weight. float32 and bfloat16 are written directly, other dtypes by way of float32."""
+    packed = _bytes(stored["weight"])
+    scale, zero, block = _expanded(stored, spec, (len(packed), columns))
+    direct = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    out = torch.empty(len(packed), columns, dtype=direct, device="cpu")
+    kernel = _decoder(spec.bits, dtype == torch.bfloat16)
+    written = (out.view(torch.uint16) if dtype == torch.bfloat16 else out).numpy()
+    _over_rows(kernel, len(packed), packed, scale, zero, _lookup(spec.code, spec.bits), block, written)
+    return out.to(dtype)
+
+
+def linear(x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:
+    """``x @ W.T``. For few tokens in float32 straight from the packed weight, else decoded first, then BLAS."""
+    tokens = x.numel() // columns
+    if x.dtype != torch.float32 or tokens > FEW_TOKENS:
+        return torch.nn.functional.linear(x, dequantize(stored, spec, columns, x.dtype))
+    packed = _bytes(stored["weight"])
+    scale, zero, block = _expanded(stored, spec, (len(packed), columns))
+    y = x.new_empty(len(packed), tokens)
+    rows = x.detach().reshape(tokens, columns).contiguous().numpy()
+    lookup = _lookup(spec.code, spec.bits)
+    _over_rows(_product(spec.bits), len(packed), packed, scale, zero, lookup, block, rows, y.numpy())
+    return y.T.reshape(*x.shape[:-1], len(packed))
+
+
+def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:
+    """``grad @ W``: decoded, then BLAS."""
+    return grad @ dequantize(stored, spec, columns, grad.dtype)
+
+
+_pool: ThreadPoolExecutor | None = None
+
+
+def _forget_pool() -> None:
+    global _pool
+    _pool = None
+
+
+os.register_at_fork(after_in_child=_forget_pool)  # a forked child has none of its parent's threads
+
+
+def _over_rows(kernel: Callable[..., None], rows: int, *args: Any) -> None:
+    """``kernel(*args, start, stop)`` on ranges that cover all rows, one per thread."""
+    global _pool
+    threads = min(torch.get_num_threads(), max(1, rows // 16))
+    if threads == 1:
+        kernel(*args, 0, rows)
+        return
+    if _pool is None:
+        _pool = ThreadPoolExecutor(os.cpu_count() or 1, "loftq-kernel")
+    edges = [rows * t // threads for t in range(threads + 1)]
+    others = [_pool.submit(kernel, *args, *edge) for edge in zip(edges[1:-1], edges[2:], strict=True)]
+    kernel(*args, 0, edges[1])
+    for job in others:
+        job.result()
+
+
+def _bytes(packed: Tensor) -> np.ndarray:
+    """Packed codes as an unsigned ``(rows, bytes)`` array on the same memory."""
+    return packed.detach().contiguous().view(packed.shape[0], -1).view(torch.uint8).numpy()
+
+
+def _expanded(stored: dict[str, Tensor], spec: QuantSpec, shape: Any) -> tuple[np.ndarray, np.ndarray, int]:
+    """Scales and zero points as float32 ``(rows, blocks)``, and the block size; one block a row for a per-tensor code."""
+    scale, zero = scale_and_zero({k: v.detach() for k, v in stored.items()})
+    rows, columns = shape
+    block = columns if spec.code == "uniform-tensor" else min(spec.block_size, columns)
+    scale = scale.expand(rows, -1).contiguous()
+    zeros = torch.zeros_like(scale) if zero is None else zero.expand(rows, -1).contiguous()
+    return scale.numpy(), zeros.numpy(), block
+
+
+@functools.cache
+def _lookup(code: str, bits: int) -> np.ndarray:
+    """Row ``i``: the levels of all codes in the index ``i``: one byte, or twelve bits for the four codes of 3 bits."""
+    index_bits = 12 if bits == 3 else 8
+    shifts = np.arange(index_bits // bits) * bits
+    codes = (np.arange(2**index_bits)[:, None] >> shifts) & (2**bits - 1)
+    return np.ascontiguousarray(levels(code, bits).numpy()[codes])
+
+
+@unordered
+def _absmax(target, block, absmax, start, stop):
+    columns = target.shape[1]
+    for i in range(start, stop):
+        for b in range(absmax.shape[1]):
+            largest = np.float32(0)
+            for j in range(b * block, min((b + 1) * block, columns)):
+                largest = max(largest, abs(target[i, j]))
+            absmax[i, b] = largest
+
+
+@compiled
+def _quantize_by_counting(target, weight, scale, zero, gaps, levels, block, codes, residual, start, stop):  # noqa: N803
+    x, c = np.empty(block, np.float32), np.empty(block, np.uint8)
+    columns = target.shape[1]
+    for i in range(start, stop):
+        for b in range(scale.shape[1]):
+            first = b * block
+            size = min(block, columns - first)
+            s, z = scale[i, b], zero[i, b]
+            divisor = np.float32(1) if s == 0 else s
+            for j in range(size):
+                x[j] = target[i, first + j] / divisor + z
+                c[j] = 0
+            for k in range(len(gaps)):
+                for j in range(size):
+                    c[j] += np.uint8(gaps[k] < x[j])
+            for j in range(size):
+                codes[i, first + j] = c[j]
+                residual[i, first + j] = weight[i, first + j] - (levels[c[j]] - z) * s
+
+
+@compiled
+def _quantize_by_bisection(target, weight, scale, zero, gaps, levels, block, codes, residual, start, stop):
+    columns = target.shape[1]
+    for i in range(start, stop):
+        for b in range(scale.shape[1]):
+            first = b * block
+            s, z = scale[i, b], zero[i, b]
+            divisor = np.float32(1) if s == 0 else s
+            for j in range(first, min(first + block, columns)):
+                x = target[i, j] / divisor + z
+                c, step = 0, (len(gaps) + 1) >> 1  # the number of gaps is a power of two less one
+                while step:
+                    if gaps[c + step - 1] < x:
+                        c += step
+                    step >>= 1
+                codes[i, j] = c
+                residual[i, j] = weight[i, j] - (levels[c] - z) * s
+
+
+@compiled
+def _pack(codes, bits, packed, start, stop):
+    columns, n_bytes = codes.shape[1], packed.shape[1]
+    for i in range(start, stop):
+        held, filled, at = np.uint32(0), 0, 0
+        for j in range(columns):
+            held |= np.uint32(codes[i, j]) << np.uint32(filled)
+            filled += bits
+            if filled >= 8:
+                packed[i, at] = np.uint8(held & np.uint32(255))
+                held >>= np.uint32(8)
+                filled -= 8
+                at += 1
+        if at < n_bytes:
+            packed[i, at] = np.uint8(held & np.uint32(255))
+
+
+@compiled
+def _code_at(packed, i, j, bits):
+    """One code of a row, wherever its bits lie."""
+    bit = j * bits
+    at, shift = bit >> 3, bit & 7
+    word = np.uint32(packed[i, at])
+    if shift + bits > 8:
+        word |= np.uint32(packed[i, at + 1]) << np.uint32(8)
+    return (word >> np.uint32(shift)) & np.uint32((1 << bits) - 1)
+
+
+@inlined
+def _read(packed, lookup, i, first, size, x, bits):
+    """Decode ``size`` codes of a row, from column ``first``, into ``x``, unscaled.
+
+    A module-level function with ``bits`` as an argument: Numba's cache cannot find again what closes over a kernel.
+    """
+    per = 4 if bits == 3 else 8 // bits  # codes of one lookup
+    aligned = 8 if bits == 3 else per  # codes after which a lookup begins at a byte
+    done = 0
+    if first % aligned == 0:
+        if bits == 3:
+            at = first // 8 * 3
+            for g in range(size // 8):
+                word = (
+                    np.uint32(packed[i, at + 3 * g])
+                    | np.uint32(packed[i, at + 3 * g + 1]) << np.uint32(8)
+                    | np.uint32(packed[i, at + 3 * g + 2]) << np.uint32(16)
+                )
+                low, high = word & np.uint32(4095), word >> np.uint32(12)
+                for k in range(4):
+                    x[8 * g + k] = lookup[low, k]
+                    x[8 * g + 4 + k] = lookup[high, k]
+        else:
+            at = first // per
+            for g in range(size // per):
+                for k in range(per):
+                    x[per * g + k] = lookup[packed[i, at + g], k]
+        done = size // aligned * aligned
+    for j in range(done, size):
+        x[j] = lookup[_code_at(packed, i, first + j, bits), 0]
+
+
+@functools.cache
+def _decoder(bits: int, bfloat16: bool) -> Callable:
+    @compiled
+    def decode(packed, scale, zero, lookup, block, out, start, stop):
+        x = np.empty(block, np.float32)
+        word = x.view(np.uint32)
+        columns = out.shape[1]
+        for i in range(start, stop):
+            for b in range(scale.shape[1]):
+                first = b * block
+                size = min(block, columns - first)
+                s, z = scale[i, b], zero[i, b]
+                _read(packed, lookup, i, first, size, x, bits)
+                if bfloat16:  # round to nearest, ties to even, on the bits
+                    for j in range(size):
+                        x[j] = (x[j] - z) * s
+                    for j in range(size):
+                        rounded = word[j] + np.uint32(0x7FFF) + ((word[j] >> np.uint32(16)) & np.uint32(1))
+                        out[i, first + j] = rounded >> np.uint32(16)
+                else:
+                    for j in range(size):
+                        out[i, first + j] = (x[j] - z) * s
+
+    return decode
+
+
+@functools.cache
+def _product(bits: int) -> Callable:
+    @reassociating
+    def product(packed, scale, zero, lookup, block, rows, y, start, stop):
+        x = np.empty(block, np.float32)
+        tokens, columns = rows.shape
+        for i in range(start, stop):
+            y[i, :] = 0
+            for b in range(scale.shape[1]):
+                first = b * block
+                size = min(block, columns - first)
+                s, z = scale[i, b], zero[i, b]
+                _read(packed, lookup, i, first, size, x, bits)
+                for t in range(tokens):
+                    total = np.float32(0)
+                    for j in range(size):
+                        total += (x[j] - z) * rows[t, first + j]
+                    y[i, t] += s * total
+
+    return product

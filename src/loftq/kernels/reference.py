@@ -1,0 +1,37 @@
+"""The kernels' contract in plain PyTorch: what every other back end is compared with, and the one for any device."""
+
+import torch
+from torch import Tensor
+
+from loftq.numerics import Quantized, decode, decode_rows, quantize
+from loftq.numerics import dequantize as dequantize_codes
+from loftq.numerics import pack as pack
+from loftq.spec import QuantSpec
+
+NAME = "reference"
+
+
+def quantize_residual(target: Tensor, weight: Tensor, spec: QuantSpec) -> tuple[Quantized, Tensor]:
+    """Quantize ``target``, and the float32 residual ``weight - dequantize(codes)``."""
+    quantized = quantize(target, spec)
+    return quantized, weight.float() - dequantize_codes(quantized, spec)
+
+
+def dequantize(stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: torch.dtype) -> Tensor:
+    """The dense weight ``(out, in)`` in ``dtype``, computed in float32."""
+    return decode(stored, spec, columns).to(dtype)
+
+
+def linear(x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:
+    """``x @ W.T`` in the dtype of ``x``."""
+    return torch.nn.functional.linear(x, dequantize(stored, spec, columns, x.dtype))
+
+
+def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:
+    """``grad @ W`` in the dtype of ``grad``."""
+    return grad @ dequantize(stored, spec, columns, grad.dtype)
+
+
+def embedding(rows: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: torch.dtype) -> Tensor:
+    """The rows of an embedding table with the given indices ``(n,)``, without decoding the others."""
+    return decode_rows(stored, spec, columns, rows).to(dtype)

@@ -1,0 +1,162 @@
+"""Everything of a LoftQ checkpoint beside its shards: adapter, configuration, small files, card, manifest."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from loftq import plan as planning
+from loftq.errors import InputError, UsageError
+from loftq.formats import fsio, strict_json
+from loftq.formats.layouts import Layout
+from loftq.formats.tensorfile import encode_header, read_chunks, read_header
+from loftq.nn.adapter import adapter_config
+from loftq.nn.skeleton import INTERNAL_KEYS
+from loftq.report.card import model_card
+from loftq.report.totals import totals
+from loftq.workflows import sealed
+from loftq.workflows.places import MANIFEST
+from loftq.workflows.source import Source
+from loftq.workflows.units import Unit, Workspace
+
+logger = logging.getLogger("loftq")
+
+ADAPTER = "loftq_init"
+COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*/config.json")
+REWRITTEN = {"config.json", MANIFEST, "model.safetensors.index.json", "pytorch_model.bin.index.json"}
+LARGEST_COPY = 64 << 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """One checkpoint to be made: all that is decided before the first weight is read."""
+
+    source: Source
+    layout: Layout
+    units: list[Unit]
+    identity: dict[str, Any]
+    adapter: dict[str, Any]  # adapter_config.json
+
+
+def assemble(job: Job, work: Workspace, records: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """Write it all into the workspace, the manifest last. Returns the manifest.
+
+    Args:
+        records: of all units, in order.
+        name: of the directory to be, for the card.
+    """
+    files = {unit.file_name: record["shard"] for unit, record in zip(job.units, records, strict=True)}
+
+    def write(file: str, digest: fsio.FileDigest) -> None:
+        files[file] = asdict(digest)
+
+    fsio.make_dirs(work.output / ADAPTER)
+    if len(job.units) > 1:
+        write("model.safetensors.index.json", _write_index(job, work))
+    write(f"{ADAPTER}/adapter_model.safetensors", _write_adapter(job, work))
+    write(f"{ADAPTER}/adapter_config.json", fsio.write_json(work.output / ADAPTER / "adapter_config.json", job.adapter))
+    write("config.json", _write_config(job, work))
+    for path in small_files(job.source.directory):
+        file = path.relative_to(job.source.directory).as_posix()
+        fsio.make_dirs((work.output / file).parent)
+        write(file, fsio.copy_file(path, work.output / file))
+    matrices = [m for record in records for m in record["matrices"]]
+    summary = totals(job.source.plan, matrices, {n: d["size"] for n, d in files.items()})
+    card = model_card(job.source.hub_id, job.source.architecture, job.layout.name, name, job.source.plan, summary)
+    write("README.md", fsio.write_atomic(work.output / "README.md", [card.encode()]))
+    check_unchanged(job)
+    manifest = {
+        "format_version": 1,
+        "identity": job.identity,
+        "plan": job.source.plan.to_dict(),
+        "files": files,
+        "matrices": matrices,
+        "totals": summary,
+    }
+    return sealed.write(work.output / MANIFEST, manifest)
+
+
+def adapter_of(source: Source, layout: Layout, output: Path, task_type: str | None) -> dict[str, Any]:
+    """``adapter_config.json``, made first of all: PEFT must be there, and take the options."""
+    chosen = {m.module for m in source.plan.matrices}
+    others = [m for m in source.adaptable if m not in chosen]
+    task = task_type or planning.task_type(source.architecture)
+    try:
+        config = adapter_config(source.plan, others, source.prefix, str(output), task)
+    except ValueError as e:
+        raise UsageError(f"--task-type {task!r}: {e}") from e
+    config["fan_in_fan_out"] = layout.name != "loftq" and any(m.kind == "conv1d" for m in source.plan.matrices)
+    return config
+
+
+def small_files(directory: Path) -> list[Path]:
+    """Tokenizer, generation and similar files: copied as they are, if they are small and are no weights or code."""
+    found = sorted({path for pattern in COPIED for path in directory.glob(pattern) if path.is_file()})
+    mine = [p for p in found if p.parent != directory or p.name not in REWRITTEN]
+    for path in mine:
+        if path.stat().st_size > LARGEST_COPY:
+            logger.warning("%s: larger than %d MB, not copied", path, LARGEST_COPY >> 20)
+    return [p for p in mine if p.stat().st_size <= LARGEST_COPY]
+
+
+def source_identity(source: Source) -> dict[str, Any]:
+    """What tells this source from a changed one: per file its hash, or for weights size, time and header."""
+    small = [source.directory / "config.json", *small_files(source.directory)]
+    identity: dict[str, Any] = {
+        path.relative_to(source.directory).as_posix(): fsio.sha256_file(path).sha256 for path in small
+    }
+    for file in source.checkpoint.files:
+        status = (source.directory / file.name).stat()
+        current = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+        identity[file.name] = {**current, "header_sha256": file.header_sha256}
+    return identity
+
+
+def check_unchanged(job: Job) -> None:
+    """Refuse to finish if the source is not what it was at the beginning."""
+    try:
+        same = source_identity(job.source) == job.identity["source"]
+    except OSError:
+        same = False
+    if not same:
+        raise InputError(f"{job.source.directory}: source changed while reading; leave it alone and run again")
+
+
+def _write_index(job: Job, work: Workspace) -> fsio.FileDigest:
+    placed = [(entry, unit.file_name) for unit in job.units for entry in unit.entries(job.layout)]
+    index = {
+        "metadata": {"total_size": sum(entry.nbytes for entry, _ in placed)},
+        "weight_map": {entry.name: file_name for entry, file_name in placed},
+    }
+    return fsio.write_json(work.output / "model.safetensors.index.json", index)
+
+
+def _write_adapter(job: Job, work: Workspace) -> fsio.FileDigest:
+    """One adapter file from the units' pieces, streamed."""
+    entries = [entry for unit in job.units for entry in unit.adapter_entries()]
+
+    def contents() -> Iterator[bytes | memoryview]:
+        yield encode_header(entries, {"format": "pt"})
+        for unit in job.units:
+            piece = read_header(work.piece(unit))
+            for entry in unit.adapter_entries():
+                yield from read_chunks(piece.tensors[entry.name], piece.stamp)
+
+    return fsio.write_atomic(work.output / ADAPTER / "adapter_model.safetensors", contents())
+
+
+def _write_config(job: Job, work: Workspace) -> fsio.FileDigest:
+    """The source's configuration with ours added, without keys that would select or run code."""
+    plan = job.source.plan
+    config = strict_json.load_object(job.source.directory / "config.json")
+    config = {k: v for k, v in config.items() if not k.startswith(INTERNAL_KEYS)}
+    bits = job.identity["options"]["bits"]
+    number = float(bits) if bits.replace(".", "", 1).isdecimal() else plan.matrices[-1].quant.bits
+    modules = [(m.module, m.quant) for m in plan.matrices]
+    number = int(number) if number == int(number) else number
+    ours = job.layout.quantization_config(modules, number, job.source.kept_modules)
+    config.setdefault("architectures", [job.source.architecture])
+    if ours is not None:
+        config["quantization_config"] = ours
+    return fsio.write_json(work.output / "config.json", config)

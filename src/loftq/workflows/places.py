@@ -1,0 +1,121 @@
+"""Where a result goes: what may stand there already, and how the finished work gets there."""
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from loftq.errors import ConflictError, InputError, LoftqError, StorageError, UsageError, listed, quoted
+from loftq.formats import fsio, strict_json
+from loftq.workflows import sealed
+from loftq.workflows.units import Workspace
+
+MANIFEST = "loftq_manifest.json"
+_TAKEN = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
+
+
+def check_places(source: Path, work: Workspace, output: Path) -> None:
+    """Refuse places that would touch the source, and those that no rename can reach."""
+    real_source = source.resolve()
+    for path in (output, work.root):
+        if path == real_source or real_source in path.parents or path in real_source.parents:
+            raise UsageError(f"{path}: is, holds or lies in the source {source}; choose another --output")
+    if os.path.ismount(output):
+        raise UsageError(f"{output}: a mount point, where no rename can put the result; choose a directory in it")
+
+
+def already_done(output: Path, identity: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """The manifest of an output that this very command made earlier; ConflictError for anything else there."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return None
+    if not (output / MANIFEST).is_file():
+        kind = "a directory that loftq did not make" if output.is_dir() else "not a directory"
+        raise ConflictError(f"{output}: exists and is {kind}; choose another --output")
+    try:
+        found = sealed.load(output / MANIFEST)
+        changed = listed(differences(found["identity"], identity))
+        damaged = listed(n for n, digest in found["files"].items() if _size(output / n) != digest["size"])
+    except InputError as e:
+        changed, damaged = "", str(e)
+    else:
+        if not changed and not damaged:
+            return found
+    if overwrite:
+        return None
+    problem = f"made by another command ({changed})" if changed else f"damaged ({damaged})"
+    raise ConflictError(f"{output}: {problem}; choose another --output, or --overwrite")
+
+
+def differences(old: Any, new: dict[str, Any], path: str = "") -> Iterator[str]:
+    """``field: old -> new`` for every value that differs, in depth."""
+    old = old if isinstance(old, dict) else {}
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(b, dict) and a is not None:
+            yield from differences(a, b, f"{path}{key}.")
+        elif a != b:
+            yield f"{path}{key}: {quoted(a, 40)} -> {quoted(b, 40)}"
+
+
+def is_ours(work: Workspace, identity: dict[str, Any]) -> bool:
+    """Whether what is in the workspace belongs to this command, or to none any more."""
+    return not work.identity.exists() or not list(differences(_left_identity(work), identity))
+
+
+def claim(work: Workspace, identity: dict[str, Any]) -> None:
+    """Make the workspace, or accept one that an earlier run with the same identity left."""
+    if work.identity.exists():
+        changed = listed(differences(_left_identity(work), identity))
+        if changed:
+            raise ConflictError(
+                f"{work.root}: holds unfinished work of another command ({changed}); "
+                "run that command again to finish it, or delete the directory"
+            )
+    for directory in (work.output, work.units):
+        fsio.make_dirs(directory)
+    for directory in (work.root, work.output, work.units):
+        for leftover in directory.glob(".*.tmp"):
+            fsio.remove(leftover)
+    if not work.identity.exists():
+        fsio.write_json(work.identity, identity)
+
+
+def publish(work: Workspace, output: Path, files: dict[str, Any], overwrite: bool) -> None:
+    """One rename makes the result visible. What was there before waits in the workspace until then."""
+    wanted = {MANIFEST, *files}
+    for path in work.output.rglob("*"):
+        if not path.is_dir() and path.relative_to(work.output).as_posix() not in wanted:
+            fsio.remove(path)
+    for name, digest in files.items():
+        if _size(work.output / name) != digest["size"]:
+            gone = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            raise StorageError(f"{work.output / name}: vanished or changed; run the same command again") from gone
+    if overwrite and output.is_dir() and any(output.iterdir()):
+        fsio.rename(output, work.replaced)
+    try:
+        fsio.rename(work.output, output)
+    finally:
+        put_back(work, output)
+
+
+def put_back(work: Workspace, output: Path) -> None:
+    """Undo the first of the two renames of ``--overwrite`` where the second did not happen."""
+    if work.replaced.exists() and not output.exists():
+        fsio.rename(work.replaced, output)
+
+
+def was_taken(error: LoftqError) -> bool:
+    """Whether files vanished or appeared under our hands: where locks only pretend, another process did it."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in _TAKEN
+
+
+def _left_identity(work: Workspace) -> Any:
+    try:
+        return strict_json.load_object(work.identity)
+    except LoftqError:
+        return None
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1

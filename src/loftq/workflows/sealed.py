@@ -1,0 +1,31 @@
+"""JSON files that carry their own hash, so that a change in them is noticed when they are read back."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from loftq.errors import InputError
+from loftq.formats import fsio, strict_json
+from loftq.formats.regular import shown
+
+SEAL = "sha256"
+
+
+def write(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Put ``content`` and its hash at ``path``, atomically; what a reader will get."""
+    sealed = {**content, SEAL: _hash(content)}
+    fsio.write_json(path, sealed)
+    return strict_json.loads(strict_json.dumps(sealed), shown(path))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What :func:`write` wrote; InputError if any of it was changed."""
+    sealed = strict_json.load_object(path)
+    if sealed.get(SEAL) != _hash({k: v for k, v in sealed.items() if k != SEAL}):
+        raise InputError(f"{shown(path)}: its content does not match its own sha256; the file was changed")
+    return sealed
+
+
+def _hash(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()

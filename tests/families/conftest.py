@@ -1,0 +1,1 @@
+from models import made  # noqa: F401

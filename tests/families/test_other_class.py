@@ -1,0 +1,139 @@
+"""A checkpoint loaded with another class than the one it was made from: with a head, without one, with another one."""
+
+import shutil
+
+import pytest
+import torch
+import transformers
+from models import close, inputs, packed, same, tensors
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+import loftq
+from loftq.errors import InputError, UsageError
+
+ROWS = [
+    # checkpoint, class it is loaded with, prefixes of the backbone there and in the dense model
+    ("bert", "AutoModelForSequenceClassification", "bert", ""),
+    ("bert-mlm", "AutoModel", "", "bert"),
+    ("bert-mlm", "AutoModelForSequenceClassification", "bert", "bert"),
+    ("deberta-v3", "AutoModelForSequenceClassification", "deberta", ""),
+    ("deberta-v3", "AutoModelForQuestionAnswering", "deberta", ""),
+    ("llama", "AutoModel", "", "model"),
+    ("llama", "AutoModelForSequenceClassification", "model", "model"),
+    ("bart", "AutoModel", "", "model"),
+    ("bart", "AutoModelForSequenceClassification", "model", "model"),
+    ("t5", "T5EncoderModel", "encoder", "encoder"),
+    ("gpt2", "AutoModel", "", "transformer"),
+    ("gpt2", "AutoModelForSequenceClassification", "transformer", "transformer"),
+]
+HEADS = {  # beside the backbone: trained, and saved with the adapter
+    ("bert", "AutoModelForSequenceClassification"): ["classifier"],
+    ("bert-mlm", "AutoModelForSequenceClassification"): ["classifier", "bert.pooler.dense"],
+    ("bert-mlm", "AutoModel"): ["pooler.dense"],
+    ("deberta-v3", "AutoModelForSequenceClassification"): ["pooler", "classifier"],
+    ("deberta-v3", "AutoModelForQuestionAnswering"): ["qa_outputs"],
+    ("llama", "AutoModelForSequenceClassification"): ["score"],
+    ("bart", "AutoModelForSequenceClassification"): ["classification_head"],
+    ("gpt2", "AutoModelForSequenceClassification"): ["score"],
+}
+
+
+def hidden(model, prefix):
+    """Last hidden state of the backbone at ``prefix``."""
+    backbone = model.get_submodule(prefix)
+    words = inputs(model)
+    if prefix == "encoder":
+        words.pop("decoder_input_ids", None)
+    return backbone(**words).last_hidden_state
+
+
+@pytest.mark.parametrize(("name", "auto", "prefix", "dense_prefix"), ROWS)
+def test_backbone_and_start_are_found(made, name, auto, prefix, dense_prefix):
+    checkpoint = made(name)
+    model = checkpoint.load(getattr(transformers, auto))
+    with torch.no_grad():
+        assert close(hidden(model, prefix), hidden(checkpoint.backbone(), dense_prefix), 1e-6)
+    start = loftq.load_start(model, checkpoint.output)
+    with torch.no_grad():
+        assert close(hidden(start.get_base_model(), prefix), hidden(checkpoint.started(), dense_prefix))
+    trained = {n for n, p in start.named_parameters() if p.requires_grad}
+    assert len([n for n in trained if "lora_" in n]) == 2 * len(packed(model))
+    heads = {n.removeprefix("base_model.model.").partition(".modules_to_save.")[0] for n in trained if "lora_" not in n}
+    assert heads == set(HEADS.get((name, auto), ()))
+
+
+@pytest.mark.parametrize(("name", "auto", "prefix", "dense_prefix"), ROWS[:5])
+def test_peft_itself_finds_a_start_that_names_no_task(made, name, auto, prefix, dense_prefix, recwarn):
+    checkpoint = made(name)
+    start = checkpoint.start(checkpoint.load(getattr(transformers, auto)))
+    assert not [w for w in recwarn if "missing adapter keys" in str(w.message)]
+    with torch.no_grad():
+        assert close(hidden(start.get_base_model(), prefix), hidden(checkpoint.started(), dense_prefix))
+
+
+@pytest.mark.parametrize(("name", "auto", "prefix", "dense_prefix"), ROWS)
+def test_what_was_trained_comes_back(made, name, auto, prefix, dense_prefix, tmp_path):
+    checkpoint = made(name)
+    start = loftq.load_start(checkpoint.load(getattr(transformers, auto)), checkpoint.output, lora_dropout=0.1).eval()
+    with torch.no_grad():
+        for parameter in start.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+        start.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(checkpoint.load(getattr(transformers, auto)), tmp_path)
+        words = inputs(start)
+        if auto == "T5EncoderModel":
+            words.pop("decoder_input_ids", None)
+        assert torch.equal(again(**words)[0], start(**words)[0])
+
+
+def test_classifier_is_trained_beside_the_start(made):
+    checkpoint = made("deberta-v3")
+    model = loftq.load_start(checkpoint.load(transformers.AutoModelForSequenceClassification), checkpoint.output)
+    model(**inputs(model), labels=torch.tensor([0, 1])).loss.backward()
+    trained = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert {n.split(".")[2] for n in trained} == {"deberta", "pooler", "classifier"}
+    assert len([n for n in trained if "lora_" in n]) == 2 * checkpoint.family.matrices
+
+
+def test_a_start_of_another_model_or_none_is_refused(made, tmp_path):
+    checkpoint, other = made("bert"), made("llama", rank=3)
+    with pytest.raises(UsageError, match=r"LlamaForCausalLM has no packed layers; load the directory"):
+        loftq.load_start(other.family.auto_class.from_pretrained(other.source), other.output)
+    shutil.copytree(checkpoint.output / "loftq_init", tmp_path / "loftq_init")
+    factors = load_file(tmp_path / "loftq_init" / "adapter_model.safetensors")
+    lost = "base_model.model.encoder.layer.1.output.dense.lora_B.weight"
+    del factors[lost]
+    save_file(factors, tmp_path / "loftq_init" / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=f"no LoftQ start for {lost}"):
+        loftq.load_start(checkpoint.load(), tmp_path)
+
+
+def test_saved_from_another_class_it_loads_in_both(made, tmp_path):
+    checkpoint = made("bert")
+    model = checkpoint.load(transformers.AutoModelForSequenceClassification)
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert same(again.state_dict(), model.state_dict())
+    bare = transformers.AutoModel.from_pretrained(tmp_path)
+    assert packed(bare).keys() == packed(checkpoint.load()).keys()
+    with torch.no_grad():
+        assert torch.equal(hidden(bare, ""), hidden(model, "bert"))
+    assert tensors(tmp_path).keys() >= {"bert.encoder.layer.0.output.dense.weight_scale"}
+
+
+def test_transformers_own_loading_of_adapters_finds_the_start(made):
+    checkpoint = made("bert")
+    model = checkpoint.load(transformers.AutoModelForSequenceClassification)
+    model.load_adapter(str(checkpoint.output), adapter_kwargs={"subfolder": "loftq_init"})
+    with torch.no_grad():
+        assert close(hidden(model, "bert"), hidden(checkpoint.started(), ""))
+
+
+def test_a_model_without_any_of_the_modules_is_refused(made):
+    checkpoint = made("gpt2")
+    config = transformers.AutoConfig.from_pretrained(made("bert").source)
+    config.quantization_config = transformers.AutoConfig.from_pretrained(checkpoint.output).quantization_config
+    with pytest.raises(InputError, match=r"none of the packed modules .* is in BertModel; load .* model class"):
+        transformers.BertModel.from_pretrained(checkpoint.output, config=config)

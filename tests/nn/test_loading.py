@@ -1,0 +1,196 @@
+"""``from_pretrained`` on a LoftQ checkpoint: what is refused, what is found, and where the layers go."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from models import close, inputs, outputs, packed, same, tensors
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import loftq
+from loftq.errors import InputError, LoftqError, UsageError
+from loftq.nn.hf import LoftQQuantizationConfig
+
+WEIGHTS = "model.safetensors"
+LAYER = "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    """A Llama checkpoint that a test may spoil."""
+    shutil.copytree(made("llama").output, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def respelled(directory, change):
+    """Rewrite ``config.json`` after ``change`` of its quantization_config."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    change(config["quantization_config"])
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "found"),
+    [
+        (f"{LAYER}.weight", None, "found nothing"),
+        (f"{LAYER}.weight_scale", None, "found nothing"),
+        (f"{LAYER}.weight", lambda t: t.view(torch.uint8), r"wanted \('I8', .*found \('U8'"),
+        (f"{LAYER}.weight", lambda t: t.float(), r"wanted \('I8', .*found \('F32'"),
+        (f"{LAYER}.weight", lambda t: t[:-1], r"found \('I8', \(71, 10\)\)"),
+        (f"{LAYER}.weight_scale", lambda t: t.float(), r"wanted \('BF16', .*found \('F32'"),
+        (f"{LAYER}.weight_scale", lambda t: t.T.contiguous(), r"found \('BF16', \(1, 72\)\)"),
+    ],
+)
+def test_a_packed_tensor_that_is_missing_or_odd_is_named(copied, name, change, found):
+    stored = load_file(copied / WEIGHTS)
+    tensor = stored.pop(name)
+    if change:
+        stored[name] = change(tensor)
+    save_file(stored, copied / WEIGHTS, {"format": "pt"})
+    with pytest.raises(InputError, match=rf"{name}: .*{found}.*`loftq verify`"):
+        AutoModelForCausalLM.from_pretrained(copied)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(format_version=2), "format_version is 2, this loftq reads 1; upgrade loftq"),
+        (lambda c: c.pop("format_version"), "format_version is None, this loftq reads 1"),
+        (lambda c: c.pop("groups"), "'groups' must be a list that is not empty, got None"),
+        (lambda c: c.update(groups="all"), "'groups' must be a list that is not empty, got 'all'"),
+        (lambda c: c.update(groups=[]), "'groups' must be a list that is not empty"),
+        (lambda c: c.update(groups=["all"]), "list of module names under 'modules'"),
+        (lambda c: c.update(rotation="hadamard"), r"unknown field.*rotation"),
+        (lambda c: c["groups"][0].update(rotation=1), r"unknown field.*rotation"),
+        (lambda c: c["groups"][0].update(bits=5), "bits must be one of 2, 3, 4, 8, got 5"),
+        (lambda c: c["groups"][0].update(block_size=0), "block_size must be a whole number of at least 1"),
+        (lambda c: c["groups"][0].pop("bits"), "a group cannot be read: .*'bits'"),
+        (lambda c: c["groups"][0].update(modules="model"), "list of module names under 'modules'"),
+        (lambda c: c["groups"][0]["modules"].append("model.norm"), r"no Linear, Conv1D or Embedding: model.norm"),
+        (lambda c: c["groups"].append({**c["groups"][0], "bits": 4}), r"in two groups: model.layers.0.mlp.down_proj, .* and 4 more"),
+    ],
+    ids=range(14),
+)
+def test_a_config_that_cannot_be_meant_is_refused(copied, change, message):
+    respelled(copied, change)
+    with pytest.raises(LoftqError, match=message) as refused:
+        AutoModelForCausalLM.from_pretrained(copied)
+    assert isinstance(refused.value, InputError)
+
+
+@pytest.mark.parametrize("config", [LoftQQuantizationConfig(bits=2), {"quant_method": "loftq"}], ids=["object", "dict"])
+def test_a_dense_checkpoint_is_not_quantized_while_it_loads(made, config):
+    with pytest.raises(UsageError, match=r"run `loftq quantize MODEL --output DIR`.*or .*loftq.get_peft_model"):
+        AutoModelForCausalLM.from_pretrained(made("llama").source, quantization_config=config)
+
+
+def test_the_checkpoints_own_config_wins(made):
+    checkpoint = made("llama")
+    config = LoftQQuantizationConfig()
+    with pytest.warns(UserWarning, match="the model you're loading already has a `quantization_config`"):
+        model = checkpoint.load(quantization_config=config)
+    assert len(packed(model)) == checkpoint.family.matrices
+
+
+UNREGISTERED = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+from transformers import AutoModelForCausalLM
+outcomes = []
+for directory in sys.argv[1:]:
+    try:
+        AutoModelForCausalLM.from_pretrained(directory)
+        outcomes.append("loaded")
+    except RuntimeError as e:
+        outcomes.append(str(e))
+import loftq
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+outcomes.append(type(model.model.layers[0].mlp.up_proj).__name__)
+print(json.dumps(outcomes))
+"""
+
+
+def test_without_our_import_nothing_loads_as_garbage_and_a_late_import_helps(made):
+    directories = [str(made("llama", bits=bits).output) for bits in (2, 3, 8)]
+    directories.append(str(made("llama", bits=8, block_size=72, scale_dtype="float32").output))
+    command = [sys.executable, "-c", UNREGISTERED, *directories]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    *refused, late = json.loads(done.stdout.splitlines()[-1])
+    assert len(refused) == 4
+    assert all("ignore_mismatched_sizes" in outcome for outcome in refused)
+    assert late == "LoftQLinear"
+
+
+def test_a_checkpoint_behind_links_loads(made, tmp_path):
+    """The hub's cache: ``snapshots/<commit>/<name>`` are links into ``blobs``."""
+    checkpoint = made("llama")
+    snapshot = tmp_path / "snapshots" / "abc"
+    for file in checkpoint.output.rglob("*"):
+        if file.is_file():
+            blob = tmp_path / "blobs" / str(abs(hash(file)))
+            link = snapshot / file.relative_to(checkpoint.output)
+            blob.parent.mkdir(exist_ok=True)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, blob)
+            link.symlink_to(blob)
+    model = AutoModelForCausalLM.from_pretrained(snapshot)
+    assert same(model.state_dict(), checkpoint.load().state_dict())
+
+
+def test_a_sharded_checkpoint_loads_and_saves(made, tmp_path):
+    checkpoint = made("llama", max_shard_bytes=20_000)
+    assert len(list(checkpoint.output.glob("model-*.safetensors"))) > 2
+    model = checkpoint.load()
+    assert same(model.state_dict(), made("llama").load().state_dict())
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert same(tensors(tmp_path), tensors(checkpoint.output))
+
+
+def test_loading_does_not_draw_weights_for_packed_layers(made):
+    checkpoint = made("llama")
+    before = torch.get_rng_state()
+    checkpoint.load()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
+def test_device_maps(made, device_map):
+    checkpoint = made("llama")
+    model = checkpoint.load(device_map=device_map)
+    with torch.no_grad():
+        assert torch.equal(outputs(model), outputs(checkpoint.load()))
+    start = checkpoint.start(model)
+    assert close(outputs(start).detach(), outputs(checkpoint.started()).detach())
+    outputs(start).sum().backward()
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_layers_offloaded_to_disk(made, embeddings, tmp_path):
+    checkpoint = made("llama", embeddings=embeddings)
+    where = "disk" if embeddings else "cpu"
+    device_map = {"model.embed_tokens": where, "model.layers.0": "cpu", "model.layers.1": "disk"}
+    device_map |= dict.fromkeys(("model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    model = checkpoint.load(device_map=device_map, offload_folder=tmp_path)
+    assert model.get_submodule(LAYER).weight.device.type == "meta"
+    with torch.no_grad():
+        assert torch.equal(outputs(model), outputs(checkpoint.load()))
+        assert torch.equal(model(**inputs(model)).logits, outputs(checkpoint.load()))  # and again
+    with pytest.raises(UsageError, match="a part of the model is offloaded"):
+        loftq.load_start(model, checkpoint.output)
+
+
+def test_auto_config_reads_the_quantization(made):
+    config = transformers.AutoConfig.from_pretrained(made("llama").output)
+    config = LoftQQuantizationConfig(**config.quantization_config)
+    assert config.bits == 2
+    assert len(config.specs) == 14
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+    assert LoftQQuantizationConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+    assert '"block_size": 64' in repr(config)

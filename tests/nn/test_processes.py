@@ -1,0 +1,8 @@
+"""FSDP2 and DDP over two gloo processes: the packed tensors are sharded, and nothing changes."""
+
+import sharded
+import torch.multiprocessing
+
+
+def test_two_processes_compute_what_one_does(tmp_path):
+    torch.multiprocessing.spawn(sharded.work, (str(tmp_path / "rendezvous"),), nprocs=2)

@@ -1,0 +1,91 @@
+"""The code books, by the digits of the papers and of bitsandbytes."""
+
+import pytest
+import torch
+
+from loftq.errors import UsageError
+from loftq.numerics import dynamic_8bit, levels, normal_float
+from loftq.numerics.codebooks import halfway, midpoints
+
+NF2 = [-1, 0, 0.3379152, 1]
+NF3 = [-1, -0.4786292, -0.2171418, 0, 0.1609302, 0.3379152, 0.562617, 1]
+NF4 = [
+    *(-1, -0.6961929, -0.525073, -0.3949175, -0.2844414, -0.1847734, -0.09105, 0),
+    *(0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.562617, 0.7229567, 1),
+]
+BITS_OF_NF2 = [0xBF800000, 0x00000000, 0x3EAD033A, 0x3F800000]
+
+
+@pytest.mark.parametrize(("bits", "digits"), [(2, NF2), (3, NF3), (4, NF4)])
+def test_normal_float_has_the_published_digits(bits: int, digits: list[float]) -> None:
+    torch.testing.assert_close(normal_float(bits), torch.tensor(digits), rtol=0, atol=2e-7)  # they have 7 digits
+
+
+def test_normal_float_of_two_bits_to_the_last_bit() -> None:
+    assert (normal_float(2).view(torch.int32).long() & 0xFFFFFFFF).tolist() == BITS_OF_NF2  # frozen: format v1
+
+
+def test_two_bits_are_levels_of_four_bits() -> None:
+    assert set(normal_float(2).tolist()) <= set(normal_float(4).tolist())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("code", ["nf", "uniform", "affine", "uniform-tensor"])
+def test_levels_are_sorted_and_distinct(code: str, bits: int) -> None:
+    table = levels(code, bits)
+    assert table.shape == (2**bits,)
+    assert table.dtype == torch.float32
+    assert (table.diff() > 0).all()
+    gaps = midpoints(code, bits)
+    assert ((table[:-1] < gaps) & (gaps < table[1:])).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_normal_float_has_zero_one_and_one_more_positive_level(bits: int) -> None:
+    table = normal_float(bits)
+    assert table[0] == -1
+    assert table[-1] == 1
+    assert table[2 ** (bits - 1) - 1] == 0
+    assert (table > 0).sum() == (table < 0).sum() + 1
+
+
+@pytest.mark.parametrize("bits", [1, 5, 16])
+def test_other_widths_are_refused(bits: int) -> None:
+    with pytest.raises(UsageError, match="2, 3, 4 or 8 bits"):
+        normal_float(bits)
+
+
+def test_uniform_levels() -> None:
+    torch.testing.assert_close(levels("uniform", 2), torch.tensor([-1, -1 / 3, 1 / 3, 1]))
+    assert levels("affine", 3).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+def test_dynamic_code_covers_seven_decades() -> None:
+    table = dynamic_8bit()
+    assert table.shape == (256,)
+    assert table[127] == 0
+    assert table[-1] == 1
+    torch.testing.assert_close(table[128].item(), 0.55e-6, rtol=1e-6, atol=0)
+    assert torch.equal(table[:127].flip(0), -table[128:255])
+
+
+def test_halfway_is_rounded_once() -> None:
+    table = torch.tensor([1.0, 1.0 + 2**-22])
+    assert halfway(table).item() == 1.0 + 2**-23
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: normal_float(4), lambda: levels("uniform", 4), dynamic_8bit, lambda: midpoints("nf", 4)]
+)
+@pytest.mark.parametrize("inference", [False, True])
+def test_tables_do_not_depend_on_who_asks_first(make, inference: bool) -> None:
+    """Tables are cached for the process: a model built in bfloat16 on the meta device must not leave its own there."""
+    expected = make().clone()
+    for cached in (normal_float, levels, dynamic_8bit, midpoints):
+        cached.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("meta"), torch.inference_mode(inference):
+        make()
+    torch.set_default_dtype(torch.float32)
+    assert torch.equal(make(), expected)
+    assert torch.equal(make() * torch.ones(1, requires_grad=True), expected)

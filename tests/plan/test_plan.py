@@ -1,0 +1,297 @@
+"""The plan: every tensor quantized or kept with a reason, widths and ranks by rule, nothing half-meant."""
+
+import dataclasses
+
+import pytest
+
+from loftq.errors import InputError, UsageError
+from loftq.plan import Policy, Role, Stack, make, natural, nominal_bits, target_suffixes, task_type
+from loftq.spec import QuantSpec, SolveSpec, stored_bytes
+
+PROJECTIONS = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (16, 64), "mlp.up_proj": (96, 64), "mlp.down_proj": (64, 96)}
+
+
+def model(layers=2, stacks=("model.layers",), dtype="BF16"):
+    """Tensors and roles of a small decoder with norms, a table, a head and a router."""
+    tensors, roles = {}, {}
+
+    def add(name, shape, role):
+        tensors[name], roles[name] = (dtype, shape), role
+
+    for stack in stacks:
+        for i in range(layers):
+            for projection, shape in PROJECTIONS.items():
+                module = f"{stack}.{i}.{projection}"
+                add(f"{module}.weight", shape, Role(module, "linear", True, Stack(stack, i, layers)))
+            norm = f"{stack}.{i}.norm"
+            add(f"{norm}.weight", (64,), Role(norm, "other", True, Stack(stack, i, layers)))
+    add("model.embed_tokens.weight", (100, 64), Role("model.embed_tokens", "embedding", True))
+    add("lm_head.weight", (100, 64), Role("lm_head", "linear", False))
+    return tensors, roles
+
+
+def policy(**options):
+    return Policy(**{"bits": "2", "rank": "4", **options})
+
+
+def planned(*args, **options):
+    return make(*model(), policy(*args, **options))
+
+
+def widths(plan):
+    return {m.module: m.quant.bits for m in plan.matrices}
+
+
+def test_layers_are_quantized_and_all_else_is_kept_with_its_reason():
+    plan = planned()
+    assert [m.module for m in plan.matrices] == [
+        f"model.layers.{i}.{p}" for i in range(2) for p in sorted(PROJECTIONS)
+    ]
+    assert {k.name: k.reason for k in plan.kept} == {
+        "model.layers.0.norm.weight": "a vector (norm or bias)",
+        "model.layers.1.norm.weight": "a vector (norm or bias)",
+        "model.embed_tokens.weight": "an embedding (--embeddings quantizes it)",
+        "lm_head.weight": "a head or pooler",
+    }
+    assert plan.coverage == 1.0
+    assert {k.bytes for k in plan.kept} == {128, 12800}
+    assert plan.matrices[0].numel == 96 * 64
+    assert plan.matrices[0].bytes == stored_bytes(QuantSpec(bits=2), 64, 96)
+
+
+@pytest.mark.parametrize(
+    ("role", "shape", "reason"),
+    [
+        (Role(), (8, 8), "not a parameter of the model"),
+        (Role("a.b", "linear", True, keep="too odd"), (8, 8), "too odd"),
+        (Role("a.experts", "experts", True), (4, 8, 8), "3-D expert block"),
+        (Role("a.b", "linear", True), (0, 8), "empty"),
+        (Role("a.b", "linear", True), (8,), "a vector"),
+        (Role("a.conv", "other", True), (8, 8, 3), "not a Linear, Conv1D or Embedding weight"),
+        (Role("a.b", "linear", True, tied=("c.weight",)), (8, 8), "tied to c.weight"),
+        (Role("a.pooler.dense", "linear", True), (8, 8), "a head or pooler"),
+        (Role("head", "linear", False), (8, 8), "outside the backbone"),
+        (Role("a.mlp.gate", "linear", True), (8, 8), "a router of experts"),
+        (Role("a.b", "linear", True), (1, 8), "one row or column"),
+        (Role("a.types", "embedding", True), (2, 64), "an embedding smaller than the rank"),
+    ],
+)
+def test_reasons(role, shape, reason):
+    tensors, roles = model()
+    tensors["odd"], roles["odd"] = ("F32", shape), role
+    plan = make(tensors, roles, policy(embeddings=role.kind == "embedding", min_coverage=0.0))
+    kept = next(k for k in plan.kept if k.name == "odd")
+    assert kept.reason.startswith(reason)
+
+
+def test_a_gate_projection_is_no_router():
+    tensors, roles = model()
+    for name in ("model.layers.0.mlp.gate_proj", "model.layers.0.gate.up"):
+        tensors[f"{name}.weight"], roles[f"{name}.weight"] = ("F32", (8, 64)), Role(name, "linear", True)
+    chosen = {m.module for m in make(tensors, roles, policy()).matrices}
+    assert {"model.layers.0.mlp.gate_proj", "model.layers.0.gate.up"} <= chosen
+
+
+def test_a_conv1d_is_solved_transposed():
+    role = Role("h.0.c_attn", "conv1d", True)
+    plan = make({"h.0.c_attn.weight": ("F32", (64, 192))}, {"h.0.c_attn.weight": role}, policy())
+    assert plan.matrices[0].shape == (192, 64)
+
+
+@pytest.mark.parametrize("dtype", ["I8", "U8", "F8_E4M3", "I64"])
+def test_weights_that_are_no_plain_floats_are_refused(dtype):
+    with pytest.raises(InputError, match=rf"q_proj.weight: dtype {dtype} cannot be quantized .*full-precision"):
+        make(*model(dtype=dtype), policy())
+
+
+@pytest.mark.parametrize(
+    ("average", "first"), [("3.0", 16), ("2.5", 8), ("2.25", 4), ("2.0", 0), ("4.0", 32), ("2.75", 12)]
+)
+def test_an_average_gives_the_first_layers_4_bits(average, first):
+    plan = make(*model(layers=32), policy(bits=average))
+    found = {int(m.module.split(".")[2]): m.quant.bits for m in plan.matrices}
+    assert found == {i: 4 if i < first else 2 for i in range(32)}
+    assert nominal_bits(policy(bits=average), plan) == float(average)
+
+
+def test_every_stack_has_its_own_average():
+    plan = make(*model(layers=4, stacks=("encoder.block", "decoder.block")), policy(bits="3.0"))
+    assert {m.module[:15]: m.quant.bits for m in plan.matrices} == {
+        f"{stack}.block.{i}": 4 if i < 2 else 2 for stack in ("encoder", "decoder") for i in range(4)
+    }
+
+
+def test_three_bits_are_normalfloat_3_not_an_average():
+    plan = planned(bits="3")
+    assert set(widths(plan).values()) == {3}
+    assert plan.matrices[0].quant == QuantSpec(bits=3)
+
+
+def test_patterns_of_bits():
+    plan = planned(bits="layers.1=16,down_proj=8,self_attn.[qk]_proj=4,2")
+    assert widths(plan) == {
+        "model.layers.0.mlp.down_proj": 8,
+        "model.layers.0.mlp.up_proj": 2,
+        "model.layers.0.self_attn.k_proj": 4,
+        "model.layers.0.self_attn.q_proj": 4,
+    }
+    dense = [k for k in plan.kept if k.reason == "left dense by --bits"]
+    assert len(dense) == 4
+    assert all(k.missed for k in dense)
+    assert plan.coverage == 0.5
+    assert nominal_bits(policy(bits="layers.0=4,2"), plan) == 4
+
+
+@pytest.mark.parametrize(
+    ("bits", "message"),
+    [
+        ("5", "--bits: 5 is not a width; wanted 2, 3, 4, 8, 16"),
+        ("nf4", "--bits: nf4 is not a width"),
+        ("1.5", r"--bits 1.5: an average must lie between 2.0 and 4.0"),
+        ("4.5", "an average must lie between 2.0 and 4.0"),
+        ("2.x", "an average must lie between 2.0 and 4.0"),
+        ("nan", "--bits: nan is not a width"),
+        ("2.25", r"no stack of layers is long enough for this average .*'model.layers': 2"),
+        ("layers.0=4", "needs exactly one value without a pattern"),
+        ("layers.0=2.5,2", "--bits: 2.5 is not a width"),
+        ("layer.0=4,2", "--bits: layer.0 matches no module; the nearest are model.layers.0"),
+        ("lm_head=4,2", "--bits: lm_head matches no module"),
+    ],
+)
+def test_bits_that_cannot_be_meant(bits, message):
+    with pytest.raises(UsageError, match=message):
+        planned(bits=bits)
+
+
+def test_patterns_of_ranks():
+    plan = planned(rank="mlp=32,layers.0=3,8")
+    assert {m.module: m.rank for m in plan.matrices if m.module.startswith("model.layers.0")} == {
+        "model.layers.0.mlp.down_proj": 32,
+        "model.layers.0.mlp.up_proj": 32,
+        "model.layers.0.self_attn.k_proj": 3,
+        "model.layers.0.self_attn.q_proj": 3,
+    }
+    assert plan.rank == 8
+    assert plan.lora_alpha == 8
+    assert plan.scaling(plan.matrices[0]) == 8 / 32
+    rooted = planned(rank="mlp=32,8", alpha=6, rslora=True)
+    assert rooted.scaling(rooted.matrices[0]) == 6 / 32**0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": "0"}, "--rank: 0 is not a whole number of at least 1"),
+        ({"rank": "-4"}, "--rank: -4 is not"),
+        ({"rank": "4.0"}, "--rank: 4.0 is not"),
+        ({"rank": "many"}, "--rank: many is not"),
+        ({"rank": "mlpp=4,8"}, "--rank: mlpp matches no module; the nearest are"),
+        ({"rank": "16"}, r"below the shorter side .* model.layers.0.self_attn.k_proj.weight 16x64 with rank 16.*clamp"),
+        ({"alpha": 0.0}, "alpha must be positive"),
+        ({"alpha": -1.0}, "alpha must be positive"),
+        ({"rank_policy": "shrink"}, "--rank-policy must be one of refuse, clamp, got 'shrink'"),
+        ({"min_coverage": 1.5}, "--min-coverage must lie between 0 and 1, got 1.5"),
+        ({"min_coverage": float("nan")}, "--min-coverage must lie between 0 and 1, got nan"),
+        ({"code": "nf5"}, "code must be one of nf, uniform"),
+        ({"block_size": 0}, "block_size must be a whole number of at least 1"),
+    ],
+)
+def test_options_that_cannot_be_meant(options, message):
+    with pytest.raises(UsageError, match=message):
+        planned(**options)
+
+
+def test_a_rank_that_does_not_fit_is_refused_for_all_matrices_at_once():
+    with pytest.raises(UsageError, match=r"k_proj.weight 16x64 with rank 64, .*q_proj.weight 64x64 with rank 64"):
+        planned(rank="64")
+
+
+def test_a_rank_that_does_not_fit_is_clamped_if_asked():
+    plan = planned(rank="64", rank_policy="clamp")
+    assert {m.module.split(".")[-1]: m.rank for m in plan.matrices} == {
+        "down_proj": 63,
+        "up_proj": 63,
+        "k_proj": 15,
+        "q_proj": 63,
+    }
+    assert plan.rank == 64
+
+
+def test_coverage_names_what_is_missed():
+    tensors, roles = model()
+    for i in range(5):
+        name = f"model.layers.0.experts.{i}"
+        tensors[name], roles[name] = ("F32", (4, 64, 64)), Role(name, "experts", True)
+    message = r"only \d+% of the layers' weights .* less than --min-coverage 50%; kept: model.layers.0.experts.0 \(3-D"
+    with pytest.raises(InputError, match=message + r".* and 2 more; lower --min-coverage"):
+        make(tensors, roles, policy())
+    plan = make(tensors, roles, policy(min_coverage=0.1))
+    assert 0.1 < plan.coverage < 0.5
+    with pytest.raises(InputError, match=r"nothing to quantize: every matrix is kept \(3-D expert block.*, a head or pooler, an"):
+        make(tensors, roles, policy(bits="16", min_coverage=0.0))
+
+
+def test_heads_and_embeddings_do_not_count_as_missed():
+    assert planned(min_coverage=1.0).coverage == 1.0
+
+
+def test_the_digest_is_that_of_the_decisions():
+    digest = planned().digest()
+    assert digest == planned().digest()
+    tensors, roles = model()
+    shuffled = dict(reversed(tensors.items()))
+    assert make(shuffled, roles, policy()).digest() == digest
+    assert make(*model(), policy(rank="lay*=4,9")).digest() != digest
+    for options in ({"bits": "3"}, {"rank": "5"}, {"alpha": 5}, {"rslora": True}, {"block_size": 32}, {"embeddings": True}):
+        assert planned(**options).digest() != digest, options
+    assert planned(solve=SolveSpec(seed=1)).digest() != digest
+
+
+def test_the_digest_is_frozen():
+    """It is in every manifest: a run continues only where it is equal."""
+    assert planned().digest() == "1eca191a5bc2fc86b4d46459b2cd19d570fcf6b6e1edca13cfb1cabc4baf2cce"
+
+
+def test_a_plan_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        planned().rank = 3
+
+
+@pytest.mark.parametrize(
+    ("chosen", "others", "expected"),
+    [
+        (["layers.0.attn.q", "layers.1.attn.q"], ["lm_head"], ["attn.q"]),
+        (["layers.0.attn.q"], ["layers.1.attn.q"], ["0.attn.q"]),
+        (["layers.0.q", "layers.10.q", "layers.2.q"], ["layers.1.q"], ["0.q", "2.q", "10.q"]),
+        (["decoder.fc"], ["encoder.fc"], ["decoder.fc"]),
+        (["fc"], ["head"], ["fc"]),
+        (["h.0.mlp.c_proj", "h.0.attn.c_proj"], ["h.0.cross.c_proj"], ["attn.c_proj", "mlp.c_proj"]),
+        (["layer.0.out_proj"], ["classification_head.out_proj"], ["0.out_proj"]),
+    ],
+)
+def test_target_suffixes_select_the_chosen_and_no_other(chosen, others, expected):
+    suffixes = target_suffixes(chosen, others)
+    assert suffixes == expected
+    for name in chosen:
+        assert any(f".{name}".endswith(f".{s}") for s in suffixes)
+    for name in others:
+        assert not any(f".{name}".endswith(f".{s}") for s in suffixes)
+
+
+def test_a_module_named_like_the_end_of_a_kept_one_is_refused():
+    """``fc`` is packed and ``head.fc`` is not: no ending tells them apart, and PEFT knows only endings."""
+    with pytest.raises(InputError, match=r"fc is the ending of head\.fc, which is not quantized"):
+        target_suffixes(["fc"], ["head.fc"])
+
+
+def test_task_types():
+    assert task_type("LlamaForCausalLM") == task_type("GPT2LMHeadModel") == "CAUSAL_LM"
+    assert task_type("T5ForConditionalGeneration") == "SEQ_2_SEQ_LM"
+    assert task_type("BertModel") is task_type("BertForSequenceClassification") is None
+
+
+def test_natural_order():
+    names = ["layer.10.a", "layer.2.a", "layer.2", "embed", "layer.2.10", "layer.2.b", "layer.2.9"]
+    assert sorted(names, key=natural) == [
+        "embed", "layer.2", "layer.2.9", "layer.2.10", "layer.2.a", "layer.2.b", "layer.10.a"
+    ]  # fmt: skip

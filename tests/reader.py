@@ -1,0 +1,70 @@
+"""A second reader of LoftQ checkpoints, from docs/format.md alone: numpy and the standard library, none of our code."""
+
+import json
+import math
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+QUANTILE = 0.9677083
+
+
+def tensors(directory: Path) -> dict[str, np.ndarray]:
+    """All tensors, 16-bit floats widened."""
+    found = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  # not a dict
+                tensor = opened.get_tensor(name)
+                found[name] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    return found
+
+
+def levels(code: str, bits: int) -> np.ndarray:
+    if code == "nf":
+        half = 2 ** (bits - 1)
+        quantile = NormalDist().inv_cdf
+        right = [quantile(p) for p in np.linspace(QUANTILE, 0.5, half + 1)[:-1]]
+        left = [-quantile(p) for p in np.linspace(QUANTILE, 0.5, half)[:-1]]
+        values = np.array(sorted([*left, 0.0, *right]))
+        return values / values.max()
+    return np.linspace(-1, 1, 2**bits) if code == "uniform" else np.arange(2.0**bits)
+
+
+def codes(packed: np.ndarray, bits: int, columns: int) -> np.ndarray:
+    """One little-endian bit stream a row."""
+    rows = packed.reshape(packed.shape[0], -1).astype(np.uint8)
+    stream = np.unpackbits(rows, axis=1, bitorder="little")[:, : columns * bits]
+    return (stream.reshape(len(rows), columns, bits) * (1 << np.arange(bits))).sum(-1)
+
+
+def backbone(stored: dict[str, np.ndarray], module: str, group: dict[str, Any], columns: int) -> np.ndarray:
+    """``(levels[code] - zero) * scale``; scales stored plainly."""
+    values = levels(group["code"], group["bits"])[codes(stored[f"{module}.weight"], group["bits"], columns)]
+    size = columns if group["code"] == "uniform-tensor" else group["block_size"]
+
+    def spread(suffix: str) -> np.ndarray:
+        scale = stored[f"{module}.{suffix}"].astype(np.float64)
+        return np.repeat(scale, size, axis=1)[:, :columns]
+
+    zero = spread("weight_zero") if f"{module}.weight_zero" in stored else 0.0
+    return (values - zero) * spread("weight_scale")
+
+
+def matrices(directory: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """module -> Q and s·BA, both ``(out, in)``, of a packed checkpoint with Linear layers."""
+    config = json.loads((directory / "config.json").read_text())["quantization_config"]
+    adapter = json.loads((directory / "loftq_init" / "adapter_config.json").read_text())
+    stored, factors = tensors(directory), tensors(directory / "loftq_init")
+    found = {}
+    for group in config["groups"]:
+        for module in group["modules"]:
+            a = factors[f"base_model.model.{module}.lora_A.weight"].astype(np.float64)
+            b = factors[f"base_model.model.{module}.lora_B.weight"].astype(np.float64)
+            rank = a.shape[0]
+            scaling = adapter["lora_alpha"] / (math.sqrt(rank) if adapter["use_rslora"] else rank)
+            found[module] = backbone(stored, module, group, a.shape[1]), scaling * b @ a
+    return found

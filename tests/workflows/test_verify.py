@@ -1,0 +1,253 @@
+"""``loftq verify`` and the reading side of ``inspect``: every kind of change is noticed, hostile manifests are refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from harness import POLICY, cli, refused, run, tiny_source
+from safetensors.torch import load_file, save_file
+
+from loftq.errors import InputError
+from loftq.workflows import sealed
+from loftq.workflows.check import read_manifest, verify
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    root = tmp_path_factory.mktemp("verify")
+    run(tiny_source(root / "source"), root / "out")
+    return root / "out"
+
+
+@pytest.fixture
+def out(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+def test_a_sound_one(out):
+    ended = cli("verify", out)
+    assert ended.code == 0
+    assert "all good" in ended.out
+    assert "12 matrices" in ended.out
+
+
+def flip(path, at=None):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2 if at is None else at] ^= 1
+    path.write_bytes(raw)
+
+
+FILES = [
+    "model-00003-of-00007.safetensors",
+    "model.safetensors.index.json",
+    "loftq_init/adapter_model.safetensors",
+    "loftq_init/adapter_config.json",
+    "config.json",
+    "vocab.txt",
+    "1_Pooling/config.json",
+    "README.md",
+]
+
+
+def test_these_are_all_kinds_of_file(out):
+    kinds = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file() and "model-" not in p.name}
+    assert kinds == {f for f in FILES if "model-" not in f} | {"loftq_manifest.json"}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_flipped_bit(out, file):
+    flip(out / file)
+    refused(cli("verify", out), 3, f"{file}: its bytes have changed")
+
+
+def test_every_bit_of_a_small_shard_counts(out):
+    file = out / "loftq_init" / "adapter_config.json"
+    raw = file.read_bytes()
+    for at in range(0, len(raw), 7):
+        flip(file, at)
+        with pytest.raises(InputError, match="its bytes have changed"):
+            verify(out)
+        file.write_bytes(raw)
+    verify(out)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_missing_file(out, file):
+    (out / file).unlink()
+    refused(cli("verify", out), 3, f"{file}: missing")
+
+
+def test_a_longer_file(out):
+    with open(out / FILES[0], "ab") as file:
+        file.write(b"\0")
+    refused(cli("verify", out), 3, FILES[0], "bytes, the manifest says")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "pytorch_model.bin", "modeling_evil.py", "loftq_init/adapter_model.bin"]
+)
+def test_a_file_too_many(out, name):
+    """A loader might prefer it to ours."""
+    (out / name).write_bytes(b"")
+    refused(cli("verify", out), 3, f"{name}: not in the manifest")
+
+
+def test_notes_and_checkpoints_beside_it_are_fine(out):
+    (out / ".gitattributes").write_text("")
+    (out / "notes.md").write_text("")
+    (out / "checkpoint-7").mkdir()
+    (out / "checkpoint-7" / "adapter_model.safetensors").write_bytes(b"")
+    assert cli("verify", out).code == 0
+
+
+def test_an_adapter_of_another_run(out, tmp_path, finished):
+    run(finished.parent / "source", tmp_path / "other", policy=POLICY, max_shard_bytes=1 << 30)
+    for changed in ({}, {"bits": "4"}):
+        import dataclasses
+
+        shutil.rmtree(tmp_path / "other")
+        run(finished.parent / "source", tmp_path / "other", policy=dataclasses.replace(POLICY, **changed))
+        shutil.copytree(tmp_path / "other" / "loftq_init", out / "loftq_init", dirs_exist_ok=True)
+        refused(cli("verify", out), 3, "loftq_init")
+
+
+def test_an_edited_shard_that_is_still_sound(out):
+    tensors = load_file(out / FILES[0])
+    name = next(n for n in tensors if n.endswith("weight_scale"))
+    tensors[name] = tensors[name] * 2
+    save_file(tensors, out / FILES[0], {"format": "pt"})
+    refused(cli("verify", out), 3, FILES[0])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"kept": 2', '"kept": 1'), ('"rank": 4', '"rank": 3'), ('"format": "loftq"', '"format": "dense"')],
+)
+def test_an_edited_manifest(out, old, new):
+    manifest = out / "loftq_manifest.json"
+    assert old in manifest.read_text()
+    manifest.write_text(manifest.read_text().replace(old, new, 1))
+    refused(cli("verify", out), 3, "loftq_manifest.json", "was changed")
+    refused(cli("inspect", out), 3, "loftq_manifest.json", "was changed")
+
+
+def test_no_manifest(out):
+    (out / "loftq_manifest.json").unlink()
+    refused(cli("verify", out), 3, "loftq_manifest.json", "missing")
+
+
+def resealed(out, change):
+    """A manifest with a sound hash and other content: what a hostile one may be."""
+    manifest = json.loads((out / "loftq_manifest.json").read_text())
+    del manifest["sha256"]
+    change(manifest)
+    sealed.write(out / "loftq_manifest.json", manifest)
+
+
+def rehash(out, *files):
+    from loftq.formats import fsio
+
+    def change(manifest):
+        for file in files:
+            digest = fsio.sha256_file(out / file)
+            manifest["files"][file] = {"size": digest.size, "sha256": digest.sha256}
+
+    resealed(out, change)
+
+
+def test_values_that_are_not_finite(out):
+    file = "loftq_init/adapter_model.safetensors"
+    tensors = load_file(out / file)
+    name = next(iter(tensors))
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, out / file, {"format": "pt"})
+    rehash(out, file)
+    refused(cli("verify", out), 3, name, "not finite")
+
+
+def test_tensors_that_do_not_fit_the_plan(out):
+    tensors = load_file(out / FILES[0])
+    name = next(n for n in tensors if n.endswith("weight_scale"))
+    tensors[name] = tensors[name][:-1].contiguous()
+    save_file(tensors, out / FILES[0], {"format": "pt"})
+    rehash(out, FILES[0])
+    refused(cli("verify", out), 3, name, "the plan says")
+
+
+def test_a_config_that_does_not_fit_the_plan(out):
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["groups"][0]["bits"] = 4
+    (out / "config.json").write_text(json.dumps(config))
+    rehash(out, "config.json")
+    refused(cli("verify", out), 3, "config.json", "not those of the plan")
+
+
+def put(*path, value):
+    def change(manifest):
+        for key in path[:-1]:
+            manifest = manifest[key]
+        if value is KeyError:
+            del manifest[path[-1]]
+        else:
+            manifest[path[-1]] = value
+
+    return change
+
+
+HOSTILE = [
+    put("files", value=[]),
+    put("files", value=KeyError),
+    put("files", "config.json", value=None),
+    put("files", "../../etc/passwd", value={"size": 1, "sha256": ""}),
+    put("files", "/etc/passwd", value={"size": 1, "sha256": ""}),
+    put("matrices", value={}),
+    put("matrices", 0, value=7),
+    put("matrices", 0, "errors", value="no"),
+    put("matrices", 0, "errors", value=[]),
+    put("matrices", 0, "errors", value=[0.5, "x", 0.5]),
+    put("matrices", 0, "kept", value=99),
+    put("matrices", 0, "kept", value=-1),
+    put("matrices", 0, "shape", value=[1]),
+    put("matrices", 0, "name", value="\x1b[2Jboo"),
+    put("matrices", 0, "qlora_error", value=None),
+    put("plan", value=[]),
+    put("plan", "matrices", 0, "quant", value={"bits": 2, "zap": 1}),
+    put("plan", "matrices", 0, "quant", value=None),
+    put("plan", "matrices", 0, "shape", value=[72, "72"]),
+    put("plan", "matrices", 0, "rank", value="4"),
+    put("totals", value={}),
+    put("totals", "error", value="small"),
+    put("identity", value=None),
+    put("identity", "options", "format", value=None),
+]
+
+
+@pytest.mark.parametrize("change", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_hostile_manifest(out, change):
+    resealed(out, change)
+    with pytest.raises((InputError, ValueError)) as caught:
+        verify(out)
+    assert getattr(caught.value, "exit_code", None) in (2, 3), repr(caught.value)
+    assert "\x1b" not in str(caught.value)
+
+
+def test_a_link_for_a_file_is_read(out, tmp_path):
+    """As in the cache of the Hugging Face hub."""
+    (out / FILES[0]).rename(tmp_path / "blob")
+    (out / FILES[0]).symlink_to(tmp_path / "blob")
+    assert cli("verify", out).code == 0
+
+
+def test_a_seal(tmp_path):
+    sealed.write(tmp_path / "x.json", {"a": [1, 2.5, None, "ü"]})
+    assert sealed.load(tmp_path / "x.json")["a"] == [1, 2.5, None, "ü"]
+    (tmp_path / "x.json").write_text((tmp_path / "x.json").read_text().replace("2.5", "2.50001"))
+    with pytest.raises(InputError, match="was changed"):
+        sealed.load(tmp_path / "x.json")
+
+
+def test_reading_a_manifest_gives_it_all(finished):
+    manifest = read_manifest(finished)
+    assert len(manifest["matrices"]) == len(manifest["plan"]["matrices"]) == 12
