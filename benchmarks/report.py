@@ -21,8 +21,8 @@ SCRIPTS = {  # in the order of the page: title, and what limits the result
     ),
     "train_step": (
         "A training step",
-        "Every weight is decoded twice a step, forward and backward; the products are the same BLAS calls for every "
-        "side. The more tokens a step has, the less the decoding matters.",
+        "Every weight is decoded twice a step, forward and backward, into fresh memory; the products are the same BLAS "
+        "calls for every side. The more tokens a step has, the less the decoding matters.",
     ),
     "startup": (
         "Start-up",

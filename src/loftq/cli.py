@@ -190,10 +190,9 @@ def verify(directory: Directory) -> None:
     from loftq.workflows.check import verify as run
 
     manifest = run(directory)
-    size = sum(f["size"] for f in manifest["files"].values())
-    print(
-        f"{directory}: {len(manifest['files'])} files, {size / 1e6:.1f} MB, {len(manifest['matrices'])} matrices: all good"
-    )
+    size = sum(f["size"] for f in manifest["files"].values()) / 1e6
+    counts = f"{len(manifest['files'])} files, {size:.1f} MB, {len(manifest['matrices'])} matrices"
+    print(f"{quoted(directory, 400)}: {counts}: all good")
 
 
 def _policy(**options: Any) -> "Policy":
@@ -300,6 +299,8 @@ def _run() -> int:
         return 0
     except typer.Exit as e:
         return e.exit_code
+    except SystemExit:  # how rich and typer say that nobody reads their output
+        return _failed(BrokenPipeError())
     except Exception as e:
         return _failed(e)
 

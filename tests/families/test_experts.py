@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from models import MIXTURES, close, outputs, packed, quantize, same, tensors, tiny
 
 from loftq.errors import InputError
+from models import MIXTURES, close, outputs, packed, quantize, same, tensors, tiny
 
 
 @pytest.mark.parametrize("name", MIXTURES)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from models import DENSE, FAMILIES, close, outputs, packed, same, tensors, written
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loftq.nn.layers import LoftQEmbedding, LoftQLinear
+from models import DENSE, FAMILIES, close, outputs, packed, same, tensors, written
 
 TABLES = [name for name in DENSE if FAMILIES[name].table]
 

@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 import torch
-from models import same
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -16,6 +15,7 @@ from loftq.nn import ops
 from loftq.nn.layers import LoftQEmbedding, LoftQLinear, can_pack, pack_like, replace_module
 from loftq.numerics import decode, encode, quantize
 from loftq.spec import QuantSpec
+from models import same
 
 SPECS = [
     QuantSpec(bits=2),
@@ -45,6 +45,12 @@ def embedding(spec=SPECS[0], rows=30, columns=COLUMNS, **options):
     return layer, decode(dict(layer.named_parameters()), spec, columns)
 
 
+def rounding(x, weight):
+    """What two orders of a float32 sum may differ by: a few roundings of its largest possible partial sum."""
+    sizes = x.detach().abs() @ weight.abs().T
+    return 4 * torch.finfo(torch.float32).eps * sizes.max().item() if sizes.numel() else 0.0
+
+
 @EACH
 @pytest.mark.parametrize("shape", [(COLUMNS,), (3, COLUMNS), (2, 3, COLUMNS), (0, COLUMNS)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
@@ -52,10 +58,12 @@ def test_forward_and_backward_are_those_of_the_decoded_weight(spec, shape, bias)
     layer, weight = linear(spec, bias)
     x = torch.randn(shape, requires_grad=True)
     y = layer(x)
-    assert_close(y, F.linear(x, weight, layer.bias), rtol=1e-6, atol=1e-6)
+    atol = rounding(x, weight)
+    assert_close(y, F.linear(x, weight, layer.bias), rtol=1e-6, atol=atol)
     wanted = [x, layer.bias] if bias else [x]
     got = torch.autograd.grad(y.square().sum(), wanted)
-    assert_close(got, torch.autograd.grad(F.linear(x, weight, layer.bias).square().sum(), wanted))
+    room = 1e-5 + 2 * atol * max(1.0, weight.abs().sum(0).max().item())  # an output enters the gradient as 2 y W
+    assert_close(got, torch.autograd.grad(F.linear(x, weight, layer.bias).square().sum(), wanted), rtol=2e-6, atol=room)
 
 
 @pytest.mark.parametrize("columns", [1, 7, 63, 64, 65, 128, 130])
@@ -63,7 +71,7 @@ def test_forward_and_backward_are_those_of_the_decoded_weight(spec, shape, bias)
 def test_any_width_of_the_input(columns, bits):
     layer, weight = linear(QuantSpec(bits=bits), columns=columns, rows=3)
     x = torch.randn(2, columns)
-    assert_close(layer(x), F.linear(x, weight, layer.bias), rtol=1e-6, atol=1e-6)
+    assert_close(layer(x), F.linear(x, weight, layer.bias), rtol=1e-6, atol=rounding(x, weight))
 
 
 @EACH
@@ -125,7 +133,9 @@ def test_no_conversion_touches_what_is_stored(spec, convert):
         model = convert(nn.Sequential(layer))
         after = {n: t for n, t in layer.state_dict().items() if n != "bias"}
         assert same(before, after)
-        assert layer.compute_dtype == (layer.bias.dtype if isinstance(layer, LoftQLinear) else layer(torch.tensor([1])).dtype)
+        assert layer.compute_dtype == (
+            layer.bias.dtype if isinstance(layer, LoftQLinear) else layer(torch.tensor([1])).dtype
+        )
         assert not any(p.requires_grad for n, p in model[0].named_parameters() if n != "bias")
 
 

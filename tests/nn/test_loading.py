@@ -8,13 +8,13 @@ import sys
 import pytest
 import torch
 import transformers
-from models import close, inputs, outputs, packed, same, tensors
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import loftq
 from loftq.errors import InputError, LoftqError, UsageError
 from loftq.nn.hf import LoftQQuantizationConfig
+from models import close, inputs, outputs, packed, same, tensors
 
 WEIGHTS = "model.safetensors"
 LAYER = "model.layers.1.mlp.down_proj"
@@ -73,7 +73,10 @@ def test_a_packed_tensor_that_is_missing_or_odd_is_named(copied, name, change, f
         (lambda c: c["groups"][0].pop("bits"), "a group cannot be read: .*'bits'"),
         (lambda c: c["groups"][0].update(modules="model"), "list of module names under 'modules'"),
         (lambda c: c["groups"][0]["modules"].append("model.norm"), r"no Linear, Conv1D or Embedding: model.norm"),
-        (lambda c: c["groups"].append({**c["groups"][0], "bits": 4}), r"in two groups: model.layers.0.mlp.down_proj, .* and 4 more"),
+        (
+            lambda c: c["groups"].append({**c["groups"][0], "bits": 4}),
+            r"in two groups: model.layers.0.mlp.down_proj, .* and 4 more",
+        ),
     ],
     ids=range(14),
 )

@@ -5,10 +5,10 @@ import pickle
 
 import pytest
 import torch
-from models import close, inputs, outputs, packed, same
 from peft import get_peft_model_state_dict
 from transformers import Trainer, TrainingArguments
 
+from models import close, inputs, outputs, packed, same
 
 # Names that transformers 5.23 renamed, and that the oldest release we work with knows.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
@@ -96,7 +96,9 @@ def test_copies_of_a_whole_model(made):
 def test_a_model_moved_to_another_precision_keeps_its_scales(made):
     model = made("llama").load().to(torch.bfloat16)
     assert model.dtype == torch.bfloat16
-    assert {p.dtype for n, p in model.named_parameters() if not n.endswith(("_proj.weight", "_scale"))} == {torch.bfloat16}
+    assert {p.dtype for n, p in model.named_parameters() if not n.endswith(("_proj.weight", "_scale"))} == {
+        torch.bfloat16
+    }
     before = made("llama").load().state_dict()
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items() if "_proj" in n)
     with torch.no_grad():

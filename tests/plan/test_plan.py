@@ -8,7 +8,12 @@ from loftq.errors import InputError, UsageError
 from loftq.plan import Policy, Role, Stack, make, natural, nominal_bits, target_suffixes, task_type
 from loftq.spec import QuantSpec, SolveSpec, stored_bytes
 
-PROJECTIONS = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (16, 64), "mlp.up_proj": (96, 64), "mlp.down_proj": (64, 96)}
+PROJECTIONS = {
+    "self_attn.q_proj": (64, 64),
+    "self_attn.k_proj": (16, 64),
+    "mlp.up_proj": (96, 64),
+    "mlp.down_proj": (64, 96),
+}
 
 
 def model(layers=2, stacks=("model.layers",), dtype="BF16"):
@@ -44,9 +49,7 @@ def widths(plan):
 
 def test_layers_are_quantized_and_all_else_is_kept_with_its_reason():
     plan = planned()
-    assert [m.module for m in plan.matrices] == [
-        f"model.layers.{i}.{p}" for i in range(2) for p in sorted(PROJECTIONS)
-    ]
+    assert [m.module for m in plan.matrices] == [f"model.layers.{i}.{p}" for i in range(2) for p in sorted(PROJECTIONS)]
     assert {k.name: k.reason for k in plan.kept} == {
         "model.layers.0.norm.weight": "a vector (norm or bias)",
         "model.layers.1.norm.weight": "a vector (norm or bias)",
@@ -227,7 +230,9 @@ def test_coverage_names_what_is_missed():
         make(tensors, roles, policy())
     plan = make(tensors, roles, policy(min_coverage=0.1))
     assert 0.1 < plan.coverage < 0.5
-    with pytest.raises(InputError, match=r"nothing to quantize: every matrix is kept \(3-D expert block.*, a head or pooler, an"):
+    with pytest.raises(
+        InputError, match=r"nothing to quantize: every matrix is kept \(3-D expert block.*, a head or pooler, an"
+    ):
         make(tensors, roles, policy(bits="16", min_coverage=0.0))
 
 
@@ -242,7 +247,14 @@ def test_the_digest_is_that_of_the_decisions():
     shuffled = dict(reversed(tensors.items()))
     assert make(shuffled, roles, policy()).digest() == digest
     assert make(*model(), policy(rank="lay*=4,9")).digest() != digest
-    for options in ({"bits": "3"}, {"rank": "5"}, {"alpha": 5}, {"rslora": True}, {"block_size": 32}, {"embeddings": True}):
+    for options in (
+        {"bits": "3"},
+        {"rank": "5"},
+        {"alpha": 5},
+        {"rslora": True},
+        {"block_size": 32},
+        {"embeddings": True},
+    ):
         assert planned(**options).digest() != digest, options
     assert planned(solve=SolveSpec(seed=1)).digest() != digest
 

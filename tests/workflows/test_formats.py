@@ -76,8 +76,9 @@ for directory in sys.argv[2:]:
             here["values " + name] = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
             module.compute_dtype = torch.float32
     here["backbone"] = model(ids).logits.detach()
-    model = peft.PeftModel.from_pretrained(model, directory, subfolder="loftq_init")
-    here["start"] = model.eval()(ids).logits.detach()
+    model = peft.PeftModel.from_pretrained(model, directory, subfolder="loftq_init").eval()
+    model.enable_input_require_grads()  # without gradients bitsandbytes computes in bfloat16 on a CPU
+    here["start"] = model(ids).logits.detach()
 torch.save(found, sys.argv[1])
 assert "loftq" not in sys.modules
 """

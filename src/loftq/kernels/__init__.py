@@ -2,8 +2,8 @@
 
 A back end is a module with the functions of :mod:`loftq.kernels.reference`. The device of the tensors chooses it:
 ``cpu`` (compiled with Numba), ``cuda`` (Triton), ``reference`` (plain PyTorch) for every other device. The environment
-variable ``LOFTQ_KERNELS=reference`` selects the reference for all. A back end that cannot be used is named once, with the
-reason, before the reference takes its place.
+variable ``LOFTQ_KERNELS=reference`` selects the reference for all. A back end that cannot be used is named once, with
+the reason, before the reference takes its place.
 """
 
 import functools

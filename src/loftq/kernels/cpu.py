@@ -5,7 +5,9 @@ rows without the interpreter's lock; :func:`_over_rows` gives every thread that 
 worker, which has one, runs its kernel alone.
 """
 
+import ctypes
 import functools
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +18,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from loftq.kernels.reference import embedding as embedding
-from loftq.numerics import Quantized, fit_scales, levels, scale_and_zero, store_scales
+from loftq.numerics import Quantized, decode_rows, fit_scales, levels, scale_and_zero, store_scales
 from loftq.numerics.codebooks import midpoints
 from loftq.spec import QuantSpec, packed_shape
 
@@ -37,17 +38,16 @@ def quantize_residual(target: Tensor, weight: Tensor, spec: QuantSpec) -> tuple[
     scales = _absmax_scales(target, spec) if spec.code == "nf" else fit_scales(target, spec)
     scale, zero, block = _expanded(scales, spec, target.shape)
     codes, residual = torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target)
-    gaps, table = midpoints(spec.code, spec.bits).numpy(), levels(spec.code, spec.bits).numpy()
+    gaps, table = midpoints(spec.code, spec.bits), levels(spec.code, spec.bits)
     kernel = _quantize_by_counting if len(gaps) <= LINEAR_SEARCH else _quantize_by_bisection
-    arrays = target.numpy(), weight.numpy(), scale, zero, gaps, table, block, codes.numpy(), residual.numpy()
-    _over_rows(kernel, len(target), *arrays)
+    _over_rows(kernel, len(target), target, weight, scale, zero, gaps, table, block, codes, residual)
     return Quantized(codes, scales), residual
 
 
 def _absmax_scales(target: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
     block = min(spec.block_size, target.shape[1])
     absmax = target.new_empty(len(target), -(-target.shape[1] // block))
-    _over_rows(_absmax, len(target), target.numpy(), block, absmax.numpy())
+    _over_rows(_absmax, len(target), target, block, absmax)
     return store_scales(absmax, spec)
 
 
@@ -55,39 +55,45 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes to bytes, as :func:`loftq.numerics.pack`."""
     rows, columns = codes.shape
     packed = codes.new_empty(packed_shape(rows, columns, bits), dtype=torch.int8)
-    _over_rows(_pack, rows, codes.contiguous().numpy(), bits, _bytes(packed))
+    _over_rows(_pack, rows, codes.contiguous(), bits, packed.view(rows, -1))
     return packed
 
 
 def dequantize(stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: torch.dtype) -> Tensor:
     """The dense weight. float32 and bfloat16 are written directly, other dtypes by way of float32."""
-    packed = _bytes(stored["weight"])
+    packed = stored["weight"].detach().contiguous().flatten(1)
     scale, zero, block = _expanded(stored, spec, (len(packed), columns))
     direct = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     out = torch.empty(len(packed), columns, dtype=direct, device="cpu")
     kernel = _decoder(spec.bits, dtype == torch.bfloat16)
-    written = (out.view(torch.uint16) if dtype == torch.bfloat16 else out).numpy()
-    _over_rows(kernel, len(packed), packed, scale, zero, _lookup(spec.code, spec.bits), block, written)
+    _over_rows(kernel, len(packed), packed, scale, zero, _lookup(spec.code, spec.bits), block, out)
     return out.to(dtype)
 
 
-def linear(x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:
-    """``x @ W.T``. For few tokens in float32 straight from the packed weight, else decoded first, then BLAS."""
+def linear(
+    x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, bias: Tensor | None = None
+) -> Tensor:
+    """``x @ W.T + bias``. For few tokens in float32 straight from the packed weight, else decoded first, then BLAS."""
     tokens = x.numel() // columns
     if x.dtype != torch.float32 or tokens > FEW_TOKENS:
-        return torch.nn.functional.linear(x, dequantize(stored, spec, columns, x.dtype))
-    packed = _bytes(stored["weight"])
+        bias = None if bias is None else bias.to(x.dtype)
+        return torch.nn.functional.linear(x, dequantize(stored, spec, columns, x.dtype), bias)
+    packed = stored["weight"].detach().contiguous().flatten(1)
     scale, zero, block = _expanded(stored, spec, (len(packed), columns))
-    y = x.new_empty(len(packed), tokens)
-    rows = x.detach().reshape(tokens, columns).contiguous().numpy()
-    lookup = _lookup(spec.code, spec.bits)
-    _over_rows(_product(spec.bits), len(packed), packed, scale, zero, lookup, block, rows, y.numpy())
-    return y.T.reshape(*x.shape[:-1], len(packed))
+    y, rows = x.new_empty(len(packed), tokens), x.detach().reshape(tokens, columns).contiguous()
+    _over_rows(_product(spec.bits), len(packed), packed, scale, zero, _lookup(spec.code, spec.bits), block, rows, y)
+    y = y.T.contiguous().view(*x.shape[:-1], len(packed))
+    return y if bias is None else y.add_(bias)
 
 
 def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:
     """``grad @ W``: decoded, then BLAS."""
     return grad @ dequantize(stored, spec, columns, grad.dtype)
+
+
+def embedding(rows: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: torch.dtype) -> Tensor:
+    """Rows of a table by their indices: gathered packed, then decoded."""
+    return decode_rows(stored, spec, columns, rows).to(dtype)
 
 
 _pool: ThreadPoolExecutor | None = None
@@ -102,34 +108,40 @@ os.register_at_fork(after_in_child=_forget_pool)  # a forked child has none of i
 
 
 def _over_rows(kernel: Callable[..., None], rows: int, *args: Any) -> None:
-    """``kernel(*args, start, stop)`` on ranges that cover all rows, one per thread."""
+    """``kernel(*args, start, stop)`` on ranges that cover all rows, one per thread; tensors go in as arrays."""
     global _pool
+    arrays = [_array(arg) if isinstance(arg, Tensor) else arg for arg in args]
     threads = min(torch.get_num_threads(), max(1, rows // 16))
     if threads == 1:
-        kernel(*args, 0, rows)
+        kernel(*arrays, 0, rows)
         return
     if _pool is None:
         _pool = ThreadPoolExecutor(os.cpu_count() or 1, "loftq-kernel")
     edges = [rows * t // threads for t in range(threads + 1)]
-    others = [_pool.submit(kernel, *args, *edge) for edge in zip(edges[1:-1], edges[2:], strict=True)]
-    kernel(*args, 0, edges[1])
+    others = [_pool.submit(kernel, *arrays, *edge) for edge in itertools.pairwise(edges[1:])]
+    kernel(*arrays, 0, edges[1])
     for job in others:
         job.result()
 
 
-def _bytes(packed: Tensor) -> np.ndarray:
-    """Packed codes as an unsigned ``(rows, bytes)`` array on the same memory."""
-    return packed.detach().contiguous().view(packed.shape[0], -1).view(torch.uint8).numpy()
+def _array(tensor: Tensor) -> np.ndarray:
+    """A contiguous tensor's memory as an array; bytes and bfloat16 as unsigned integers.
+
+    Not by ``Tensor.numpy``, which forbids the storage to be resized from then on: FSDP2 frees gathered parameters so.
+    """
+    dtype = {torch.int8: "u1", torch.uint8: "u1", torch.bfloat16: "u2"}.get(tensor.dtype, "f4")
+    memory = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
+    return np.frombuffer(memory, dtype).reshape(tensor.shape)
 
 
-def _expanded(stored: dict[str, Tensor], spec: QuantSpec, shape: Any) -> tuple[np.ndarray, np.ndarray, int]:
-    """Scales and zero points as float32 ``(rows, blocks)``, and the block size; one block a row for a per-tensor code."""
+def _expanded(stored: dict[str, Tensor], spec: QuantSpec, shape: Any) -> tuple[Tensor, Tensor, int]:
+    """Scales and zero points as float32 ``(rows, blocks)``, and the block size: one block a row if per tensor."""
     scale, zero = scale_and_zero({k: v.detach() for k, v in stored.items()})
     rows, columns = shape
     block = columns if spec.code == "uniform-tensor" else min(spec.block_size, columns)
     scale = scale.expand(rows, -1).contiguous()
     zeros = torch.zeros_like(scale) if zero is None else zero.expand(rows, -1).contiguous()
-    return scale.numpy(), zeros.numpy(), block
+    return scale, zeros, block
 
 
 @functools.cache
@@ -153,7 +165,7 @@ def _absmax(target, block, absmax, start, stop):
 
 
 @compiled
-def _quantize_by_counting(target, weight, scale, zero, gaps, levels, block, codes, residual, start, stop):  # noqa: N803
+def _quantize_by_counting(target, weight, scale, zero, gaps, levels, block, codes, residual, start, stop):
     x, c = np.empty(block, np.float32), np.empty(block, np.uint8)
     columns = target.shape[1]
     for i in range(start, stop):

@@ -1,13 +1,13 @@
 # ruff: noqa: N803  (constants of a compiled kernel are in capitals)
 """Triton kernels for CUDA devices: a packed weight is decoded where it is used, and never kept.
 
-Two kernels share one decoder, :func:`_tile`. ``_decode`` writes dense rows: the whole weight, or the rows of an embedding
-that are looked up. ``_product`` multiplies a few tokens straight from the packed bytes; more than :data:`FEW_TOKENS` go
-through the dense weight and PyTorch's matrix product. Decoded values equal the reference's to the bit: computed in
-float32 without contraction, then rounded once.
+Two kernels share one decoder, :func:`_tile`. ``_decode`` writes dense rows: the whole weight, or the rows of an
+embedding that are looked up. ``_product`` multiplies a few tokens straight from the packed bytes; more than
+:data:`FEW_TOKENS` go through the dense weight and PyTorch's matrix product. Decoded values equal the reference's to the
+bit: computed in float32 without contraction, then rounded once.
 
-:func:`quantize_residual` and :func:`pack` are the reference's, on the device: a solver calls them once a step and once a
-matrix, beside an SVD.
+:func:`quantize_residual` and :func:`pack` are the reference's, on the device: a solver calls them once a step and once
+a matrix, beside an SVD.
 
 Tried under Triton's interpreter, and compiled for sm_80, sm_90 and sm_100; not yet measured on a GPU.
 """
@@ -17,9 +17,10 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
+from triton import knobs  # pyright: ignore[reportMissingImports]
 
 from loftq.kernels.reference import pack, quantize_residual
 from loftq.numerics import dynamic_8bit, levels
@@ -50,11 +51,14 @@ def embedding(rows: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns:
     return _decoded({**stored, "weight": chosen}, spec, columns, dtype, rows.contiguous())
 
 
-def linear(x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:
-    """``x @ W.T``. For few tokens straight from the packed weight, else decoded first, then PyTorch's product."""
+def linear(
+    x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, bias: Tensor | None = None
+) -> Tensor:
+    """``x @ W.T + bias``. For few tokens straight from the packed weight, else decoded first, then PyTorch's product."""
     if _few(x, columns):
-        return _multiplied(x, stored, spec, columns, by_rows=False)
-    return torch.nn.functional.linear(x, dequantize(stored, spec, columns, x.dtype))
+        return _multiplied(x, stored, spec, columns, by_rows=False, bias=bias)
+    bias = None if bias is None else bias.to(x.dtype)
+    return torch.nn.functional.linear(x, dequantize(stored, spec, columns, x.dtype), bias)
 
 
 def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:
@@ -129,46 +133,56 @@ def _decoded(
     weight, constants = _weight(stored, spec, columns)
     n_rows = len(weight.packed)
     out = weight.packed.new_empty((n_rows, columns), dtype=dtype if dtype in DIRECT else torch.float32)
-    grid = triton.cdiv(n_rows, ROWS), triton.cdiv(columns, COLUMNS)
     if n_rows:
+        launch: Any = _decode[_ceil(n_rows, ROWS), _ceil(columns, COLUMNS)]  # pyright: ignore[reportIndexIssue]
         with _on(out.device):  # with contraction a double-quantized scale could miss the reference's last bit
-            _decode[grid](weight, scale_rows, out, n_rows, **constants, num_warps=WARPS, enable_fp_fusion=False)
+            launch(weight, scale_rows, out, n_rows, **constants, num_warps=WARPS, enable_fp_fusion=False)
     return out.to(dtype)
 
 
-def _multiplied(x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, by_rows: bool) -> Tensor:
+def _multiplied(
+    x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, by_rows: bool, bias: Tensor | None = None
+) -> Tensor:
     weight, constants = _weight(stored, spec, columns)
     n_rows = len(weight.packed)
     inner, outer, inner_tile, outer_tile = columns, n_rows, COLUMNS, ROWS
     if by_rows:
         inner, outer, inner_tile, outer_tile = outer, inner, outer_tile, inner_tile
-    tiles, programs = triton.cdiv(inner, inner_tile), triton.cdiv(outer, outer_tile)
-    steps = triton.cdiv(tiles, triton.cdiv(PROGRAMS, programs))  # tiles that one program walks through
-    splits = triton.cdiv(tiles, steps)
+    tiles, programs = _ceil(inner, inner_tile), _ceil(outer, outer_tile)
+    steps = _ceil(tiles, _ceil(PROGRAMS, programs))  # tiles that one program walks through
+    splits = _ceil(tiles, steps)
     rows = x.detach().reshape(-1, inner).contiguous()
-    y = x.new_empty((splits, len(rows), outer), dtype=x.dtype if splits == 1 else torch.float32)
-    constants |= {"T": max(16, triton.next_power_of_2(len(rows))), "BY_ROWS": by_rows}
+    whole = splits == 1 and bias is None  # else parts are summed in float32, and rounded once
+    y = x.new_empty((splits, len(rows), outer), dtype=x.dtype if whole else torch.float32)
+    constants |= {"T": max(16, 1 << (len(rows) - 1).bit_length()), "BY_ROWS": by_rows}
+    launch: Any = _product[programs, splits]  # pyright: ignore[reportIndexIssue]
     with _on(x.device):
-        _product[(programs, splits)](weight, rows, y, n_rows, len(rows), steps, tiles, **constants)
-    y = y.view(y.shape[1:]) if splits == 1 else y.sum(0).to(x.dtype)
-    return y.view(*x.shape[:-1], outer)
+        launch(weight, rows, y, n_rows, len(rows), steps, tiles, **constants)
+    y = y.sum(0) if splits > 1 else y[0]
+    if bias is not None:
+        y += bias
+    return y.to(x.dtype).view(*x.shape[:-1], outer)
 
 
-# The kernels' constants. BITS, CODES, BYTES: the width and its group, see GROUPS. BLOCK: the block size, 0 where a row is
-# one block. SCALED: 1 where a group has one scale, else CODES. R, G, C: rows, groups and columns of a tile.
+def _ceil(length: int, part: int) -> int:
+    return -(-length // part)
+
+
+# The kernels' constants. BITS, CODES, BYTES: the width and its group, see GROUPS. BLOCK: the block size, 0 where a row
+# is one block. SCALED: 1 where a group has one scale, else CODES. R, G, C: rows, groups and columns of a tile.
 
 
 @triton.jit
 def _codes(w, rows, known, groups, BITS: tl.constexpr, CODES: tl.constexpr, BYTES: tl.constexpr):
-    """Codes ``(R, G, CODES)`` from each row's little-endian bit stream; 0 where a row is not known, and past its end."""
+    """Codes ``(R, G, CODES)`` from each row's little-endian bit stream; 0 past its end, and in rows not ``known``."""
     word = tl.full([rows.shape[0], groups.shape[0]], 0, tl.int32)
-    for k in tl.static_range(BYTES):
+    for k in tl.static_range(BYTES):  # pyright: ignore[reportGeneralTypeIssues]
         at = groups * BYTES + k
         mask = known[:, None] & (at < w.n_bytes)[None, :]
         byte = tl.load(w.packed + rows.to(tl.int64)[:, None] * w.n_bytes + at[None, :], mask=mask, other=0)
         word |= byte.to(tl.int32) << (8 * k)
     shifts = tl.arange(0, CODES) * BITS
-    return (word[:, :, None] >> shifts[None, None, :]) & ((1 << BITS) - 1)
+    return (word[:, :, None] >> shifts[None, None, :]) & ((1 << BITS) - 1)  # pyright: ignore[reportOperatorIssue]
 
 
 @triton.jit
@@ -206,16 +220,13 @@ def _decode(
     groups = tl.program_id(1) * G + tl.arange(0, G)
     column = tl.program_id(1) * C + tl.arange(0, C)
     known = rows < n_rows
-    if index is None:
-        scale_rows = rows
-    else:
-        scale_rows = tl.load(index + rows, mask=known, other=0)
+    scale_rows = rows if index is None else tl.load(index + rows, mask=known, other=0)
     values = _tile(w, rows, scale_rows, known, groups, BITS, CODES, BYTES, BLOCK, SCALED, R, G, C)
     at = rows.to(tl.int64)[:, None] * w.columns + column[None, :]
     tl.store(out + at, values.to(out.dtype.element_ty), mask=known[:, None] & (column < w.columns)[None, :])
 
 
-@triton.autotune(PIPELINES[:1] if triton.knobs.runtime.interpret else PIPELINES, key=["n_rows", "tiles", "T", "BITS"])
+@triton.autotune(PIPELINES[:1] if knobs.runtime.interpret else PIPELINES, key=["n_rows", "tiles", "T", "BITS"])
 @triton.jit
 def _product(
     w, x, y, n_rows, tokens, steps, tiles,

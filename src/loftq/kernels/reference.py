@@ -22,9 +22,12 @@ def dequantize(stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: 
     return decode(stored, spec, columns).to(dtype)
 
 
-def linear(x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:
-    """``x @ W.T`` in the dtype of ``x``."""
-    return torch.nn.functional.linear(x, dequantize(stored, spec, columns, x.dtype))
+def linear(
+    x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, bias: Tensor | None = None
+) -> Tensor:
+    """``x @ W.T + bias`` in the dtype of ``x``."""
+    bias = None if bias is None else bias.to(x.dtype)
+    return torch.nn.functional.linear(x, dequantize(stored, spec, columns, x.dtype), bias)
 
 
 def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:

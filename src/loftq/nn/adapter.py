@@ -44,7 +44,7 @@ def adapter_names(matrix: Matrix) -> tuple[str, str]:
 
 
 def adapter_shapes(matrix: Matrix) -> dict[str, tuple[int, int]]:
-    """Tensors of a matrix's adapter: name -> shape. An embedding's factors are transposed: see :func:`adapter_tensors`."""
+    """Tensors of a matrix's adapter: name -> shape. An embedding's are transposed: see :func:`adapter_tensors`."""
     a, b = adapter_names(matrix)
     rows, columns = matrix.shape
     if matrix.kind == "embedding":

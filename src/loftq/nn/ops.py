@@ -7,11 +7,12 @@ its spec as a string. Forward and backward both decode the packed weight; the de
 import functools
 import json
 from dataclasses import asdict
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from loftq.numerics import decode, decode_rows
+from loftq.kernels import backend
 from loftq.spec import QuantSpec, from_dict, stored_tensors
 
 
@@ -25,11 +26,17 @@ def _spec(key: str) -> tuple[QuantSpec, tuple[str, ...]]:
     return spec, tuple(stored_tensors(spec, 1, 1))
 
 
+def _named(stored: list[Tensor], key: str) -> tuple[ModuleType, dict[str, Tensor], QuantSpec]:
+    """The back end for the tensors' device, the tensors by suffix, and their spec."""
+    quant, names = _spec(key)
+    return backend(stored[0].device), dict(zip(names, stored, strict=True)), quant
+
+
 @torch.library.custom_op("loftq::dequantize", mutates_args=())
 def dequantize(stored: list[Tensor], spec: str, columns: int, dtype: torch.dtype) -> Tensor:
     """The dense weight ``(out, in)`` in ``dtype``."""
-    quant, names = _spec(spec)
-    return decode(dict(zip(names, stored, strict=True)), quant, columns).to(dtype)
+    kernels, tensors, quant = _named(stored, spec)
+    return kernels.dequantize(tensors, quant, columns, dtype)
 
 
 @dequantize.register_fake
@@ -40,8 +47,8 @@ def _(stored: list[Tensor], spec: str, columns: int, dtype: torch.dtype) -> Tens
 @torch.library.custom_op("loftq::linear", mutates_args=())
 def linear(x: Tensor, stored: list[Tensor], spec: str, columns: int, bias: Tensor | None) -> Tensor:
     """``x @ W.T + bias`` for a packed W, in the dtype of ``x``. ``x``: ``(..., in)``; result ``(..., out)``."""
-    bias = None if bias is None else bias.to(x.dtype)
-    return torch.nn.functional.linear(x, dequantize(stored, spec, columns, x.dtype), bias)
+    kernels, tensors, quant = _named(stored, spec)
+    return kernels.linear(x, tensors, quant, columns, bias)
 
 
 @linear.register_fake
@@ -52,7 +59,8 @@ def _(x: Tensor, stored: list[Tensor], spec: str, columns: int, bias: Tensor | N
 @torch.library.custom_op("loftq::linear_grad_input", mutates_args=())
 def linear_grad_input(grad: Tensor, stored: list[Tensor], spec: str, columns: int) -> Tensor:
     """``grad @ W``: the gradient of :func:`linear` with respect to its input."""
-    return grad @ dequantize(stored, spec, columns, grad.dtype)
+    kernels, tensors, quant = _named(stored, spec)
+    return kernels.linear_grad_input(grad, tensors, quant, columns)
 
 
 @linear_grad_input.register_fake
@@ -63,11 +71,10 @@ def _(grad: Tensor, stored: list[Tensor], spec: str, columns: int) -> Tensor:
 @torch.library.custom_op("loftq::lookup", mutates_args=())
 def lookup(indices: Tensor, stored: list[Tensor], spec: str, columns: int, dtype: torch.dtype) -> Tensor:
     """Rows of a packed table: ``(*indices.shape, columns)`` in ``dtype``. Only the rows looked up are decoded."""
-    quant, names = _spec(spec)
     if not indices.numel():
         return stored[0].new_empty((*indices.shape, columns), dtype=dtype)
-    rows = decode_rows(dict(zip(names, stored, strict=True)), quant, columns, indices.flatten())
-    return rows.view(*indices.shape, columns).to(dtype)
+    kernels, tensors, quant = _named(stored, spec)
+    return kernels.embedding(indices.flatten(), tensors, quant, columns, dtype).view(*indices.shape, columns)
 
 
 @lookup.register_fake

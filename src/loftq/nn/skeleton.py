@@ -149,7 +149,7 @@ def adaptable(model: nn.Module) -> list[str]:
 
 
 def renamer(model: nn.Module) -> Callable[[str], tuple[str, bool]]:
-    """Checkpoint tensor -> the parameter it becomes, and whether transformers converts it (fuses, splits) on the way."""
+    """Checkpoint tensor -> the parameter it becomes, and whether transformers converts it (fuses, splits) first."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 

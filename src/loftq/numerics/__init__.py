@@ -3,7 +3,17 @@
 Plain torch, written to be read: this is the oracle that every faster path is compared with.
 """
 
-from loftq.numerics.blockwise import Quantized, decode, decode_rows, dequantize, encode, fit_scales, quantize, scale_and_zero, store_scales
+from loftq.numerics.blockwise import (
+    Quantized,
+    decode,
+    decode_rows,
+    dequantize,
+    encode,
+    fit_scales,
+    quantize,
+    scale_and_zero,
+    store_scales,
+)
 from loftq.numerics.codebooks import dynamic_8bit, levels, normal_float
 from loftq.numerics.lowrank import truncated_svd
 from loftq.numerics.packing import pack, packed_shape, unpack

@@ -83,13 +83,16 @@ def decode(tensors: dict[str, Tensor], spec: QuantSpec, columns: int) -> Float[T
 
 def decode_rows(tensors: dict[str, Tensor], spec: QuantSpec, columns: int, rows: Tensor) -> Float[Tensor, "n in"]:
     """Some rows of :func:`decode`, by their indices, without decoding the others: an embedding's lookup."""
-    scale, zero = scale_and_zero(tensors)
-    chosen = {
-        "weight": tensors["weight"].index_select(0, rows),  # which refuses negative indices, as an embedding does
-        "weight_scale": scale if scale.shape[0] == 1 else scale.index_select(0, rows),
-    }
-    if zero is not None:
-        chosen["weight_zero"] = zero if zero.shape[0] == 1 else zero.index_select(0, rows)
+    chosen = {"weight": tensors["weight"].index_select(0, rows)}  # which refuses negative indices, as an embedding does
+    for name in ("weight_scale", "weight_zero"):
+        if name in tensors:
+            whole = tensors[name].shape[0] == 1 < tensors["weight"].shape[0]  # one scale for the matrix
+            chosen[name] = tensors[name] if whole else tensors[name].index_select(0, rows)
+    if "weight_scale_absmax" in tensors:  # the scales' own scales belong to places in the whole table
+        blocks = tensors["weight_scale"].shape[1]
+        places = rows[:, None] * blocks + torch.arange(blocks, device=rows.device)
+        absmax = tensors["weight_scale_absmax"][places // NESTED_BLOCK]
+        chosen["weight_scale"] = _undo_double(chosen["weight_scale"], absmax, tensors["weight_scale_mean"])
     return decode(chosen, spec, columns)
 
 
@@ -189,13 +192,18 @@ def scale_and_zero(scales: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     scale, zero = scales["weight_scale"], scales.get("weight_zero")
     if "weight_scale_absmax" in scales:
         absmax = scales["weight_scale_absmax"].repeat_interleave(NESTED_BLOCK)[: scale.numel()].view(scale.shape)
-        scale = dynamic_8bit().to(scale.device)[scale.int()] * absmax + scales["weight_scale_mean"]
+        scale = _undo_double(scale, absmax, scales["weight_scale_mean"])
     return scale.float(), None if zero is None else zero.float()
+
+
+def _undo_double(codes: Tensor, absmax: Tensor, mean: Tensor) -> Tensor:
+    """Scales from their 8-bit codes, an absmax for each, and the mean of all."""
+    return dynamic_8bit().to(codes.device)[codes.int()] * absmax + mean
 
 
 def _blocks(values: Tensor, spec: QuantSpec) -> Iterator[tuple[slice, Tensor]]:
     """Views of the whole blocks ``(out, n, block)`` and of the short last one ``(out, 1, rest)``, with their places."""
-    rows, columns = values.shape
+    columns = values.shape[1]
     size = columns if spec.code == "uniform-tensor" else min(spec.block_size, columns)
     whole = columns // size
     yield slice(0, whole), values[:, : whole * size].unflatten(1, (whole, size))

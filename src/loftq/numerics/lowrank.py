@@ -78,7 +78,8 @@ def _krylov(
         left.append(_orthonormal(matrix @ torch.linalg.qr(probe).Q, left))
         probe = (left[-1].T @ matrix).T
         right.append(probe)
-        if probe.norm() <= ROUNDING * right[0].norm():  # the matrix has no more rank
+        lengths = [torch.linalg.vector_norm(image, dtype=torch.float64) for image in (probe, right[0])]
+        if lengths[0] <= ROUNDING * lengths[1]:  # the matrix has no more rank
             break
     basis, image = torch.cat(left, 1), torch.cat(right, 1)
     wide = image.double()

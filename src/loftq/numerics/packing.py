@@ -16,7 +16,7 @@ __all__ = ["pack", "packed_shape", "unpack"]
 _GROUP = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}  # bits: codes and bytes of the smallest whole group
 
 
-def pack(codes: UInt8[Tensor, "out in"], bits: int) -> Int8[Tensor, "out *row"]:
+def pack(codes: UInt8[Tensor, "out in"], bits: int) -> Int8[Tensor, "out ..."]:
     """Codes to bytes. Shape of the result: ``packed_shape(out, in, bits)``."""
     rows, columns = codes.shape
     n_codes, n_bytes = _GROUP[bits]
@@ -31,7 +31,7 @@ def pack(codes: UInt8[Tensor, "out in"], bits: int) -> Int8[Tensor, "out *row"]:
     return stream.contiguous().view(torch.int8).reshape(shape)
 
 
-def unpack(packed: Int8[Tensor, "out *row"], bits: int, columns: int) -> UInt8[Tensor, "out in"]:
+def unpack(packed: Int8[Tensor, "out ..."], bits: int, columns: int) -> UInt8[Tensor, "out in"]:
     """Bytes to codes, the inverse of :func:`pack`."""
     rows = packed.shape[0]
     n_codes, n_bytes = _GROUP[bits]

@@ -1,7 +1,19 @@
 """What is quantized, how, and why not: data about tensors and a policy in, a plan out. Knows no torch."""
 
 from loftq.plan.patterns import Rules, parse_rules
-from loftq.plan.plan import Kept, Matrix, Plan, Policy, Role, Stack, make, natural, nominal_bits, target_suffixes, task_type
+from loftq.plan.plan import (
+    Kept,
+    Matrix,
+    Plan,
+    Policy,
+    Role,
+    Stack,
+    make,
+    natural,
+    nominal_bits,
+    target_suffixes,
+    task_type,
+)
 
 __all__ = [
     "Kept",

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from loftq.errors import quoted
 from loftq.report.inspect import warnings
 
 
@@ -90,14 +91,14 @@ def print_inspection(inspected: dict[str, Any]) -> None:
 
 def print_summary(output: Path, manifest: dict[str, Any], made: bool) -> None:
     """What ``loftq quantize`` made, and what to do with it."""
-    console = _console()
+    console, place = _console(), quoted(output, 400)
     if not made:
-        console.print(f"{output}: already done by an earlier run of this command.")
+        console.print(f"{place}: already done by an earlier run of this command.")
     console.print(_totals(manifest["totals"]))
     lines = warnings(manifest["matrices"])
     if lines:
-        console.print(Text("warning:", "yellow"), f"{len(lines)} matrices gain little; see: loftq inspect {output}")
-    console.print(f"Saved to {output}. Its README.md says how to load it; `loftq inspect {output}` shows every matrix.")
+        console.print(Text("warning:", "yellow"), f"{len(lines)} matrices gain little; see: loftq inspect {place}")
+    console.print(f"Saved to {place}. Its README.md says how to load it; `loftq inspect {place}` shows every matrix.")
 
 
 def _totals(t: dict[str, Any]) -> Table:

@@ -10,7 +10,7 @@ from loftq.errors import InputError, StorageError, quoted
 from loftq.formats.source import Checkpoint, is_quantized_source, open_checkpoint
 from loftq.plan import Plan, Policy
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
 

@@ -1,0 +1,347 @@
+"""The command line as it is promised: verbs, options, exit codes, one line for every error, pure JSON on stdout."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import typer.main
+from harness import FLAGS, cli, refused, start_cli, tiny_source, tree
+from safetensors.torch import load_file
+
+import loftq.cli
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return tiny_source(tmp_path_factory.mktemp("contract") / "source")
+
+
+@pytest.fixture(scope="module")
+def finished(source):
+    """What a plain run says and makes."""
+    ended = cli("quantize", source, "-o", source.parent / "out", *FLAGS)
+    assert ended.code == 0, ended.err
+    return source.parent / "out", ended
+
+
+@pytest.fixture
+def out(finished):
+    return finished[0]
+
+
+PROMISED = {
+    "plan": {"--bits", "--rank", "--json"},
+    "quantize": {
+        "--output", "--bits", "--code", "--block-size", "--rank", "--alpha", "--steps", "--method", "--format",
+        "--embeddings", "--workers", "--device", "--seed", "--overwrite", "--rank-policy", "--max-shard-size",
+    },
+    "inspect": {"--json", "--plot"},
+    "verify": set(),
+}  # fmt: skip
+
+
+def options(verb):
+    command = typer.main.get_command(loftq.cli.app).commands[verb]
+    return {o for parameter in command.params for o in parameter.opts if o.startswith("--")} - {"--help"}
+
+
+def test_the_promised_verbs_and_options():
+    assert set(typer.main.get_command(loftq.cli.app).commands) == set(PROMISED)
+    for verb, promised in PROMISED.items():
+        assert promised <= options(verb), verb
+
+
+def test_plan_takes_the_options_of_quantize_that_change_a_plan():
+    only_work = {
+        "--output", "--steps", "--method", "--order", "--svd", "--format", "--workers", "--device", "--seed",
+        "--max-shard-size", "--task-type", "--overwrite",
+    }  # fmt: skip
+    assert options("quantize") - options("plan") == only_work
+    assert options("plan") - options("quantize") == {"--json"}
+
+
+def test_help(source):
+    for verb in ("", *PROMISED):
+        ended = cli(*([verb] if verb else []), "--help")
+        assert ended.code == 0
+        assert "Usage" in ended.out
+        assert ended.err == ""
+
+
+def test_nothing_at_all():
+    ended = cli()
+    assert "Usage" in ended.out
+    refused(ended, 2, "no command given")
+
+
+# Bad values
+
+
+BAD = [
+    (("--bits", "5"), "--bits"),
+    (("--bits", "2.25x"), "--bits"),
+    (("--bits", "4.5"), "between 2.0 and 4.0"),
+    (("--bits", "2,4"), "exactly one value"),
+    (("--bits", "no_such_layer=4,2"), "matches no module"),
+    (("--bits", ""), "--bits"),
+    (("--rank", "0"), "--rank"),
+    (("--rank", "-3"), "--rank"),
+    (("--rank", "four"), "--rank"),
+    (("--rank", "72"), "rank"),
+    (("--rank-policy", "perhaps"), "--rank-policy"),
+    (("--alpha", "0"), "alpha must be positive"),
+    (("--alpha", "-1"), "alpha must be positive"),
+    (("--alpha", "nan"), "--alpha"),
+    (("--alpha", "inf"), "--alpha"),
+    (("--code", "fp4"), "code must be one of"),
+    (("--block-size", "0"), "block_size"),
+    (("--block-size", "many"), "--block-size"),
+    (("--scale-dtype", "int8"), "scale_dtype"),
+    (("--steps", "-1"), "steps"),
+    (("--method", "gptq"), "--method"),
+    (("--order", "random"), "order"),
+    (("--svd", "fast"), "svd"),
+    (("--format", "gguf"), "--format"),
+    (("--workers", "-1"), "--workers"),
+    (("--device", "cudaa"), "--device"),
+    (("--device", "meta"), "--device"),
+    (("--seed", "-1"), "seed"),
+    (("--max-shard-size", "big"), "--max-shard-size"),
+    (("--max-shard-size", "0MB"), "--max-shard-size"),
+    (("--max-shard-size", "-1GB"), "--max-shard-size"),
+    (("--min-coverage", "2"), "--min-coverage"),
+    (("--min-coverage", "nan"), "--min-coverage"),
+    (("--task-type", "POETRY"), "--task-type"),
+    (("--double-quant", "--code", "uniform-tensor"), "double_quant"),
+    (("--format", "bnb", "--code", "uniform"), "--format bnb"),
+    (("--no-such-option",), "--no-such-option"),
+    (("surplus",), "surplus"),
+]
+
+
+@pytest.mark.parametrize(("flags", "word"), BAD, ids=lambda v: " ".join(v) if isinstance(v, tuple) else "")
+def test_a_bad_value(source, tmp_path, flags, word):
+    """Exit code 2, one line that names it, and nothing on the disk."""
+    before = tree(source)
+    small = () if "--rank" in flags else ("--rank", "4")
+    refused(cli("quantize", source, "-o", tmp_path / "out", *small, *flags), 2, word)
+    assert tree(tmp_path) == {}
+    assert tree(source) == before
+
+
+def test_missing_arguments(source):
+    refused(cli("quantize"), 2, "Missing argument")
+    refused(cli("quantize", source), 2, "--output")
+    refused(cli("inspect"), 2, "Missing argument")
+    refused(cli("frobnicate"), 2, "frobnicate")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there(source, tmp_path):
+    refused(cli("quantize", source, "-o", tmp_path / "out", "--device", "cuda"), 2, "--device 'cuda'")
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("inspect", "nowhere"), 3),
+        (("verify", "nowhere"), 3),
+        (("plan", "./nowhere"), 3),
+        (("verify", "/dev/null"), 3),
+        (("verify", "."), 3),
+    ],
+)
+def test_a_place_without_a_checkpoint(tmp_path, arguments, code):
+    refused(cli(*arguments, setup=lambda: os.chdir(tmp_path)), code, arguments[1])
+
+
+def test_a_bug_is_one_line_too(source, tmp_path):
+    """Exit code 70, and the traceback only when it is asked for."""
+
+    def break_it():
+        from loftq.workflows import quantize
+
+        quantize.split = None
+
+    command = ("quantize", source, "-o", tmp_path / "out", *FLAGS)
+    refused(cli(*command, setup=break_it), 70, "please report it")
+    debugged = cli(*command, setup=lambda: (break_it(), os.environ.update(LOFTQ_DEBUG="1")))
+    assert debugged.code == 70
+    assert "Traceback" in debugged.err
+
+
+def test_not_enough_memory(source, tmp_path):
+    def starve():
+        from loftq.workflows import units
+
+        def solve(*_):
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+        units.solve = solve
+
+    ended = cli("quantize", source, "-o", tmp_path / "out", *FLAGS, setup=starve)
+    refused(ended, 4, "encoder.layer.0.attention", "(72, 72)", "fewer --workers")
+    assert not (tmp_path / "out").exists()
+
+
+# What is printed
+
+
+def test_plan(source):
+    ended = cli("plan", source, "--bits", "2", "--rank", "4")
+    assert ended.code == 0
+    assert ended.err == ""
+    assert "encoder.layer.0.attention.self.query.weight" in ended.out
+    assert "12 of " in ended.out
+
+
+@pytest.mark.parametrize("bits", ["2", "3", "4", "8", "3.0", "layer.0=4,2", "intermediate.dense=3,output.dense=8,2"])
+def test_plan_json(source, bits):
+    ended = cli("plan", source, "--bits", bits, "--rank", "4", "--json")
+    assert ended.code == 0, ended.err
+    plan = json.loads(ended.out)
+    chosen = {row["name"]: row["bits"] for row in plan["tensors"] if row["action"] == "quantize"}
+    assert len(chosen) == 12
+    assert {row["name"] for row in plan["tensors"]} == set(load_file(source / "model.safetensors"))
+    first = "encoder.layer.0.attention.self.query.weight"
+    assert chosen[first] == {"3.0": 4, "layer.0=4,2": 4, "intermediate.dense=3,output.dense=8,2": 2}.get(bits) or int(bits)
+
+
+def test_plan_reads_no_weights(source, tmp_path):
+    copy = Path(shutil.copytree(source, tmp_path / "source"))
+    raw = (copy / "model.safetensors").read_bytes()
+    header = int.from_bytes(raw[:8], "little") + 8
+    (copy / "model.safetensors").write_bytes(raw[:header] + b"\xff" * (len(raw) - header))  # NaN throughout
+    assert cli("plan", copy, "--rank", "4").code == 0
+
+
+def test_what_quantize_says(finished):
+    _, ended = finished
+    assert "12 matrices" in ended.out
+    assert "Saved to" in ended.out
+    last = re.split(r"[\r\n]+", ended.err.strip())[-1]
+    assert re.search(r"12/12 \[\d\d:\d\d<.*, error 0\.\d{4}\]", last), "matrices, time left, error"
+
+
+def test_quantize_says_nothing_else_on_stderr(finished):
+    _, ended = finished
+    assert all(line.startswith("LoftQ:") for line in re.split(r"[\r\n]+", ended.err) if line), ended.err
+
+
+def test_inspect_json(out):
+    ended = cli("inspect", out, "--json")
+    assert ended.code == 0
+    assert ended.err == ""
+    inspected = json.loads(ended.out)
+    assert set(inspected["matrices"][0]) == {
+        "name", "shape", "bits", "rank", "alpha", "bytes", "errors", "kept", "qlora_error"
+    }  # fmt: skip
+    assert len(inspected["matrices"]) == 12
+    for row in inspected["matrices"]:
+        assert (row["bits"], row["rank"], row["alpha"]) == (2, 4, 4.0)
+        assert len(row["errors"]) == 3
+        assert row["qlora_error"] == row["errors"][0] > row["errors"][row["kept"]]
+    packed = {n: t for f in out.glob("*.safetensors") for n, t in load_file(f).items()}
+    row = inspected["matrices"][0]
+    stem = row["name"].removesuffix("weight")
+    assert row["bytes"] == sum(t.numel() * t.itemsize for n, t in packed.items() if n.startswith(stem + "weight"))
+    assert {"error", "qlora_error", "bits_per_weight", "disk_bytes", "compression"} <= set(inspected["totals"])
+
+
+def test_inspect(out):
+    ended = cli("inspect", out)
+    assert ended.code == 0
+    assert "encoder.layer.1.output.dense.weight" in ended.out
+    assert "stored bits per quantized weight" in ended.out
+
+
+def test_inspect_plot(out, tmp_path):
+    pytest.importorskip("matplotlib")
+    ended = cli("inspect", out, "--plot", tmp_path / "errors.png")
+    assert ended.code == 0, ended.err
+    assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
+    refused(cli("inspect", out, "--plot", tmp_path / "errors.nonsense"), 2, "--plot")
+    refused(cli("inspect", out, "--plot", tmp_path / "no" / "errors.png"), 4, "errors.png")
+    assert os.listdir(tmp_path) == ["errors.png"]
+
+
+def test_warnings_do_not_reach_stdout(source, out):
+    """A low rank at many bits hardly helps: that is said, and the JSON stays pure."""
+    ended = cli("quantize", source, "-o", out.parent / "eight", "--bits", "8", "--rank", "1", "--steps", "1")
+    assert ended.code == 0
+    inspected = json.loads(cli("inspect", out.parent / "eight", "--json").out)
+    assert set(inspected) == {"matrices", "totals", "warnings"}
+
+
+@pytest.mark.parametrize("verb", ["plan", "inspect"])
+def test_a_full_stdout(source, out, verb):
+    """What could not be printed is no success."""
+    arguments = ("plan", source, "--rank", "4") if verb == "plan" else ("inspect", out, "--json")
+    refused(cli(*arguments, stdout="/dev/full"), 4, "No space left")
+
+
+def test_a_reader_that_leaves(source, tmp_path):
+    """Nobody reads stdout any more: no traceback, and no success either."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = start_cli("plan", source, "--rank", "4", stdout=f"/proc/self/fd/{writing}").ended()
+    os.close(writing)
+    refused(ended, 75, "nobody reads")
+
+
+@pytest.mark.parametrize("name", ["out [bold]", "out\x1b[31m", "ö ü", "-o"])
+def test_odd_names_of_directories(source, tmp_path, name):
+    ended = cli("quantize", source, f"--output={tmp_path / name}", *FLAGS)
+    assert ended.code == 0, ended.err
+    assert "\x1b" not in ended.out
+    assert os.listdir(tmp_path) == [name]
+    assert cli("verify", tmp_path / name).code == 0
+    ended = cli("quantize", source, f"--output={tmp_path / name}", *FLAGS, "--seed", "5")
+    assert "\x1b" not in refused(ended, 5)
+
+
+# Methods
+
+
+def test_methods_differ_only_in_the_start(source, tmp_path):
+    for method in ("loftq", "svd", "qlora"):
+        ended = cli("quantize", source, "-o", tmp_path / method, *FLAGS, "--method", method)
+        assert ended.code == 0, ended.err
+    names = [set(tree(tmp_path / method)) for method in ("loftq", "svd", "qlora")]
+    assert names[0] == names[1] == names[2]
+    rows = {m: json.loads(cli("inspect", tmp_path / m, "--json").out)["matrices"] for m in ("loftq", "svd", "qlora")}
+    for loftq, svd, qlora in zip(*rows.values(), strict=True):
+        assert [len(r["errors"]) for r in (loftq, svd, qlora)] == [3, 2, 1]
+        assert loftq["qlora_error"] == svd["qlora_error"] == qlora["qlora_error"]
+        assert loftq["errors"][1] == pytest.approx(svd["errors"][1], rel=1e-6)
+        assert loftq["errors"][loftq["kept"]] <= svd["errors"][1] * (1 + 1e-6) < qlora["errors"][0]
+    start = load_file(tmp_path / "qlora" / "loftq_init" / "adapter_model.safetensors")
+    assert not any(t.any() for n, t in start.items() if "lora_B" in n)
+    assert all(t.any() for n, t in start.items() if "lora_A" in n)
+
+
+def test_alpha_does_not_change_the_error(source, tmp_path):
+    errors = []
+    for alpha in ("1", "4", "64"):
+        assert cli("quantize", source, "-o", tmp_path / alpha, *FLAGS, "--alpha", alpha).code == 0
+        inspected = json.loads(cli("inspect", tmp_path / alpha, "--json").out)
+        assert {row["alpha"] for row in inspected["matrices"]} == {float(alpha)}
+        errors.append(inspected["totals"]["error"])
+    assert errors == pytest.approx([errors[0]] * 3, rel=1e-5)
+
+
+def test_embeddings(tmp_path):
+    import models
+
+    models.tiny("bert").save_pretrained(tmp_path / "source")
+    for flags, count in (((), 12), (("--embeddings",), 14)):
+        ended = cli("plan", tmp_path / "source", "--rank", "4", *flags, "--json")
+        rows = json.loads(ended.out)["tensors"]
+        assert sum(row["action"] == "quantize" for row in rows) == count
+    assert cli("quantize", tmp_path / "source", "-o", tmp_path / "out", *FLAGS, "--embeddings").code == 0
+    assert cli("verify", tmp_path / "out").code == 0

@@ -1,0 +1,70 @@
+"""Threads, forks and the compiler's cache of the CPU back end."""
+
+import os
+import select
+import signal
+import warnings
+
+import pytest
+import torch
+from backends import stored
+
+from loftq.kernels import cpu, reference
+from loftq.spec import BITS, QuantSpec
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_bits_do_not_depend_on_threads(bits: int) -> None:
+    spec = QuantSpec(bits=bits, block_size=24)
+    weight, x, tensors = torch.randn(130, 200), torch.randn(3, 200), stored(spec, 130, 200)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        quantized, residual = cpu.quantize_residual(weight, weight, spec)
+        results.append(
+            [
+                *(quantized.codes, residual, *quantized.scales.values()),
+                cpu.pack(quantized.codes, bits),
+                cpu.dequantize(tensors, spec, 200, torch.float32),
+                cpu.dequantize(tensors, spec, 200, torch.bfloat16),
+                cpu.linear(x, tensors, spec, 200),
+            ]
+        )
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_threads_after_a_fork() -> None:
+    """A child has none of its parent's threads: work handed to their pool would never be done."""
+    spec = QuantSpec(bits=2)
+    tensors = stored(spec, 64, 72)
+    wanted = reference.dequantize(tensors, spec, 72, torch.float32)
+    torch.set_num_threads(2)
+    assert torch.equal(cpu.dequantize(tensors, spec, 72, torch.float32), wanted)
+    assert cpu._pool is not None
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of what is tested here
+        child = os.fork()
+    if child == 0:
+        equal = torch.equal(cpu.dequantize(tensors, spec, 72, torch.float32), wanted)
+        os.write(writer, b"equal" if equal else b"differ")
+        os._exit(0)
+    os.close(writer)
+    ready, _, _ = select.select([reader], [], [], 30)
+    if not ready:
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    answer = os.read(reader, 16) if ready else b"no answer"
+    os.close(reader)
+    assert answer == b"equal"
+    assert torch.equal(cpu.dequantize(tensors, spec, 72, torch.float32), wanted)  # the parent keeps its threads
+
+
+def test_compiled_kernels_are_found_in_the_cache_again() -> None:
+    """Numba's key holds what a kernel closes over; a function in it has a new identity in every process."""
+    for kernel in (cpu._decoder(2, False), cpu._product(2)):
+        closed_over = [cell.cell_contents for cell in kernel.py_func.__closure__]  # type: ignore[attr-defined]
+        assert closed_over
+        assert all(isinstance(value, bool | int) for value in closed_over)
