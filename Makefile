@@ -1,5 +1,6 @@
 # make demo   the main job on real weights, in an environment of its own
 # make test   the test suite, likewise
+# make bench  speed against named peers (half an hour on a quiet machine), and the tables in docs/performance.md
 # make check  what a change must pass: format, lint, types, import contract, tests
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format bench clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -30,9 +31,21 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
 
+BENCHES := solver train_step startup scaling gpu
+
+.peers/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .peers hqq==0.2.8.post1 torchao==0.18.0 einops==0.8.2 termcolor==3.3.0
+	touch $@
+
+# BENCH=--quick only shows that the scripts run, and measures nothing
+bench: $(STAMP) .peers/.installed
+	PYTHONPATH=.peers $(BIN)/python benchmarks/quantize.py $(BENCH)
+	for each in $(BENCHES); do $(BIN)/python benchmarks/$$each.py $(BENCH) || exit 1; done
+	$(BIN)/python benchmarks/report.py
+
 format: $(STAMP)
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) .peers build dist

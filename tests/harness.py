@@ -27,6 +27,7 @@ from loftq.plan import Policy
 from loftq.spec import SolveSpec
 from loftq.workflows.quantize import QuantizeOptions, quantize
 
+torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
 with contextlib.suppress(typer.Exit):  # typer imports half of itself when it parses
     typer.main.get_command(loftq.cli.app).make_context("loftq", ["plan", "--bits", "2"], resilient_parsing=True)
 SHARD = 6_000  # bytes: the tiny models then have several shards

@@ -89,13 +89,14 @@ def test_saved_again_the_files_are_the_same(made, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["bert", "deberta-v3", "bart", "t5", "gpt2", "llama", "gemma"])
-def test_loading_in_bfloat16_leaves_codes_and_scales_alone(made, name):
-    checkpoint = made(name, scale_dtype="float32")
+@pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16"])
+def test_loading_in_bfloat16_leaves_codes_and_scales_alone(made, name, scale_dtype):
+    checkpoint = made(name, scale_dtype=scale_dtype)
     model = checkpoint.load(dtype=torch.bfloat16)
-    stored, state = tensors(checkpoint.output), model.state_dict()
-    for module in packed(model):
-        for suffix, dtype in (("weight", torch.int8), ("weight_scale", torch.float32)):
-            tensor = state[f"{module}.{suffix}"]
+    stored = tensors(checkpoint.output)
+    for module, layer in packed(model).items():
+        for suffix, dtype in (("weight", torch.int8), ("weight_scale", getattr(torch, scale_dtype))):
+            tensor = layer.get_parameter(suffix)
             assert tensor.dtype == dtype
             assert torch.equal(tensor, stored[f"{module}.{suffix}"])
     assert model.dtype == torch.bfloat16

@@ -110,6 +110,13 @@ def test_a_start_of_another_model_or_none_is_refused(made, tmp_path):
         loftq.load_start(checkpoint.load(), tmp_path)
 
 
+def test_scales_stay_as_they_are_in_another_class_and_precision(made):
+    checkpoint = made("bert", scale_dtype="float32")
+    model = checkpoint.load(transformers.AutoModelForSequenceClassification, dtype=torch.bfloat16)
+    assert {layer.weight_scale.dtype for layer in packed(model).values()} == {torch.float32}
+    assert model.dtype == torch.bfloat16
+
+
 def test_saved_from_another_class_it_loads_in_both(made, tmp_path):
     checkpoint = made("bert")
     model = checkpoint.load(transformers.AutoModelForSequenceClassification)

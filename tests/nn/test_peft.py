@@ -197,11 +197,9 @@ def test_fan_in_fan_out_means_nothing_to_a_packed_layer(made):
 @pytest.mark.parametrize("second", [False, True])
 def test_what_reads_a_dense_weight_is_refused(made, options, message, second):
     checkpoint = made("llama")
-    started = checkpoint.start() if second else None
+    started, config = checkpoint.start() if second else None, fresh(**options)
     with pytest.raises(UsageError, match=message) as refused:
-        started.add_adapter("second", fresh(**options)) if second else get_peft_model(
-            checkpoint.load(), fresh(**options)
-        )
+        started.add_adapter("second", config) if second else get_peft_model(checkpoint.load(), config)
     assert "\n" not in str(refused.value)
 
 

@@ -113,7 +113,7 @@ def law_zero_matrix(spec: QuantSpec) -> None:
 
 def law_stored_round_trip(spec: QuantSpec) -> None:
     """What is stored decodes to the same bits, whole and by rows, and has the promised names, shapes and bytes."""
-    for rows, columns in ((12, 148), (1, 148), (12, 1), (1, 1), (2, 33), (3, 100)):
+    for rows, columns in ((12, 148), (1, 33), (3, 1)):
         w = weight()[:rows, :columns]
         quantized = quantize(w, spec)
         stored = encode(quantized, spec)
@@ -167,7 +167,7 @@ def law_layout_in_memory(spec: QuantSpec) -> None:
 def law_chunks_do_not_show(spec: QuantSpec) -> None:
     whole = quantize(weight(), spec)
     expected = dequantize(whole, spec)
-    for chunk in (1, 2 * 148, 5 * 148 + 3):
+    for chunk in (1, 5 * 148 + 3):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(blockwise, "CHUNK", chunk)
             pieces = quantize(weight(), spec)

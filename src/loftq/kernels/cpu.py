@@ -9,7 +9,8 @@ import ctypes
 import functools
 import itertools
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,6 +25,7 @@ from loftq.spec import QuantSpec, packed_shape
 
 NAME = "cpu"
 FEW_TOKENS = 4  # up to here a product reads the packed weight once; beyond, decoding it first is faster
+PART = 1 << 21  # weights decoded at a time for a product in float32
 LINEAR_SEARCH = 15  # gaps up to which counting the smaller ones, vectorised, beats bisection
 
 compiled = njit(nogil=True, cache=True)
@@ -75,9 +77,14 @@ def linear(
 ) -> Tensor:
     """``x @ W.T + bias``. For few tokens in float32 straight from the packed weight, else decoded first, then BLAS."""
     tokens = x.numel() // columns
-    if x.dtype != torch.float32 or tokens > FEW_TOKENS:
+    if x.dtype != torch.float32:
         bias = None if bias is None else bias.to(x.dtype)
         return torch.nn.functional.linear(x, dequantize(stored, spec, columns, x.dtype), bias)
+    if tokens > FEW_TOKENS:
+        rows, y = x.detach().reshape(tokens, columns), x.new_empty(tokens, len(stored["weight"]))
+        for part, weight in _parts(stored, spec, columns):
+            torch.mm(rows, weight.T, out=y[:, part])
+        return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], y.shape[1])
     packed = stored["weight"].detach().contiguous().flatten(1)
     scale, zero, block = _expanded(stored, spec, (len(packed), columns))
     y, rows = x.new_empty(len(packed), tokens), x.detach().reshape(tokens, columns).contiguous()
@@ -88,7 +95,32 @@ def linear(
 
 def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:
     """``grad @ W``: decoded, then BLAS."""
-    return grad @ dequantize(stored, spec, columns, grad.dtype)
+    rows = grad.detach().reshape(-1, len(stored["weight"]))
+    if grad.dtype != torch.float32:
+        return (rows @ dequantize(stored, spec, columns, grad.dtype)).view(*grad.shape[:-1], columns)
+    result = grad.new_zeros(len(rows), columns)
+    for part, weight in _parts(stored, spec, columns):
+        result.addmm_(rows[:, part], weight)
+    return result.view(*grad.shape[:-1], columns)
+
+
+def _parts(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Iterator[tuple[slice, Tensor]]:
+    """The dense weight in float32, some rows at a time, always in the same memory.
+
+    Fresh memory for a whole weight costs more, in page faults, than decoding it.
+    """
+    packed = stored["weight"].detach().contiguous().flatten(1)
+    scale, zero, block = _expanded(stored, spec, (len(packed), columns))
+    step = min(len(packed), max(16, PART // columns))
+    held: Tensor | None = getattr(_scratch, "part", None)
+    if held is None or held.numel() < step * columns:
+        held = _scratch.part = torch.empty(step * columns, dtype=torch.float32, device="cpu")
+    for start in range(0, len(packed), step):
+        part = slice(start, min(start + step, len(packed)))
+        weight = held[: (part.stop - start) * columns].view(-1, columns)
+        args = packed[part], scale[part], zero[part], _lookup(spec.code, spec.bits), block, weight
+        _over_rows(_decoder(spec.bits, False), len(weight), *args)
+        yield part, weight
 
 
 def embedding(rows: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: torch.dtype) -> Tensor:
@@ -96,6 +128,7 @@ def embedding(rows: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns:
     return decode_rows(stored, spec, columns, rows).to(dtype)
 
 
+_scratch = threading.local()
 _pool: ThreadPoolExecutor | None = None
 
 
@@ -195,10 +228,9 @@ def _quantize_by_bisection(target, weight, scale, zero, gaps, levels, block, cod
             divisor = np.float32(1) if s == 0 else s
             for j in range(first, min(first + block, columns)):
                 x = target[i, j] / divisor + z
-                c, step = 0, (len(gaps) + 1) >> 1  # the number of gaps is a power of two less one
+                c, step = np.int32(0), np.int32((len(gaps) + 1) >> 1)  # the gaps are a power of two less one
                 while step:
-                    if gaps[c + step - 1] < x:
-                        c += step
+                    c += step * np.int32(gaps[c + step - 1] < x)  # without a branch, which would be guessed wrongly
                     step >>= 1
                 codes[i, j] = c
                 residual[i, j] = weight[i, j] - (levels[c] - z) * s

@@ -157,7 +157,7 @@ def _multiplied(
     constants |= {"T": max(16, 1 << (len(rows) - 1).bit_length()), "BY_ROWS": by_rows}
     launch: Any = _product[programs, splits]  # pyright: ignore[reportIndexIssue]
     with _on(x.device):
-        launch(weight, rows, y, n_rows, len(rows), steps, tiles, **constants)
+        launch(weight, rows, y, n_rows, len(rows), steps, tiles, **constants, enable_fp_fusion=True)
     y = y.sum(0) if splits > 1 else y[0]
     if bias is not None:
         y += bias

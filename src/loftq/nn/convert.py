@@ -23,7 +23,7 @@ FIELDS = ("r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "in
 
 
 def convert(
-    model: nn.Module, policy: Policy, workers: int, progress: Callable[[Matrix, Solution], None] | None
+    model: nn.Module, policy: Policy, workers: int, progress: Callable[[Matrix, Solution], object] | None
 ) -> tuple[nn.Module, Plan]:
     """Replace the planned layers of ``model`` by packed ones, and wrap it with the LoftQ start as ``default`` adapter.
 

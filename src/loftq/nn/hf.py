@@ -24,6 +24,8 @@ from loftq.nn.skeleton import renamer
 from loftq.plan import natural
 from loftq.spec import QuantSpec
 
+SCALES = (".weight_scale", ".weight_scale_absmax", ".weight_scale_mean", ".weight_zero")
+
 
 @register_quantization_config("loftq")
 class LoftQQuantizationConfig(QuantizationConfigMixin):
@@ -42,7 +44,7 @@ class LoftQQuantizationConfig(QuantizationConfigMixin):
         **unknown: Any,
     ) -> None:
         unknown.pop("quant_method", None)
-        self.quant_method = "loftq"
+        self.quant_method = "loftq"  # type: ignore[assignment]  # a plain string serves as well as the enum
         self.format_version = format_version
         self.bits = bits
         self.groups = groups
@@ -64,7 +66,6 @@ class LoftQHfQuantizer(HfQuantizer):
     """
 
     new_modules: tuple[str, ...] = ()
-    quantization_config: LoftQQuantizationConfig  # type: ignore[assignment]
     is_trainable = True  # type: ignore[assignment]
     is_compileable = True  # type: ignore[assignment]
 
@@ -83,14 +84,15 @@ class LoftQHfQuantizer(HfQuantizer):
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Scales keep the dtype of the file, whatever dtype the model is loaded in."""
-        name = getattr(converter, "source_patterns", [""])[0]
-        return None if ".weight_" in name else super().get_new_dtype(converter, param, dtype)
+        name: str = converter.source_patterns[0]
+        return None if name.endswith(SCALES) else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         report_model_dtype()
-        found = resolve(model, self.quantization_config.specs)
+        config: Any = self.quantization_config
+        found = resolve(model, config.specs)
         for name, (_, spec) in found.items():
             packed = pack_like(model.get_submodule(name), spec, device="meta")
             packed._is_hf_initialized = True  # type: ignore[assignment]  # keeps _init_weights off the codes

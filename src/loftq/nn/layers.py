@@ -180,7 +180,7 @@ def can_pack(module: nn.Module) -> bool:
 
 def pack_like(module: nn.Module, spec: QuantSpec, device: torch.device | str | None = None) -> PackedWeight:
     """An empty packed layer to put in the place of a Linear, a Conv1D (which holds ``(in, out)``) or an Embedding."""
-    dtype = module.weight.dtype  # type: ignore[union-attr]
+    dtype: Any = module.weight.dtype  # type: ignore[union-attr]
     if isinstance(module, nn.Embedding):
         return LoftQEmbedding(
             module.num_embeddings, module.embedding_dim, spec, module.padding_idx, device=device, dtype=dtype

@@ -14,7 +14,7 @@ from torch import Tensor
 from loftq.errors import NumericalError
 
 OVERSAMPLE = 8
-COLD, WARM = 6, 3  # blocks of the Krylov space from a random start, and from the factors of the previous step
+COLD, WARM = 8, 3  # blocks of the Krylov space from a random start, and from the factors of the previous step
 NOT_FINITE = "the SVD did not converge to finite factors, in float32 and in float64"
 ROUNDING = 1e-6  # relative size of what float32 leaves where exact arithmetic leaves nothing
 EXACT_BELOW = 512**3  # "auto": matrices with out · in · min(out, in) up to this are decomposed exactly
@@ -44,10 +44,11 @@ def truncated_svd(
     short = min(matrix.shape)
     if method == "auto":
         method = "exact" if matrix.numel() * short <= EXACT_BELOW else "randomized"
-    if method == "exact" or COLD * (rank + OVERSAMPLE) >= short:  # such a Krylov space is no smaller than the matrix
+    blocks = COLD if start is None else WARM
+    if method == "exact" or blocks * (rank + OVERSAMPLE) >= short:  # such a Krylov space is no smaller than the matrix
         u, s, vh = _svd(matrix)
     else:
-        u, s, vh = _krylov(matrix, rank, generator, start)
+        u, s, vh = _krylov(matrix, rank, blocks, generator, start)
     root = s[:rank].sqrt()
     return u[:, :rank] * root, root[:, None] * vh[:rank]
 
@@ -64,7 +65,7 @@ def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _krylov(
-    matrix: Tensor, rank: int, generator: torch.Generator | None, start: Tensor | None
+    matrix: Tensor, rank: int, blocks: int, generator: torch.Generator | None, start: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Leading ``rank`` singular triplets from the span of ``R x, (R Rᵀ) R x, …`` for a block of columns x."""
     fresh = OVERSAMPLE if start is not None else rank + OVERSAMPLE
@@ -74,7 +75,7 @@ def _krylov(
         probe = torch.cat([torch.nn.functional.normalize(start, dim=1).T, probe], 1)
     left: list[Tensor] = []  # orthonormal blocks, and what the transposed matrix makes of each
     right: list[Tensor] = []
-    for _ in range(COLD if start is None else WARM):
+    for _ in range(blocks):
         left.append(_orthonormal(matrix @ torch.linalg.qr(probe).Q, left))
         probe = (left[-1].T @ matrix).T
         right.append(probe)

@@ -152,9 +152,9 @@ def _less(matrix: Tensor, b: Tensor, a: Tensor) -> Tensor:
 
 
 def _norm(matrix: Tensor) -> float:
-    """Frobenius norm: rows in float32, their sum in float64; all in float64 if float32 overflows."""
+    """Frobenius norm: rows in float32, their sum in float64; all in float64 if squares leave float32's range."""
     norm = torch.linalg.vector_norm(torch.linalg.vector_norm(matrix, dim=1).double()).item()
-    return norm if math.isfinite(norm) else torch.linalg.vector_norm(matrix, dtype=torch.float64).item()
+    return norm if 1e-12 < norm < math.inf else torch.linalg.vector_norm(matrix, dtype=torch.float64).item()
 
 
 def _ratio(distance: float, norm: float) -> float:
