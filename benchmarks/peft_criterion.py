@@ -89,7 +89,8 @@ def rows(directory: str) -> Iterator[dict[str, Any]]:
 
     def errors(replaced: dict[str, Tensor]) -> dict[str, float]:
         difference = outputs(model, inputs, replaced) - right
-        return {"mse": difference.square().mean().item(), "mae": difference.abs().mean().item()}
+        means = {"mse": difference.square().mean().item(), "mae": difference.abs().mean().item()}
+        return {name: float(f"{mean:.5g}") for name, mean in means.items()}
 
     qlora = errors({name: dequantize(quantize(w, QUANT), QUANT) for name, w in weights.items()})
     for rank in RANKS:

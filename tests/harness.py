@@ -12,22 +12,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import models
 import peft  # noqa: F401  # here and below: imported once, before the first fork
 import torch
-import tqdm.auto
+import tqdm.auto  # noqa: F401
 import transformers
 import typer
 
 import loftq.cli
-import loftq.report.tables  # noqa: F401
+import loftq.report.tables
+import loftq.solve
+import models
 from loftq.formats import fsio
 from loftq.nn import skeleton
 from loftq.plan import Policy
-from loftq.spec import SolveSpec
+from loftq.spec import QuantSpec, SolveSpec
 from loftq.workflows.quantize import QuantizeOptions, quantize
 
 torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+for bits in (2, 3, 4):  # loads the compiled kernels
+    loftq.solve.solve(torch.eye(8), QuantSpec(bits=bits), 2, SolveSpec(steps=2))
 with contextlib.suppress(typer.Exit):  # typer imports half of itself when it parses
     typer.main.get_command(loftq.cli.app).make_context("loftq", ["plan", "--bits", "2"], resilient_parsing=True)
 SHARD = 6_000  # bytes: the tiny models then have several shards

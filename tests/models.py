@@ -159,6 +159,7 @@ FAMILIES = {
     "gpt2": Family("GPT2LMHeadModel", "GPT2Config", GPT2, 8, tied=True),
     "llama": Family("LlamaForCausalLM", "LlamaConfig", LLAMA, 14, table="model.embed_tokens"),
     "llama-deep": Family("LlamaForCausalLM", "LlamaConfig", {**LLAMA, "num_hidden_layers": 4}, 28),
+    "llama-flat": Family("LlamaForCausalLM", "LlamaConfig", {**LLAMA, "num_hidden_layers": 1}, 7),
     "mistral": Family("MistralForCausalLM", "MistralConfig", {**LLAMA, "sliding_window": 4}, 14),
     "qwen3": Family(
         "Qwen3ForCausalLM", "Qwen3Config", {**LLAMA, "head_dim": 16, "tie_word_embeddings": True}, 14, tied=True
@@ -166,6 +167,9 @@ FAMILIES = {
     "phi": Family("PhiForCausalLM", "PhiConfig", {**LLAMA, "num_attention_heads": 6, "num_key_value_heads": 6}, 12),
     "phi3": Family("Phi3ForCausalLM", "Phi3Config", {**LLAMA, "eos_token_id": 1, "bos_token_id": 2}, 8),
     "gemma": Family("GemmaForCausalLM", "GemmaConfig", {**LLAMA, "head_dim": 16}, 14, tied=True),
+    "gemma-untied": Family(
+        "GemmaForCausalLM", "GemmaConfig", {**LLAMA, "head_dim": 16, "tie_word_embeddings": False}, 14
+    ),
     "mixtral": Family("MixtralForCausalLM", "MixtralConfig", {**LLAMA, **MOE, "num_local_experts": 4}, 8),
     "qwen3-moe": Family(
         "Qwen3MoeForCausalLM",
@@ -175,7 +179,8 @@ FAMILIES = {
     ),
 }
 MIXTURES = ["mixtral", "qwen3-moe"]
-DENSE = [name for name in FAMILIES if name not in (*MIXTURES, "llama-deep")]
+SPECIAL = ["llama-deep", "llama-flat", "gemma-untied"]
+DENSE = [name for name in FAMILIES if name not in (*MIXTURES, *SPECIAL)]
 
 
 def tiny(name: str, seed: int = 0) -> Any:

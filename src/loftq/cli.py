@@ -275,7 +275,7 @@ def _stop(number: int, _: object) -> NoReturn:
 
 
 def main() -> NoReturn:
-    """Run the command line: one line on stderr for every error, its exit code, no traceback (unless LOFTQ_DEBUG is set)."""
+    """Run the command line: for every error one line on stderr and an exit code; a traceback if LOFTQ_DEBUG is set."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("loftq: %(levelname)s: %(message)s"))
     logging.getLogger("loftq").addHandler(handler)

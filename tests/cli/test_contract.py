@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import typer.main
-from harness import FLAGS, cli, refused, start_cli, tiny_source, tree
 from safetensors.torch import load_file
 
 import loftq.cli
+from harness import FLAGS, cli, refused, start_cli, tiny_source, tree
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,9 @@ def test_plan_json(source, bits):
     assert len(chosen) == 12
     assert {row["name"] for row in plan["tensors"]} == set(load_file(source / "model.safetensors"))
     first = "encoder.layer.0.attention.self.query.weight"
-    assert chosen[first] == {"3.0": 4, "layer.0=4,2": 4, "intermediate.dense=3,output.dense=8,2": 2}.get(bits) or int(bits)
+    assert chosen[first] == {"3.0": 4, "layer.0=4,2": 4, "intermediate.dense=3,output.dense=8,2": 2}.get(bits) or int(
+        bits
+    )
 
 
 def test_plan_reads_no_weights(source, tmp_path):
@@ -315,11 +317,11 @@ def test_methods_differ_only_in_the_start(source, tmp_path):
     names = [set(tree(tmp_path / method)) for method in ("loftq", "svd", "qlora")]
     assert names[0] == names[1] == names[2]
     rows = {m: json.loads(cli("inspect", tmp_path / m, "--json").out)["matrices"] for m in ("loftq", "svd", "qlora")}
-    for loftq, svd, qlora in zip(*rows.values(), strict=True):
-        assert [len(r["errors"]) for r in (loftq, svd, qlora)] == [3, 2, 1]
-        assert loftq["qlora_error"] == svd["qlora_error"] == pytest.approx(qlora["qlora_error"], rel=1e-6)
-        assert loftq["errors"][1] == pytest.approx(svd["errors"][1], rel=1e-6)
-        assert loftq["errors"][loftq["kept"]] <= svd["errors"][1] * (1 + 1e-6) < qlora["errors"][0]
+    for whole, svd, qlora in zip(*rows.values(), strict=True):
+        assert [len(r["errors"]) for r in (whole, svd, qlora)] == [3, 2, 1]
+        assert whole["qlora_error"] == svd["qlora_error"] == pytest.approx(qlora["qlora_error"], rel=1e-6)
+        assert whole["errors"][1] == pytest.approx(svd["errors"][1], rel=1e-6)
+        assert whole["errors"][whole["kept"]] <= svd["errors"][1] * (1 + 1e-6) < qlora["errors"][0]
     start = load_file(tmp_path / "qlora" / "loftq_init" / "adapter_model.safetensors")
     assert not any(t.any() for n, t in start.items() if "lora_B" in n)
     assert all(t.any() for n, t in start.items() if "lora_A" in n)

@@ -22,6 +22,7 @@ def test_attention_alone_is_quantized_if_accepted(made, name):
     model = checkpoint.load()
     assert len(packed(model)) == checkpoint.family.matrices
     assert all("self_attn" in module for module in packed(model))
+    assert model.hf_quantizer.new_modules == ()
     reasons = {k["reason"] for k in checkpoint.manifest["plan"]["kept"] if "experts" in k["name"]}
     assert reasons
     assert all(reason.startswith("converted by transformers on loading into") for reason in reasons)

@@ -20,6 +20,7 @@ def test_exactly_the_layers_are_packed(made, name):
     assert set(layers) == planned
     assert len(planned) == checkpoint.family.matrices
     assert type(model) is checkpoint.family.model_class
+    assert model.hf_quantizer.new_modules == ()
     dense, got = checkpoint.dense.state_dict(), model.state_dict()
     for parameter in dense:
         module = parameter.rpartition(".")[0]
@@ -106,6 +107,14 @@ def test_loading_in_bfloat16_leaves_codes_and_scales_alone(made, name, scale_dty
         assert close(result.float(), outputs(checkpoint.started()), 0.15)
 
 
+@pytest.mark.parametrize("name", ["t5", "flan-t5"])
+def test_scales_of_layers_that_transformers_keeps_in_float32_stay_as_they_are(made, name):
+    model = made(name).load(dtype=torch.float16)  # T5's `wo`
+    assert {layer.weight_scale.dtype for layer in packed(model).values()} == {torch.bfloat16}
+    with torch.no_grad():
+        assert outputs(model).dtype == torch.float16
+
+
 @pytest.mark.parametrize("name", [n for n in DENSE if FAMILIES[n].tied])
 def test_tied_tables_stay_tied_and_dense(made, name):
     model = made(name, embeddings=True).load()
@@ -113,6 +122,16 @@ def test_tied_tables_stay_tied_and_dense(made, name):
     assert isinstance(table, nn.Embedding)
     assert not isinstance(table, LoftQEmbedding)
     assert table.weight is head.weight
+
+
+def test_a_table_that_scales_what_it_looks_up_stays_dense(made):
+    checkpoint = made("gemma-untied", embeddings=True)
+    model = checkpoint.load()
+    assert type(model.get_input_embeddings()).__name__ == "GemmaTextScaledWordEmbedding"
+    kept = {k["name"]: k["reason"] for k in checkpoint.manifest["plan"]["kept"]}
+    assert kept["model.embed_tokens.weight"] == "GemmaTextScaledWordEmbedding computes more than a lookup"
+    with torch.no_grad():
+        assert close(outputs(checkpoint.start(model)), outputs(checkpoint.started()))
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -3,6 +3,7 @@
 import os
 import select
 import signal
+import threading
 import warnings
 
 import pytest
@@ -32,6 +33,22 @@ def test_bits_do_not_depend_on_threads(bits: int) -> None:
         )
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("product", ["linear", "linear_grad_input"])
+def test_products_in_parts_of_the_weight(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts decoded into memory that is used again: by larger and smaller weights, in and out of inference mode."""
+    monkeypatch.setattr(cpu, "PART", 1000)
+    monkeypatch.setattr(cpu, "_scratch", threading.local())
+    spec, results = QuantSpec(bits=3, block_size=24), []
+    for i, (rows, columns) in enumerate([(37, 72), (16, 200), (130, 200), (1, 1), (50, 7)]):
+        tensors = stored(spec, rows, columns)
+        x = torch.randn(9, columns if product == "linear" else rows)
+        wanted = getattr(reference, product)(x, tensors, spec, columns)
+        with torch.inference_mode(i % 2 == 0):
+            results.append((getattr(cpu, product)(x, tensors, spec, columns), wanted))
+    for got, wanted in results:  # none shares memory with a later one
+        torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")

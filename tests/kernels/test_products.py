@@ -89,6 +89,19 @@ def test_odd_shapes(kernels: Backend, shape: tuple[int, int], product: str) -> N
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [2, 70])
+def test_a_bias(kernels: Backend, tokens: int, dtype: torch.dtype) -> None:
+    """As accurate as a dense layer; its own dtype may be another, and it is only read."""
+    spec = QuantSpec(bits=2)
+    tensors, x, bias = stored(spec, 37, 72), torch.randn(tokens, 72).to(dtype), torch.randn(37).bfloat16()
+    got = kernels("linear", x, tensors, spec, 72, bias)
+    as_column = torch.cat([x, torch.ones(tokens, 1).to(dtype)], 1)
+    exact = torch.cat([exact_weight(tensors, spec, 72), bias.double()[:, None]], 1).T
+    dense = torch.cat([reference.dequantize(tensors, spec, 72, dtype), bias.to(dtype)[:, None]], 1).T
+    assert_accurate(got, as_column, exact, dense)
+
+
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_split_sums(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few programs that walk through several tiles, and many that add up in float32 afterwards."""

@@ -58,7 +58,7 @@ def test_nothing_of_a_weights_shape_is_kept_for_backward(made):
 
 
 def test_compiled_in_one_graph_it_computes_and_trains_the_same(made):
-    model = made("llama").start()
+    model = made("llama-flat").start()
     eager, wanted = outputs(model).detach(), gradients(model)
     model.zero_grad()
     model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)

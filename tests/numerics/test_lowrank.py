@@ -77,15 +77,15 @@ def test_randomized_is_close_to_the_best(family: str, rows: int, columns: int) -
 
 def test_randomized_repeats_with_its_generator() -> None:
     matrix = make("flat", 200, 160)
-    twice = [truncated_svd(matrix, 8, method="randomized", generator=torch.Generator().manual_seed(5)) for _ in "ab"]
+    twice = [truncated_svd(matrix, 4, method="randomized", generator=torch.Generator().manual_seed(5)) for _ in "ab"]
     assert all(torch.equal(x, y) for x, y in zip(*twice, strict=True))
-    other = truncated_svd(matrix, 8, method="randomized", generator=torch.Generator().manual_seed(6))
+    other = truncated_svd(matrix, 4, method="randomized", generator=torch.Generator().manual_seed(6))
     assert not torch.equal(other[0], twice[0][0])
 
 
 def test_randomized_does_not_touch_the_global_generator() -> None:
     before = torch.get_rng_state()
-    truncated_svd(make("flat", 200, 160), 8, method="randomized", generator=torch.Generator().manual_seed(5))
+    truncated_svd(make("flat", 200, 160), 4, method="randomized", generator=torch.Generator().manual_seed(5))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -107,8 +107,8 @@ def test_randomized_takes_matrices_of_little_rank() -> None:
     for matrix in (torch.zeros(300, 200), torch.ones(300, 200), torch.eye(300, 200), thin):
         for rank in (1, 3, 20):
             b, a = truncated_svd(matrix, rank, method="randomized", generator=generator)
-            # LAPACK's float32 Q of a matrix of 300 equal columns is orthonormal to 9e-6 (n = 1, this CPU)
-            room = 1e-5 * torch.linalg.norm(matrix).item()
+            # LAPACK in float32: Q of 300 equal columns is orthonormal to 9e-6, gesdd of them leaves 1.4e-5 (torch 2.13)
+            room = 3e-5 * torch.linalg.norm(matrix).item()
             assert distance(matrix, b, a) <= best_distance(matrix, rank) * (1 + 1e-4) + room
             again = truncated_svd(matrix, rank, method="randomized", generator=generator, start=a)
             assert distance(matrix, *again) <= distance(matrix, b, a) * (1 + 1e-4) + room

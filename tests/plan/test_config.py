@@ -63,7 +63,7 @@ def test_code_beside_the_weights_is_never_run_nor_copied(tmp_path, monkeypatch):
     source = tmp_path / "dense"
     tiny("llama").save_pretrained(source)
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, **STEERING}))
+    (source / "config.json").write_text(json.dumps({**config, **STEERING, "nested_config": STEERING}))
     for name in ("evil.py", "modeling_llama.py", "loftq_register.py"):
         (source / name).write_text(CANARY)
     quantize(source, tmp_path / "quantized")

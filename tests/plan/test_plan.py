@@ -114,7 +114,7 @@ def test_an_average_gives_the_first_layers_4_bits(average, first):
     plan = make(*model(layers=32), policy(bits=average))
     found = {int(m.module.split(".")[2]): m.quant.bits for m in plan.matrices}
     assert found == {i: 4 if i < first else 2 for i in range(32)}
-    assert nominal_bits(policy(bits=average), plan) == float(average)
+    assert nominal_bits(average, plan) == float(average)
 
 
 def test_every_stack_has_its_own_average():
@@ -142,7 +142,7 @@ def test_patterns_of_bits():
     assert len(dense) == 4
     assert all(k.missed for k in dense)
     assert plan.coverage == 0.5
-    assert nominal_bits(policy(bits="layers.0=4,2"), plan) == 4
+    assert nominal_bits("layers.0=4,2", plan) == 4
 
 
 @pytest.mark.parametrize(

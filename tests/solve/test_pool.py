@@ -25,7 +25,7 @@ def test_the_same_bits_for_any_number_of_workers(svd: str) -> None:
     matrices = {f"layer.{i}": torch.randn(200, 160 + 8 * i, generator=generator) for i in range(6)}
 
     def work(name: str):
-        return solve(matrices[name], QuantSpec(bits=2), 8, SolveSpec(svd=svd, steps=3), name)
+        return solve(matrices[name], QuantSpec(bits=2), 4, SolveSpec(svd=svd, steps=3), name)
 
     alone = [work(name) for name in matrices]
     for workers in (1, 2, 4):

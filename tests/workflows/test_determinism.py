@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import FLAGS, Child, one_skeleton, run, tiny_source, tree
-from models import BERT
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
+
+from harness import FLAGS, Child, one_skeleton, run, tiny_source, tree
+from models import BERT
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,7 +95,9 @@ def test_environment(source, tmp_path):
     first = made(source, tmp_path / "out")
     environment = {
         "PATH": os.environ["PATH"],
-        "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parents[2] / "src")])),
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parents[2] / "src")])
+        ),
         "PYTHONHASHSEED": "7",
         "PYTHONUTF8": "0",
         "LC_ALL": "C",

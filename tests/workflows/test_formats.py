@@ -7,15 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import reader
 import torch
 import transformers
-from harness import cli, one_skeleton, refused, run, tiny_source
-from models import GPT2, LLAMA
 from safetensors.torch import load_file
 
+import reader
+from harness import cli, one_skeleton, refused, run, tiny_source
 from loftq.plan import Policy
 from loftq.spec import SolveSpec
+from models import GPT2, LLAMA
 
 IDS = torch.arange(3, 19).reshape(2, 8)
 EVEN = {  # in_features are multiples of a block of 64
@@ -73,7 +73,8 @@ for directory in sys.argv[2:]:
     for name, module in model.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             here["codes " + name] = module.weight.data.flatten().clone()
-            here["values " + name] = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            state = module.weight.quant_state
+            here["values " + name] = bitsandbytes.functional.dequantize_4bit(module.weight.data, state)
             module.compute_dtype = torch.float32
     here["backbone"] = model(ids).logits.detach()
     model = peft.PeftModel.from_pretrained(model, directory, subfolder="loftq_init").eval()
@@ -184,7 +185,9 @@ def test_headers_are_small_beside_real_weights(tmp_path):
     """The whole file of a layer of ordinary width, header and all."""
     torch.manual_seed(0)
     sizes = {**LLAMA, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 1}
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).to(torch.float16).save_pretrained(tmp_path / "source")
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).to(torch.float16).save_pretrained(
+        tmp_path / "source"
+    )
     options = Policy(bits="2", rank="4", scale_dtype="float16", solve=SolveSpec(steps=0))
     manifest = run(tmp_path / "source", tmp_path / "out", policy=options, max_shard_bytes=1 << 30)
     dense = load_file(tmp_path / "source" / "model.safetensors")

@@ -10,12 +10,13 @@ import struct
 from pathlib import Path
 
 import pytest
-import reader
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+
+import reader
 from harness import FLAGS, POLICY, cli, refused, run, tiny_source, tree
 from models import BERT
-from safetensors.torch import load_file, save_file
 
 MATRIX = "encoder.layer.1.intermediate.dense.weight"
 KEPT = "encoder.layer.1.output.dense.bias"
@@ -359,7 +360,9 @@ def test_no_checkpoint_at_all(tmp_path, kind):
     if kind in ("typo", "no such path"):
         name = "meta-lama/nonesuch" if kind == "typo" else "./no/such/path"
         ended = cli("quantize", name, "-o", tmp_path / "out", *FLAGS)
-        refused(ended, 4 if kind == "typo" else 3, name, "check the spelling" if kind == "typo" else "no such directory")
+        refused(
+            ended, 4 if kind == "typo" else 3, name, "check the spelling" if kind == "typo" else "no such directory"
+        )
         assert ended.seconds < 10
     else:
         refused(cli("quantize", source, "-o", tmp_path / "out", *FLAGS), 3, "source")

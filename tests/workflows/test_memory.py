@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from harness import POLICY, Child, run, tiny_source
-from models import LLAMA
 
+from harness import POLICY, Child, run, tiny_source
 from loftq.spec import SolveSpec
+from models import LLAMA
 
 MB = 1 << 20
 SIZES = {**LLAMA, "vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6}

@@ -8,13 +8,13 @@ import json
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-import torch
+from safetensors.torch import load_file, save_file
+
 from harness import (
     FLAGS,
     POLICY,
@@ -29,10 +29,7 @@ from harness import (
     tree,
     unprivileged,
 )
-from safetensors.torch import load_file, save_file
-
 from loftq.errors import ConflictError, InputError, StorageError, UsageError
-from loftq.formats import fsio
 from loftq.workflows import quantize as module
 
 PARTIAL = "out.loftq-partial"
@@ -113,7 +110,7 @@ def test_an_empty_directory_is_fine(source, output):
     assert (output / "loftq_manifest.json").exists()
 
 
-def test_a_complete_output_of_the_same_command(source, output, monkeypatch):
+def test_a_complete_output_of_the_same_command(source, output):
     first = cli("quantize", source, "-o", output, *FLAGS)
     before, times = tree(output), {p: p.stat().st_mtime_ns for p in output.rglob("*")}
     again = cli("quantize", source, "-o", output, *FLAGS)
@@ -134,7 +131,7 @@ def test_an_output_of_other_options(source, output):
     assert tree(output) == before
 
 
-def test_overwrite(source, output, monkeypatch):
+def test_overwrite(source, output):
     run(source, output, policy=OTHER)
     old, seen = tree(output), []
     with hooked(lambda op, path: seen.append(tree(output) if output.exists() else None)):
@@ -261,7 +258,7 @@ def test_a_disk_that_is_too_small(source, small_disk, output):
             free = os.statvfs(small_disk)
             ballast.write_bytes(bytes(free.f_bavail * free.f_bsize))
 
-    with hooked(fill), pytest.raises(StorageError, match="no space left .*free some space and run the same command"):
+    with hooked(fill), pytest.raises(StorageError, match=r"no space left .*free some space and run the same command"):
         run(source, small_disk / "out")
     assert not (small_disk / "out").exists()
     ballast.unlink()
@@ -328,8 +325,6 @@ def test_two_processes_where_locks_only_pretend(source, output, lead, overwrite,
 
     def no_lock():
         fcntl.flock = lambda *_: None
-        fsio.fcntl.flock = fcntl.flock
-        torch.set_num_threads(1)
 
     flags = [*FLAGS, "--overwrite"] if overwrite else FLAGS
     first = start_cli("quantize", source, "-o", output, *flags, setup=no_lock)
@@ -504,82 +499,3 @@ def test_a_workspace_that_was_moved(source, output, tmp_path, monkeypatch):
 def test_a_workspace_that_is_a_file(source, output):
     (output.parent / PARTIAL).write_text("?")
     refused(cli("quantize", source, "-o", output, *FLAGS), 4, PARTIAL)
-
-
-# Signals
-
-
-def big_enough(tmp_path):
-    """A source whose run takes a second or so."""
-    import models
-
-    options = {**models.BERT, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
-    torch.manual_seed(0)
-    model = models.transformers.BertModel(models.transformers.BertConfig(**options))
-    model.save_pretrained(tmp_path / "slow")
-    return tmp_path / "slow"
-
-
-SLOW = ("--bits", "2", "--rank", "8", "--max-shard-size", "100KB", "--workers", "2", "--svd", "exact")
-
-
-@pytest.fixture(scope="module")
-def slow(tmp_path_factory):
-    """Source, and what a run that nobody disturbs makes of it, and how long it takes."""
-    root = tmp_path_factory.mktemp("signals")
-    source = big_enough(root)
-    ended = cli("quantize", source, "-o", root / "out", *SLOW)
-    assert ended.code == 0, ended.err
-    return source, tree(root / "out"), ended.seconds
-
-
-def same_but_for_the_place(found, golden):
-    return {n for n in golden if found.get(n) != golden[n]} <= {
-        "loftq_init/adapter_config.json",
-        "loftq_manifest.json",
-        "README.md",
-    } and set(found) == set(golden)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal(slow, output, number):
-    source, golden, seconds = slow
-    child = start_cli("quantize", source, "-o", output, *SLOW)
-    time.sleep(0.6 * seconds)
-    sent = time.monotonic()
-    ended = child.kill(number).ended()
-    assert time.monotonic() - sent < 5
-    line = refused(ended, 75, "run the same command again")
-    assert line.startswith("loftq: error[stopped]")
-    assert not output.exists()
-    assert cli("quantize", source, "-o", output, *SLOW).code == 0
-    assert same_but_for_the_place(tree(output), golden)
-    assert set(os.listdir(output.parent)) == {"out"}
-
-
-def test_a_signal_that_is_ignored_stays_so(slow, output):
-    """As under nohup."""
-    source, golden, seconds = slow
-    child = start_cli(
-        "quantize", source, "-o", output, *SLOW, setup=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    )
-    time.sleep(0.5 * seconds)
-    assert child.kill(signal.SIGHUP).ended().code == 0
-    assert same_but_for_the_place(tree(output), golden)
-
-
-def test_sigkill_at_random_times(slow, output):
-    """Six kills, spread over the length of a run, then the end: the same bytes."""
-    source, golden, seconds = slow
-    kills = 0
-    for tenth in (3, 5, 7, 2, 8, 4):
-        child = start_cli("quantize", source, "-o", output, *SLOW)
-        time.sleep(tenth / 10 * seconds)
-        kills += child.kill(signal.SIGKILL).ended().code == -signal.SIGKILL
-        assert set(os.listdir(output.parent)) <= {"out", PARTIAL}
-        if output.exists():
-            assert same_but_for_the_place(tree(output), golden)
-    assert kills
-    assert cli("quantize", source, "-o", output, *SLOW).code == 0
-    assert same_but_for_the_place(tree(output), golden)
-    assert set(os.listdir(output.parent)) == {"out"}

@@ -1,4 +1,4 @@
-"""``loftq verify`` and the reading side of ``inspect``: every kind of change is noticed, hostile manifests are refused."""
+"""``loftq verify`` and the reading side of ``inspect``: every kind of change is noticed, hostile manifests refused."""
 
 import json
 import shutil
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import POLICY, cli, refused, run, tiny_source
 from safetensors.torch import load_file, save_file
 
+from harness import POLICY, cli, refused, run, tiny_source
 from loftq.errors import InputError
 from loftq.workflows import sealed
 from loftq.workflows.check import read_manifest, verify

@@ -54,7 +54,7 @@ def embedding(rows: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns:
 def linear(
     x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, bias: Tensor | None = None
 ) -> Tensor:
-    """``x @ W.T + bias``. For few tokens straight from the packed weight, else decoded first, then PyTorch's product."""
+    """``x @ W.T + bias``. For few tokens straight from the packed weight, else decoded first, then a dense product."""
     if _few(x, columns):
         return _multiplied(x, stored, spec, columns, by_rows=False, bias=bias)
     bias = None if bias is None else bias.to(x.dtype)

@@ -45,7 +45,7 @@ def convert(
         start.update(adapter_tensors(matrix, *solution.factors(plan.scaling(matrix))))
         if progress:
             progress(matrix, solution)
-    mark_quantized(model, planning.nominal_bits(policy, plan))
+    mark_quantized(model, planning.nominal_bits(policy.bits, plan))
     return _with_adapter(model, plan, others, start), plan
 
 

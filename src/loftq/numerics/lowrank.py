@@ -17,6 +17,7 @@ OVERSAMPLE = 8
 COLD, WARM = 8, 3  # blocks of the Krylov space from a random start, and from the factors of the previous step
 NOT_FINITE = "the SVD did not converge to finite factors, in float32 and in float64"
 ROUNDING = 1e-6  # relative size of what float32 leaves where exact arithmetic leaves nothing
+WORTH_IT = 0.75  # share of all directions from which a Krylov space takes as long as all of them
 EXACT_BELOW = 512**3  # "auto": matrices with out · in · min(out, in) up to this are decomposed exactly
 
 
@@ -45,7 +46,7 @@ def truncated_svd(
     if method == "auto":
         method = "exact" if matrix.numel() * short <= EXACT_BELOW else "randomized"
     blocks = COLD if start is None else WARM
-    if method == "exact" or blocks * (rank + OVERSAMPLE) >= short:  # such a Krylov space is no smaller than the matrix
+    if method == "exact" or blocks * (rank + OVERSAMPLE) >= short * WORTH_IT:
         u, s, vh = _svd(matrix)
     else:
         u, s, vh = _krylov(matrix, rank, blocks, generator, start)
@@ -100,7 +101,7 @@ def _orthonormal(block: Tensor, earlier: list[Tensor]) -> Tensor:
     or much of it in the second, is rounding noise of a direction that is there already, and is dropped.
     """
     block = torch.linalg.qr(block).Q
-    for least in (ROUNDING, 0.5) if earlier else ():
+    for least in (ROUNDING, 0.5):  # for the first block too: LAPACK's Q of equal columns is orthonormal to 1e-5 only
         for other in earlier:
             block = block - other @ (other.T @ block)
         block = torch.linalg.qr(block[:, block.norm(dim=0) > least]).Q

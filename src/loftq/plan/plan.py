@@ -187,10 +187,10 @@ def make(tensors: Mapping[str, tuple[str, tuple[int, ...]]], roles: Mapping[str,
     return plan
 
 
-def nominal_bits(policy: Policy, plan: Plan) -> float:
+def nominal_bits(bits: str, plan: Plan) -> float:
     """The one number that stands for ``--bits`` in ``config.json``: as asked, or with patterns the last matrix's."""
     try:
-        asked = float(policy.bits)
+        asked = float(bits)
     except ValueError:
         return plan.matrices[-1].quant.bits
     return int(asked) if asked == int(asked) else asked

@@ -37,8 +37,8 @@ def model_card(
             "---",
             f"# {directory}",
             "",
-            f"A frozen {'/'.join(map(str, widths))}-bit backbone ({quant.code}, block {quant.block_size}) and a LoftQ start "
-            f"for LoRA (rank {plan.rank}, alpha {plan.lora_alpha:g}), made by [LoftQ](https://arxiv.org/abs/2310.08659).",
+            f"A frozen {'/'.join(map(str, widths))}-bit backbone ({quant.code}, block {quant.block_size}) and a LoftQ "
+            f"start for LoRA (rank {plan.rank}, alpha {plan.lora_alpha:g}), made by [LoftQ](https://arxiv.org/abs/2310.08659).",
             "",
             "```python",
             f"{NEEDS[layout]}from peft import PeftModel",

@@ -11,7 +11,7 @@ HELPS_BELOW = 0.99  # a low-rank part that removes less than 1 % of the error is
 
 
 def inspection(manifest: dict[str, Any]) -> dict[str, Any]:
-    """``matrices`` (per matrix: name, shape, bits, rank, alpha, bytes, errors, kept, qlora_error), ``totals``, ``warnings``."""
+    """``matrices`` (each with the keys below), ``totals`` and ``warnings``."""
     keys = ("name", "shape", "bits", "rank", "alpha", "bytes", "errors", "kept", "qlora_error")
     matrices = [{k: m[k] for k in keys} for m in manifest["matrices"]]
     return {"matrices": matrices, "totals": manifest["totals"], "warnings": warnings(matrices)}
@@ -52,7 +52,7 @@ def plot(inspected: dict[str, Any], file: Path) -> None:
     )
     left.set(
         xlabel="matrix, in the order of the model",
-        ylabel="||W − Q − s·BA|| / ||W||",
+        ylabel="||W - Q - s·BA|| / ||W||",
         title="Error of every matrix",
     )
     left.legend(loc="lower right")

@@ -12,7 +12,7 @@ from loftq.formats import fsio, strict_json
 from loftq.formats.layouts import Layout
 from loftq.formats.tensorfile import encode_header, read_chunks, read_header
 from loftq.nn.adapter import adapter_config
-from loftq.nn.skeleton import INTERNAL_KEYS
+from loftq.nn.skeleton import without_internal_keys
 from loftq.report.card import model_card
 from loftq.report.totals import totals
 from loftq.workflows import sealed
@@ -150,12 +150,10 @@ def _write_config(job: Job, work: Workspace) -> fsio.FileDigest:
     """The source's configuration with ours added, without keys that would select or run code."""
     plan = job.source.plan
     config = strict_json.load_object(job.source.directory / "config.json")
-    config = {k: v for k, v in config.items() if not k.startswith(INTERNAL_KEYS)}
-    bits = job.identity["options"]["bits"]
-    number = float(bits) if bits.replace(".", "", 1).isdecimal() else plan.matrices[-1].quant.bits
+    config = without_internal_keys(config)
     modules = [(m.module, m.quant) for m in plan.matrices]
-    number = int(number) if number == int(number) else number
-    ours = job.layout.quantization_config(modules, number, job.source.kept_modules)
+    bits = planning.nominal_bits(job.identity["options"]["bits"], plan)
+    ours = job.layout.quantization_config(modules, bits, job.source.kept_modules)
     config.setdefault("architectures", [job.source.architecture])
     if ours is not None:
         config["quantization_config"] = ours

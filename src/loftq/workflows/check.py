@@ -31,8 +31,10 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "plan": {"name": str, "module": str, "kind": str, "shape": list, "rank": int, "quant": dict},
     "totals": dict.fromkeys(
-        ("matrices", "quantized_weights", "parameters", "disk_bytes", "adapter_bytes", "bits_per_weight")
-        + ("compression", "trainable_share", "error", "qlora_error"),
+        (
+            *("matrices", "quantized_weights", "parameters", "disk_bytes", "adapter_bytes", "bits_per_weight"),
+            *("compression", "trainable_share", "error", "qlora_error"),
+        ),
         NUMBER,
     ),
 }

@@ -68,7 +68,7 @@ def quantize(model: str, output: Path, options: QuantizeOptions, begin: Begin | 
     adapter = adapter_of(source, layout, output, options.task_type)
     job = Job(source, layout, units, _identity(source, layout, options), adapter)
     done = already_done(output, job.identity, options.overwrite)
-    if done and not (work.root.exists() and is_ours(work, job.identity)):
+    if done and not (work.root.exists() and is_ours(work, job.identity)):  # nothing to clean away
         return done
     fsio.make_dirs(work.root)
     with fsio.DirectoryLock(work.lock):
@@ -84,7 +84,8 @@ def quantize(model: str, output: Path, options: QuantizeOptions, begin: Begin | 
             done = already_done(output, job.identity, False) if was_taken(e) else None
             if not done:
                 raise
-        _clean(work)
+        if is_ours(work, job.identity):
+            _clean(work)
     return done
 
 

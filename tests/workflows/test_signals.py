@@ -1,0 +1,88 @@
+"""Signals: a run that is told to stop says how to go on, one that is killed says nothing, both continue."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import transformers
+
+from harness import cli, refused, start_cli, tree
+from models import BERT
+
+PARTIAL = "out.loftq-partial"
+
+
+@pytest.fixture
+def output(tmp_path):
+    (tmp_path / "place").mkdir()
+    return tmp_path / "place" / "out"
+
+
+SLOW = ("--bits", "2", "--rank", "8", "--max-shard-size", "100KB", "--workers", "2", "--svd", "exact")
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory):
+    """Source, and what a run that nobody disturbs makes of it, and how long it takes."""
+    root = tmp_path_factory.mktemp("signals")
+    source = root / "slow"
+    torch.manual_seed(0)
+    sizes = {**BERT, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
+    transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(source)
+    ended = cli("quantize", source, "-o", root / "out", *SLOW)
+    assert ended.code == 0, ended.err
+    return source, tree(root / "out"), ended.seconds
+
+
+def same_but_for_the_place(found, golden):
+    return {n for n in golden if found.get(n) != golden[n]} <= {
+        "loftq_init/adapter_config.json",
+        "loftq_manifest.json",
+        "README.md",
+    } and set(found) == set(golden)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal(slow, output, number):
+    source, golden, seconds = slow
+    child = start_cli("quantize", source, "-o", output, *SLOW)
+    time.sleep(0.6 * seconds)
+    sent = time.monotonic()
+    ended = child.kill(number).ended()
+    assert time.monotonic() - sent < 5
+    line = refused(ended, 75, "run the same command again")
+    assert line.startswith("loftq: error[stopped]")
+    assert not output.exists()
+    assert cli("quantize", source, "-o", output, *SLOW).code == 0
+    assert same_but_for_the_place(tree(output), golden)
+    assert set(os.listdir(output.parent)) == {"out"}
+
+
+def test_a_signal_that_is_ignored_stays_so(slow, output):
+    """As under nohup."""
+    source, golden, seconds = slow
+    child = start_cli(
+        "quantize", source, "-o", output, *SLOW, setup=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    )
+    time.sleep(0.5 * seconds)
+    assert child.kill(signal.SIGHUP).ended().code == 0
+    assert same_but_for_the_place(tree(output), golden)
+
+
+def test_sigkill_at_random_times(slow, output):
+    """Six kills, spread over the length of a run, then the end: the same bytes."""
+    source, golden, seconds = slow
+    kills = 0
+    for tenth in (3, 5, 7, 2, 8, 4):
+        child = start_cli("quantize", source, "-o", output, *SLOW)
+        time.sleep(tenth / 10 * seconds)
+        kills += child.kill(signal.SIGKILL).ended().code == -signal.SIGKILL
+        assert set(os.listdir(output.parent)) <= {"out", PARTIAL}
+        if output.exists():
+            assert same_but_for_the_place(tree(output), golden)
+    assert kills
+    assert cli("quantize", source, "-o", output, *SLOW).code == 0
+    assert same_but_for_the_place(tree(output), golden)
+    assert set(os.listdir(output.parent)) == {"out"}
