@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -180,6 +181,7 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=400)
     parser.add_argument("--update-readme", action="store_true")
     options = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # transformers', about names that PEFT uses
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     source, texts = model_directory(), sentences(options.sentences)
