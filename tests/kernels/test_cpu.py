@@ -40,7 +40,7 @@ def test_products_in_parts_of_the_weight(product: str, monkeypatch: pytest.Monke
     """Parts decoded into memory that is used again: by larger and smaller weights, in and out of inference mode."""
     monkeypatch.setattr(cpu, "PART", 1000)
     monkeypatch.setattr(cpu, "_scratch", threading.local())
-    spec, results = QuantSpec(bits=3, block_size=24), []
+    spec, results = QuantSpec(bits=3, code="affine", block_size=24), []
     for i, (rows, columns) in enumerate([(37, 72), (16, 200), (130, 200), (1, 1), (50, 7)]):
         tensors = stored(spec, rows, columns)
         x = torch.randn(9, columns if product == "linear" else rows)

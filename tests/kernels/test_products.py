@@ -34,7 +34,7 @@ def exact_weight(tensors: dict[str, Tensor], spec: QuantSpec, columns: int) -> T
     return (values - (0 if zero is None else zero[:, block])) * scale[:, block]
 
 
-def assert_accurate(got: Tensor, x: Tensor, exact: Tensor, dense: Tensor) -> None:
+def assert_accurate(got: Tensor, x: Tensor, exact: Tensor, dense: Tensor, factor: float = 2) -> None:
     """Against float64, the error is at most twice that of the dense product in the same dtype.
 
     Where a sum has hardly a term the dense product may be lucky: one rounding of each factor is allowed besides.
@@ -44,16 +44,18 @@ def assert_accurate(got: Tensor, x: Tensor, exact: Tensor, dense: Tensor) -> Non
     rounding = torch.finfo(x.dtype).eps * (x.double().abs() @ exact.abs()).norm()
     assert got.dtype == x.dtype
     assert got.shape == plain.shape
-    assert (got.double() - oracle).norm() <= max(2 * (plain - oracle).norm(), rounding)
+    assert (got.double() - oracle).norm() <= max(factor * (plain - oracle).norm(), rounding)
 
 
-def check(kernels: Backend, product: str, spec: QuantSpec, shape: tuple[int, int], x: Tensor) -> None:
+def check(
+    kernels: Backend, product: str, spec: QuantSpec, shape: tuple[int, int], x: Tensor, factor: float = 2
+) -> None:
     tensors = stored(spec, *shape)
     exact = exact_weight(tensors, spec, shape[1])
     exact = exact if product == "linear_grad_input" else exact.T
     dense = reference.dequantize(tensors, spec, shape[1], x.dtype)
     dense = dense if product == "linear_grad_input" else dense.T
-    assert_accurate(kernels(product, x, tensors, spec, shape[1]), x, exact, dense)
+    assert_accurate(kernels(product, x, tensors, spec, shape[1]), x, exact, dense, factor)
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
@@ -104,12 +106,12 @@ def test_a_bias(kernels: Backend, tokens: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_split_sums(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few programs that walk through several tiles, and many that add up in float32 afterwards."""
+    """Few programs that walk through several tiles, and many whose parts add up in float32, and are rounded once."""
     gpu = backend("interpreted")
-    features = 130 if product == "linear_grad_input" else 300
+    features = 260 if product == "linear_grad_input" else 520
     for programs in (1, 6, 512):
         monkeypatch.setattr(gpu.module, "PROGRAMS", programs)
-        check(gpu, product, QuantSpec(bits=2), (130, 300), torch.randn(17, features).bfloat16())
+        check(gpu, product, QuantSpec(bits=2), (260, 520), torch.randn(17, features).bfloat16(), factor=1.2)
 
 
 def test_other_dtypes_go_through_the_dense_weight(kernels: Backend) -> None:

@@ -66,6 +66,21 @@ def test_forward_and_backward_are_those_of_the_decoded_weight(spec, shape, bias)
     assert_close(got, torch.autograd.grad(F.linear(x, weight, layer.bias).square().sum(), wanted), rtol=2e-6, atol=room)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(COLUMNS,), (3, COLUMNS), (2, 3, COLUMNS)], ids=str)
+def test_the_result_may_be_changed_in_place(shape, dtype):
+    layer, weight = linear()
+    layer.to(dtype)
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    y += 1
+    y.mul_(2).sum().backward()
+    assert_close(x.grad, (2 * weight.sum(0)).to(dtype).expand(shape), rtol=2e-2, atol=2e-2)
+    table, _ = embedding()
+    looked_up = table(torch.tensor([[1, 2]])).requires_grad_()  # as enable_input_require_grads does
+    (looked_up * 1).add_(1).sum().backward()
+
+
 @pytest.mark.parametrize("columns", [1, 7, 63, 64, 65, 128, 130])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_any_width_of_the_input(columns, bits):

@@ -3,7 +3,14 @@
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
 from torch import nn
 
 from loftq.errors import UsageError
@@ -245,6 +252,39 @@ def test_what_kbit_preparation_does_to_scales_is_not_saved(made, tmp_path):
     model = prepare_model_for_kbit_training(checkpoint.load())
     model.save_pretrained(tmp_path)
     assert same(tensors(tmp_path), tensors(checkpoint.output))
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_other_tuners_train_and_are_not_merged(made, bits):
+    base = made("llama", bits=bits).load()
+    config = IA3Config(
+        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False
+    )
+    model = get_peft_model(base, config)
+    outputs(model).sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "ia3_" in n)
+    before = result(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(
+            UsageError, match=r"IA3Model cannot be merged into packed layers; only LoRA can.*dequantize"
+        ):
+            merge()
+    assert torch.equal(result(model), before)
+
+
+def test_a_tuner_that_changes_the_output_in_place(made):
+    config = AdaLoraConfig(target_modules=["q_proj"], total_step=10, init_r=4, target_r=2, init_lora_weights=False)
+    model = get_peft_model(made("llama").load(), config)
+    outputs(model).sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n and "ranknum" not in n)
+
+
+def test_tuners_of_dense_layers_are_merged(made):
+    config = IA3Config(target_modules=["lm_head"], feedforward_modules=[], init_ia3_weights=False)
+    model = get_peft_model(made("llama").load(), config)
+    before = result(model)
+    model.merge_adapter()
+    assert close(result(model), before)
 
 
 @EACH

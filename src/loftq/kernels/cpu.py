@@ -72,9 +72,7 @@ def dequantize(stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: 
     return out.to(dtype)
 
 
-def linear(
-    x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, bias: Tensor | None = None
-) -> Tensor:
+def linear(x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, bias: Tensor | None = None) -> Tensor:
     """``x @ W.T + bias``. For few tokens in float32 straight from the packed weight, else decoded first, then BLAS."""
     tokens = x.numel() // columns
     if x.dtype != torch.float32:

@@ -51,9 +51,7 @@ def embedding(rows: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns:
     return _decoded({**stored, "weight": chosen}, spec, columns, dtype, rows.contiguous())
 
 
-def linear(
-    x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, bias: Tensor | None = None
-) -> Tensor:
+def linear(x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, bias: Tensor | None = None) -> Tensor:
     """``x @ W.T + bias``. For few tokens straight from the packed weight, else decoded first, then a dense product."""
     if _few(x, columns):
         return _multiplied(x, stored, spec, columns, by_rows=False, bias=bias)
@@ -69,7 +67,7 @@ def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, 
 
 
 def _few(x: Tensor, features: int) -> bool:
-    return x.dtype in DIRECT and 0 < x.numel() // features <= FEW_TOKENS
+    return x.dtype in DIRECT and x.numel() // features <= FEW_TOKENS
 
 
 class Weight(NamedTuple):
@@ -157,7 +155,7 @@ def _multiplied(
     constants |= {"T": max(16, 1 << (len(rows) - 1).bit_length()), "BY_ROWS": by_rows}
     launch: Any = _product[programs, splits]  # pyright: ignore[reportIndexIssue]
     with _on(x.device):
-        launch(weight, rows, y, n_rows, len(rows), steps, tiles, **constants, enable_fp_fusion=True)
+        launch(weight, rows, y, n_rows, len(rows), steps, **constants, enable_fp_fusion=True)
     y = y.sum(0) if splits > 1 else y[0]
     if bias is not None:
         y += bias
@@ -226,10 +224,10 @@ def _decode(
     tl.store(out + at, values.to(out.dtype.element_ty), mask=known[:, None] & (column < w.columns)[None, :])
 
 
-@triton.autotune(PIPELINES[:1] if knobs.runtime.interpret else PIPELINES, key=["n_rows", "tiles", "T", "BITS"])
+@triton.autotune(PIPELINES[:1] if knobs.runtime.interpret else PIPELINES, key=["n_rows", "steps", "T", "BITS"])
 @triton.jit
 def _product(
-    w, x, y, n_rows, tokens, steps, tiles,
+    w, x, y, n_rows, tokens, steps,
     BITS: tl.constexpr, CODES: tl.constexpr, BYTES: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr,
     R: tl.constexpr, G: tl.constexpr, C: tl.constexpr, T: tl.constexpr, BY_ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -240,7 +238,7 @@ def _product(
     outer, split = tl.program_id(0), tl.program_id(1)
     token = tl.arange(0, T)
     acc = tl.full([C if BY_ROWS else R, T], 0, tl.float32)
-    for tile in range(split * steps, min((split + 1) * steps, tiles)):
+    for tile in range(split * steps, (split + 1) * steps):  # beyond the matrix there is nothing to add
         rows = (tile if BY_ROWS else outer) * R + tl.arange(0, R)
         groups = (outer if BY_ROWS else tile) * G + tl.arange(0, G)
         known = rows < n_rows

@@ -22,9 +22,7 @@ def dequantize(stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: 
     return decode(stored, spec, columns).to(dtype)
 
 
-def linear(
-    x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, bias: Tensor | None = None
-) -> Tensor:
+def linear(x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, bias: Tensor | None = None) -> Tensor:
     """``x @ W.T + bias`` in the dtype of ``x``."""
     bias = None if bias is None else bias.to(x.dtype)
     return torch.nn.functional.linear(x, dequantize(stored, spec, columns, x.dtype), bias)

@@ -32,6 +32,11 @@ def _named(stored: list[Tensor], key: str) -> tuple[ModuleType, dict[str, Tensor
     return backend(stored[0].device), dict(zip(names, stored, strict=True)), quant
 
 
+def _own(result: Tensor) -> Tensor:
+    """``result``, no longer known as a view: autograd lets nobody change the view that an operator returns in place."""
+    return torch.ops.aten._unsafe_view(result, result.shape)
+
+
 @torch.library.custom_op("loftq::dequantize", mutates_args=())
 def dequantize(stored: list[Tensor], spec: str, columns: int, dtype: torch.dtype) -> Tensor:
     """The dense weight ``(out, in)`` in ``dtype``."""
@@ -48,7 +53,7 @@ def _(stored: list[Tensor], spec: str, columns: int, dtype: torch.dtype) -> Tens
 def linear(x: Tensor, stored: list[Tensor], spec: str, columns: int, bias: Tensor | None) -> Tensor:
     """``x @ W.T + bias`` for a packed W, in the dtype of ``x``. ``x``: ``(..., in)``; result ``(..., out)``."""
     kernels, tensors, quant = _named(stored, spec)
-    return kernels.linear(x, tensors, quant, columns, bias)
+    return _own(kernels.linear(x, tensors, quant, columns, bias))
 
 
 @linear.register_fake
@@ -60,7 +65,7 @@ def _(x: Tensor, stored: list[Tensor], spec: str, columns: int, bias: Tensor | N
 def linear_grad_input(grad: Tensor, stored: list[Tensor], spec: str, columns: int) -> Tensor:
     """``grad @ W``: the gradient of :func:`linear` with respect to its input."""
     kernels, tensors, quant = _named(stored, spec)
-    return kernels.linear_grad_input(grad, tensors, quant, columns)
+    return _own(kernels.linear_grad_input(grad, tensors, quant, columns))
 
 
 @linear_grad_input.register_fake

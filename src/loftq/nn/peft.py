@@ -11,7 +11,7 @@ from typing import Any
 from peft.tuners.lora import layer as lora
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.model import LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from loftq.errors import UsageError
@@ -91,6 +91,18 @@ def _refuse(config: LoraConfig, target: nn.Module, parameter_name: str | None) -
         )
 
 
+def _refuse_merging(tuner: BaseTuner) -> None:
+    """UsageError for a tuner other than LoRA over packed layers: IA3 would multiply 8-bit codes, others fail."""
+    if isinstance(tuner, LoraModel):
+        return
+    layers = (m for m in tuner.model.modules() if isinstance(m, BaseTunerLayer))
+    if any(isinstance(layer.get_base_layer(), PackedWeight) for layer in layers):
+        raise UsageError(
+            f"{type(tuner).__name__} cannot be merged into packed layers; only LoRA can. "
+            "Call dequantize() on the model it wraps first"
+        )
+
+
 def _forget_unpacked(model: Any) -> None:
     """After merging, ``model``'s quantization_config lists what is packed still, or is gone if nothing is."""
     quantizer = getattr(model, "hf_quantizer", None)
@@ -103,9 +115,9 @@ def _forget_unpacked(model: Any) -> None:
 
 
 def install() -> None:
-    """Let PEFT's LoraModel make our layers, refuse what cannot work on them, and forget merged ones."""
+    """Let PEFT's LoRA make our layers, refuse what cannot work on them, and forget merged ones."""
     replace, create = LoraModel._create_and_replace, LoraModel._create_new_module
-    unload = LoraModel._unload_and_optionally_merge
+    unload, check = LoraModel._unload_and_optionally_merge, BaseTuner._check_merge_allowed
 
     @functools.wraps(replace)
     def create_and_replace(self, lora_config, adapter_name, target, *args, parameter_name=None, **kwargs):  # type: ignore[no-untyped-def]
@@ -123,6 +135,12 @@ def install() -> None:
         _forget_unpacked(model)
         return model
 
+    @functools.wraps(check)
+    def check_merge_allowed(self):  # type: ignore[no-untyped-def]
+        _refuse_merging(self)
+        check(self)
+
     LoraModel._create_and_replace = create_and_replace
     LoraModel._create_new_module = staticmethod(create_new_module)
     LoraModel._unload_and_optionally_merge = unload_and_optionally_merge
+    BaseTuner._check_merge_allowed = check_merge_allowed
