@@ -37,14 +37,14 @@ def exact_weight(tensors: dict[str, Tensor], spec: QuantSpec, columns: int) -> T
 def assert_accurate(got: Tensor, x: Tensor, exact: Tensor, dense: Tensor, factor: float = 2) -> None:
     """Against float64, the error is at most twice that of the dense product in the same dtype.
 
-    Where a sum has hardly a term the dense product may be lucky: one rounding of each factor is allowed besides.
+    Where a sum is one term, the dense product can be exact by luck; then two roundings are allowed.
     """
     oracle = x.double() @ exact
     plain = (x @ dense).double()
-    rounding = torch.finfo(x.dtype).eps * (x.double().abs() @ exact.abs()).norm()
+    lucky = torch.finfo(x.dtype).eps * oracle.norm() if len(exact) == 1 else 0
     assert got.dtype == x.dtype
     assert got.shape == plain.shape
-    assert (got.double() - oracle).norm() <= max(factor * (plain - oracle).norm(), rounding)
+    assert (got.double() - oracle).norm() <= max(factor * (plain - oracle).norm(), lucky)
 
 
 def check(
@@ -94,14 +94,14 @@ def test_odd_shapes(kernels: Backend, shape: tuple[int, int], product: str) -> N
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [2, 70])
 def test_a_bias(kernels: Backend, tokens: int, dtype: torch.dtype) -> None:
-    """As accurate as a dense layer; its own dtype may be another, and it is only read."""
+    """Added before the result is rounded, as in a dense layer; its own dtype may be another."""
     spec = QuantSpec(bits=2)
-    tensors, x, bias = stored(spec, 37, 72), torch.randn(tokens, 72).to(dtype), torch.randn(37).bfloat16()
+    tensors, x, bias = stored(spec, 37, 72), 20 * torch.randn(tokens, 72).to(dtype), torch.randn(37).bfloat16()
     got = kernels("linear", x, tensors, spec, 72, bias)
     as_column = torch.cat([x, torch.ones(tokens, 1).to(dtype)], 1)
     exact = torch.cat([exact_weight(tensors, spec, 72), bias.double()[:, None]], 1).T
     dense = torch.cat([reference.dequantize(tensors, spec, 72, dtype), bias.to(dtype)[:, None]], 1).T
-    assert_accurate(got, as_column, exact, dense)
+    assert_accurate(got, as_column, exact, dense, factor=2 if dtype == torch.float32 else 1.2)
 
 
 @pytest.mark.parametrize("product", PRODUCTS)

@@ -424,3 +424,11 @@ def test_errors_under_other_options(original, tmp_path, options):
     else:
         config = json.loads((tmp_path / "out" / "loftq_init" / "adapter_config.json").read_text())
         assert set(config["rank_pattern"].values()) == {6}
+
+
+def test_a_small_file_that_leads_out_of_the_source(source, tmp_path):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("not yours")
+    (source / "merges.txt").unlink(missing_ok=True)
+    (source / "merges.txt").symlink_to(secret)
+    refuse(source, 3, "merges.txt", "symbolic link out of the checkpoint")

@@ -121,15 +121,15 @@ def open_checkpoint(directory: Path, *, allow_external_symlinks: bool = False) -
     kind, index, single = _find(directory)
     opener = _open_safetensors if kind == "safetensors" else _open_pickle
     if index is None:
-        _check_link(single, directory, allow_external_symlinks)
+        check_link(single, directory, allow_external_symlinks)
         return Checkpoint(directory, kind, [opener(single)])
-    _check_link(index, directory, allow_external_symlinks)
+    check_link(index, directory, allow_external_symlinks)
     weight_map, total_size = _read_index(index, single.suffix)
     paths = [directory / name for name in sorted(set(weight_map.values()))]
     missing = [path.name for path in paths if not os.path.lexists(path)]
     present = [path for path in paths if path.name not in missing]
     for path in present:
-        _check_link(path, directory, allow_external_symlinks)
+        check_link(path, directory, allow_external_symlinks)
     shards = [opener(path) for path in present]
     _check_agreement(index, weight_map, missing, shards)
     _compare_total_size(index, total_size, shards)
@@ -271,7 +271,7 @@ def _check_case_twins(files: Iterable[str], where: str) -> None:
             raise InputError(f"{where}: {pair}; rename one, they are one file on some systems")
 
 
-def _check_link(path: Path, directory: Path, allow_external: bool) -> None:
+def check_link(path: Path, directory: Path, allow_external: bool = False) -> None:
     """Refuse a symbolic link that leads nowhere, or out of the checkpoint unless allowed."""
     if not path.is_symlink():
         return

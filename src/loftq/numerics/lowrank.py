@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loftq.errors import NumericalError
 
+NotConverged = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # public, but not to pyright
 OVERSAMPLE = 8
 COLD, WARM = 8, 3  # blocks of the Krylov space from a random start, and from the factors of the previous step
 NOT_FINITE = "the SVD did not converge to finite factors, in float32 and in float64"
@@ -58,7 +59,7 @@ def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for dtype in (torch.float32, torch.float64):
         try:
             u, s, vh = (part.float() for part in torch.linalg.svd(matrix.to(dtype), full_matrices=False))
-        except torch.linalg.LinAlgError:
+        except NotConverged:
             continue
         if s.isfinite().all() and u.isfinite().all() and vh.isfinite().all():
             return u, s, vh
@@ -87,7 +88,7 @@ def _krylov(
     wide = image.double()
     try:
         directions = torch.linalg.eigh(wide.T @ wide).eigenvectors[:, -rank:].float()
-    except torch.linalg.LinAlgError as e:
+    except NotConverged as e:
         raise NumericalError(NOT_FINITE) from e
     v, triangle = torch.linalg.qr(image @ directions)  # basis @ directions @ (v @ triangle)ᵀ is the projection
     u, s, wh = _svd(triangle.T)

@@ -10,6 +10,7 @@ from loftq import plan as planning
 from loftq.errors import InputError, UsageError
 from loftq.formats import fsio, strict_json
 from loftq.formats.layouts import Layout
+from loftq.formats.source import check_link
 from loftq.formats.tensorfile import encode_header, read_chunks, read_header
 from loftq.nn.adapter import adapter_config
 from loftq.nn.skeleton import without_internal_keys
@@ -95,6 +96,7 @@ def small_files(directory: Path) -> list[Path]:
     found = sorted({path for pattern in COPIED for path in directory.glob(pattern) if path.is_file()})
     mine = [p for p in found if p.parent != directory or p.name not in REWRITTEN]
     for path in mine:
+        check_link(path, directory)
         if path.stat().st_size > LARGEST_COPY:
             logger.warning("%s: larger than %d MB, not copied", path, LARGEST_COPY >> 20)
     return [p for p in mine if p.stat().st_size <= LARGEST_COPY]
