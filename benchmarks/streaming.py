@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="directory for the checkpoints (deleted afterwards)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     fixed = 2 * 2 * VOCABULARY * HIDDEN
     layers = max(1, round((options.gigabytes * 1e9 - fixed) / LAYER_BYTES))
     with tempfile.TemporaryDirectory(dir=options.work) as work:
@@ -109,7 +110,6 @@ def main() -> None:
         seconds = time.perf_counter() - begun
         totals = json.loads((output / "loftq_manifest.json").read_text())["totals"]
         shutil.rmtree(output)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     row = {
         "commit": commit.stdout.strip(),
         "device": f"CPU {platform.machine()}, {options.workers} workers",

@@ -106,6 +106,8 @@ def start_cli(*arguments: object, setup: Callable[[], Any] = lambda: None, stdou
 
     def work() -> None:
         warnings.resetwarnings()  # pytest's filter makes errors of them; a user sees them
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)  # the suite itself may run where they are ignored, as under nohup
         setup()
         sys.argv = ["loftq", *map(str, arguments)]
         loftq.cli.main()

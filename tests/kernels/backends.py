@@ -94,12 +94,15 @@ def _copy(name: str, interpret: str) -> ModuleType:
 
 
 def _repair_bfloat16() -> None:
-    """Triton's interpreter cuts float32 to bfloat16, which a GPU rounds, and multiplies bfloat16 as integers."""
+    """Triton's interpreter cuts float32 to bfloat16, which a GPU rounds, and multiplies bfloat16 as integers.
+
+    Products are PyTorch's, in float32: tensor cores sum so, and NumPy's loop would be less accurate than either.
+    """
     import triton.language as tl
     from triton.runtime import interpreter
 
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
-    cast, dot = builder.cast_impl, builder.create_dot
+    cast = builder.cast_impl
 
     def rounding_cast(self: Any, source: Any, wanted: Any) -> Any:
         if (source.dtype.scalar, wanted.scalar) != (tl.float32, tl.bfloat16):
@@ -107,9 +110,10 @@ def _repair_bfloat16() -> None:
         data = torch.from_numpy(np.ascontiguousarray(source.data))
         return handle(data.bfloat16().view(torch.uint16).numpy(), tl.bfloat16)
 
-    def float_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        a, b = (cast(self, f, tl.float32) if f.dtype.scalar == tl.bfloat16 else f for f in (a, b))
-        return dot(self, a, b, *rest)
+    def float_dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
+        factors = (torch.from_numpy(np.ascontiguousarray(f.data)) for f in (a, b))
+        left, right = (f.view(torch.bfloat16).float() if f.dtype == torch.uint16 else f.float() for f in factors)
+        return handle((left @ right).numpy() + d.data, d.dtype.scalar)
 
     builder.cast_impl = rounding_cast  # pyright: ignore[reportAttributeAccessIssue]
     builder.create_dot = float_dot  # pyright: ignore[reportAttributeAccessIssue]

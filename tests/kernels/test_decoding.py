@@ -6,6 +6,7 @@ import pytest
 import torch
 from backends import Backend, backend, compiled, compiled_only, guarded_memory, interpreted, stored
 
+from loftq.errors import NumericalError
 from loftq.kernels import reference
 from loftq.numerics import encode, quantize
 from loftq.spec import BITS, CODES, QuantSpec
@@ -126,6 +127,15 @@ def test_tensors_that_are_not_contiguous_and_want_gradients(kernels: Backend) ->
     )
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_refused(kernels: Backend, bad: float) -> None:
+    weight = torch.randn(37, 72).to(kernels.device)
+    weight[36, 70] = bad
+    for code in CODES:
+        with pytest.raises(NumericalError):
+            kernels.module.quantize_residual(weight, weight, QuantSpec(bits=4, code=code))
+
+
 def test_extreme_scales(kernels: Backend) -> None:
     """Denormal and huge scales, values beyond float16, ties of bfloat16: rounded as IEEE says."""
     spec = QuantSpec(bits=4, scale_dtype="float32", block_size=8)
@@ -143,7 +153,7 @@ def test_rows_beyond_the_table_are_refused(kernels: Backend) -> None:
         pytest.skip("on a device this is an assertion, which ends the process' use of it")
     spec = QuantSpec(bits=2)
     tensors = stored(spec, 37, 72)
-    for bad in (37, 1 << 40, -38):
+    for bad in (37, 1 << 40, -1):
         with pytest.raises(IndexError):
             kernels("embedding", torch.tensor([0, bad]), tensors, spec, 72, torch.float32)
 

@@ -37,10 +37,12 @@ def exact_weight(tensors: dict[str, Tensor], spec: QuantSpec, columns: int) -> T
 def assert_accurate(got: Tensor, x: Tensor, exact: Tensor, dense: Tensor, factor: float = 2) -> None:
     """Against float64, the error is at most twice that of the dense product in the same dtype.
 
+    In float32, where all error is the order of additions, four times: BLAS adds in blocks, a kernel along its tile.
     Where a sum is one term, the dense product can be exact by luck; then two roundings are allowed.
     """
+    factor = 4 if x.dtype == torch.float32 else factor
     oracle = x.double() @ exact
-    plain = (x @ dense).double()
+    plain = (x.to(dense.device) @ dense).cpu().double()
     lucky = torch.finfo(x.dtype).eps * oracle.norm() if len(exact) == 1 else 0
     assert got.dtype == x.dtype
     assert got.shape == plain.shape
@@ -54,7 +56,7 @@ def check(
     exact = exact_weight(tensors, spec, shape[1])
     exact = exact if product == "linear_grad_input" else exact.T
     dense = reference.dequantize(tensors, spec, shape[1], x.dtype)
-    dense = dense if product == "linear_grad_input" else dense.T
+    dense = (dense if product == "linear_grad_input" else dense.T).to(kernels.device)
     assert_accurate(kernels(product, x, tensors, spec, shape[1]), x, exact, dense, factor)
 
 
@@ -101,7 +103,8 @@ def test_a_bias(kernels: Backend, tokens: int, dtype: torch.dtype) -> None:
     as_column = torch.cat([x, torch.ones(tokens, 1).to(dtype)], 1)
     exact = torch.cat([exact_weight(tensors, spec, 72), bias.double()[:, None]], 1).T
     dense = torch.cat([reference.dequantize(tensors, spec, 72, dtype), bias.to(dtype)[:, None]], 1).T
-    assert_accurate(got, as_column, exact, dense, factor=2 if dtype == torch.float32 else 1.2)
+    dense = dense.to(kernels.device)
+    assert_accurate(got, as_column, exact, dense, factor=1.2)
 
 
 @pytest.mark.parametrize("product", PRODUCTS)

@@ -30,7 +30,6 @@ LINEAR_SEARCH = 15  # gaps up to which counting the smaller ones, vectorised, be
 
 compiled = njit(nogil=True, cache=True)
 inlined = njit(nogil=True, cache=True, forceinline=True)  # into its callers, where its constants are known
-unordered = njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})  # maxima of finite values, in any order
 reassociating = njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"})
 
 
@@ -162,7 +161,7 @@ def _array(tensor: Tensor) -> np.ndarray:
     """
     dtype = {torch.int8: "u1", torch.uint8: "u1", torch.bfloat16: "u2"}.get(tensor.dtype, "f4")
     memory = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
-    return np.frombuffer(memory, dtype).reshape(tensor.shape)
+    return np.frombuffer(memoryview(memory), dtype).reshape(tensor.shape)
 
 
 def _expanded(stored: dict[str, Tensor], spec: QuantSpec, shape: Any) -> tuple[Tensor, Tensor, int]:
@@ -184,15 +183,17 @@ def _lookup(code: str, bits: int) -> np.ndarray:
     return np.ascontiguousarray(levels(code, bits).numpy()[codes])
 
 
-@unordered
+@compiled
 def _absmax(target, block, absmax, start, stop):
+    """The order of magnitudes is that of their bits, read as integers, with NaN above infinity, so that it is seen."""
+    bits, largest_bits = target.view(np.uint32), absmax.view(np.uint32)
     columns = target.shape[1]
     for i in range(start, stop):
         for b in range(absmax.shape[1]):
-            largest = np.float32(0)
+            largest = np.uint32(0)
             for j in range(b * block, min((b + 1) * block, columns)):
-                largest = max(largest, abs(target[i, j]))
-            absmax[i, b] = largest
+                largest = max(largest, bits[i, j] & np.uint32(0x7FFFFFFF))
+            largest_bits[i, b] = largest
 
 
 @compiled
