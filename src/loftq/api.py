@@ -69,7 +69,8 @@ def quantize(model: str | Path, output: str | Path, *, format: str = "loftq", **
         model: a local directory or a hub id.
         output: the directory to be made.
         format: ``loftq``, ``dense`` or ``bnb``.
-        options: fields of :class:`Policy`, ``steps``, ``order``, ``svd``, ``seed``, ``workers``, ``device``, ``overwrite``.
+        options: fields of :class:`Policy`, ``steps``, ``order``, ``svd``, ``seed``, ``workers``,
+            ``device``, ``overwrite``, ``max_shard_bytes``.
     """
     own = {k: options.pop(k) for k in ("workers", "device", "overwrite", "max_shard_bytes") if k in options}
     return _quantize(str(model), Path(output), QuantizeOptions(policy=make_policy(**options), format=format, **own))
