@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loftq.errors import NumericalError, UsageError
 from loftq.kernels import backend
-from loftq.numerics import Quantized, truncated_svd
+from loftq.numerics import Quantized, frobenius, product_square, truncated_svd
 from loftq.spec import QuantSpec, SolveSpec
 
 
@@ -68,11 +68,11 @@ def solve(
     spec = spec or SolveSpec()
     weight = weight.detach().float()
     check_matrix(weight, rank)
-    norm = _norm(weight)
+    norm = frobenius(weight)
     generator = torch.Generator("cpu").manual_seed(tensor_seed(spec.seed, name))
     kernels = backend(weight.device)
     quantized, residual = kernels.quantize_residual(weight, weight, quant)
-    errors = [_ratio(_norm(residual), norm)]
+    errors = [_ratio(frobenius(residual), norm)]
     if spec.steps == 0:
         b, a = _zero_start(weight, rank, generator)
         return Solution(quantized, b, a, (errors[0],), 0)
@@ -80,6 +80,7 @@ def solve(
     alternate = _quantize_first if spec.order == "quantize-first" else _svd_first
     best: tuple[float, int, tuple[Quantized, Tensor, Tensor]] | None = None
     steps = alternate(kernels, weight, quantized, residual, quant, rank, spec, generator)
+    del residual
     for t, (candidate, distance) in enumerate(steps, start=1):
         errors.append(_ratio(distance, norm))
         if best is None or errors[t] < best[0]:
@@ -95,12 +96,13 @@ Step = tuple[tuple[Quantized, Tensor, Tensor], float]  # (Q, B, A) and ||W - Q -
 
 
 def _quantize_first(kernels, weight, quantized, residual, quant, rank, spec, generator) -> Iterator[Step]:
-    a = None
+    a, target = None, torch.empty_like(weight)  # the same memory at every step
     for t in range(1, spec.steps + 1):
         b, a = truncated_svd(residual, rank, method=spec.svd, generator=generator, start=a)
-        yield (quantized, b, a), _norm(_less(residual, b, a))
+        yield (quantized, b, a), _left(residual, b, a)
         if t < spec.steps:
-            quantized, residual = kernels.quantize_residual(_less(weight, b, a), weight, quant)
+            del residual  # freed before the next one is made: a step holds three matrices in float32, not four
+            quantized, residual = kernels.quantize_residual(_less(weight, b, a, out=target), weight, quant)
 
 
 def _svd_first(kernels, weight, quantized, residual, quant, rank, spec, generator) -> Iterator[Step]:
@@ -108,7 +110,7 @@ def _svd_first(kernels, weight, quantized, residual, quant, rank, spec, generato
     for _ in range(spec.steps):
         b, a = truncated_svd(residual, rank, method=spec.svd, generator=generator, start=a)
         quantized, residual = kernels.quantize_residual(_less(weight, b, a), weight, quant)
-        yield (quantized, b, a), _norm(_less(residual, b, a))
+        yield (quantized, b, a), frobenius(_less(residual, b, a))
 
 
 def check_matrix(weight: Tensor, rank: int) -> None:
@@ -123,7 +125,7 @@ def check_matrix(weight: Tensor, rank: int) -> None:
 
 def check_finite(tensor: Tensor) -> None:
     """NumericalError, with count and first place, for NaN or infinity."""
-    if tensor.ndim > 1 and math.isfinite(_norm(tensor.flatten(1))):
+    if tensor.ndim > 1 and math.isfinite(frobenius(tensor.flatten(1))):
         return  # an infinity or NaN anywhere would show in the norm; reading it once is quick
     finite = tensor.isfinite()
     if not finite.all():
@@ -146,15 +148,20 @@ def _zero_start(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[
     return weight.new_zeros(rows, rank), (a / math.sqrt(columns)).to(weight.device)
 
 
-def _less(matrix: Tensor, b: Tensor, a: Tensor) -> Tensor:
+def _less(matrix: Tensor, b: Tensor, a: Tensor, out: Tensor | None = None) -> Tensor:
     """``matrix - b @ a`` in one pass."""
-    return torch.addmm(matrix, b, a, alpha=-1)
+    return torch.addmm(matrix, b, a, alpha=-1, out=out)
 
 
-def _norm(matrix: Tensor) -> float:
-    """Frobenius norm: rows in float32, their sum in float64; all in float64 if squares leave float32's range."""
-    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(matrix, dim=1).double()).item()
-    return norm if 1e-12 < norm < math.inf else torch.linalg.vector_norm(matrix, dtype=torch.float64).item()
+def _left(residual: Tensor, b: Tensor, a: Tensor) -> float:
+    """``||residual - B A||``, by Pythagoras where that is exact enough: ``B A`` is a projection of the residual.
+
+    It is not where little is left, nor where the residual's values are near the end of float32.
+    """
+    norm = frobenius(residual)
+    square = norm**2 - product_square(b, a)
+    exact = square > 0.01 * norm**2 and norm > 1e-30
+    return math.sqrt(square) if exact else frobenius(_less(residual, b, a))
 
 
 def _ratio(distance: float, norm: float) -> float:
