@@ -19,6 +19,11 @@ SCRIPTS = {  # in the order of the page: title, and what limits the result
         "Decoding is bound by writing the result into fresh memory, which the copy pays too and no side can avoid. Up "
         "to 4 bits, quantizing compares a weight with every gap between levels; at 8 bits it searches by bisection.",
     ),
+    "streaming": (
+        "A whole checkpoint",
+        "Every worker solves one matrix at a time, so a checkpoint takes the time of its matrices. A step holds three "
+        "copies of the matrix in float32, and its codes.",
+    ),
     "train_step": (
         "A training step",
         "Every weight is decoded twice a step, forward and backward, into fresh memory; the products are the same BLAS "
