@@ -11,14 +11,14 @@ SCRIPTS = {  # in the order of the page: title, and what limits the result
     "solver": (
         "LoftQ of one matrix",
         "Half of the time are products of the matrix with a thin one, at about half of the cores' peak; a fifth is "
-        "quantization, a tenth forming W - BA, the rest small matrices. Scales in bfloat16 (the peers keep float32) cost "
-        "a part of the error.",
+        "quantization, a tenth forming W - BA, the rest small matrices. Scales in bfloat16 (the peers keep float32) "
+        "cost a part of the error.",
     ),
     "quantize": (
         "Quantizing and decoding",
-        "Decoding is bound by writing the result into fresh memory. The copy and the peers take it in pages of 4 KiB, "
-        "with a fault at each; loftq asks for huge pages. Up to 4 bits, quantizing compares a weight with every gap "
-        "between levels; at 8 bits a table tells near which gap it lies.",
+        "Decoding is bound by fresh memory for the result: the faults of its pages alone take most of the time of any "
+        "side. Where loftq decodes for a product, it uses the same memory again. Up to 4 bits, quantizing compares a "
+        "weight with every gap between levels; at 8 bits a table tells near which gap it lies.",
     ),
     "streaming": (
         "A whole checkpoint",
@@ -27,10 +27,10 @@ SCRIPTS = {  # in the order of the page: title, and what limits the result
     ),
     "train_step": (
         "A training step",
-        "The products are the same BLAS calls for every side, and take four fifths of a dense step. Every packed weight "
-        "is decoded twice a step, forward and backward. With 512 tokens a step of bitsandbytes is itself only about 1.2 "
-        "times as long as the dense one: 1.3 times its speed would be faster than not quantizing at all, and needs "
-        "products in a lower precision.",
+        "The products are the same BLAS calls for every side, and take four fifths of a dense step. Every packed "
+        "weight is decoded twice a step, forward and backward. With 512 tokens a step of bitsandbytes is itself only "
+        "about 1.2 times as long as the dense one: 1.3 times its speed would be faster than not quantizing at all, and "
+        "needs products in a lower precision.",
     ),
     "startup": (
         "Start-up",

@@ -10,7 +10,8 @@ import pytest
 import torch
 from backends import stored
 
-from loftq.kernels import cpu, host, reference
+from loftq.kernels import cpu, reference
+from loftq.kernels import threads as kernel_threads
 from loftq.numerics.codebooks import levels, midpoints
 from loftq.spec import BITS, QuantSpec
 
@@ -18,7 +19,7 @@ from loftq.spec import BITS, QuantSpec
 @pytest.fixture(params=["PyTorch's threads", "a pool"])
 def threads_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "a pool":
-        monkeypatch.setattr(host, "_openmp", lambda: None)
+        monkeypatch.setattr(kernel_threads, "_openmp", lambda: None)
 
 
 @pytest.mark.usefixtures("threads_of")
@@ -49,14 +50,14 @@ def test_every_row_is_worked_on_once_and_errors_come_back(threads: int) -> None:
     torch.set_num_threads(threads)
     for rows in (0, 1, 15, 16, 47, 48, 1000):
         done = torch.zeros(rows, dtype=torch.int64)
-        host.over_rows(lambda start, stop, done=done: done[start:stop].add_(1), rows)
+        kernel_threads.over_rows(lambda start, stop, done=done: done[start:stop].add_(1), rows)
         assert done.eq(1).all()
 
     def fails(start: int, stop: int) -> None:
         raise ZeroDivisionError(f"rows {start} to {stop}")
 
     with pytest.raises(ZeroDivisionError, match="rows"):
-        host.over_rows(fails, 1000)
+        kernel_threads.over_rows(fails, 1000)
 
 
 @pytest.mark.parametrize("code", ["nf", "uniform", "affine"])

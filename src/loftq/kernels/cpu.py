@@ -1,7 +1,7 @@
 """Compiled CPU kernels: the reference's arithmetic in one pass over memory, with the same results to the bit.
 
 Numba compiles on first use, into a cache beside this file (or the user's cache directory). Kernels work on a range of
-rows without the interpreter's lock; every thread that PyTorch has gets a range (:mod:`loftq.kernels.host`), so a
+rows without the interpreter's lock; every thread that PyTorch has gets a range (:mod:`loftq.kernels.threads`), so a
 solver's worker, which has one, runs its kernel alone.
 """
 
@@ -16,7 +16,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from loftq.kernels.host import empty, over_rows
+from loftq.kernels.threads import over_rows
 from loftq.numerics import Quantized, decode_rows, fit_scales, levels, scale_and_zero, store_scales
 from loftq.numerics.codebooks import midpoints
 from loftq.spec import QuantSpec, packed_shape
@@ -31,12 +31,14 @@ inlined = njit(nogil=True, cache=True, forceinline=True)  # into its callers, wh
 reassociating = njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"})
 
 
-def quantize_residual(target: Tensor, weight: Tensor, spec: QuantSpec) -> tuple[Quantized, Tensor]:
-    """Quantize ``target``, and the float32 residual ``weight - dequantize(codes)``."""
+def quantize_residual(
+    target: Tensor, weight: Tensor, spec: QuantSpec, out: Tensor | None = None
+) -> tuple[Quantized, Tensor]:
+    """Quantize ``target``, and the float32 residual ``weight - dequantize(codes)``, in ``out`` if given."""
     target, weight = target.detach().float().contiguous(), weight.detach().float().contiguous()
     scales = _absmax_scales(target, spec) if spec.code == "nf" else fit_scales(target, spec)
     scale, zero, block = _expanded(scales, spec, target.shape)
-    codes, residual = empty(*target.shape, dtype=torch.uint8), empty(*target.shape, dtype=torch.float32)
+    codes, residual = torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target) if out is None else out
     gaps, table = midpoints(spec.code, spec.bits), levels(spec.code, spec.bits)
     arrays = target, weight, scale, zero
     if len(gaps) <= FEW_GAPS:
@@ -64,13 +66,17 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def dequantize(stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: torch.dtype) -> Tensor:
     """The dense weight. float32 and bfloat16 are written directly, other dtypes by way of float32."""
-    packed = stored["weight"].detach().contiguous().flatten(1)
-    scale, zero, block = _expanded(stored, spec, (len(packed), columns))
     direct = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    out = empty(len(packed), columns, dtype=direct)
-    kernel = _decoder(spec.bits, dtype == torch.bfloat16)
+    return decode_into(torch.empty(len(stored["weight"]), columns, dtype=direct, device="cpu"), stored, spec).to(dtype)
+
+
+def decode_into(out: Tensor, stored: dict[str, Tensor], spec: QuantSpec) -> Tensor:
+    """The dense weight in memory that is there, float32 or bfloat16; ``out``."""
+    packed = stored["weight"].detach().contiguous().flatten(1)
+    scale, zero, block = _expanded(stored, spec, out.shape)
+    kernel = _decoder(spec.bits, out.dtype == torch.bfloat16)
     _over_rows(kernel, len(packed), packed, scale, zero, _lookup(spec.code, spec.bits), block, out)
-    return out.to(dtype)
+    return out
 
 
 def linear(x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, bias: Tensor | None = None) -> Tensor:
@@ -113,7 +119,7 @@ def _parts(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Iterator
     step = min(len(packed), max(16, PART // columns))
     held: Tensor | None = getattr(_scratch, "part", None)
     if held is None or held.numel() < step * columns:
-        held = _scratch.part = empty(step * columns, dtype=torch.float32)
+        held = _scratch.part = torch.empty(step * columns, dtype=torch.float32, device="cpu")
     for start in range(0, len(packed), step):
         part = slice(start, min(start + step, len(packed)))
         weight = held[: (part.stop - start) * columns].view(-1, columns)

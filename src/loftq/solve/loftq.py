@@ -80,7 +80,6 @@ def solve(
     alternate = _quantize_first if spec.order == "quantize-first" else _svd_first
     best: tuple[float, int, tuple[Quantized, Tensor, Tensor]] | None = None
     steps = alternate(kernels, weight, quantized, residual, quant, rank, spec, generator)
-    del residual
     for t, (candidate, distance) in enumerate(steps, start=1):
         errors.append(_ratio(distance, norm))
         if best is None or errors[t] < best[0]:
@@ -96,20 +95,19 @@ Step = tuple[tuple[Quantized, Tensor, Tensor], float]  # (Q, B, A) and ||W - Q -
 
 
 def _quantize_first(kernels, weight, quantized, residual, quant, rank, spec, generator) -> Iterator[Step]:
-    a, target = None, torch.empty_like(weight)  # the same memory at every step
+    a = None
     for t in range(1, spec.steps + 1):
         b, a = truncated_svd(residual, rank, method=spec.svd, generator=generator, start=a)
         yield (quantized, b, a), _left(residual, b, a)
-        if t < spec.steps:
-            del residual  # freed before the next one is made: a step holds three matrices in float32, not four
-            quantized, residual = kernels.quantize_residual(_less(weight, b, a, out=target), weight, quant)
+        if t < spec.steps:  # in the same memory at every step: fresh memory costs more than quantizing into it
+            quantized, residual = kernels.quantize_residual(_less(weight, b, a, residual), weight, quant, residual)
 
 
 def _svd_first(kernels, weight, quantized, residual, quant, rank, spec, generator) -> Iterator[Step]:
-    a, residual = None, weight
+    a, memory, residual = None, residual, weight
     for _ in range(spec.steps):
         b, a = truncated_svd(residual, rank, method=spec.svd, generator=generator, start=a)
-        quantized, residual = kernels.quantize_residual(_less(weight, b, a), weight, quant)
+        quantized, residual = kernels.quantize_residual(_less(weight, b, a, memory), weight, quant, memory)
         yield (quantized, b, a), frobenius(_less(residual, b, a))
 
 

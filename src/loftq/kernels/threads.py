@@ -1,12 +1,9 @@
-"""What the compiled CPU kernels ask of the machine: threads, and memory.
+"""Threads for the compiled CPU kernels.
 
-**Threads.** A kernel works on a range of rows without the interpreter's lock. On Linux the ranges run on the threads of
-the OpenMP runtime that PyTorch itself uses: after a matrix product those spin for milliseconds, waiting for the next
-one, and threads of our own would have to share their cores (docs/decisions/0010). Elsewhere, where PyTorch's runtime
-has no such entry, they run on a pool of ours.
-
-**Memory.** Fresh memory costs a page fault for every 4 KiB, which takes longer than decoding a weight into it. Large
-results ask for huge pages, as NumPy's do.
+A kernel works on a range of rows without the interpreter's lock. On Linux the ranges run on the threads of the OpenMP
+runtime that PyTorch itself uses: after a matrix product those spin for milliseconds, waiting for the next one, and
+threads of our own would have to share their cores (docs/decisions/0010). Elsewhere, where PyTorch's runtime has no such
+entry, they run on a pool of ours.
 """
 
 import ctypes
@@ -19,12 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor
 
 RANGE = 16  # rows below which another thread is not worth waking
-LARGE = 4 << 20  # bytes from which huge pages are asked for: two of them
-PAGE = 4096
-MADV_HUGEPAGE = 14
 TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 _forked = False
@@ -90,18 +83,3 @@ def _run_on_pool(work: Callable[[int, int], Any], ranges: list[tuple[int, int]])
     work(*ranges[0])
     for job in jobs:
         job.result()
-
-
-def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory, in huge pages if it is large and the system has them."""
-    tensor = torch.empty(*shape, dtype=dtype, device="cpu")
-    if tensor.nbytes >= LARGE and sys.platform == "linux":
-        start = -(-tensor.data_ptr() // PAGE) * PAGE
-        length = tensor.data_ptr() + tensor.nbytes - start
-        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_HUGEPAGE)  # advice: may be declined
-    return tensor
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
