@@ -15,7 +15,7 @@ from loftq.errors import NumericalError
 
 NotConverged = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # public, but not to pyright
 OVERSAMPLE = 8
-COLD, WARM = 8, 3  # blocks of the Krylov space from a random start, and from the factors of the previous step
+COLD, WARM = 8, 2  # blocks of the Krylov space from a random start, and from the factors of the previous step
 NOT_FINITE = "the SVD did not converge to finite factors, in float32 and in float64"
 ROUNDING = 1e-6  # relative size of what float32 leaves where exact arithmetic leaves nothing
 WORTH_IT = 0.75  # share of all directions from which a Krylov space takes as long as all of them
