@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -53,6 +53,9 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+_Section = TypeVar("_Section", bound=Strict)
+
+
 class Data(Strict):
     """Where the rows come from: a directory with files named by split, or files by split; else the hub."""
 
@@ -67,13 +70,15 @@ class Data(Strict):
     def _splits(self) -> "Data":
         odd = [name for name in self.__pydantic_extra__ if not SPLIT.fullmatch(name)]
         if odd:
-            raise PydanticCustomError("split", f"{listed(odd)}: no split; wanted train, validation or test, or directory")
+            raise PydanticCustomError("split", f"{listed(odd)}: no split; wanted train, validation, test, or directory")
+        if self.directory and self.__pydantic_extra__:
+            raise PydanticCustomError("split", "a directory and files are given; wanted one of them")
         return self
 
     @property
-    def files(self) -> dict[str, str | list[str]]:
-        """Split -> file, glob or list of them."""
-        return dict(self.__pydantic_extra__)
+    def source(self) -> str | dict[str, str | list[str]] | None:
+        """The directory, or split -> file, glob or list of them; None for the task's own data set."""
+        return self.directory or dict(self.__pydantic_extra__) or None
 
 
 class Quantization(Strict):
@@ -186,6 +191,14 @@ def parse(values: dict[str, Any], name: str = "recipe") -> Recipe:
     return recipe  # type: ignore[possibly-undefined]
 
 
+def section(model: type[_Section], values: dict[str, Any], name: str) -> _Section:
+    """Plain values as a section of any kind; UsageError as for :func:`parse`."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as e:
+        raise UsageError(f"{quoted(name)}: {'; '.join(dict.fromkeys(_told(e, model)))}") from e
+
+
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML that :func:`read` reads back."""
     return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True, width=120)
@@ -213,7 +226,11 @@ class _Loader(yaml.SafeLoader):
 for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
