@@ -1,10 +1,38 @@
-"""Batches: tokenizers that pad on the right side, lengths that model and tokenizer can hold, collators."""
+"""Tokenized rows and batches of them: lengths that model and tokenizer can hold, the side to pad on, collators."""
 
+import contextlib
 import copy
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from loftq.errors import UsageError
 from loftq.tasks.base import IGNORED, Limits
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MANY = 10_000  # rows that take long enough for a bar
+
+
+@contextlib.contextmanager
+def no_bars(hidden: bool = True) -> Iterator[None]:
+    """Without the bars of ``datasets``, which stay on the screen when they are full."""
+    import datasets
+
+    hidden = hidden and datasets.is_progress_bar_enabled()
+    if hidden:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hidden:
+            datasets.enable_progress_bars()
+
+
+def tokenized(dataset: "Dataset", function: Callable[..., dict[str, Any]], **options: bool) -> "Dataset":
+    """``dataset.map`` with the columns that ``function`` gives and no others."""
+    with no_bars(len(dataset) < MANY):
+        return dataset.map(function, remove_columns=dataset.column_names, desc="Tokenizing", **options)  # type: ignore[arg-type]
 
 
 def padding(tokenizer: Any, side: str | None = None) -> Any:

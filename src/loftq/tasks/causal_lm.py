@@ -52,14 +52,14 @@ class CausalLM(Task):
         batches.check_tokenizer(self.limits, tokenizer)
         end = batches.end_token(tokenizer) if self.rows == "documents" else ""
 
-        def tokenized(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        def encoded(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
             if self.rows == "documents":
                 ids = tokenizer([t + end for t in rows["text"]], add_special_tokens=False, verbose=False)
             else:
                 ids = tokenizer([_line(t) for t in rows["text"]], verbose=False)
             return {"ids": ids["input_ids"]}
 
-        rows = dataset.map(tokenized, batched=True, remove_columns=dataset.column_names, desc="Tokenizing")
+        rows = batches.tokenized(dataset, encoded, batched=True)
         stream = np.concatenate([np.asarray(ids, np.int64) for ids in rows["ids"]])
         if len(stream) < 2:
             raise InputError(f"task {quoted(self.name)}: the texts have no tokens to predict")

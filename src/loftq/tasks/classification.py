@@ -48,12 +48,12 @@ class TextClassification(Task):
     def prepare(self, dataset: "Dataset", tokenizer: Any, *, train: bool) -> "Dataset":
         batches.check_tokenizer(self.limits, tokenizer)
 
-        def tokenized(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        def encoded(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
             pairs = (rows["text_pair"],) if "text_pair" in rows else ()
             ids = tokenizer(rows["text"], *pairs, truncation=True, max_length=self.limits.max_length)
             return {**ids, "labels": rows["label"]}
 
-        return dataset.map(tokenized, batched=True, remove_columns=dataset.column_names, desc="Tokenizing")
+        return batches.tokenized(dataset, encoded, batched=True)
 
     def collator(self, tokenizer: Any, model: Any = None) -> Any:
         return batches.pad_inputs(batches.padding(tokenizer), self.limits, model)

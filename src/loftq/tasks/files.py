@@ -1,17 +1,17 @@
 """Local files: which belong to a split, and their rows. JSONL, JSON, CSV, Parquet and text; also with gzip."""
 
-import contextlib
 import csv
 import glob
 import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from loftq.errors import InputError, UsageError, listed, quoted
+from loftq.tasks.batches import no_bars
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -79,26 +79,12 @@ def read(path: Path) -> "Dataset":
     try:
         if not path.stat().st_size:
             raise InputError(f"{quoted(path)}: no rows; the file is empty")
-        with _quiet():
+        with no_bars():
             return datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)  # type: ignore[return-value]
     except InputError:
         raise
     except Exception as e:
         raise InputError(f"{quoted(path)}: {_problem(path, kind) or _root(e)}") from e
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars while ``datasets`` reads: one per file, gone before anyone could read it."""
-    import datasets
-
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
 
 
 def _suffix(path: Path) -> str:

@@ -57,7 +57,7 @@ class Instruction(Task):
         batches.check_tokenizer(self.limits, tokenizer)
         end = tokenizer.convert_tokens_to_ids(batches.end_token(tokenizer))
 
-        def tokenized(row: dict[str, Any], index: int) -> dict[str, list[int]]:
+        def encoded(row: dict[str, Any], index: int) -> dict[str, list[int]]:
             parts = self._conversation(row, tokenizer) if "messages" in row else self._pair(row, tokenizer, end)
             ids = [token for part, _ in parts for token in part][: self.limits.max_length]
             labels = [t if learned else IGNORED for part, learned in parts for t in part][: self.limits.max_length]
@@ -68,7 +68,7 @@ class Instruction(Task):
                 )
             return {"input_ids": ids, "labels": labels}
 
-        return dataset.map(tokenized, with_indices=True, remove_columns=dataset.column_names, desc="Tokenizing")
+        return batches.tokenized(dataset, encoded, with_indices=True)
 
     def collator(self, tokenizer: Any, model: Any = None) -> Any:
         return batches.pad_sequences(batches.padding(tokenizer), self.limits, model)
@@ -91,12 +91,12 @@ class Instruction(Task):
     def prompts(self, dataset: "Dataset", tokenizer: Any) -> "Dataset":
         """Token ids of what stands before the last response, for the model to go on from."""
 
-        def tokenized(row: dict[str, Any]) -> dict[str, list[int]]:
+        def encoded(row: dict[str, Any]) -> dict[str, list[int]]:
             if "messages" in row:
                 return {"input_ids": _ids(tokenizer, _chat(tokenizer, row["messages"][:-1], prompt=True))}
             return {"input_ids": self._prompt(row, tokenizer)}
 
-        return dataset.map(tokenized, remove_columns=dataset.column_names, desc="Tokenizing")
+        return batches.tokenized(dataset, encoded)
 
     def _prompt(self, row: dict[str, Any], tokenizer: Any) -> list[int]:
         ids = tokenizer(self.template.replace("{prompt}", row["prompt"]), verbose=False)["input_ids"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from loftq.errors import UsageError, quoted
+from loftq.errors import InputError, UsageError, quoted
 from loftq.tasks import batches, loops, metrics
 from loftq.tasks.base import Measuring, Task
 
@@ -50,9 +50,11 @@ class SpanQA(Task):
             raise UsageError(f"task {quoted(self.name)} needs a fast tokenizer, one with a tokenizer.json")
         tokenizer = batches.padding(tokenizer, "right")
 
-        def tokenized(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        def encoded(rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+            questions = [question.lstrip() for question in rows["question"]]  # a few of SQuAD's begin with many blanks
+            self._check_room(tokenizer, questions, indices)
             pieces = tokenizer(
-                [question.lstrip() for question in rows["question"]],  # a few of SQuAD's begin with many blanks
+                questions,
                 rows["context"],
                 truncation="only_second",
                 max_length=self.limits.max_length,
@@ -67,9 +69,18 @@ class SpanQA(Task):
             result = {**pieces, "start_positions": [s for s, _ in spans], "end_positions": [e for _, e in spans]}
             return result if train else {**result, "row": [indices[row] for row in row_of], "offsets": offsets}
 
-        return dataset.map(
-            tokenized, batched=True, with_indices=True, remove_columns=dataset.column_names, desc="Tokenizing"
-        )
+        return batches.tokenized(dataset, encoded, batched=True, with_indices=True)
+
+    def _check_room(self, tokenizer: Any, questions: list[str], indices: list[int]) -> None:
+        """Refuse a question that leaves less room for its context than two pieces have in common."""
+        room = self.limits.max_length - tokenizer.num_special_tokens_to_add(pair=True)
+        for question, index in zip(tokenizer(questions, add_special_tokens=False)["input_ids"], indices, strict=True):
+            if room - len(question) <= (self.limits.doc_stride or 0):
+                raise InputError(
+                    f"task {quoted(self.name)}, row {index + 1}: its question of {len(question)} tokens leaves too "
+                    f"little of max_length {self.limits.max_length} for pieces of the context that overlap by "
+                    f"doc_stride {self.limits.doc_stride}; raise max_length or lower doc_stride"
+                )
 
     def collator(self, tokenizer: Any, model: Any = None) -> Any:
         return batches.pad_inputs(batches.padding(tokenizer, "right"), self.limits, model)

@@ -42,7 +42,7 @@ class Summarization(Task):
     def prepare(self, dataset: "Dataset", tokenizer: Any, *, train: bool) -> "Dataset":
         batches.check_tokenizer(self.limits, tokenizer)
 
-        def tokenized(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        def encoded(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
             texts = [self.prefix + document for document in rows["document"]]
             inputs = tokenizer(texts, truncation=True, max_length=self.limits.max_length)
             targets = tokenizer(text_target=rows["summary"], truncation=True, max_length=self.limits.max_target_length)
@@ -52,7 +52,7 @@ class Summarization(Task):
                 "labels": targets["input_ids"],
             }
 
-        return dataset.map(tokenized, batched=True, remove_columns=dataset.column_names, desc="Tokenizing")
+        return batches.tokenized(dataset, encoded, batched=True)
 
     def collator(self, tokenizer: Any, model: Any = None) -> Any:
         if model is not None and not model.config.is_encoder_decoder:
