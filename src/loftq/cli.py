@@ -263,6 +263,33 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory of the comparison. [default: the recipe's]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune every arm of a recipe's section compare, and show them side by side. Continues if stopped."""
+    with _extra("train"):
+        from loftq.recipe import read
+        from loftq.report.comparison import print_comparison
+        from loftq.workflows.compare import compare as run
+    _quiet()
+    asked = read(recipe, overrides or ())
+    if output is not None:
+        asked = asked.changed(output=str(output))
+    with _RunBar() as bar:
+        rows = run(asked, bar.begin)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        print_comparison(rows)
+        print(f"\nSaved to {quoted(asked.output, 400)}: comparison.md, losses.png, bytes.png; every run in rows.jsonl.")
+
+
+@app.command()
 def verify(directory: Directory) -> None:
     """Check hashes, shapes and finiteness of every file, without loading the model."""
     from loftq.workflows.check import verify as run
@@ -363,6 +390,34 @@ class _Bar:
             self._bar.close()
 
     def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class _RunBar:
+    """A progress bar over the runs of a comparison, with the last one's result."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def begin(self, total: int) -> Any:
+        from tqdm.auto import tqdm
+
+        self._bar = tqdm(total=total, unit="run", desc="compare", dynamic_ncols=True)
+        return self._advance
+
+    def _advance(self, row: dict[str, Any]) -> None:
+        metric = row["metric"]
+        result = "N.A." if row["failed"] else f"{metric} {row['metrics'][metric]:.4g}"
+        self._bar.set_postfix_str(
+            f"{row['settings']['method']} {row['settings']['bits']} bits: {result}", refresh=False
+        )
+        self._bar.update()
+
+    def __enter__(self) -> "_RunBar":
         return self
 
     def __exit__(self, *_: object) -> None:
