@@ -23,7 +23,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from loftq.errors import UsageError, quoted
-from loftq.recipe import Quantization, Recipe, Strict, section
+from loftq.recipe import Recipe, Strict, section
 from loftq.report.comparison import chosen_rate
 
 NOT_ESSENTIAL = ("output", "note", "compare")
@@ -144,25 +144,18 @@ def _arms(recipe: Recipe, block: Mapping[str, Any], rates: Sequence[float], plac
         if not values:
             raise UsageError(f"{place}: {quoted(key)} is an empty list")
     for combination in itertools.product(*axes.values()):
-        changed = dict(zip(axes, combination, strict=True))
-        yield Arm(recipe.changed(**changed, **_unused(recipe, changed)), tuple(dict.fromkeys(map(float, rates))))
+        arm = essential(recipe.changed(**dict(zip(axes, combination, strict=True))))
+        yield Arm(arm, tuple(dict.fromkeys(map(float, rates))))
 
 
-def _unused(recipe: Recipe, changed: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults for what the method has no use for, so that arms which differ only in that are one arm."""
-    method = changed.get("method", recipe.method)
-    if method == "full":
-        return {"quantization": None, "lora": {}}
-    if method == "qlora":
-        return {"quantization.steps": 0, "quantization.order": "quantize-first"}
-    if method == "lora" and (recipe.quantization or any(key.startswith("quantization.") for key in changed)):
-        return {"quantization": _where(recipe.changed(**changed).quantization)}
-    return {}
-
-
-def _where(quantization: Quantization | None) -> dict[str, Any]:
-    """Of a quantization, what decides which modules get an adapter; widths matter only where a pattern leaves some."""
-    if quantization is None:
-        return {}
-    patterns = {"bits": quantization.bits} if "=" in quantization.bits else {}
-    return {**patterns, "embeddings": quantization.embeddings, "min_coverage": quantization.min_coverage}
+def essential(recipe: Recipe) -> Recipe:
+    """The recipe without what its method has no use for, so that two arms which differ only in that are one arm."""
+    if recipe.method == "full":
+        return recipe.changed(quantization=None, lora={})
+    if recipe.method == "qlora":
+        return recipe.changed(**{"quantization.steps": 0, "quantization.order": "quantize-first"})
+    if recipe.method == "lora" and recipe.quantization:
+        given = recipe.quantization  # decides which modules get an adapter; widths do only where a pattern leaves some
+        kept = {"embeddings": given.embeddings, "min_coverage": given.min_coverage}
+        return recipe.changed(quantization={**kept, "bits": given.bits} if "=" in given.bits else kept)
+    return recipe
