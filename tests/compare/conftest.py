@@ -9,7 +9,7 @@ import models
 
 sys.path.append(str(Path(__file__).parents[1] / "tasks"))  # rows of every task, and tokenizers
 
-import tiny_models  # noqa: E402
+import tiny_models
 
 
 @pytest.fixture(scope="session")

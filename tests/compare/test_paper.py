@@ -19,6 +19,7 @@ DRY = {
     "training.gradient_accumulation_steps": 1,
     "training.save_strategy": "no",
     "training.logging_steps": 1,
+    "training.use_cpu": True,
     "lora.rank": 4,
 }
 
@@ -44,7 +45,7 @@ def test_two_steps_on_a_tiny_model(file, source, tmp_path):
     splits = ("train", "validation_matched", "validation_mismatched") if recipe.task == "mnli" else ("train", "test")
     changed = {"model": str(source(family)), "output": str(tmp_path / "run"), **DRY}
     generated = {"generation.max_new_tokens": 3} if recipe.task in ("xsum", "cnn_dailymail", "gsm8k") else {}
-    result = finetune(recipe.changed(**changed, **generated, data={split: rows for split in splits}))
+    result = finetune(recipe.changed(**changed, **generated, data=dict.fromkeys(splits, rows)))
     assert result.steps == 2
     assert len([h for h in result.history if "loss" in h]) == 2
     assert result.metrics["n"] == len(ROWS[recipe.task][0])
