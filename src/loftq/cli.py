@@ -235,6 +235,7 @@ def evaluate(
     split: Annotated[list[str] | None, typer.Option(help="A split to report on; may be repeated.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="A trained adapter to put on the model.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows at a time. [default: the run's, or 32]")] = 0,
+    max_length: Annotated[int, typer.Option(help="Tokens of an input. [default: the run's or the task's]")] = 0,
     sampling: Annotated[
         str | None, typer.Option(help="How answers are written: greedy, or paper (GSM8K's sampling). [default: greedy]")
     ] = None,
@@ -254,6 +255,7 @@ def evaluate(
         splits=split or (),
         adapter=adapter,
         batch_size=_at_least("--batch-size", batch_size, 0) or None,
+        max_length=_at_least("--max-length", max_length, 0) or None,
         generation=sampling,
     )
     if as_json:

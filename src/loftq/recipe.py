@@ -60,7 +60,7 @@ class Data(Strict):
     """Where the rows come from: a directory with files named by split, or files by split; else the hub."""
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, str | list[str]]
+    __pydantic_extra__: dict[str, str | list[str]] = Field(init=False)  # type: ignore[assignment]
 
     directory: str | None = None
     max_train_samples: Count | None = None
@@ -70,7 +70,8 @@ class Data(Strict):
     def _splits(self) -> "Data":
         odd = [name for name in self.__pydantic_extra__ if not SPLIT.fullmatch(name)]
         if odd:
-            raise PydanticCustomError("split", f"{listed(odd)}: no split; wanted train, validation, test, or directory")
+            wanted = "no split; wanted train, validation, test, or directory"
+            raise PydanticCustomError("split", "{names}: {wanted}", {"names": listed(odd), "wanted": wanted})
         if self.directory and self.__pydantic_extra__:
             raise PydanticCustomError("split", "a directory and files are given; wanted one of them")
         return self
@@ -82,7 +83,10 @@ class Data(Strict):
 
 
 class Quantization(Strict):
-    """Fields of :class:`loftq.plan.Policy` and :class:`loftq.spec.SolveSpec`, by their names."""
+    """Fields of :class:`loftq.plan.Policy` and :class:`loftq.spec.SolveSpec`, by their names.
+
+    Its seed is not the run's: runs that differ in the seed of training share a backbone.
+    """
 
     bits: Rules = "4"
     code: Literal[CODES] = "nf"  # type: ignore[valid-type]
@@ -94,6 +98,7 @@ class Quantization(Strict):
     steps: Annotated[int, Field(ge=0)] = 5
     order: Literal[ORDERS] = "quantize-first"  # type: ignore[valid-type]
     svd: Literal[SVDS] = "auto"  # type: ignore[valid-type]
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 class Lora(Strict):
@@ -129,7 +134,7 @@ class Recipe(Strict):
     model: str
     task: str | dict[str, Any]
     method: Literal[METHODS]  # type: ignore[valid-type]
-    data: Data = Data()
+    data: Data = Field(default_factory=Data)
     quantization: Quantization | None = None
     lora: Lora = Lora()
     training: dict[str, Any] = {}

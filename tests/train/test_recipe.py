@@ -44,8 +44,9 @@ def test_numbers_are_numbers_and_patterns_are_text(file):
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("1e-4", 1e-4), ("1E+3", 1e3), ("-.5", -0.5), (".inf", float("inf")), ("007", 7), ("true", True), ("null", None),
-        ("no", "no"), ("on", "on"), ("1:30", "1:30"), ("1_000", "1_000"), ("2026-11-25", "2026-11-25"), ("0x10", "0x10"),
+        ("1e-4", 1e-4), ("1E+3", 1e3), ("-.5", -0.5), (".inf", float("inf")), ("007", 7), ("true", True),
+        ("null", None), ("no", "no"), ("on", "on"), ("1:30", "1:30"), ("1_000", "1_000"), ("2026-11-25", "2026-11-25"),
+        ("0x10", "0x10"),
     ],
 )  # fmt: skip
 def test_yaml_is_1_2(text, value):
@@ -143,7 +144,7 @@ def test_every_mistake_names_its_key(file, override, wanted):
 def test_broken_files(tmp_path, text, wanted):
     path = tmp_path / "broken.yaml"
     path.write_text(text)
-    with pytest.raises(InputError, match="broken.yaml: ") as caught:
+    with pytest.raises(InputError, match=r"broken\.yaml: ") as caught:
         read(path)
     assert wanted in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -19,6 +19,8 @@ def training_arguments(recipe: Recipe, task: Task, checkpoints: Path) -> Seq2Seq
     Raises: UsageError for values that transformers refuses, alone or together.
     """
     given = {**DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available(), **recipe.training}
+    if given.get("load_best_model_at_end") and given.get("eval_strategy", "no") == "no":
+        raise UsageError("training.load_best_model_at_end: wants training.eval_strategy too, steps or epoch")
     if given.get("load_best_model_at_end") and "metric_for_best_model" not in given:
         given["metric_for_best_model"] = task.best_metric
         given["greater_is_better"] = task.best_is_greater

@@ -1,11 +1,14 @@
 """The trainer of transformers with what every run of ours wants: a bar of one line, and an end to a lost run."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
 from loftq.errors import NumericalError
@@ -17,6 +20,15 @@ class LoftQTrainer(Seq2SeqTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train. Whatever stops it, no bar stays behind."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, Bar):
+                    callback.close()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One batch. Raises: NumericalError, with what to try, if its loss is NaN or infinite."""
@@ -37,6 +49,11 @@ def _what_to_try(loss: float, step: int, arguments: Any) -> str:
     return f"the training loss is {loss} at step {step}; try {', or '.join(cures)}"
 
 
+def callbacks(logs: Path, writing: bool) -> list[TrainerCallback]:
+    """The bar, and TensorBoard's events in ``logs``, in the process that writes."""
+    return [Bar(), TensorBoardCallback(SummaryWriter(str(logs)))] if writing else []
+
+
 class Bar(TrainerCallback):
     """Steps, time left, and the last loss, learning rate and evaluation; one line, gone when the work is done."""
 
@@ -52,7 +69,6 @@ class Bar(TrainerCallback):
             unit="step",
             leave=False,
             dynamic_ncols=True,
-            disable=not state.is_world_process_zero,
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -35,6 +35,7 @@ def evaluate(
     splits: Sequence[str] = (),
     adapter: Path | None = None,
     batch_size: int | None = None,
+    max_length: int | None = None,
     generation: str | None = None,
 ) -> Evaluation:
     """Evaluate a run of ``loftq train``, a dense model, or a quantized directory with its start.
@@ -45,6 +46,7 @@ def evaluate(
         data: a directory with files named by split, instead of the task's or the run's data.
         splits: those to report on; by default the task's.
         adapter: a trained adapter to put on ``target``.
+        max_length: tokens of an input, instead of the task's or the run's.
         generation: ``greedy`` or ``paper``, for tasks that write answers.
 
     Raises: InputError for a model that was never trained for the task; what the parts raise.
@@ -52,7 +54,7 @@ def evaluate(
     run = Run(Path(target).expanduser())
     is_run = run.recipe.is_file()
     recipe = run.read_recipe() if is_run else _recipe_for(target, task)
-    changes: dict[str, Any] = {"task": task, "generation": generation, "data": data}
+    changes: dict[str, Any] = {"task": task, "generation": generation, "data": data, "max_length": max_length}
     recipe = recipe.changed(**{key: value for key, value in changes.items() if value is not None})
     known = task_of(recipe)
     rows = read_data(recipe, known, list(splits) or None)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import Seq2SeqTrainingArguments, set_seed
@@ -24,15 +24,13 @@ from loftq.spec import SolveSpec
 from loftq.tasks import Task, get_task, load_data, score
 from loftq.train.arguments import training_arguments
 from loftq.train.model import add_lora, add_start, load_model, load_tokenizer, precision, save
-from loftq.train.trainer import Bar, LoftQTrainer
+from loftq.train.trainer import LoftQTrainer, callbacks
 from loftq.workflows.assemble import adapter_of
 from loftq.workflows.check import read_manifest
 from loftq.workflows.places import MANIFEST
 from loftq.workflows.quantize import Begin, QuantizeOptions, quantize
 from loftq.workflows.run import Run, RunResult
 from loftq.workflows.source import open_source, resolve
-
-logger = logging.getLogger("loftq")
 
 
 def finetune(
@@ -48,57 +46,65 @@ def finetune(
         resume: False begins again, and removes what an earlier run of the same directory left.
         begin: for a progress bar of quantizing, as :func:`loftq.workflows.quantize.quantize` takes it.
 
-    Raises: UsageError and InputError before anything is written, for whatever does not fit; ConflictError if the
-        output belongs to another recipe; NumericalError when the loss is not finite.
+    Raises: UsageError and InputError for whatever does not fit, before the hours of quantizing and training;
+        ConflictError if the output belongs to another recipe; NumericalError when the loss is not finite.
     """
     if recipe.output is None:
         raise UsageError("no output: say where the run goes, with `output:` in the recipe or --output")
     run = Run(Path(recipe.output).expanduser().absolute())
     task = task_of(recipe)
     arguments = training_arguments(recipe, task, run.checkpoints)
-    main = arguments.process_index == 0
-    with run.claimed(recipe, resume) if main else nullcontext():
-        arguments.distributed_state.wait_for_everyone()
-        done = run.result()
-        if done is not None:
-            return done
-        source = resolve(recipe.model)
-        data = read_data(recipe, task)
-        if "train" not in data:
-            raise InputError(f"task {task.name}: the data has no train split, only {', '.join(data)}")
-        tokenizer = load_tokenizer(source)
-        base = _backbone(recipe, source, run, backbone_cache, begin, main)
-        set_seed(recipe.seed)
-        model = _model(recipe, task, base, arguments)
-        trainer, bar = _trainer(task, model, tokenizer, data, arguments, run)
-        began = time.monotonic()
-        try:
-            trainer.train(resume_from_checkpoint=run.last_checkpoint())
-        finally:
-            bar.close()
-        seconds = time.monotonic() - began
-        save(trainer.model, run.model if recipe.method == "full" else run.adapter, tokenizer, main)
-        metrics = evaluate_splits(recipe, task, trainer.model, tokenizer, data)
-        result = RunResult(
-            task=task.identity,
-            method=recipe.method,
-            seed=recipe.seed,
-            metrics=metrics,
-            splits=list(task.eval_splits(data)),
-            history=trainer.state.log_history,
-            steps=trainer.state.global_step,
-            epochs=float(trainer.state.epoch or 0),
-            seconds=round(seconds, 3),
-            learning_rate=arguments.learning_rate,
-            bytes=_sizes(recipe, run, base),
-            base=str(base),
-            processes=arguments.world_size,
-            device=_device(arguments),
-            versions=_versions(),
-        )
-        if main:
-            run.finish(result)
-        arguments.distributed_state.wait_for_everyone()
+    processes = PartialState()
+    with run.claimed(recipe, resume) if processes.is_main_process else nullcontext():
+        processes.wait_for_everyone()
+        result = run.result() or _work(recipe, task, arguments, run, backbone_cache, begin)
+        processes.wait_for_everyone()
+    return result
+
+
+def _work(
+    recipe: Recipe,
+    task: Task,
+    arguments: Seq2SeqTrainingArguments,
+    run: Run,
+    cache: Path | None,
+    begin: Begin | None,
+) -> RunResult:
+    """The run itself. What can be refused is refused first."""
+    writing = PartialState().is_main_process
+    source = resolve(recipe.model)
+    data = read_data(recipe, task)
+    if "train" not in data:
+        raise InputError(f"task {task.name}: the data has no train split, only {', '.join(data)}")
+    splits = {split: data[split] for split in task.eval_splits(data)}
+    tokenizer = load_tokenizer(source)
+    base = _backbone(recipe, source, run, cache, begin, writing)
+    set_seed(recipe.seed)
+    model = _model(recipe, task, base, arguments)
+    trainer = _trainer(task, model, tokenizer, data, arguments, run)
+    began = time.monotonic()
+    trainer.train(resume_from_checkpoint=run.last_checkpoint())
+    seconds = time.monotonic() - began
+    save(trainer.model, run.model if recipe.method == "full" else run.adapter, tokenizer, writing)
+    result = RunResult(
+        task=task.identity,
+        method=recipe.method,
+        seed=recipe.seed,
+        metrics=evaluate_splits(recipe, task, trainer.model, tokenizer, splits),
+        splits=list(splits),
+        history=trainer.state.log_history,
+        steps=trainer.state.global_step,
+        epochs=float(trainer.state.epoch or 0),
+        seconds=round(seconds, 3),
+        learning_rate=arguments.learning_rate,
+        bytes=_sizes(recipe, run, base),
+        base=str(base),
+        processes=arguments.world_size,
+        device=_device(arguments),
+        versions=_versions(),
+    )
+    if writing:
+        run.finish(result)
     return result
 
 
@@ -117,14 +123,14 @@ def read_data(recipe: Recipe, task: Task, splits: list[str] | None = None) -> di
 
 
 def evaluate_splits(
-    recipe: Recipe, task: Task, model: Any, tokenizer: Any, data: dict[str, Dataset], batch_size: int | None = None
+    recipe: Recipe, task: Task, model: Any, tokenizer: Any, splits: dict[str, Dataset], batch_size: int | None = None
 ) -> dict[str, float]:
-    """The task's metrics on its splits: of the first by their names, of others with the split's name before them."""
+    """The task's metrics on ``splits``: of the first by their names, of others with the split's name before them."""
     size = batch_size or recipe.training.get("per_device_eval_batch_size", 32)
     metrics: dict[str, float] = {}
-    for split in task.eval_splits(data):
+    for split, rows in splits.items():
         with precision(model, recipe.training):
-            found = score(task, model, tokenizer, data[split], batch_size=size, generation=recipe.generation.choice)
+            found = score(task, model, tokenizer, rows, batch_size=size, generation=recipe.generation.choice)
         metrics.update({f"{split}_{k}" if metrics else k: v for k, v in found.items()})
     return metrics
 
@@ -134,13 +140,13 @@ def policy_of(recipe: Recipe) -> Policy:
     given, lora = recipe.quantization or Quantization(), recipe.lora
     steps = 0 if recipe.method == "qlora" else given.steps
     return Policy(
-        **given.model_dump(exclude={"steps", "order", "svd"}),
+        **given.model_dump(exclude={"steps", "order", "svd", "seed"}),
         **lora.model_dump(exclude={"dropout"}),
-        solve=SolveSpec(steps=steps, order=given.order, svd=given.svd, seed=recipe.seed),
+        solve=SolveSpec(steps=steps, order=given.order, svd=given.svd, seed=given.seed),
     )
 
 
-def _backbone(recipe: Recipe, source: Path, run: Run, cache: Path | None, begin: Begin | None, main: bool) -> Path:
+def _backbone(recipe: Recipe, source: Path, run: Run, cache: Path | None, begin: Begin | None, writing: bool) -> Path:
     """The checkpoint that is trained: ``source``, or for ``qlora`` and ``loftq`` its quantized form."""
     quantized = (source / MANIFEST).is_file()
     if recipe.method not in ("qlora", "loftq"):
@@ -152,8 +158,8 @@ def _backbone(recipe: Recipe, source: Path, run: Run, cache: Path | None, begin:
         return source
     policy = policy_of(recipe)
     place = run.backbone if cache is None else cache / _cache_name(source, policy)
-    if main:
-        quantize(str(source), place, QuantizeOptions(policy=policy), begin)
+    if writing:
+        quantize(str(source), place, QuantizeOptions(policy=policy, overwrite=True), begin)
     while not (place / MANIFEST).is_file():  # no barrier: it would time out long before a large model is done
         time.sleep(0.5)
     return place
@@ -194,29 +200,25 @@ def _model(recipe: Recipe, task: Task, base: Path, arguments: Seq2SeqTrainingArg
 
 def _trainer(
     task: Task, model: Any, tokenizer: Any, data: dict[str, Dataset], arguments: Seq2SeqTrainingArguments, run: Run
-) -> tuple[LoftQTrainer, Bar]:
-    watched = task.dev_split(data) if arguments.eval_strategy != "no" or arguments.eval_on_start else None
+) -> LoftQTrainer:
+    watching = arguments.eval_strategy != "no" or arguments.eval_on_start
+    watched = task.dev_split(data) if watching else None
+    dev = metrics = None
     with arguments.main_process_first():
         rows = task.prepare(data["train"], tokenizer, train=True)
-        dev = task.prepare(data[watched], tokenizer, train=False) if watched else None
-    bar = Bar()
-    callbacks: list[Any] = [bar]
-    if arguments.process_index == 0 and not arguments.report_to:
-        from torch.utils.tensorboard import SummaryWriter
-        from transformers.integrations import TensorBoardCallback
-
-        callbacks.append(TensorBoardCallback(SummaryWriter(str(run.logs))))
-    trainer = LoftQTrainer(
+        if watched is not None:
+            dev = task.prepare(data[watched], tokenizer, train=False)
+            metrics = task.trainer_metrics(data[watched], dev, tokenizer)
+    return LoftQTrainer(
         model=model,
         args=arguments,
         train_dataset=rows,
         eval_dataset=dev,
         data_collator=task.collator(tokenizer, model),
         processing_class=tokenizer,
-        compute_metrics=task.trainer_metrics(data[watched], dev, tokenizer) if watched else None,
-        callbacks=callbacks,
+        compute_metrics=metrics,
+        callbacks=callbacks(run.logs, PartialState().is_main_process),
     )
-    return trainer, bar
 
 
 def _sizes(recipe: Recipe, run: Run, base: Path) -> dict[str, int]:

@@ -68,7 +68,7 @@ class Run:
                 strangers = listed(p.name for p in self.root.iterdir() if p.name not in ("lock", "backbone"))
                 if strangers:
                     raise ConflictError(f"{self.root}: no run, and not empty ({strangers}); choose another --output")
-            elif resume:
+            elif resume and self.begun:
                 changed = listed(differences(identity(self.read_recipe()), identity(recipe)))
                 if changed:
                     raise ConflictError(
@@ -76,12 +76,16 @@ class Run:
                         "--restart to replace it"
                     )
             else:
-                for path in (self.metrics, self.recipe):
-                    fsio.remove(path)
+                fsio.remove(self.metrics)
                 for path in (self.checkpoints, self.logs, self.adapter, self.model):
                     fsio.remove_tree(path)
             fsio.write_atomic(self.recipe, [recipes.dump(recipe).encode()])
             yield
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is something of a training to lose."""
+        return any(path.exists() for path in (self.metrics, self.adapter, self.model, self.checkpoints))
 
     def read_recipe(self) -> Recipe:
         return recipes.read(self.recipe)
