@@ -23,7 +23,7 @@ def canonical(dataset: "Dataset", task: Task, place: str) -> "Dataset":
     Raises: InputError for a missing column, an empty set, or a value that cannot be used.
     """
     if not len(dataset):
-        raise InputError(f"{place}: no rows; the file is empty")
+        raise InputError(f"{place}: no rows; it is empty")
     found = _found(dataset, task, place)
     dataset = dataset.select_columns(list(found.values())).rename_columns({v: k for k, v in found.items() if v != k})
     for role, name in found.items():

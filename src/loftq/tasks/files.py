@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 WANTED = "wanted .jsonl, .json, .csv, .parquet or .txt, or one of them with .gz"
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+EMPTY = "no rows; the file is empty"
 _SHARD = r"(?:[-_.]\d+(?:-of-\d+)?)?"
 
 
@@ -75,16 +76,28 @@ def read(path: Path) -> "Dataset":
     import datasets
 
     kind = _kind(path)
-    options: dict[str, Any] = {"dtype": "str", "keep_default_na": False} if kind == "csv" else {}
     try:
         if not path.stat().st_size:
-            raise InputError(f"{quoted(path)}: no rows; the file is empty")
+            raise InputError(f"{quoted(path)}: {EMPTY}")
+        options = _csv_options(path) if kind == "csv" else {}
         with no_bars():
             return datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)  # type: ignore[return-value]
     except InputError:
         raise
     except Exception as e:
         raise InputError(f"{quoted(path)}: {_problem(path, kind) or _root(e)}") from e
+
+
+def _csv_options(path: Path) -> dict[str, Any]:
+    """Every column as text. Looked at before pandas does, which takes rows all one field too long for named rows."""
+    from datasets import Features, Value
+
+    problem = _problem(path, "csv")
+    if problem:
+        raise InputError(f"{quoted(path)}: {problem}")
+    with _open(path) as file:
+        header = next(csv.reader(file))
+    return {"features": Features({name: Value("string") for name in header}), "keep_default_na": False}
 
 
 def _suffix(path: Path) -> str:
@@ -127,10 +140,9 @@ def _json_problem(file: TextIO) -> str | None:
     if file.read(1) == "[":
         file.seek(0)
         try:
-            json.load(file)
+            return None if json.load(file) else EMPTY
         except ValueError as e:
             return f"not JSON: {e}"
-        return None
     file.seek(0)
     columns: dict[str, type] = {}
     for number, line in enumerate(file, 1):
@@ -148,16 +160,20 @@ def _json_problem(file: TextIO) -> str | None:
                     f"line {number}, column {quoted(name)}: {type(value).__name__} where the lines before have "
                     f"{columns[name].__name__}"
                 )
-    return None if columns else "no rows; the file is empty"
+    return None if columns else EMPTY
 
 
 def _csv_problem(file: TextIO) -> str | None:
-    rows = csv.reader(file)
-    header = next(rows, [])
-    for row in rows:
-        if row and len(row) != len(header):
-            return f"line {rows.line_num} has {len(row)} fields where the header has {len(header)}"
-    return None
+    rows = csv.reader(file, strict=True)
+    try:
+        header, count = next(rows, []), 0
+        for row in rows:
+            if row and len(row) != len(header):
+                return f"line {rows.line_num} has {len(row)} fields where the header has {len(header)}"
+            count += bool(row)
+    except csv.Error as e:
+        return f"line {rows.line_num} is not CSV: {e}"
+    return None if count else EMPTY
 
 
 def _drain(file: TextIO) -> None:
