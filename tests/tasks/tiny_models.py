@@ -57,6 +57,7 @@ def words(**options: Any) -> Any:
         bos_token="[CLS]",
         eos_token="[SEP]",
         model_max_length=256,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         **options,
     )
 

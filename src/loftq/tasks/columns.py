@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+_NEW = "_new"
+
+
 def canonical(dataset: "Dataset", task: Task, place: str) -> "Dataset":
     """The columns of ``task.roles`` alone, under those names, with values that are what they should be.
 
@@ -119,7 +122,8 @@ def _broken(where: str, row: int, value: Any, wanted: str) -> InputError:
 
 
 def _replaced(dataset: "Dataset", role: str, values: list[Any]) -> "Dataset":
-    return dataset.remove_columns(role).add_column(role, values)  # type: ignore[call-arg]
+    added = dataset.add_column(_NEW, values)  # type: ignore[call-arg]
+    return added.remove_columns(role).rename_column(_NEW, role)  # never without columns, and so without rows
 
 
 def _name(value: Any) -> str:

@@ -89,7 +89,7 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
     return {name: 100 * total / len(predictions) for name, total in totals.items()}
 
 
-_TITLES = r"(?<!\b(?:Mr|Dr|Ms|St|Jr|Sr|vs|Lt|No)\.)(?<!\b(?:Mrs|Gov|Sen|Rep|Gen|Col|Sgt)\.)"
+_TITLES = r"(?<!\b(?:Mr|Dr|Ms|St|Jr|Sr|vs|Lt)\.)(?<!\b(?:Mrs|Gov|Sen|Rep|Gen|Col|Sgt)\.)"
 _CLOSING, _OPENING = "[\"'\u201d\u2019)\\]]*", "[\"'\u201c\u2018(\\[]*"
 _END = re.compile(rf"(?<=[.!?])(?<!\b[A-Z]\.){_TITLES}{_CLOSING}(\s+)(?={_OPENING}[A-Z0-9£$])")
 
