@@ -9,7 +9,7 @@ from rows import ROWS
 
 from loftq.recipe import read
 from loftq.workflows.finetune import finetune
-from loftq.workflows.grid import essential, grid
+from loftq.workflows.grid import Arm, essential, grid
 
 PAPER = Path(__file__).parents[2] / "recipes" / "paper"
 FILES = sorted(PAPER.glob("*/*.yaml"))
@@ -70,7 +70,7 @@ def meant(task, tasks):
 @pytest.mark.parametrize("file", FILES, ids=name)
 def test_the_readme_reaches_every_arm(file):
     """A line of the README is an arm of the file's grid, and the other way round, with a learning rate of its grid."""
-    arms = {arm.key: arm for arm in grid(read(file)).arms}
+    arms = {arm.key: arm for arm in grid(read(file))}
     named = []
     for tasks, overrides in commands()[file.parent.name]:
         if not meant(file.stem, tasks):
@@ -78,7 +78,7 @@ def test_the_readme_reaches_every_arm(file):
         given = [o for o in overrides if not o.endswith("=RATE")]
         given += rates_said_in_words(file, overrides)
         recipe = read(file, given)
-        arm = type(next(iter(arms.values())))(essential(recipe), ())
+        arm = Arm(essential(recipe), (), ())
         assert arm.key in arms, overrides
         named.append(arm.key)
         rates = arms[arm.key].learning_rates

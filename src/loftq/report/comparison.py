@@ -8,7 +8,6 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from loftq.report.tables import console, plain_table
@@ -142,7 +141,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
     equal = {k: v for k, v in found[-1].settings.items() if k not in columns(found)}
     told = ", ".join(f"{HEADINGS.get(k, k)} {v}" for k, v in equal.items())
     lines = [
-        f"{Path(first['model']).name}, {first['task']}, n = {first['n']}; {first['train_steps']} steps for every arm"
+        f"{first['model']}, {first['task']}, n = {first['n']}; {first['train_steps']} steps for every arm"
         + (f"; {told}" if told else "")
         + ". Median over seeds (smallest to largest). The learning rate is the one of those named that did best with "
         f"the first seed, by {first['metric']} on the rows that are reported.",

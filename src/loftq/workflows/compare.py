@@ -2,12 +2,13 @@
 
 import datetime
 import functools
+import itertools
 import json
 import math
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from loftq.report.comparison import page
 from loftq.report.comparison_plots import plot_bytes, plot_losses
 from loftq.train.model import load_tokenizer
 from loftq.workflows.finetune import finetune, read_data, task_of
-from loftq.workflows.grid import Grid, Run, grid, schedule
+from loftq.workflows.grid import Arm, Run, grid, schedule
 from loftq.workflows.run import RunResult
 from loftq.workflows.source import resolve
 from loftq.workflows.verdict import constant_answer, failure
@@ -46,44 +47,47 @@ def compare(recipe: Recipe, begin: Begin | None = None) -> list[Row]:
     pictures = {"training loss": "losses.png", "metric by bytes": "bytes.png"}
     plot_losses(rows, output / pictures["training loss"])
     plot_bytes(rows, output / pictures["metric by bytes"])
-    text = page(f"{rows[0]['task']}: {Path(rows[0]['model']).name}", rows, pictures)
+    text = page(f"{rows[0]['task']}: {rows[0]['model']}", rows, pictures)
     fsio.write_atomic(output / "comparison.md", [text.encode()])
     return rows
 
 
 def run_grids(
-    grids: Sequence[Grid], file: Path, directory: Path, *, begin: Begin | None = None, keep: bool = True
+    grids: Sequence[Sequence[Arm]],
+    file: Path,
+    directory: Path,
+    *,
+    begin: Begin | None = None,
+    about: Mapping[str, Any] | None = None,
+    keep: bool = True,
 ) -> list[Row]:
     """Run what is missing of several grids, in turn; their rows.
 
     Args:
         file: where the rows are, and new ones go; rows of other runs in it are left alone.
         directory: for runs and backbones.
+        about: more to be said in every new row.
         keep: False removes each run's files once its row is written.
     """
     fsio.make_dirs(directory)
     with fsio.DirectoryLock(directory / "lock"):
         rows = {row["key"]: row for row in read_rows(file)}
-        advance = begin(sum(map(len, grids))) if begin else lambda row: None
+        advance = begin(sum(len(arm) for arms in grids for arm in arms)) if begin else lambda row: None
         mine = []
         for run in schedule(grids, rows):
             if run.key not in rows:
-                rows[run.key] = _row(run, directory, keep)
+                rows[run.key] = {**_row(run, directory, keep), **(about or {})}
                 fsio.write_atomic(file, [json.dumps(row).encode() + b"\n" for row in rows.values()])
             mine.append(rows[run.key])
             advance(rows[run.key])
     return mine
 
 
-def finished(grids: Sequence[Grid], file: Path) -> tuple[list[Row], int]:
+def finished(grids: Sequence[Sequence[Arm]], file: Path) -> tuple[list[Row], int]:
     """The rows there are of the grids' runs, and how many are missing."""
     rows = {row["key"]: row for row in read_rows(file)}
-    mine = []
-    for run in schedule(grids, rows):
-        if run.key not in rows:
-            break
-        mine.append(rows[run.key])
-    return mine, sum(map(len, grids)) - len(mine)
+    mine = list(itertools.takewhile(bool, (rows.get(run.key, {}) for run in schedule(grids, rows))))
+    return mine, sum(len(arm) for arms in grids for arm in arms) - len(mine)
 
 
 def read_rows(file: Path) -> list[Row]:
@@ -116,7 +120,7 @@ def _row(run: Run, directory: Path, keep: bool) -> Row:
         "key": run.key,
         "task": task.name,
         "task_version": task.version,
-        "model": recipe.model,
+        "model": Path(recipe.model).name,
         "settings": settings(recipe),
         "learning_rate": run.learning_rate,
         "learning_rates": list(run.arm.learning_rates),
