@@ -27,13 +27,11 @@ def tokenizer() -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
 
 
-def source(directory: Path, family: str = "bert") -> Path:
-    """A random model of ``family``, with dropout in an encoder, so that lost random states are noticed."""
-    family = models.FAMILIES[family]
+def source(directory: Path, dropout: float = 0.1) -> Path:
+    """A random BERT. It has dropout, so that lost random states are noticed."""
     torch.manual_seed(0)
-    dropout = {"hidden_dropout_prob": 0.1} if "hidden_dropout_prob" in family.options else {}
-    model = family.model_class(getattr(transformers, family.config)(**{**family.options, **dropout}))
-    model.save_pretrained(directory)
+    config = transformers.BertConfig(**{**models.BERT, "hidden_dropout_prob": dropout})
+    transformers.BertModel(config).save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     return directory
 

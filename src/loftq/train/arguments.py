@@ -18,7 +18,8 @@ def training_arguments(recipe: Recipe, task: Task, checkpoints: Path) -> Seq2Seq
 
     Raises: UsageError for values that transformers refuses, alone or together.
     """
-    given = {**DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available(), **recipe.training}
+    found = torch.accelerator.is_available()
+    given = {**DEFAULTS, "use_cpu": not found, "dataloader_pin_memory": found, **recipe.training}
     if given.get("load_best_model_at_end") and given.get("eval_strategy", "no") == "no":
         raise UsageError("training.load_best_model_at_end: wants training.eval_strategy too, steps or epoch")
     if given.get("load_best_model_at_end") and "metric_for_best_model" not in given:

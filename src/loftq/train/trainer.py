@@ -17,8 +17,15 @@ from loftq.errors import NumericalError
 class LoftQTrainer(Seq2SeqTrainer):
     """``Seq2SeqTrainer``, for tasks that generate nothing the same as ``Trainer``; a lost run stops at once."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, counts_tokens: bool, **kwargs: Any) -> None:
+        """``counts_tokens``: the model's loss is a mean over the tokens of all micro-batches and processes.
+
+        Otherwise it is a mean over a micro-batch. transformers 5 takes every model for one of the first kind whose
+        forward has ``**kwargs``, BERT's and BART's too, and then multiplies their loss by the number of processes and
+        of accumulated micro-batches.
+        """
         super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and counts_tokens
         self.remove_callback(PrinterCallback)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -130,7 +130,15 @@ def evaluate_splits(
     metrics: dict[str, float] = {}
     for split, rows in splits.items():
         with precision(model, recipe.training):
-            found = score(task, model, tokenizer, rows, batch_size=size, generation=recipe.generation.choice)
+            found = score(
+                task,
+                model,
+                tokenizer,
+                rows,
+                batch_size=size,
+                generation=recipe.generation.choice,
+                progress=PartialState().is_main_process,
+            )
         metrics.update({f"{split}_{k}" if metrics else k: v for k, v in found.items()})
     return metrics
 
@@ -211,6 +219,7 @@ def _trainer(
             metrics = task.trainer_metrics(data[watched], dev, tokenizer)
     return LoftQTrainer(
         model=model,
+        counts_tokens=task.kind in ("causal-lm", "instruction"),
         args=arguments,
         train_dataset=rows,
         eval_dataset=dev,
