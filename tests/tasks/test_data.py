@@ -1,6 +1,7 @@
 """Files of every format, directories of them, and every bad input, which gives one clear line."""
 
 import csv
+import errno
 import gzip
 import json
 import os
@@ -180,6 +181,20 @@ def test_a_broken_parquet_file(tmp_path):
     with pytest.raises(InputError, match=r"a\.parquet: cannot be read: .*[Pp]arquet") as error:
         load_data(get_task("sst2"), {"train": str(path)})
     one_line(error)
+
+
+def test_a_full_disk_is_not_the_fault_of_the_file(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", SST2)
+
+    def full(*_, **__):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as e:
+            raise datasets.exceptions.DatasetGenerationError("while generating") from e
+
+    monkeypatch.setattr(datasets, "load_dataset", full)
+    with pytest.raises(StorageError, match=r"a\.jsonl: No space left on device"):
+        load_data(get_task("sst2"), {"train": str(path)})
 
 
 @pytest.mark.parametrize(

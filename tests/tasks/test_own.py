@@ -1,10 +1,13 @@
 """A user's own data set, described by a mapping."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from loftq.errors import InputError, UsageError
+from loftq.recipe import load
 from loftq.tasks import get_task, load_data
 
 # description, a row, what it becomes
@@ -62,6 +65,13 @@ def test_rows_of_ones_own(description, row, loaded, tmp_path):
     assert task.eval_splits(["train", "test"]) == ("test",)
 
 
+def test_the_examples_of_the_documentation():
+    text = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text()
+    blocks = [load(block, "docs/tasks.md") for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    kinds = [get_task(block["task"]).kind for block in blocks if "task" in block]
+    assert kinds == ["text-classification", "span-qa", "summarization", "causal-lm", "instruction", "instruction"]
+
+
 def test_options_reach_the_task():
     task = get_task({"kind": "causal-lm", "name": "notes", "rows": "lines", "max_length": 64}, max_length=32)
     assert (task.name, task.limits.max_length, task.rows) == ("notes", 32, "lines")  # type: ignore[attr-defined]
@@ -69,6 +79,12 @@ def test_options_reach_the_task():
                      "metrics": ["matthews_correlation"]})  # fmt: skip
     assert task.main_metric == "matthews_correlation"
     assert task.model_options()["id2label"] == {0: "x", 1: "y"}
+
+
+def test_a_column_named_twice(tmp_path):
+    task = get_task({"kind": "summarization", "columns": {"document": "a", "summary": "a"}})
+    with pytest.raises(UsageError, match="two of its columns are called the same: a, a"):
+        load_data(task, {"train": write(tmp_path / "a.jsonl", {"a": "x"})})
 
 
 def test_from_the_hub():

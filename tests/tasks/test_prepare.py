@@ -283,15 +283,19 @@ def test_the_mode_of_the_model_is_kept(words):
     assert model.training
 
 
-@pytest.mark.parametrize("name", ["sst2", "wikitext2"])
+@pytest.mark.parametrize("name", ["sst2", "wikitext2", "xsum"])
 def test_a_model_that_is_not_finite(name, words, letters):
     task = get_task(name, max_length=8)
     model = tiny_models.model(task.kind)
     with torch.no_grad():
         next(model.parameters()).fill_(float("nan"))
-    rows, tokenizer = (pairs(), words) if name == "sst2" else (Dataset.from_dict({"text": SENTENCES}), letters)
-    with pytest.raises(NumericalError, match=r"row 2 are not finite|loss is nan for the batch with row 1"):
-        score(task, model, tokenizer, rows.select_columns(["text", *(["label"] * (name == "sst2"))]), progress=False)
+    columns = {"sst2": {"text": SENTENCES, "label": [0] * 5}, "wikitext2": {"text": SENTENCES}}
+    rows = Dataset.from_dict(columns.get(name, {"document": SENTENCES, "summary": SENTENCES}))
+    tokenizer = letters if name == "wikitext2" else words
+    with pytest.raises(
+        NumericalError, match=r"row 2 are not finite|is nan for the batch with row 1|next token are not"
+    ):
+        score(task, model, tokenizer, rows, progress=False)
 
 
 def test_a_model_with_too_few_positions(letters):

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from loftq.errors import InputError, listed, quoted
+from loftq.errors import InputError, UsageError, listed, quoted
 from loftq.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ def _found(dataset: "Dataset", task: Task, place: str) -> dict[str, str]:
             f"{place}: no column {listed(missing)}; it has {listed(dataset.column_names)}; task {quoted(task.name)} "
             "needs it, or name your columns in a task of your own"
         )
+    if len(set(found.values())) < len(found):
+        raise UsageError(f"task {quoted(task.name)}: two of its columns are called the same: {listed(found.values())}")
     return found
 
 

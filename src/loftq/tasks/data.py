@@ -1,10 +1,10 @@
 """The splits of a task's data, from the hub or from local files, checked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loftq.errors import InputError, LoftqError, StorageError, UsageError, listed, quoted
+from loftq.errors import InputError, StorageError, UsageError, listed, quoted
 from loftq.tasks import files
 from loftq.tasks.base import Hub, Task
 from loftq.tasks.columns import canonical
@@ -32,7 +32,8 @@ def load_data(
     options = {"directory": str(data)} if isinstance(data, (str, Path)) else dict(data or {})
     limits = {name: _count(name, options.pop(name, None)) for name in OPTIONS[1:]}
     directory = options.pop("directory", None)
-    named = {split: files.expanded(split, given) for split, given in options.items() if _is_split(split, task)}
+    _check_splits(options, task)
+    named = {split: files.expanded(split, given) for split, given in options.items()}
     if directory is not None:
         named = {**files.in_directory(Path(directory).expanduser(), _names(task)), **named}
     if named:
@@ -63,14 +64,14 @@ def _count(name: str, value: Any) -> int | None:
     return value
 
 
-def _is_split(split: str, task: Task) -> bool:
+def _check_splits(splits: Iterable[str], task: Task) -> None:
     names = _names(task)
-    if split not in names:
+    unknown = [split for split in splits if split not in names]
+    if unknown:
         raise UsageError(
-            f"data: {quoted(split)} is neither a split of {quoted(task.name)} ({listed(names)}) "
+            f"data: {listed(unknown)} is neither a split of {quoted(task.name)} ({listed(names)}) "
             f"nor one of {listed(OPTIONS)}"
         )
-    return True
 
 
 def _names(task: Task) -> dict[str, tuple[str, ...]]:
@@ -79,7 +80,7 @@ def _names(task: Task) -> dict[str, tuple[str, ...]]:
 
 
 def _read_files(task: Task, paths: list[Path]) -> "Dataset":
-    return _joined([canonical(files.read(path), task, quoted(path)) for path in paths])
+    return _joined([canonical(files.read(path), task, quoted(path, 400)) for path in paths])
 
 
 def _read_hub(task: Task, hub: Hub, split: str) -> "Dataset":
@@ -89,8 +90,6 @@ def _read_hub(task: Task, hub: Hub, split: str) -> "Dataset":
     for name in hub.splits[split]:
         try:
             rows: Any = datasets.load_dataset(hub.path, hub.config, split=name, revision=hub.revision)
-        except LoftqError:
-            raise
         except Exception as e:
             reason = quoted(str(e).splitlines()[0] if str(e) else type(e).__name__, 200)
             raise StorageError(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from loftq.errors import InputError, UsageError, listed, quoted
+from loftq.errors import InputError, StorageError, UsageError, listed, quoted
 from loftq.tasks.batches import no_bars
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ def in_directory(directory: Path, splits: Mapping[str, tuple[str, ...]]) -> dict
         splits: split -> other names it goes by; ``valid``, ``val`` and ``dev`` stand for ``validation`` anyway.
     """
     if not directory.is_dir():
-        raise InputError(f"{quoted(directory)}: not a directory; give one with files named train, validation or test")
+        raise InputError(
+            f"{quoted(directory, 400)}: not a directory; give one with files named train, validation or test"
+        )
     files = sorted(p for p in directory.iterdir() if p.is_file() and _kind(p))
     found = {}
     for split, others in splits.items():
@@ -40,15 +42,15 @@ def in_directory(directory: Path, splits: Mapping[str, tuple[str, ...]]) -> dict
         mine = [p for p in files if pattern.fullmatch(_stem(p))]
         if len({_suffix(p) for p in mine}) > 1:
             raise InputError(
-                f"{quoted(directory)}: split {split} could be any of {listed(p.name for p in mine)}; "
+                f"{quoted(directory, 400)}: split {split} could be any of {listed(p.name for p in mine)}; "
                 f"name the one that is meant: data: {{{split}: FILE}}"
             )
         if mine:
             found[split] = mine
     if not found:
         raise InputError(
-            f"{quoted(directory)}: no file is named after a split ({listed(splits)}, then .jsonl, .csv, .parquet or "
-            f".txt, with or without .gz); it has {listed(sorted(p.name for p in directory.iterdir())) or 'nothing'}"
+            f"{quoted(directory, 400)}: no file is named after a split ({listed(splits)}, then .jsonl, .csv, .parquet "
+            f"or .txt, with or without .gz); it has {listed(sorted(p.name for p in directory.iterdir())) or 'nothing'}"
         )
     return found
 
@@ -64,28 +66,32 @@ def expanded(split: str, patterns: str | Sequence[str]) -> list[Path]:
         paths |= dict.fromkeys(matches)
     for path in paths:
         if not path.is_file() or not _kind(path):
-            raise UsageError(f"{quoted(path)}, for split {split}: not a file of data; {WANTED}")
+            raise UsageError(f"{quoted(path, 400)}, for split {split}: not a file of data; {WANTED}")
     return list(paths)
 
 
 def read(path: Path) -> "Dataset":
     """The rows of a file. All of a CSV is text, also words that elsewhere mean that something is missing.
 
-    Raises: InputError naming the first line that is wrong.
+    Raises: InputError naming the first line that is wrong; StorageError if the disk is at fault.
     """
     import datasets
 
     kind = _kind(path)
     try:
         if not path.stat().st_size:
-            raise InputError(f"{quoted(path)}: {EMPTY}")
+            raise InputError(f"{quoted(path, 400)}: {EMPTY}")
         options = _csv_options(path) if kind == "csv" else {}
         with no_bars():
             return datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)  # type: ignore[return-value]
     except InputError:
         raise
     except Exception as e:
-        raise InputError(f"{quoted(path)}: {_problem(path, kind) or _root(e)}") from e
+        cause = _cause(e)
+        if isinstance(cause, OSError) and cause.errno is not None:  # of the disk, not of what stands in the file
+            raise StorageError(f"{quoted(path, 400)}: {cause.strerror}") from e
+        told = quoted(str(cause).splitlines()[0] if str(cause) else type(cause).__name__, 200)
+        raise InputError(f"{quoted(path, 400)}: {_problem(path, kind) or f'cannot be read: {told}'}") from e
 
 
 def _csv_options(path: Path) -> dict[str, Any]:
@@ -94,7 +100,7 @@ def _csv_options(path: Path) -> dict[str, Any]:
 
     problem = _problem(path, "csv")
     if problem:
-        raise InputError(f"{quoted(path)}: {problem}")
+        raise InputError(f"{quoted(path, 400)}: {problem}")
     with _open(path) as file:
         header = next(csv.reader(file))
     return {"features": Features({name: Value("string") for name in header}), "keep_default_na": False}
@@ -181,8 +187,8 @@ def _drain(file: TextIO) -> None:
         pass
 
 
-def _root(e: BaseException) -> str:
-    """The first line of what an error was at first."""
+def _cause(e: BaseException) -> BaseException:
+    """What an error was at first."""
     while e.__cause__ or e.__context__:
         e = e.__cause__ or e.__context__  # type: ignore[assignment]
-    return f"cannot be read: {quoted(str(e).splitlines()[0] if str(e) else type(e).__name__, 200)}"
+    return e

@@ -49,8 +49,16 @@ def loss(model: Any, prepared: "Dataset", collate: Collate, options: Measuring) 
 
 
 def generate(model: Any, tokenizer: Any, prompts: "Dataset", collate: Collate, options: Measuring) -> list[str]:
-    """The text that the model adds to every prompt, or, of an encoder and decoder, makes of it."""
+    """The text that the model adds to every prompt, or, of an encoder and decoder, makes of it.
+
+    Raises: NumericalError if a token's score is not a number; the text would be any.
+    """
     import torch
+
+    def check(_: Any, scores: Any) -> Any:
+        if scores.isnan().any():
+            raise NumericalError("the model's scores of the next token are not finite")
+        return scores
 
     settings = dict(options.generation)
     seed = settings.pop("seed", None)
@@ -60,7 +68,9 @@ def generate(model: Any, tokenizer: Any, prompts: "Dataset", collate: Collate, o
         if seed is not None:
             torch.manual_seed(seed)
         for rows, batch in _batches(model, prompts, collate, options):
-            ids = model.generate(**batch, **settings, use_cache=True, pad_token_id=tokenizer.pad_token_id)
+            ids = model.generate(
+                **batch, **settings, use_cache=True, pad_token_id=tokenizer.pad_token_id, logits_processor=[check]
+            )
             start = 0 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
             for row, text in zip(rows, tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True), strict=True):
                 texts[row] = text
