@@ -25,7 +25,8 @@ def plot_losses(rows: Sequence[Row], file: Path) -> None:
         axis.plot(steps, means, label=arm.name, linewidth=1.3, **_line(arm, found))
     axis.set(xlabel="step", ylabel="training loss", title=f"{rows[0]['task']}, seed {rows[0]['seed']}")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8)
+    if found:
+        axis.legend(fontsize=8)
     save(figure, file)
 
 
@@ -54,7 +55,8 @@ def plot_bytes(rows: Sequence[Row], file: Path) -> None:
     axis.set(xlabel="MB on disk, backbone and adapter (numbers: bits)", ylabel=metric, title=rows[0]["task"])
     axis.margins(0.12)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8)
+    if found:
+        axis.legend(fontsize=8)
     save(figure, file)
 
 
