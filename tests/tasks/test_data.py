@@ -56,6 +56,13 @@ def test_text(suffix, tmp_path):
     assert load_data(get_task("wikitext2"), {"train": str(path)})["train"].to_list() == rows
 
 
+def test_csv_as_other_programs_write_it(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'\xef\xbb\xbfsentence,label\r\n"two\nlines, ""quoted""",1\r\n\r\nnull,0\r\n')
+    rows = load_data(get_task("sst2"), {"train": str(path)})["train"]
+    assert rows["text"][:] == ['two\nlines, "quoted"', "null"]
+
+
 @pytest.mark.parametrize("name", ["rows [1].jsonl", "rows*.jsonl", "röws.jsonl"])
 def test_odd_names_of_files(name, tmp_path):
     path = write(tmp_path / name, SST2)

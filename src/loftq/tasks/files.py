@@ -123,9 +123,10 @@ def _kind(path: Path) -> str:
 
 
 def _open(path: Path) -> TextIO:
+    """A file of text; the mark that some programs put before UTF-8 is passed over, as pandas does."""
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", newline="")
-    return path.open(encoding="utf-8", newline="")
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
 
 
 def _problem(path: Path, kind: str) -> str | None:
