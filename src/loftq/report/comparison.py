@@ -17,7 +17,7 @@ Row = Mapping[str, Any]
 NAMES = {"full": "Full FT", "lora": "LoRA", "qlora": "QLoRA", "loftq": "LoftQ"}
 ALWAYS = ("method", "bits")
 HEADINGS = {"steps": "T", "embeddings": "embeddings too"}
-NOT_SHOWN = ("n", "tokens", "rougeLsum")  # and Lead-3, which has a line of its own
+COUNTS = ("n", "tokens")  # of one split or another; no results
 WORDS = ("method", "code", "order")
 NOT_CONVERGED = "N.A."
 
@@ -91,7 +91,7 @@ def columns(found: Sequence[Arm]) -> list[str]:
 def metrics(found: Sequence[Arm]) -> list[str]:
     """The metrics worth a column, the main one first."""
     row = next((row for arm in found for row in arm.rows if row["metrics"]), None)
-    names = [m for m in row["metrics"] if m not in NOT_SHOWN and not m.startswith("lead3_")] if row else []
+    names = [m for m in row["metrics"] if m.split("_")[-1] not in COUNTS and not m.startswith("lead3_")] if row else []
     return sorted(names, key=lambda name: name != found[0].rows[0]["metric"])
 
 
