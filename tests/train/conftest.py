@@ -1,6 +1,8 @@
 import pytest
 import tiny
 
+from models import made  # noqa: F401
+
 
 @pytest.fixture(scope="session")
 def made_place(tmp_path_factory):

@@ -141,6 +141,22 @@ def test_a_model_with_an_adapter_is_evaluated(place):
     assert evaluate(str(place / "full" / "model"), task="sst2", data=data, max_length=16).metrics == full.metrics
 
 
+def test_a_quantized_directory_is_evaluated_with_its_start(made, tmp_path):
+    """Its perplexity is that of the dense model with ``Q + s * B @ A``."""
+    checkpoint = made("llama")
+    task = {"kind": "causal-lm", "columns": {"text": "sentence"}, "max_length": 16}
+    started = checkpoint.started()
+    started.save_pretrained(tmp_path / "started")
+    for directory in (checkpoint.output, tmp_path / "started"):
+        tokenizer = tiny.tokenizer()
+        tokenizer.eos_token = "[SEP]"
+        tokenizer.save_pretrained(directory)
+    data = str(tiny.data(tmp_path / "data"))
+    found, wanted = (evaluate(str(d), task=task, data=data) for d in (checkpoint.output, tmp_path / "started"))
+    assert found.metrics["perplexity"] == pytest.approx(wanted.metrics["perplexity"], rel=1e-5)
+    assert found.metrics["n"] == 30
+
+
 def test_what_cannot_be_evaluated(place):
     data = str(place / "data")
     finetune(tiny.recipe(place, "lora"))

@@ -29,13 +29,13 @@ class LoftQTrainer(Seq2SeqTrainer):
         self.remove_callback(PrinterCallback)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train. Whatever stops it, no bar stays behind."""
+        """Train. Whatever stops it, no bar and no open log stays behind."""
         try:
             return super().train(*args, **kwargs)
         finally:
             for callback in self.callback_handler.callbacks:
-                if isinstance(callback, Bar):
-                    callback.close()
+                if isinstance(callback, (Bar, TensorBoardCallback)):
+                    callback.on_train_end(self.args, self.state, self.control)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One batch. Raises: NumericalError, with what to try, if its loss is NaN or infinite."""
@@ -88,9 +88,6 @@ class Bar(TrainerCallback):
             self._bar.set_postfix_str(", ".join(f"{k} {v}" for k, v in self._shown.items()))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
         self._bar = None
