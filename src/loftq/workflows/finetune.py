@@ -168,8 +168,9 @@ def _backbone(recipe: Recipe, source: Path, run: Run, cache: Path | None, begin:
     place = run.backbone if cache is None else cache / _cache_name(source, policy)
     if writing:
         quantize(str(source), place, QuantizeOptions(policy=policy, overwrite=True), begin)
-    while not (place / MANIFEST).is_file():  # no barrier: it would time out long before a large model is done
+    while not (place / MANIFEST).is_file():  # a barrier would time out long before a large model is done
         time.sleep(0.5)
+    PartialState().wait_for_everyone()
     return place
 
 
