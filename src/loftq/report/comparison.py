@@ -138,7 +138,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
     """What has to be known beside the table: what was equal for all, and every run that did not converge, and why."""
     first = rows[0]
     found = arms(rows)
-    equal = {k: v for k, v in found[-1].settings.items() if k not in columns(found)}
+    equal = {k: v for k, v in found[-1].settings.items() if v and k not in columns(found)}
     told = ", ".join(f"{HEADINGS.get(k, k)} {v}" for k, v in equal.items())
     lines = [
         f"{first['model']}, {first['task']}, n = {first['n']}; {first['train_steps']} steps for every arm"
