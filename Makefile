@@ -1,6 +1,6 @@
 # make demo   the main job on real weights, in an environment of its own
 # make test   the test suite, likewise
-# make bench  speed against named peers (half an hour on a quiet machine), and the tables in docs/performance.md
+# make bench  speed against named peers (40 minutes on a quiet machine, 17 GB of disk), and the tables in docs/performance.md
 # make check  what a change must pass: format, lint, types, import contract, tests
 
 PYTHON ?= python3
@@ -31,7 +31,7 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
 
-BENCHES := solver train_step startup scaling gpu
+BENCHES := solver streaming train_step startup scaling gpu
 
 .peers/.installed: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .peers hqq==0.2.8.post1 torchao==0.18.0 einops==0.8.2 termcolor==3.3.0

@@ -49,6 +49,7 @@ class Bench:
 
     Attributes:
         quick: sizes that only show that the script works; nothing is written unless ``--output`` is given.
+        threads: what every library was told to use.
     """
 
     def __init__(self, script: str, doc: str) -> None:
@@ -64,6 +65,7 @@ class Bench:
             os.environ["OMP_NUM_THREADS"] = str(options.threads)
             os.execv(sys.executable, sys.orig_argv)
         self.quick: bool = options.quick
+        self.threads: int = options.threads
         self.output: Path | None = options.output or (None if self.quick else ROOT / "docs" / "data" / "bench")
         self.console = Console(width=None if sys.stdout.isatty() else 120)
         self.result: dict[str, Any] = {

@@ -1,8 +1,9 @@
 """How fast are weights quantized and packed, and how fast are they decoded?
 
 Peer: bitsandbytes (NF4; its dynamic code at 8 bits), HQQ (affine; without and with its search for better zero points),
-torchao (NF4, double quantization), as far as installed; and a plain copy of the decoded matrix, the least that writing
-it costs. Every side allocates what it returns. HQQ and torchao:
+torchao (NF4, double quantization), as far as installed; and a plain copy of the decoded matrix. Every side allocates
+what it returns; what filling fresh memory costs alone is given, and decoding into memory that is there, as the products
+of loftq do, beside a copy into it. HQQ and torchao:
 `pip install --no-deps --target .peers hqq torchao einops termcolor`, then `PYTHONPATH=.peers`.
 
 Goal: for 4096 x 4096 at 4 bits, quantize and pack 5 times as fast as bitsandbytes, decode to float32 1.5 times as fast;
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from harness import Bench, Versus, installed
 from loftq import QuantSpec, kernels
+from loftq.kernels import cpu
 
-COPY, SEARCH = "copy of the output", "hqq with its search"
+COPY, FILL, SEARCH = "copy of the output", "fresh memory, filled", "hqq with its search"
+REUSED, COPY_REUSED = "loftq, memory used again", "copy, memory used again"
 QUANTIZE_GOALS = {(4, "bitsandbytes"): 5.0}  # bits, peer
 DECODE_GOALS = {(4, "bitsandbytes"): 1.5, (2, COPY): 0.6}
 BLOCK = 64
@@ -28,9 +31,10 @@ Pair = tuple[Callable[[], Any], Callable[[Any], Tensor]]  # quantize, and dequan
 
 def loftq_side(weight: Tensor, bits: int) -> Pair:
     spec, kernel = QuantSpec(bits=bits, block_size=BLOCK), kernels.backend(weight.device)
+    held = weight.float().clone()  # takes the residual, which no other side makes; the solver has such memory
 
     def quantize() -> dict[str, Tensor]:
-        quantized, _ = kernel.quantize_residual(weight, weight, spec)
+        quantized, _ = kernel.quantize_residual(weight, weight, spec, held)
         return {"weight": kernel.pack(quantized.codes, bits), **quantized.scales}
 
     return quantize, lambda stored: kernel.dequantize(stored, spec, weight.shape[1], weight.dtype)
@@ -79,12 +83,18 @@ def quantize(bench: Bench, weight: Tensor, bits: int) -> None:
 
 def dequantize(bench: Bench, weight: Tensor, bits: int, number: int = 1) -> None:
     """Goals are for float32 on the CPU."""
-    calls: dict[str, Callable[[], Any]] = {COPY: weight.clone}
+    calls: dict[str, Callable[[], Any]] = {COPY: weight.clone, FILL: lambda: torch.full_like(weight, 1)}
     for side, (encode, decode) in sides(weight, bits).items():
         if side != SEARCH:  # decodes as without it
             calls[side] = functools.partial(decode, encode())
+    if weight.device.type == "cpu":
+        stored, spec, held = loftq_side(weight, bits)[0](), QuantSpec(bits=bits, block_size=BLOCK), weight.clone()
+        calls[REUSED] = lambda: cpu.decode_into(held, stored, spec)
+        calls[COPY_REUSED] = lambda: held.copy_(weight)
     goals = DECODE_GOALS if weight.device.type == "cpu" and weight.dtype == torch.float32 else {}
-    versus = [Versus("loftq", side, goals.get((bits, side))) for side in calls if side != "loftq"]
+    peers = [side for side in calls if side not in ("loftq", REUSED, COPY_REUSED)]
+    versus = [Versus("loftq", side, goals.get((bits, side))) for side in peers]
+    versus += [Versus(REUSED, "bitsandbytes"), Versus(REUSED, COPY_REUSED)]
     case = f"decode to {str(weight.dtype)[6:]}, {bits} bits, {tuple(weight.shape)}, {weight.device}"
     seconds = bench.compare(case, calls, versus, repeats=15, number=number)["loftq"]
     bench.record(case, "bytes that loftq writes in a second", [weight.nbytes / s for s in seconds], "B")

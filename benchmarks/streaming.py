@@ -1,14 +1,12 @@
-"""Peak memory and time of `loftq quantize` on a large synthetic checkpoint.
+"""How long does a whole checkpoint take, and how much memory: Llama-2-7B's shapes, from files to files?
 
-Writes a Llama checkpoint of the asked size with random bf16 weights, quantizes it in a process of its own, and reads
-that process's peak resident memory from the kernel (VmHWM), beside what importing the libraries alone takes.
+Peer: none; what importing the libraries takes alone, and the size of the largest matrix, are given beside.
 
-    python benchmarks/streaming.py --gigabytes 8 --bits 2 --rank 64 --json docs/data/streaming.json
+Goal: 13 GB of random bfloat16 weights to 2 bits, rank 64, 5 steps, in 15 minutes and 3 GiB of resident memory.
+The peak is the kernel's (VmHWM), of a process that runs `loftq quantize`. Needs 17 GB of disk in TMPDIR.
 """
 
-import argparse
 import json
-import platform
 import shutil
 import subprocess
 import sys
@@ -20,7 +18,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-ROOT = Path(__file__).resolve().parent.parent
+from harness import Bench
+
+BITS, RANK, STEPS = 2, 64, 5
 HIDDEN, MLP, VOCABULARY = 4096, 11008, 32000
 LAYER = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
@@ -31,7 +31,6 @@ LAYER = {
     "mlp.up_proj": (MLP, HIDDEN),
     "mlp.down_proj": (HIDDEN, MLP),
 }
-LAYER_BYTES = 2 * sum(m * n for m, n in LAYER.values())
 IMPORTS = "import loftq.workflows.quantize, transformers, peft"
 PEAK = "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])"
 
@@ -84,52 +83,30 @@ def peak_of(code: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, default=8.0)
-    parser.add_argument("--bits", default="2")
-    parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--work", type=Path, help="directory for the checkpoints (deleted afterwards)")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    fixed = 2 * 2 * VOCABULARY * HIDDEN
-    layers = max(1, round((options.gigabytes * 1e9 - fixed) / LAYER_BYTES))
-    with tempfile.TemporaryDirectory(dir=options.work) as work:
+    bench = Bench(__file__, __doc__)
+    layers, workers = 1 if bench.quick else 32, bench.threads
+    with tempfile.TemporaryDirectory() as work:
         source, output = Path(work) / "source", Path(work) / "output"
         source.mkdir()
         size = write_checkpoint(source, layers)
-        imports = peak_of(IMPORTS)
         quantize = (
-            f"import loftq; loftq.quantize({str(source)!r}, {str(output)!r}, bits={options.bits!r}, "
-            f"rank={options.rank}, steps={options.steps}, workers={options.workers})"
+            f"import loftq; loftq.quantize({str(source)!r}, {str(output)!r}, bits={BITS}, rank={RANK}, "
+            f"steps={STEPS}, workers={workers})"
         )
-        begun = time.perf_counter()
+        began = time.perf_counter()
         peak = peak_of(quantize)
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - began
         totals = json.loads((output / "loftq_manifest.json").read_text())["totals"]
         shutil.rmtree(output)
-    row = {
-        "commit": commit.stdout.strip(),
-        "device": f"CPU {platform.machine()}, {options.workers} workers",
-        "torch": torch.__version__,
-        "layers": layers,
-        "source_bytes": size,
-        "largest_matrix_bytes_f32": 4 * MLP * HIDDEN,
-        "bits": options.bits,
-        "rank": options.rank,
-        "steps": options.steps,
-        "seconds": round(seconds, 1),
-        "peak_bytes": peak,
-        "imports_peak_bytes": imports,
-        "bits_per_weight": totals["bits_per_weight"],
-        "compression": totals["compression"],
-    }
-    print(json.dumps(row, indent=2))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(row, indent=2) + "\n")
+    case = f"{layers} layers of Llama-2-7B, {BITS} bits, rank {RANK}, {STEPS} steps, {workers} workers"
+    bench.record(case, "wall time", [seconds / 60], "min", at_most=15)
+    bench.record(case, "peak resident memory", [peak / 2**30], "GiB", at_most=3)
+    bench.record(case, "of it, importing the libraries", [peak_of(IMPORTS) / 2**30], "GiB")
+    bench.record(case, "largest matrix, float32", [4 * MLP * HIDDEN / 2**30], "GiB")
+    bench.record(case, "checkpoint", [size], "B")
+    bench.record(case, "checkpoint read in a second", [size / seconds], "B")
+    bench.record(case, "stored bits per quantized weight", [totals["bits_per_weight"]], "bits")
+    bench.finish()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/svd_accuracy.py                      # the table in docs/experiments.md
     OMP_NUM_THREADS=1 python benchmarks/svd_accuracy.py --settings 8,3,8 --matrices large larger --ranks 64 --seeds 1
+    OMP_NUM_THREADS=1 python benchmarks/svd_accuracy.py --matrices --model DIR   # real: the largest six
     OMP_NUM_THREADS=1 python benchmarks/svd_accuracy.py --matrices           # only the times of one SVD
 
 Every matrix is solved with T = 5, once exactly and once per setting. An excess is
@@ -10,14 +11,16 @@ holds the noise of the alternation, which is measured by solving exactly again w
 """
 
 import argparse
+import functools
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from loftq.numerics import lowrank
 from loftq.solve import solve
@@ -68,14 +71,24 @@ def excess(weight: torch.Tensor, quant: QuantSpec, rank: int, exact, seed: int) 
     )
 
 
-def accuracy(settings: list[str], names: list[str], quants: list[str], ranks: list[int], seeds: int) -> Iterator[str]:
+def real(directory: Path) -> list[torch.Tensor]:
+    """The six largest matrices of a model, embeddings aside."""
+    tensors = {n: t.float() for f in sorted(directory.glob("*.safetensors")) for n, t in load_file(f).items()}
+    found = [t for n, t in tensors.items() if t.ndim == 2 and "embed" not in n]
+    return sorted(found, key=torch.numel, reverse=True)[:6]
+
+
+Draw = Callable[[int], torch.Tensor]  # a seed's matrix
+
+
+def accuracy(settings: list[str], draws: list[Draw], quants: list[str], ranks: list[int], seeds: int) -> Iterator[str]:
     rows: dict[str, list[tuple[float, float, float]]] = {s: [] for s in settings}
     noise, exact_seconds = [], []
-    for family, out, columns in (MATRICES[name] for name in names):
+    for draw in draws:
         for quant in (QUANTS[name] for name in quants):
             for rank in ranks:
                 for seed in range(seeds):
-                    weight = matrix(family, out, columns, seed)
+                    weight = draw(seed)
                     start = time.process_time()
                     exact = solve(weight, quant, rank, SolveSpec(svd="exact"))
                     exact_seconds.append(time.process_time() - start)
@@ -99,7 +112,7 @@ def accuracy(settings: list[str], names: list[str], quants: list[str], ranks: li
         f"| exact, weights · (1 ± 1e-6) | | {statistics.mean(noise):+.5f} "
         f"| {sorted(noise)[int(0.95 * len(noise))]:+.5f} | {max(noise):+.5f} | |"
     )
-    yield f"\nn = {len(exact_seconds)} matrices a row (noise: {len(noise)}), {seeds} seed(s); {', '.join(names)}."
+    yield f"\nn = {len(exact_seconds)} matrices a row (noise: {len(noise)}), {seeds} seed(s)."
 
 
 def crossover(setting: str) -> Iterator[str]:
@@ -123,6 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", default=SETTINGS, help="COLD,WARM,OVERSAMPLE")
     parser.add_argument("--matrices", nargs="*", default=SMALL, choices=MATRICES)
+    parser.add_argument("--model", type=Path, help="a directory with safetensors files")
     parser.add_argument("--quants", nargs="+", default=list(QUANTS), choices=QUANTS)
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 32, 128])
     parser.add_argument("--seeds", type=int, default=2)
@@ -133,10 +147,12 @@ def main() -> None:
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     print(f"commit {commit}, torch {torch.__version__}, {platform.machine()}, 1 thread\n")
-    for line in options.matrices and accuracy(
-        list(options.settings), options.matrices, options.quants, options.ranks, options.seeds
-    ):
-        print(line, flush=True)
+    draws: list[Draw] = [functools.partial(matrix, *MATRICES[name]) for name in options.matrices]
+    draws += [lambda _, w=w: w for w in (real(options.model) if options.model else [])]
+    print(f"matrices: {', '.join(options.matrices) or 'none made'}; of a model: {options.model or 'none'}\n")
+    if draws:
+        for line in accuracy(list(options.settings), draws, options.quants, options.ranks, options.seeds):
+            print(line, flush=True)
     print(f"\nOne truncated SVD, setting {options.chosen}:\n")
     for line in crossover(options.chosen):
         print(line, flush=True)

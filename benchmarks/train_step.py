@@ -10,6 +10,8 @@ backward and AdamW on the adapters of rank 16, for 512 tokens; a Llama of 4 laye
 
 import gc
 
+import torch
+
 from harness import Bench, Versus, in_own_process, reset_peak, resident
 from models import BNB, DENSE, LOFTQ2, LOFTQ4, WAYS, llama, training_step
 
@@ -42,6 +44,8 @@ def memory(way: str, shape: Shape, tokens: int) -> dict[str, int]:
 
 def main() -> None:
     bench = Bench(__file__, __doc__)
+    torch.set_flush_denormal(True)
+    bench.note("Denormals are flushed to zero for all sides: random weights make some, and attention crawls on them.")
     shape, tokens = ((256, 2, 256), 64) if bench.quick else ((2048, 4, 1024), 512)
     shape = (*shape, "float32", "cpu")
     one_step(bench, shape, tokens, CPU_GOALS)

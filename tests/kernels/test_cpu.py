@@ -11,9 +11,18 @@ import torch
 from backends import stored
 
 from loftq.kernels import cpu, reference
+from loftq.kernels import threads as kernel_threads
+from loftq.numerics.codebooks import levels, midpoints
 from loftq.spec import BITS, QuantSpec
 
 
+@pytest.fixture(params=["PyTorch's threads", "a pool"])
+def threads_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "a pool":
+        monkeypatch.setattr(kernel_threads, "_openmp", lambda: None)
+
+
+@pytest.mark.usefixtures("threads_of")
 @pytest.mark.parametrize("bits", BITS)
 def test_bits_do_not_depend_on_threads(bits: int) -> None:
     spec = QuantSpec(bits=bits, block_size=24)
@@ -35,6 +44,35 @@ def test_bits_do_not_depend_on_threads(bits: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.usefixtures("threads_of")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_every_row_is_worked_on_once_and_errors_come_back(threads: int) -> None:
+    torch.set_num_threads(threads)
+    for rows in (0, 1, 15, 16, 47, 48, 1000):
+        done = torch.zeros(rows, dtype=torch.int64)
+        kernel_threads.over_rows(lambda start, stop, done=done: done[start:stop].add_(1), rows)
+        assert done.eq(1).all()
+
+    def fails(start: int, stop: int) -> None:
+        raise ZeroDivisionError(f"rows {start} to {stop}")
+
+    with pytest.raises(ZeroDivisionError, match="rows"):
+        kernel_threads.over_rows(fails, 1000)
+
+
+@pytest.mark.parametrize("code", ["nf", "uniform", "affine"])
+def test_codes_change_exactly_at_the_gaps(code: str) -> None:
+    """At 8 bits a table says near which gap a value lies: tried at every gap, and next to it on both sides."""
+    gaps = midpoints(code, 8)
+    values = torch.cat([gaps, gaps.nextafter(gaps - 1), gaps.nextafter(gaps + 1), torch.tensor([-9.0, 0.0, 9e9])])
+    wanted = torch.bucketize(values, gaps).to(torch.uint8)
+    codes, residual = torch.empty(1, len(values), dtype=torch.uint8), torch.empty(1, len(values))
+    one, none = torch.ones(1, 1), torch.zeros(1, 1)
+    args = values[None], values[None], one, none, *cpu._cells(code, 8), levels(code, 8), len(values), codes, residual
+    cpu._over_rows(cpu._quantize_by_cells, 1, *args)
+    assert torch.equal(codes[0], wanted)
+
+
 @pytest.mark.parametrize("product", ["linear", "linear_grad_input"])
 def test_products_in_parts_of_the_weight(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts decoded into memory that is used again: by larger and smaller weights, in and out of inference mode."""
@@ -53,13 +91,12 @@ def test_products_in_parts_of_the_weight(product: str, monkeypatch: pytest.Monke
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_threads_after_a_fork() -> None:
-    """A child has none of its parent's threads: work handed to their pool would never be done."""
+    """A child has none of its parent's threads: work handed to them would never be done."""
     spec = QuantSpec(bits=2)
     tensors = stored(spec, 64, 72)
     wanted = reference.dequantize(tensors, spec, 72, torch.float32)
     torch.set_num_threads(2)
     assert torch.equal(cpu.dequantize(tensors, spec, 72, torch.float32), wanted)
-    assert cpu._pool is not None
     reader, writer = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of what is tested here

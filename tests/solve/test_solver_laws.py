@@ -75,7 +75,7 @@ def test_each_half_step_is_the_best_one(quant: QuantSpec, order: str, monkeypatc
 
     def watched(residual: Tensor, rank: int, **options):
         b, a = lowrank.truncated_svd(residual, rank, **options)
-        seen.append((residual, b @ a))
+        seen.append((residual.clone(), b @ a))  # its memory is used again
         return b, a
 
     monkeypatch.setattr(module, "truncated_svd", watched)

@@ -56,7 +56,7 @@ class Layout(Protocol):
 class PackedLayout:
     """Our own format, docs/format.md."""
 
-    name = "loftq"
+    name: ClassVar[str] = "loftq"
 
     def entries(self, matrix: MatrixLike) -> list[Entry]:
         stem = matrix.name.removesuffix("weight")
@@ -82,7 +82,7 @@ class PackedLayout:
 class DenseLayout:
     """The dequantized backbone in the dtype of the source: loads anywhere, saves nothing."""
 
-    name = "dense"
+    name: ClassVar[str] = "dense"
 
     def entries(self, matrix: MatrixLike) -> list[Entry]:
         rows, columns = matrix.shape
@@ -106,7 +106,7 @@ class BitsAndBytesLayout:
     NF2's levels are four of NF4's sixteen, so a 2-bit backbone fits exactly (and takes 4 bits).
     """
 
-    name = "bnb"
+    name: ClassVar[str] = "bnb"
     SUFFIXES = ("weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4")
     NF2_IN_NF4 = (0, 7, 11, 15)
 

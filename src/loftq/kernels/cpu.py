@@ -1,17 +1,14 @@
 """Compiled CPU kernels: the reference's arithmetic in one pass over memory, with the same results to the bit.
 
 Numba compiles on first use, into a cache beside this file (or the user's cache directory). Kernels work on a range of
-rows without the interpreter's lock; :func:`_over_rows` gives every thread that PyTorch has a range, so a solver's
-worker, which has one, runs its kernel alone.
+rows without the interpreter's lock; every thread that PyTorch has gets a range (:mod:`loftq.kernels.threads`), so a
+solver's worker, which has one, runs its kernel alone.
 """
 
 import ctypes
 import functools
-import itertools
-import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,6 +16,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from loftq.kernels.threads import over_rows
 from loftq.numerics import Quantized, decode_rows, fit_scales, levels, scale_and_zero, store_scales
 from loftq.numerics.codebooks import midpoints
 from loftq.spec import QuantSpec, packed_shape
@@ -26,22 +24,28 @@ from loftq.spec import QuantSpec, packed_shape
 NAME = "cpu"
 FEW_TOKENS = 4  # up to here a product reads the packed weight once; beyond, decoding it first is faster
 PART = 1 << 21  # weights decoded at a time for a product in float32
-LINEAR_SEARCH = 15  # gaps up to which counting the smaller ones, vectorised, beats bisection
+FEW_GAPS = 15  # up to here counting the smaller ones, vectorised, beats a table that tells where to look
 
 compiled = njit(nogil=True, cache=True)
 inlined = njit(nogil=True, cache=True, forceinline=True)  # into its callers, where its constants are known
 reassociating = njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"})
 
 
-def quantize_residual(target: Tensor, weight: Tensor, spec: QuantSpec) -> tuple[Quantized, Tensor]:
-    """Quantize ``target``, and the float32 residual ``weight - dequantize(codes)``."""
+def quantize_residual(
+    target: Tensor, weight: Tensor, spec: QuantSpec, out: Tensor | None = None
+) -> tuple[Quantized, Tensor]:
+    """Quantize ``target``, and the float32 residual ``weight - dequantize(codes)``, in ``out`` if given."""
     target, weight = target.detach().float().contiguous(), weight.detach().float().contiguous()
     scales = _absmax_scales(target, spec) if spec.code == "nf" else fit_scales(target, spec)
     scale, zero, block = _expanded(scales, spec, target.shape)
-    codes, residual = torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target)
+    codes, residual = torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target) if out is None else out
     gaps, table = midpoints(spec.code, spec.bits), levels(spec.code, spec.bits)
-    kernel = _quantize_by_counting if len(gaps) <= LINEAR_SEARCH else _quantize_by_bisection
-    _over_rows(kernel, len(target), target, weight, scale, zero, gaps, table, block, codes, residual)
+    arrays = target, weight, scale, zero
+    if len(gaps) <= FEW_GAPS:
+        _over_rows(_quantize_by_counting, len(target), *arrays, gaps, table, block, codes, residual)
+    else:
+        cells = _cells(spec.code, spec.bits)
+        _over_rows(_quantize_by_cells, len(target), *arrays, *cells, table, block, codes, residual)
     return Quantized(codes, scales), residual
 
 
@@ -62,13 +66,17 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def dequantize(stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: torch.dtype) -> Tensor:
     """The dense weight. float32 and bfloat16 are written directly, other dtypes by way of float32."""
-    packed = stored["weight"].detach().contiguous().flatten(1)
-    scale, zero, block = _expanded(stored, spec, (len(packed), columns))
     direct = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    out = torch.empty(len(packed), columns, dtype=direct, device="cpu")
-    kernel = _decoder(spec.bits, dtype == torch.bfloat16)
+    return decode_into(torch.empty(len(stored["weight"]), columns, dtype=direct, device="cpu"), stored, spec).to(dtype)
+
+
+def decode_into(out: Tensor, stored: dict[str, Tensor], spec: QuantSpec) -> Tensor:
+    """The dense weight in memory that is there, float32 or bfloat16; ``out``."""
+    packed = stored["weight"].detach().contiguous().flatten(1)
+    scale, zero, block = _expanded(stored, spec, out.shape)
+    kernel = _decoder(spec.bits, out.dtype == torch.bfloat16)
     _over_rows(kernel, len(packed), packed, scale, zero, _lookup(spec.code, spec.bits), block, out)
-    return out.to(dtype)
+    return out
 
 
 def linear(x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, bias: Tensor | None = None) -> Tensor:
@@ -126,32 +134,12 @@ def embedding(rows: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns:
 
 
 _scratch = threading.local()
-_pool: ThreadPoolExecutor | None = None
-
-
-def _forget_pool() -> None:
-    global _pool
-    _pool = None
-
-
-os.register_at_fork(after_in_child=_forget_pool)  # a forked child has none of its parent's threads
 
 
 def _over_rows(kernel: Callable[..., None], rows: int, *args: Any) -> None:
-    """``kernel(*args, start, stop)`` on ranges that cover all rows, one per thread; tensors go in as arrays."""
-    global _pool
+    """``kernel(*args, start, stop)`` on ranges that cover all rows; tensors go in as arrays."""
     arrays = [_array(arg) if isinstance(arg, Tensor) else arg for arg in args]
-    threads = min(torch.get_num_threads(), max(1, rows // 16))
-    if threads == 1:
-        kernel(*arrays, 0, rows)
-        return
-    if _pool is None:
-        _pool = ThreadPoolExecutor(os.cpu_count() or 1, "loftq-kernel")
-    edges = [rows * t // threads for t in range(threads + 1)]
-    others = [_pool.submit(kernel, *arrays, *edge) for edge in itertools.pairwise(edges[1:])]
-    kernel(*arrays, 0, edges[1])
-    for job in others:
-        job.result()
+    over_rows(functools.partial(kernel, *arrays), rows)
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -181,6 +169,21 @@ def _lookup(code: str, bits: int) -> np.ndarray:
     shifts = np.arange(index_bits // bits) * bits
     codes = (np.arange(2**index_bits)[:, None] >> shifts) & (2**bits - 1)
     return np.ascontiguousarray(levels(code, bits).numpy()[codes])
+
+
+@functools.cache
+def _cells(code: str, bits: int) -> tuple[np.float32, np.float32, np.ndarray, np.ndarray]:
+    """A table that finds codes: the scaled values in equal cells, so small that at most one gap lies in or near each.
+
+    Returns where the first cell begins, cells per unit, the code before that gap for every cell, and the gaps with an
+    infinity at the end. A place in the table is rounded; a hundredth of a cell is more than that can be wrong by.
+    """
+    gaps = midpoints(code, bits).numpy()
+    wide = gaps.astype(np.float64)
+    size = np.diff(wide).min() / 2
+    edges = wide[0] + size * (np.arange(int((wide[-1] - wide[0]) / size) + 1) - 0.01)
+    first_code = np.searchsorted(wide, edges).astype(np.int32)
+    return gaps[0], np.float32(1 / size), first_code, np.append(gaps, np.float32(np.inf))
 
 
 @compiled
@@ -218,8 +221,10 @@ def _quantize_by_counting(target, weight, scale, zero, gaps, levels, block, code
 
 
 @compiled
-def _quantize_by_bisection(target, weight, scale, zero, gaps, levels, block, codes, residual, start, stop):
-    columns = target.shape[1]
+def _quantize_by_cells(
+    target, weight, scale, zero, low, per_unit, first_code, gaps, levels, block, codes, residual, start, stop
+):
+    columns, last = target.shape[1], np.float32(len(first_code) - 1)
     for i in range(start, stop):
         for b in range(scale.shape[1]):
             first = b * block
@@ -227,10 +232,8 @@ def _quantize_by_bisection(target, weight, scale, zero, gaps, levels, block, cod
             divisor = np.float32(1) if s == 0 else s
             for j in range(first, min(first + block, columns)):
                 x = target[i, j] / divisor + z
-                c, step = np.int32(0), np.int32((len(gaps) + 1) >> 1)  # the gaps are a power of two less one
-                while step:
-                    c += step * np.int32(gaps[c + step - 1] < x)  # without a branch, which would be guessed wrongly
-                    step >>= 1
+                c = first_code[np.int32(min(max((x - low) * per_unit, np.float32(0)), last))]
+                c += np.int32(gaps[c] < x)
                 codes[i, j] = c
                 residual[i, j] = weight[i, j] - (levels[c] - z) * s
 

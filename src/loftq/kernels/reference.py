@@ -11,10 +11,16 @@ from loftq.spec import QuantSpec
 NAME = "reference"
 
 
-def quantize_residual(target: Tensor, weight: Tensor, spec: QuantSpec) -> tuple[Quantized, Tensor]:
-    """Quantize ``target``, and the float32 residual ``weight - dequantize(codes)``."""
+def quantize_residual(
+    target: Tensor, weight: Tensor, spec: QuantSpec, out: Tensor | None = None
+) -> tuple[Quantized, Tensor]:
+    """Quantize ``target``, and the float32 residual ``weight - dequantize(codes)``.
+
+    Args:
+        out: float32 and contiguous; takes the residual. It may be ``target``.
+    """
     quantized = quantize(target, spec)
-    return quantized, weight.float() - dequantize_codes(quantized, spec)
+    return quantized, torch.sub(weight.float(), dequantize_codes(quantized, spec), out=out)
 
 
 def dequantize(stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: torch.dtype) -> Tensor:

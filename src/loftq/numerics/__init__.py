@@ -16,6 +16,7 @@ from loftq.numerics.blockwise import (
 )
 from loftq.numerics.codebooks import dynamic_8bit, levels, normal_float
 from loftq.numerics.lowrank import truncated_svd
+from loftq.numerics.norms import frobenius, product_square
 from loftq.numerics.packing import pack, packed_shape, unpack
 
 __all__ = [
@@ -26,10 +27,12 @@ __all__ = [
     "dynamic_8bit",
     "encode",
     "fit_scales",
+    "frobenius",
     "levels",
     "normal_float",
     "pack",
     "packed_shape",
+    "product_square",
     "quantize",
     "scale_and_zero",
     "store_scales",

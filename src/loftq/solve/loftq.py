@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loftq.errors import NumericalError, UsageError
 from loftq.kernels import backend
-from loftq.numerics import Quantized, truncated_svd
+from loftq.numerics import Quantized, frobenius, product_square, truncated_svd
 from loftq.spec import QuantSpec, SolveSpec
 
 
@@ -68,11 +68,11 @@ def solve(
     spec = spec or SolveSpec()
     weight = weight.detach().float()
     check_matrix(weight, rank)
-    norm = _norm(weight)
+    norm = frobenius(weight)
     generator = torch.Generator("cpu").manual_seed(tensor_seed(spec.seed, name))
     kernels = backend(weight.device)
     quantized, residual = kernels.quantize_residual(weight, weight, quant)
-    errors = [_ratio(_norm(residual), norm)]
+    errors = [_ratio(frobenius(residual), norm)]
     if spec.steps == 0:
         b, a = _zero_start(weight, rank, generator)
         return Solution(quantized, b, a, (errors[0],), 0)
@@ -98,17 +98,17 @@ def _quantize_first(kernels, weight, quantized, residual, quant, rank, spec, gen
     a = None
     for t in range(1, spec.steps + 1):
         b, a = truncated_svd(residual, rank, method=spec.svd, generator=generator, start=a)
-        yield (quantized, b, a), _norm(_less(residual, b, a))
-        if t < spec.steps:
-            quantized, residual = kernels.quantize_residual(_less(weight, b, a), weight, quant)
+        yield (quantized, b, a), _left(residual, b, a)
+        if t < spec.steps:  # in the same memory at every step: fresh memory costs more than quantizing into it
+            quantized, residual = kernels.quantize_residual(_less(weight, b, a, residual), weight, quant, residual)
 
 
 def _svd_first(kernels, weight, quantized, residual, quant, rank, spec, generator) -> Iterator[Step]:
-    a, residual = None, weight
+    a, memory, residual = None, residual, weight
     for _ in range(spec.steps):
         b, a = truncated_svd(residual, rank, method=spec.svd, generator=generator, start=a)
-        quantized, residual = kernels.quantize_residual(_less(weight, b, a), weight, quant)
-        yield (quantized, b, a), _norm(_less(residual, b, a))
+        quantized, residual = kernels.quantize_residual(_less(weight, b, a, memory), weight, quant, memory)
+        yield (quantized, b, a), frobenius(_less(residual, b, a))
 
 
 def check_matrix(weight: Tensor, rank: int) -> None:
@@ -123,7 +123,7 @@ def check_matrix(weight: Tensor, rank: int) -> None:
 
 def check_finite(tensor: Tensor) -> None:
     """NumericalError, with count and first place, for NaN or infinity."""
-    if tensor.ndim > 1 and math.isfinite(_norm(tensor.flatten(1))):
+    if tensor.ndim > 1 and math.isfinite(frobenius(tensor.flatten(1))):
         return  # an infinity or NaN anywhere would show in the norm; reading it once is quick
     finite = tensor.isfinite()
     if not finite.all():
@@ -146,15 +146,20 @@ def _zero_start(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[
     return weight.new_zeros(rows, rank), (a / math.sqrt(columns)).to(weight.device)
 
 
-def _less(matrix: Tensor, b: Tensor, a: Tensor) -> Tensor:
+def _less(matrix: Tensor, b: Tensor, a: Tensor, out: Tensor | None = None) -> Tensor:
     """``matrix - b @ a`` in one pass."""
-    return torch.addmm(matrix, b, a, alpha=-1)
+    return torch.addmm(matrix, b, a, alpha=-1, out=out)
 
 
-def _norm(matrix: Tensor) -> float:
-    """Frobenius norm: rows in float32, their sum in float64; all in float64 if squares leave float32's range."""
-    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(matrix, dim=1).double()).item()
-    return norm if 1e-12 < norm < math.inf else torch.linalg.vector_norm(matrix, dtype=torch.float64).item()
+def _left(residual: Tensor, b: Tensor, a: Tensor) -> float:
+    """``||residual - B A||``, by Pythagoras where that is exact enough: ``B A`` is a projection of the residual.
+
+    It is not where little is left, nor where the residual's values are near the end of float32.
+    """
+    norm = frobenius(residual)
+    square = norm**2 - product_square(b, a)
+    exact = square > 0.01 * norm**2 and norm > 1e-30
+    return math.sqrt(square) if exact else frobenius(_less(residual, b, a))
 
 
 def _ratio(distance: float, norm: float) -> float:

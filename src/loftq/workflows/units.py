@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from loftq.errors import InputError, LoftqError, NumericalError, StorageError, quoted
@@ -20,6 +19,7 @@ from loftq.formats.layouts import Layout
 from loftq.formats.source import Checkpoint
 from loftq.formats.tensorfile import Entry, encode_header, tensor_bytes
 from loftq.nn.adapter import adapter_product, adapter_shapes, adapter_tensors
+from loftq.numerics import frobenius
 from loftq.plan import Kept, Matrix, Plan
 from loftq.solve import check_finite, solve
 from loftq.workflows import sealed
@@ -120,7 +120,7 @@ def solve_matrix(matrix: Matrix, checkpoint: Checkpoint, plan: Plan, layout: Lay
         "errors": errors,
         "kept": solution.kept,
         "qlora_error": errors[0],
-        "norm": torch.linalg.vector_norm(weight, dtype=torch.float64).item(),
+        "norm": frobenius(weight),
         "adapter_norm_ratio": product,
         "source_sha256": source_sha256,
     }
@@ -134,12 +134,10 @@ def _written_error(
     for tensor in (*stored, *adapter.values()):
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise NumericalError("a tensor to be written is not finite; the weights' range is too wide")
-    weight = weight.float()
-    norm = torch.linalg.vector_norm(weight, dtype=torch.float64).item() or 1.0
-    product = s * adapter_product(matrix, adapter)
-    residual = weight - layout.decode(matrix, stored) - product
-    lengths = [torch.linalg.vector_norm(t, dtype=torch.float64).item() / norm for t in (residual, product)]
-    return lengths[0], lengths[1]
+    norm = frobenius(weight) or 1.0
+    product = adapter_product(matrix, adapter).mul_(s)
+    part = frobenius(product) / norm
+    return frobenius(product.add_(layout.decode(matrix, stored)).sub_(weight)) / norm, part
 
 
 class Workspace:
