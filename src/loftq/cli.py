@@ -1,12 +1,14 @@
 """The command line: a verb is a signature, a call and a print."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -49,6 +51,13 @@ RsLora = Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(ra
 Embeddings = Annotated[bool, typer.Option("--embeddings", help="Quantize embedding tables too.")]
 MinCoverage = Annotated[float, typer.Option(help="Refuse if less of the layers' weights would be quantized.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="A recipe.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Instead of what the recipe says: seed=1 lora.rank=8.", show_default=False
+    ),
+]
 
 
 @app.command()
@@ -185,6 +194,104 @@ def inspect(
 
 
 @app.command()
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory of the run. [default: the recipe's]")
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin again instead of continuing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune as a recipe says, and evaluate; quantizes first where the method wants it. Continues if stopped."""
+    with _extra("train"):
+        from loftq.recipe import read
+        from loftq.report.tables import print_metrics
+        from loftq.workflows.finetune import finetune
+    _quiet()
+    asked = read(recipe, overrides or ())
+    if output is not None:
+        asked = asked.changed(output=str(output))
+    with _Bar() as bar:
+        result = finetune(asked, resume=not restart, begin=bar.begin)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if as_json:
+        print(json.dumps(dataclasses.asdict(result), indent=2))
+    else:
+        print_metrics(f"{result.task} of {quoted(asked.output, 400)}", result.splits, result.metrics)
+
+
+@app.command()
+def evaluate(
+    target: Annotated[
+        str,
+        typer.Argument(help="A run of `loftq train`, a dense model, or a quantized directory.", show_default=False),
+    ],
+    task: Annotated[str | None, typer.Option(help="Name of a task. [default: the run's]")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Directory with files named by split. [default: the run's or the task's data]")
+    ] = None,
+    split: Annotated[list[str] | None, typer.Option(help="A split to report on; may be repeated.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="A trained adapter to put on the model.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows at a time. [default: the run's, or 32]")] = 0,
+    max_length: Annotated[int, typer.Option(help="Tokens of an input. [default: the run's or the task's]")] = 0,
+    sampling: Annotated[
+        str | None, typer.Option(help="How answers are written: greedy, or paper (GSM8K's sampling). [default: greedy]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a run, a model or a quantized directory on a task."""
+    with _extra("train"):
+        from loftq.report.tables import print_metrics
+        from loftq.workflows.evaluate import evaluate as run
+    if sampling is not None:
+        _choice("--sampling", sampling, ("greedy", "paper"))
+    _quiet()
+    found = run(
+        target,
+        task=task,
+        data=None if data is None else str(data),
+        splits=split or (),
+        adapter=adapter,
+        batch_size=_at_least("--batch-size", batch_size, 0) or None,
+        max_length=_at_least("--max-length", max_length, 0) or None,
+        generation=sampling,
+    )
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        print_metrics(f"{found.task} of {quoted(target, 400)}", found.splits, found.metrics)
+
+
+@app.command()
+def compare(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory of the comparison. [default: the recipe's]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune every arm of a recipe's section compare, and show them side by side. Continues if stopped."""
+    with _extra("train"):
+        from loftq.recipe import read
+        from loftq.report.comparison import print_comparison
+        from loftq.workflows.compare import compare as run
+    _quiet()
+    asked = read(recipe, overrides or ())
+    if output is not None:
+        asked = asked.changed(output=str(output))
+    with _RunBar() as bar:
+        rows = run(asked, bar.begin)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        print_comparison(rows)
+        print(f"\nSaved to {quoted(asked.output, 400)}: comparison.md, losses.png, bytes.png; every run in rows.jsonl.")
+
+
+@app.command()
 def verify(directory: Directory) -> None:
     """Check hashes, shapes and finiteness of every file, without loading the model."""
     from loftq.workflows.check import verify as run
@@ -206,6 +313,30 @@ def _policy(**options: Any) -> "Policy":
         raise UsageError(f"--alpha: {options['alpha']} is not a number to scale by")
     QuantSpec(bits=2, **{k: options[k] for k in ("code", "block_size", "scale_dtype", "double_quant")})
     return Policy(**options)
+
+
+@contextlib.contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Around imports of packages that come with an extra."""
+    try:
+        yield
+    except ModuleNotFoundError as e:
+        if (e.name or "").partition(".")[0] == "loftq":
+            raise
+        raise UsageError(f"this verb needs {e.name}, which is not installed: pip install 'loftq[{name}]'") from e
+
+
+def _quiet() -> None:
+    """No bars and advice of other libraries between ours."""
+    import warnings
+
+    import datasets
+    import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
 
 
 def _choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -257,8 +388,38 @@ class _Bar:
         if self._norm:
             self._bar.set_postfix_str(f"error {(self._error / self._norm) ** 0.5:.4f}", refresh=False)
         self._bar.update()
+        if self._bar.n >= self._bar.total:  # what follows may have a bar of its own
+            self._bar.close()
 
     def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class _RunBar:
+    """A progress bar over the runs of a comparison, with the last one's result."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def begin(self, total: int) -> Any:
+        from tqdm.auto import tqdm
+
+        self._bar = tqdm(total=total, unit="run", desc="compare", dynamic_ncols=True)
+        return self._advance
+
+    def _advance(self, row: dict[str, Any]) -> None:
+        metric = row["metric"]
+        result = "N.A." if row["failed"] else f"{metric} {row['metrics'][metric]:.4g}"
+        self._bar.set_postfix_str(
+            f"{row['settings']['method']} {row['settings']['bits']} bits: {result}", refresh=False
+        )
+        self._bar.update()
+
+    def __enter__(self) -> "_RunBar":
         return self
 
     def __exit__(self, *_: object) -> None:

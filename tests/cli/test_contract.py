@@ -39,6 +39,9 @@ PROMISED = {
         "--output", "--bits", "--code", "--block-size", "--rank", "--alpha", "--steps", "--method", "--format",
         "--embeddings", "--workers", "--device", "--seed", "--overwrite", "--rank-policy", "--max-shard-size",
     },
+    "train": {"--output", "--restart", "--json"},
+    "evaluate": {"--task", "--data", "--split", "--adapter", "--batch-size", "--max-length", "--sampling", "--json"},
+    "compare": {"--output", "--json"},
     "inspect": {"--json", "--plot"},
     "verify": set(),
 }  # fmt: skip

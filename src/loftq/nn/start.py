@@ -1,5 +1,6 @@
 """The LoftQ start put on a model of any class, also one whose head is new and is to be trained beside it."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +56,30 @@ def load_start(
 
 
 def wrap(model: Any, config: LoraConfig, factors: dict[str, Tensor]) -> PeftModel:
-    """PEFT's model over ``model``, trainable, its adapter filled with ``factors``; a head keeps the values it has."""
-    architecture = type(model).__name__
-    headed = next((task for ending, task in HEADED_TASKS.items() if architecture.endswith(ending)), None)
-    if config.modules_to_save is None:
-        heads = _heads(model) if headed else []
-        new = [n for n in model.hf_quantizer.new_modules if not n.startswith(tuple(f"{head}." for head in heads))]
-        config.modules_to_save = sorted({*heads, *new}) or None
-    config.task_type, config.inference_mode = headed or task_type(architecture), False  # type: ignore[assignment]
-    wrapped: Any = get_peft_model(model, config)
+    """:func:`new_adapter` over a packed model, filled with ``factors``; a head keeps the values it has."""
+    wrapped: Any = new_adapter(model, config, model.hf_quantizer.new_modules)
     fresh = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     missing = [name for name in fresh if ".lora_" in name and name not in factors]
     if missing:
         raise InputError(f"no LoftQ start for {listed(missing)}; is it of another model?")
     set_peft_model_state_dict(wrapped, {**fresh, **{name: t for name, t in factors.items() if name in fresh}})
+    return wrapped
+
+
+def new_adapter(model: Any, config: LoraConfig, new_modules: Iterable[str]) -> PeftModel:
+    """PEFT's model over ``model``, trainable. Unless ``config`` says which, heads and new modules are trained whole.
+
+    Args:
+        new_modules: those that the checkpoint had no weights for.
+    """
+    architecture = type(model).__name__
+    headed = next((task for ending, task in HEADED_TASKS.items() if architecture.endswith(ending)), None)
+    if config.modules_to_save is None:
+        heads = _heads(model) if headed else []
+        new = [n for n in new_modules if not n.startswith(tuple(f"{head}." for head in heads))]
+        config.modules_to_save = sorted({*heads, *new}) or None
+    config.task_type, config.inference_mode = headed or task_type(architecture), False  # type: ignore[assignment]
+    wrapped: Any = get_peft_model(model, config)
     return wrapped
 
 

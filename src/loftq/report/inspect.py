@@ -1,11 +1,10 @@
 """What is in a LoftQ checkpoint: the data of ``loftq inspect``, its table and its plot."""
 
-import io
 from pathlib import Path
 from typing import Any
 
 from loftq.errors import UsageError
-from loftq.formats import fsio
+from loftq.report.figures import pyplot, save
 
 HELPS_BELOW = 0.99  # a low-rank part that removes less than 1 % of the error is reported
 
@@ -32,13 +31,7 @@ def warnings(matrices: list[dict[str, Any]]) -> list[str]:
 
 def plot(inspected: dict[str, Any], file: Path) -> None:
     """Error of every matrix, LoftQ's over QLoRA's, and the error per step, as a picture."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-    except ImportError as e:
-        raise UsageError("--plot needs matplotlib: pip install 'loftq[plot]'") from e
+    plt = pyplot()
     matrices = inspected["matrices"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), width_ratios=(3, 2), layout="constrained")
     at = range(len(matrices))
@@ -62,11 +55,7 @@ def plot(inspected: dict[str, Any], file: Path) -> None:
         right.plot(m["kept"], relative[m["kept"]], "o", color="#c05621", markersize=3, alpha=0.6)
     right.set(xlabel="step", ylabel="error / QLoRA's error", title="Error per step (dot: the step kept)")
     right.xaxis.get_major_locator().set_params(integer=True)
-    picture = io.BytesIO()
     try:
-        figure.savefig(picture, format=file.suffix[1:] or "png", dpi=120)
-    except ValueError as e:
-        raise UsageError(f"--plot {file}: {e}") from e
-    finally:
-        plt.close(figure)
-    fsio.write_atomic(file, [picture.getvalue()])
+        save(figure, file)
+    except UsageError as e:
+        raise UsageError(f"--plot {e}") from e

@@ -11,13 +11,14 @@ from loftq.errors import quoted
 from loftq.report.inspect import warnings
 
 
-def _console() -> Console:
+def console() -> Console:
     """Without markup: names and paths may have brackets in them."""
-    console = Console(highlight=False, markup=False)
-    return console if console.is_terminal else Console(highlight=False, markup=False, width=160)
+    out = Console(highlight=False, markup=False)
+    return out if out.is_terminal else Console(highlight=False, markup=False, width=160)
 
 
-def _table(*columns: tuple[str, str]) -> Table:
+def plain_table(*columns: tuple[str, str]) -> Table:
+    """A table without lines; a column is its heading and its side, left or right."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name, side in columns:
         table.add_column(name, justify=side, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
@@ -33,7 +34,7 @@ def print_plan(rows: list[dict[str, Any]], coverage: float) -> None:
         ("rank", "right"),
         ("bytes", "right"),
     )
-    table = _table(*columns)
+    table = plain_table(*columns)
     vectors = [r for r in rows if r["action"] == "keep" and len(r["shape"]) < 2]
     for row in rows:
         if row in vectors:
@@ -47,12 +48,12 @@ def print_plan(rows: list[dict[str, Any]], coverage: float) -> None:
     if vectors:
         size = sum(r["bytes"] for r in vectors)
         table.add_row(f"{len(vectors)} vectors", "", Text("kept: norms and biases", "dim"), "", f"{size:,}")
-    console = _console()
-    console.print(table)
+    out = console()
+    out.print(table)
     quantized = [r for r in rows if r["action"] == "quantize"]
     weights = sum(r["shape"][0] * r["shape"][1] for r in quantized)
     packed, total = sum(r["bytes"] for r in quantized), sum(r["bytes"] for r in rows)
-    console.print(
+    out.print(
         f"\n{len(quantized)} of {len(rows)} tensors are quantized: {weights:,} weights, {coverage:.1%} of those in the "
         f"layers, at {8 * packed / weights:.3f} bits; the backbone takes {total / 1e6:,.1f} MB."
     )
@@ -67,7 +68,7 @@ def print_inspection(inspected: dict[str, Any]) -> None:
         ("rank", "right"),
         ("bytes", "right"),
     ]
-    table = _table(*columns, ("QLoRA", "right"), ("LoftQ", "right"), ("step", "right"), ("error per step", "left"))
+    table = plain_table(*columns, ("QLoRA", "right"), ("LoftQ", "right"), ("step", "right"), ("error per step", "left"))
     for m in inspected["matrices"]:
         trace = " ".join(f"{e:.4f}" for e in m["errors"][1:])
         table.add_row(
@@ -81,28 +82,38 @@ def print_inspection(inspected: dict[str, Any]) -> None:
             f"{m['kept']}/{len(m['errors']) - 1}",
             trace,
         )
-    console = _console()
-    console.print(table)
-    console.print()
-    console.print(_totals(inspected["totals"]))
+    out = console()
+    out.print(table)
+    out.print()
+    out.print(_totals(inspected["totals"]))
     for line in inspected["warnings"]:
-        console.print(Text("warning:", "yellow"), line)
+        out.print(Text("warning:", "yellow"), line)
 
 
 def print_summary(output: Path, manifest: dict[str, Any], made: bool) -> None:
     """What ``loftq quantize`` made, and what to do with it."""
-    console, place = _console(), quoted(output, 400)
+    out, place = console(), quoted(output, 400)
     if not made:
-        console.print(f"{place}: already done by an earlier run of this command.")
-    console.print(_totals(manifest["totals"]))
+        out.print(f"{place}: already done by an earlier run of this command.")
+    out.print(_totals(manifest["totals"]))
     lines = warnings(manifest["matrices"])
     if lines:
-        console.print(Text("warning:", "yellow"), f"{len(lines)} matrices gain little; see: loftq inspect {place}")
-    console.print(f"Saved to {place}. Its README.md says how to load it; `loftq inspect {place}` shows every matrix.")
+        out.print(Text("warning:", "yellow"), f"{len(lines)} matrices gain little; see: loftq inspect {place}")
+    out.print(f"Saved to {place}. Its README.md says how to load it; `loftq inspect {place}` shows every matrix.")
+
+
+def print_metrics(title: str, splits: list[str], metrics: dict[str, float]) -> None:
+    """Metrics, one a line; shares and correlations are percentages."""
+    table = plain_table(("", "left"), ("", "right"))
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:,.0f}" if float(value).is_integer() and name.endswith("n") else f"{value:.4g}")
+    out = console()
+    out.print(f"{title}, {', '.join(splits)}:")
+    out.print(table)
 
 
 def _totals(t: dict[str, Any]) -> Table:
-    table = _table(("", "left"), ("", "right"))
+    table = plain_table(("", "left"), ("", "right"))
     gained = 1 - t["error"] / t["qlora_error"] if t["qlora_error"] else 0.0
     rows = {
         "quantized": f"{t['matrices']} matrices, {t['quantized_weights']:,} of {t['parameters']:,} parameters",

@@ -1,0 +1,122 @@
+"""What the three studies share: their options, their runs within a time, and where the rows go.
+
+A study is a list of recipes with a section ``compare``; :func:`loftq.workflows.compare.run_grids` runs them so that
+all methods have had the first seed before any has the second. Every finished run is a line of
+docs/data/study/NAME-SIZE.jsonl, and the same command continues from there, on another day or another machine.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+from tqdm.auto import tqdm
+
+from loftq.recipe import Recipe, parse
+from loftq.report.comparison import print_comparison
+from loftq.workflows.compare import finished, read_rows, run_grids
+from loftq.workflows.grid import Arm, Run, grid
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = ROOT / "docs" / "data" / "study"
+STRAIGHT = {"save_strategy": "no", "logging_steps": 10, "dataloader_pin_memory": False}  # for every study
+
+
+def options(doc: str, *, model: Path | None, tasks: Sequence[str]) -> argparse.Namespace:
+    """The command line of a study.
+
+    Args:
+        model: the default of ``--model``; None if there is none.
+        tasks: all that the study has.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("small", "full"), default="small", help="small: for two cores; full: a GPU")
+    parser.add_argument("--data", type=Path, default=os.environ.get("LOFTQ_DATA"), help="[default: $LOFTQ_DATA]")
+    parser.add_argument("--model", type=Path, default=model, required=model is None, help="directory of the model")
+    parser.add_argument("--name", help="of the model, in the rows [default: of its directory]")
+    parser.add_argument("--tasks", nargs="+", choices=tasks, help="only these")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "study", help="for backbones and runs")
+    parser.add_argument("--rows", type=Path, default=ROWS, help="directory of the rows")
+    given = parser.parse_args()
+    if given.data is None:
+        parser.error("no data: give --data or set LOFTQ_DATA")
+    if not given.model.is_dir():
+        parser.error(f"--model {given.model}: no such directory")
+    return given
+
+
+def recipe(given: argparse.Namespace, task: str, data: dict[str, Any], values: dict[str, Any]) -> Recipe:
+    """A recipe for one task of a study; ``data`` names files below the study's data."""
+    placed = {k: _below(given.data, v) if isinstance(v, (str, list)) else v for k, v in data.items()}
+    training = {**STRAIGHT, **values["training"]}
+    return parse({"model": str(given.model), "task": task, "data": placed, **values, "training": training})
+
+
+def run(study: str, given: argparse.Namespace, recipes: Sequence[Recipe]) -> None:
+    """Run what is missing, show what there is."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    file = given.rows / f"{study}-{given.size}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    grids = [grid(r) for r in recipes if not given.tasks or r.task in given.tasks]
+    every = [grid(r) for r in recipes]
+    _drop_others(file, every)
+    about = {
+        "model": given.name or given.model.name,
+        "size": given.size,
+        "study": study,
+        "runs_planned": sum(len(arm) for arms in every for arm in arms),
+    }
+    try:
+        run_grids(grids, file, given.work / study, begin=_bar(given.minutes), about=about, keep=False)
+    except TimeoutError:
+        print(f"\n{given.minutes:g} minutes are over; run the same command again to continue", file=sys.stderr)
+    for arms in grids:
+        rows, missing = finished([arms], file)
+        if rows:
+            print_comparison(rows)
+        print(f"\n{arms[0].recipe.task}: {len(rows)} runs done, {missing} missing\n")
+
+
+def _below(root: Path, names: str | list[str]) -> str | list[str]:
+    return [str(root / name) for name in names] if isinstance(names, list) else str(root / names)
+
+
+def _drop_others(file: Path, grids: Sequence[Sequence[Arm]]) -> None:
+    """Take out rows of runs that the study does not have, or no longer has."""
+    known = {Run(a, rate, seed).key for arms in grids for a in arms for rate in a.learning_rates for seed in a.seeds}
+    lines = file.read_text("utf-8").splitlines(keepends=True) if file.exists() else []
+    kept = [line for line, row in zip(lines, read_rows(file), strict=True) if row["key"] in known]
+    if len(kept) < len(lines):
+        print(f"{file.name}: {len(lines) - len(kept)} rows of runs that this study does not have are dropped")
+        file.write_text("".join(kept), "utf-8")
+
+
+def _bar(minutes: float) -> Callable[[int], Callable[[dict[str, Any]], None]]:
+    """A bar over runs that raises TimeoutError after a run when the time is over."""
+    began = time.monotonic()
+
+    def begin(total: int) -> Callable[[dict[str, Any]], None]:
+        bar = tqdm(total=total, unit="run", dynamic_ncols=True)
+
+        def advance(row: dict[str, Any]) -> None:
+            value = "N.A." if row["failed"] else f"{row['metrics'][row['metric']]:.4g}"
+            s = row["settings"]
+            bar.set_postfix_str(f"{row['task']} {s['method']} {s['bits']}: {value}", refresh=False)
+            bar.update()
+            if time.monotonic() - began > 60 * minutes:
+                bar.close()
+                raise TimeoutError
+
+        return advance
+
+    return begin

@@ -1,0 +1,89 @@
+"""Write docs/results.md and its pictures from the rows of the studies in docs/data/study."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from loftq.report.comparison import markdown, notes, overview, provenance, table
+from loftq.report.comparison_plots import plot_bytes, plot_losses
+from loftq.workflows.compare import read_rows
+from study import ROOT, ROWS
+
+STUDIES = {
+    "encoder": (
+        "Encoder: all-MiniLM-L6-v2",
+        "Real weights, 22.7M parameters. It saw natural language inference when it was trained to embed sentences, so "
+        "its MNLI and ANLI figures are not those of a model that has not.",
+        "",
+    ),
+    "decoder": (
+        "Decoder: a small Llama",
+        "Perplexity on WikiText, before and after fine-tuning; the widths of the paper's Table 5 and Figure 1.",
+        " --model SMALL-LLAMA",
+    ),
+    "seq2seq": (
+        "Encoder and decoder: a small BART",
+        "ROUGE of summaries of XSum and CNN/DailyMail, against the first three sentences of the text (Lead-3).",
+        " --model SMALL-BART",
+    ),
+}
+
+
+def section(study: str, size: str, images: Path) -> Iterator[str]:
+    """A study in one size: how it was made, what is missing, all tasks in one table, each task in full."""
+    title, told, model = STUDIES[study]
+    rows = read_rows(ROWS / f"{study}-{size}.jsonl")
+    yield f"## {title}, {size}"
+    yield told
+    command = f"`python benchmarks/study_{study}.py --data DIR{model}{'' if size == 'small' else ' --size full'}`"
+    if not rows:
+        yield f"Not yet run: {command}."
+        return
+    planned = rows[-1]["runs_planned"]
+    state = "all" if len(rows) == planned else f"**{len(rows)} of {planned} runs; the others are not yet run**"
+    yield f"{command}: {state}. {provenance(rows)}"
+    tasks: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        tasks.setdefault(row["task"], []).append(row)
+    if len(tasks) > 1:
+        yield markdown(*overview(rows))
+    for task, mine in tasks.items():
+        yield f"### {task}"
+        yield markdown(*table(mine))
+        told, *failed = notes(mine)
+        yield told
+        if failed:
+            yield "\n".join(["<details><summary>Runs that did not converge</summary>", "", *failed, "", "</details>"])
+        yield from pictures(f"{study}-{size}-{task}", mine, images)
+
+
+def pictures(name: str, rows: list[dict[str, Any]], images: Path) -> Iterator[str]:
+    plot_losses(rows, images / f"{name}-losses.png")
+    plot_bytes(rows, images / f"{name}-bytes.png")
+    task = rows[0]["task"]
+    yield f"![Training loss, {task}](images/study/{name}-losses.png)"
+    yield f"![{rows[0]['metric']} against bytes, {task}](images/study/{name}-bytes.png)"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results.md")
+    given = parser.parse_args()
+    images = given.output.parent / "images" / "study"
+    images.mkdir(parents=True, exist_ok=True)
+    parts = [
+        "# Results",
+        "Made by `python benchmarks/study_report.py` from the rows in [data/study](data/study), one for every run; do "
+        "not edit. Each cell is a median over seeds, with the smallest and the largest. N.A.: not converged, "
+        "by the rule in [comparing.md](comparing.md).",
+    ]
+    for study in STUDIES:
+        for size in ("small", "full"):
+            parts += section(study, size, images)
+    given.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    print(f"written: {given.output}")
+
+
+if __name__ == "__main__":
+    main()

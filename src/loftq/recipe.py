@@ -1,0 +1,324 @@
+"""A recipe: one fine-tuning run as data. Strict YAML, ``key=value`` overrides, and every mistake told at once.
+
+``docs/training.md`` documents the keys. A recipe is only read here: whether the model, the data and the task fit
+together is found out by the workflow that uses it.
+"""
+
+import difflib
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from loftq.errors import InputError, UsageError, listed, quoted
+from loftq.spec import CODES, ORDERS, SCALE_DTYPES, SVDS
+
+METHODS = ("full", "lora", "qlora", "loftq")
+SPLIT = re.compile(r"(train|validation|test)(_\w+)?")
+
+# Fields of TrainingArguments that a recipe says elsewhere.
+ELSEWHERE = {
+    "output_dir": "output",
+    "do_train": "nothing: the verb says it",
+    "do_eval": "eval_strategy",
+    "seed": "seed",
+    "resume_from_checkpoint": "nothing: the same command continues by itself",
+    "predict_with_generate": "nothing: the task knows",
+    "generation_max_length": "generation.max_new_tokens",
+    "generation_num_beams": "generation.num_beams",
+    "generation_config": "generation",
+    "remove_unused_columns": "nothing: the task knows",
+    "label_names": "nothing: the task knows",
+}
+
+
+def _as_text(value: Any) -> Any:
+    """Numbers where patterns may stand as well: ``bits: 2.5`` and ``bits: layers.0-3=4,2``."""
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+Rules = Annotated[str, BeforeValidator(_as_text)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Strict(BaseModel):
+    """A section: unknown keys and values of another type are refused, and nothing changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+_Section = TypeVar("_Section", bound=Strict)
+
+
+class Data(Strict):
+    """Where the rows come from: a directory with files named by split, or files by split; else the hub."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, str | list[str]] = Field(init=False)  # type: ignore[assignment]
+
+    directory: str | None = None
+    max_train_samples: Count | None = None
+    max_eval_samples: Count | None = None
+
+    @model_validator(mode="after")
+    def _splits(self) -> "Data":
+        odd = [name for name in self.__pydantic_extra__ if not SPLIT.fullmatch(name)]
+        if odd:
+            wanted = "no split; wanted train, validation, test, or directory"
+            raise PydanticCustomError("split", "{names}: {wanted}", {"names": listed(odd), "wanted": wanted})
+        if self.directory and self.__pydantic_extra__:
+            raise PydanticCustomError("split", "a directory and files are given; wanted one of them")
+        return self
+
+    @property
+    def source(self) -> str | dict[str, str | list[str]] | None:
+        """The directory, or split -> file, glob or list of them; None for the task's own data set."""
+        return self.directory or dict(self.__pydantic_extra__) or None
+
+
+class Quantization(Strict):
+    """Fields of :class:`loftq.plan.Policy` and :class:`loftq.spec.SolveSpec`, by their names.
+
+    Its seed is not the run's: runs that differ in the seed of training share a backbone.
+    """
+
+    bits: Rules = "4"
+    code: Literal[CODES] = "nf"  # type: ignore[valid-type]
+    block_size: Count = 64
+    scale_dtype: Literal[SCALE_DTYPES] = "bfloat16"  # type: ignore[valid-type]
+    double_quant: bool = False
+    embeddings: bool = False
+    min_coverage: Annotated[float, Field(ge=0, le=1)] = 0.5
+    steps: Annotated[int, Field(ge=0)] = 5
+    order: Literal[ORDERS] = "quantize-first"  # type: ignore[valid-type]
+    svd: Literal[SVDS] = "auto"  # type: ignore[valid-type]
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Lora(Strict):
+    """The adapter. ``alpha`` is the rank if not given."""
+
+    rank: Rules = "16"
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    rslora: bool = False
+    rank_policy: Literal["refuse", "clamp"] = "refuse"
+
+
+class Generation(Strict):
+    """How answers are written; what is not given is the task's choice. ``preset``: ``greedy``, or the ``paper``'s."""
+
+    preset: Literal["greedy", "paper"] | None = None
+    max_new_tokens: Count | None = None
+    num_beams: Count | None = None
+    do_sample: bool | None = None
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @property
+    def choice(self) -> str | dict[str, Any] | None:
+        """As the tasks take it."""
+        return self.preset or self.model_dump(exclude_none=True) or None
+
+
+class Recipe(Strict):
+    """One run. Sections that the method has no use for may stay: ``method=lora`` is all that a baseline changes."""
+
+    model: str
+    task: str | dict[str, Any]
+    method: Literal[METHODS]  # type: ignore[valid-type]
+    data: Data = Field(default_factory=Data)
+    quantization: Quantization | None = None
+    lora: Lora = Lora()
+    training: dict[str, Any] = {}
+    generation: Generation = Generation()
+    max_length: Count | None = None
+    max_target_length: Count | None = None
+    doc_stride: Count | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    output: str | None = None
+    note: str | None = None
+    compare: dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, values: Any) -> Any:
+        return _spelled_out(values) if isinstance(values, dict) else values
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, without those that were not given and have no default."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def changed(self, **sections: Any) -> "Recipe":
+        """A recipe with other values, by dotted key: ``changed(**{"lora.rank": 8, "method": "qlora"})``."""
+        values = self.to_dict()
+        for key, value in sections.items():
+            _put(values, key, value)
+        return parse(values)
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with ``key=value`` overrides; dotted keys reach into sections.
+
+    Raises: InputError for a file that cannot be read as YAML; UsageError naming everything that is wrong in it.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{quoted(path)}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
+    values = load(text, str(path))
+    if not isinstance(values, dict):
+        raise InputError(f"{quoted(path)}: wanted a mapping with model, task and method, found {quoted(repr(values))}")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise UsageError(f"{quoted(override)}: wanted key=value, such as training.learning_rate=1e-4")
+        _put(values, key, load(value, key))
+    return parse(values, str(path))
+
+
+def parse(values: dict[str, Any], name: str = "recipe") -> Recipe:
+    """A recipe out of plain values. UsageError, of one line, with all that is wrong, each with its key."""
+    problems = list(_training_problems(values.get("training")))
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as e:
+        problems = [*_told(e, Recipe), *problems]
+    if problems:
+        raise UsageError(f"{quoted(name)}: {'; '.join(dict.fromkeys(problems))}")
+    return recipe  # type: ignore[possibly-undefined]
+
+
+def section(model: type[_Section], values: dict[str, Any], name: str) -> _Section:
+    """Plain values as a section of any kind; UsageError as for :func:`parse`."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as e:
+        raise UsageError(f"{quoted(name)}: {'; '.join(dict.fromkeys(_told(e, model)))}") from e
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML that :func:`read` reads back."""
+    return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+
+
+def load(text: str, name: str) -> Any:
+    """YAML of the 1.2 core schema: ``1e-4`` is a number, ``no`` a word; a key given twice is refused."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as e:
+        raise InputError(f"{quoted(name)}: not YAML: {' '.join(str(e).split())}") from e
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: typing.ClassVar[dict] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.MarkedYAMLError(problem=f"key {twice[0]!r} is given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+
+
+# A word in the place of a section stands for this key of it: ``data: DIR`` is ``data: {directory: DIR}``.
+SHORT_FORMS = {"data": "directory", "generation": "preset"}
+
+
+def _spelled_out(values: dict[str, Any]) -> dict[str, Any]:
+    short = {section: key for section, key in SHORT_FORMS.items() if isinstance(values.get(section), str)}
+    return {**values, **{section: {key: values[section]} for section, key in short.items()}}
+
+
+def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, key = dotted.split(".")
+    for i, section in enumerate(sections):
+        inner = _spelled_out(values).get(section) or {}
+        if not isinstance(inner, dict):
+            raise UsageError(f"{quoted(dotted)}: {'.'.join(sections[: i + 1])} is {quoted(inner)}, not a section")
+        values[section] = values = dict(inner)
+    values[key] = value
+
+
+# What pydantic puts into a place beside the keys, where a value may have several types.
+UNION_BRANCHES = ("str", "list[str]", "dict[str,any]")
+
+
+def _told(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
+    """``key: what is wrong, what came``, for every mistake."""
+    for problem in error.errors():
+        place = [str(part) for part in problem["loc"] if part not in UNION_BRANCHES]
+        if problem["type"] == "extra_forbidden":
+            yield f"{quoted('.'.join(place))}: unknown key{_nearest(place[-1], _keys(model, place[:-1]))}"
+        elif problem["type"] == "missing":
+            yield f"{'.'.join(place)}: missing"
+        else:
+            message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "wanted")
+            yield f"{quoted('.'.join(place))}: {message}, got {quoted(repr(problem['input']))}"
+
+
+def _keys(model: Any, place: list[str]) -> list[str]:
+    for part in place:
+        annotation = model.model_fields[part].annotation
+        kinds = [annotation, *typing.get_args(annotation)]
+        model = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return list(model.model_fields)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}" if len(known) < 20 else ""
+
+
+def _training_problems(training: Any) -> Iterator[str]:
+    """What is wrong with the section that goes to ``Seq2SeqTrainingArguments`` as it is."""
+    if not isinstance(training, dict) or not training:
+        return
+    from transformers import Seq2SeqTrainingArguments
+
+    hints = {**typing.get_type_hints(Seq2SeqTrainingArguments), "fsdp": bool | str | None}
+    fields = [name for name in hints if name in Seq2SeqTrainingArguments.__dataclass_fields__]
+    for key, value in training.items():
+        place = f"training.{quoted(key)}"
+        if key in ELSEWHERE:
+            yield f"{place}: not to be given here; say {ELSEWHERE[key]}"
+        elif key not in fields:
+            yield f"{place}: no field of transformers.TrainingArguments{_nearest(str(key), fields)}"
+        else:
+            yield from _value_problems(place, value, hints[key])
+
+
+def _value_problems(place: str, value: Any, hint: Any) -> Iterator[str]:
+    kinds = typing.get_args(hint) or (hint,)
+    choices = next((k for k in kinds if isinstance(k, type) and issubclass(k, Enum)), None)
+    if choices is not None and isinstance(value, str):
+        allowed = [choice.value for choice in choices]
+        if value not in allowed:
+            yield f"{place}: wanted one of {', '.join(allowed)}, got {quoted(repr(value))}"
+        return
+    config = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+    try:
+        TypeAdapter(hint, config=config).validate_python(value)
+    except ValidationError as e:
+        wanted = e.errors()[0]["msg"].replace("Input should be", "wanted")
+        yield f"{place}: {wanted}, got {quoted(repr(value))}"

@@ -1,0 +1,225 @@
+"""Runs side by side: a table shaped like the paper's, as text and Markdown, and two pictures.
+
+A row is what ``loftq compare`` keeps of a finished run: plain values, one JSON object a line. Rows of one task and
+with equal ``settings`` are one arm, which differ in seed and learning rate.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loftq.report.tables import console, plain_table
+
+Row = Mapping[str, Any]
+
+NAMES = {"full": "Full FT", "lora": "LoRA", "qlora": "QLoRA", "loftq": "LoftQ"}
+ALWAYS = ("method", "bits")
+HEADINGS = {"steps": "T", "embeddings": "embeddings too"}
+COUNTS = ("n", "tokens")  # of one split or another; no results
+WORDS = ("method", "code", "order")
+NOT_CONVERGED = "N.A."
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the table.
+
+    Attributes:
+        rate: the learning rate chosen, of ``rates``.
+        rows: the runs with that rate, one a seed.
+    """
+
+    task: str
+    settings: dict[str, Any]
+    rate: float
+    rates: tuple[float, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def name(self) -> str:
+        """``LoftQ 2-bit nf, rank 16``: for legends and notes."""
+        s = self.settings
+        width = f" {s['bits']}-bit {s['code']}" if "code" in s else ""
+        return f"{NAMES[s['method']]}{width}" + (f", rank {s['rank']}" if "rank" in s else "")
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """On disk, of what is needed to use the result: ``backbone`` and ``adapter``; empty if every run was lost."""
+        return next((row["bytes"] for row in self.rows if row["bytes"]), {})
+
+    def values(self, metric: str) -> list[float]:
+        """Of every seed, sorted; a run that did not converge counts as the worst possible."""
+        worst = -math.inf if self.rows[0]["greater_is_better"] else math.inf
+        return sorted(worst if row["failed"] else row["metrics"][metric] for row in self.rows)
+
+
+def chosen_rate(rows: Iterable[Row]) -> float:
+    """The learning rate of the best of an arm's runs with one seed: the rule by which rates are chosen.
+
+    The best has converged and has the best main metric; the first of equals, and the first of all if none has.
+    """
+    rows = list(rows)
+    converged = [row for row in rows if not row["failed"]]
+    sign = 1 if rows[0]["greater_is_better"] else -1
+    best = max(converged, key=lambda row: sign * row["metrics"][row["metric"]], default=rows[0])
+    return best["learning_rate"]
+
+
+def arms(rows: Sequence[Row]) -> list[Arm]:
+    """The arms of all tasks, in the order in which their first runs came."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["task"], *sorted(row["settings"].items())), []).append(row)
+    result = []
+    for group in groups.values():
+        first = group[0]
+        rate = chosen_rate([row for row in group if row["seed"] == first["seed"]])
+        kept = tuple(row for row in group if row["learning_rate"] == rate)
+        result.append(Arm(first["task"], dict(first["settings"]), rate, tuple(first["learning_rates"]), kept))
+    return result
+
+
+def columns(found: Sequence[Arm]) -> list[str]:
+    """The settings worth a column: method and bits, and what differs between arms that have it."""
+    keys = dict.fromkeys(key for arm in found for key in arm.settings)
+    differ = [k for k in keys if len({arm.settings[k] for arm in found if k in arm.settings}) > 1]
+    return [k for k in keys if k in ALWAYS or k in differ]
+
+
+def metrics(found: Sequence[Arm]) -> list[str]:
+    """The metrics worth a column, the main one first."""
+    row = next((row for arm in found for row in arm.rows if row["metrics"]), None)
+    names = [m for m in row["metrics"] if m.split("_")[-1] not in COUNTS and not m.startswith("lead3_")] if row else []
+    return sorted(names, key=lambda name: name != found[0].rows[0]["metric"])
+
+
+def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headings and lines for the runs of one task: settings, median and spread of every metric, cost."""
+    found = arms(rows)
+    settings, measured = columns(found), metrics(found)
+    before = any(row.get("before") for row in rows)
+    main = rows[0]["metric"]
+    headings = [HEADINGS.get(k, k) for k in settings]
+    headings += [f"{main} before"] * before + measured + ["learning rate", "seeds", "backbone MB", "adapter MB"]
+    body = []
+    if lead3 := _lead3(rows):
+        cells = [number(lead3.get(heading)) for heading in headings]
+        body.append(["Lead-3", *cells[1:]])
+    for arm in found:
+        line = [_setting(arm, key) for key in settings]
+        line += [number((arm.rows[0].get("before") or {}).get(main))] * before
+        line += [spread(arm.values(metric)) for metric in measured]
+        line += [_rates(arm), str(len(arm.rows)), *(_megabytes(arm, part) for part in ("backbone", "adapter"))]
+        body.append(line)
+    return headings, body
+
+
+def overview(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headings and lines over several tasks: one column a task, with its main metric."""
+    found = arms(rows)
+    tasks = {arm.task: arm.rows[0]["metric"] for arm in found}
+    settings = columns(found)
+    lines: dict[tuple, dict[str, Arm]] = {}
+    for arm in found:
+        lines.setdefault(tuple(arm.settings.items()), {})[arm.task] = arm
+    body = []
+    for mine in lines.values():
+        any_arm = next(iter(mine.values()))
+        cells = [spread(mine[task].values(metric)) if task in mine else "" for task, metric in tasks.items()]
+        sizes = [_megabytes(any_arm, "backbone", "adapter")]
+        body.append([_setting(any_arm, key) for key in settings] + cells + sizes)
+    headings = [HEADINGS.get(k, k) for k in settings]
+    return [*headings, *(f"{task} {metric}" for task, metric in tasks.items()), "MB"], body
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What has to be known beside the table: what was equal for all, and every run that did not converge, and why."""
+    first = rows[0]
+    found = arms(rows)
+    equal = {k: v for k, v in found[-1].settings.items() if v and k not in columns(found)}
+    told = ", ".join(f"{HEADINGS.get(k, k)} {v}" for k, v in equal.items())
+    lines = [
+        f"{first['model']}, {first['task']}, n = {first['n']}; {first['train_steps']} steps for every arm"
+        + (f"; {told}" if told else "")
+        + ". Median over seeds (smallest to largest). The learning rate is the one of those named that did best with "
+        f"the first seed, by {first['metric']} on the rows that are reported.",
+    ]
+    for arm in found:
+        for row in arm.rows:
+            if row["failed"]:
+                lines.append(f"{NOT_CONVERGED} ({arm.task}, {arm.name}, seed {row['seed']}): {row['failed']}.")
+    return lines
+
+
+def provenance(rows: Sequence[Row]) -> str:
+    """Where the numbers come from: one phrase for each way in which the runs were made."""
+    made = {(r["commit"], r["device"], r["torch"]): r for r in rows}
+    seconds = sum(r["seconds"] for r in rows)
+    phrases = [f"loftq {r['version']} at {c}, {d}, torch {t}" for (c, d, t), r in made.items()]
+    return f"{'; '.join(phrases)}. {len(rows)} runs, {seconds / 60:.0f} minutes together."
+
+
+def markdown(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; words to the left, numbers to the right."""
+    rule = "|".join("---" if heading in WORDS else "---:" for heading in headings)
+    return "\n".join([f"| {' | '.join(headings)} |", f"|{rule}|", *(f"| {' | '.join(line)} |" for line in body)])
+
+
+def number(value: float | None) -> str:
+    """Three digits at least, no more than two decimals: ``87.3``, ``5.24``, ``1203``."""
+    if value is None:
+        return ""
+    if not math.isfinite(value):
+        return NOT_CONVERGED
+    return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """``87.3 (86.9 to 87.8)``: the median and the extremes of sorted values."""
+    low, high = values[0], values[-1]
+    middle = number(statistics.median(values))
+    return middle if len(values) == 1 or low == high else f"{middle} ({number(low)} to {number(high)})"
+
+
+def page(title: str, rows: Sequence[Row], pictures: Mapping[str, str]) -> str:
+    """The table of one comparison as a Markdown page with its notes and ``pictures`` (what they show -> file name)."""
+    parts = [f"# {title}", markdown(*table(rows)), *notes(rows)]
+    parts += [f"![{shown}]({file})" for shown, file in pictures.items()]
+    return "\n\n".join([*parts, f"<sub>{provenance(rows)}</sub>"]) + "\n"
+
+
+def print_comparison(rows: Sequence[Row]) -> None:
+    """The table and its notes, for the terminal."""
+    headings, body = table(rows)
+    printed = plain_table(*((h, "left" if h in WORDS else "right") for h in headings))
+    for line in body:
+        printed.add_row(*line)
+    out = console()
+    out.print(printed)
+    for line in [*notes(rows), provenance(rows)]:
+        out.print(f"\n{line}")
+
+
+def _setting(arm: Arm, key: str) -> str:
+    value = arm.settings.get(key, "")
+    if key == "method":
+        return NAMES[value]
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def _megabytes(arm: Arm, *parts: str) -> str:
+    return f"{sum(arm.bytes[part] for part in parts) / 1e6:.1f}" if arm.bytes else ""
+
+
+def _rates(arm: Arm) -> str:
+    """The rate taken, and the others: ``5e-04 of 1e-04, 5e-04``."""
+    chosen = f"{arm.rate:.2g}"
+    return chosen if len(arm.rates) == 1 else f"{chosen} of {', '.join(f'{rate:.2g}' for rate in arm.rates)}"
+
+
+def _lead3(rows: Sequence[Row]) -> dict[str, float]:
+    """ROUGE of the first three sentences, which is the same for every run."""
+    measured = next((row["metrics"] for row in rows if row["metrics"]), {})
+    return {name.removeprefix("lead3_"): value for name, value in measured.items() if name.startswith("lead3_")}

@@ -1,0 +1,32 @@
+"""Matplotlib, imported only when a picture is wanted."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+from loftq.errors import UsageError
+from loftq.formats import fsio
+
+
+def pyplot() -> Any:
+    """Matplotlib's pyplot, drawing to files. Raises: UsageError if it is not installed."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+    except ImportError as e:
+        raise UsageError("a picture needs matplotlib: pip install 'loftq[plot]'") from e
+    return plt
+
+
+def save(figure: Any, file: Path) -> None:
+    """Write a figure in the format of the file's ending, and close it."""
+    picture = io.BytesIO()
+    try:
+        figure.savefig(picture, format=file.suffix[1:] or "png", dpi=120)
+    except ValueError as e:
+        raise UsageError(f"{file}: {e}") from e
+    finally:
+        pyplot().close(figure)
+    fsio.write_atomic(file, [picture.getvalue()])

@@ -1,0 +1,95 @@
+"""Tokenized rows and batches of them: lengths that model and tokenizer can hold, the side to pad on, collators."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from loftq.errors import UsageError
+from loftq.tasks.base import IGNORED, Limits
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MANY = 10_000  # rows that take long enough for a bar
+
+
+@contextlib.contextmanager
+def no_bars(hidden: bool = True) -> Iterator[None]:
+    """Without the bars of ``datasets``, which stay on the screen when they are full."""
+    import datasets
+
+    hidden = hidden and datasets.is_progress_bar_enabled()
+    if hidden:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hidden:
+            datasets.enable_progress_bars()
+
+
+def tokenized(dataset: "Dataset", function: Callable[..., dict[str, Any]], **options: bool) -> "Dataset":
+    """``dataset.map`` with the columns that ``function`` gives and no others."""
+    with no_bars(len(dataset) < MANY):
+        return dataset.map(function, remove_columns=dataset.column_names, desc="Tokenizing", **options)  # type: ignore[arg-type]
+
+
+def padding(tokenizer: Any, side: str | None = None) -> Any:
+    """The tokenizer itself, or a copy that pads on ``side``, with the end token where it has none for padding."""
+    if tokenizer.pad_token is not None and side in (None, tokenizer.padding_side):
+        return tokenizer
+    changed = copy.deepcopy(tokenizer)
+    if side is not None:
+        changed.padding_side = side
+    if changed.pad_token is None:
+        changed.pad_token = end_token(tokenizer)
+    return changed
+
+
+def end_token(tokenizer: Any) -> str:
+    """The token that ends a text."""
+    if tokenizer.eos_token is None:
+        raise UsageError("the tokenizer has no end-of-text token; set eos_token in its tokenizer_config.json")
+    return tokenizer.eos_token
+
+
+def check_tokenizer(limits: Limits, tokenizer: Any) -> None:
+    """Refuse inputs that are longer than the tokenizer says its model can read."""
+    if limits.max_length > tokenizer.model_max_length:
+        raise UsageError(
+            f"max_length: {limits.max_length} tokens are more than the model's {tokenizer.model_max_length}; "
+            f"set max_length: {tokenizer.model_max_length}"
+        )
+
+
+def check_model(limits: Limits, model: Any) -> None:
+    """Refuse inputs that are longer than the positions of the model."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions and limits.max_length > positions:
+        raise UsageError(
+            f"max_length: {limits.max_length} tokens are more than the model's {positions} positions; "
+            f"set max_length: {positions} or less"
+        )
+
+
+def pad_inputs(tokenizer: Any, limits: Limits, model: Any) -> Any:
+    """A collator for labels that are one number a row."""
+    from transformers import DataCollatorWithPadding
+
+    _check(limits, model)
+    return DataCollatorWithPadding(tokenizer)
+
+
+def pad_sequences(tokenizer: Any, limits: Limits, model: Any) -> Any:
+    """A collator for labels that are a sequence; those of padding are -100."""
+    from transformers import DataCollatorForSeq2Seq
+
+    _check(limits, model)
+    encoder_decoder = model is not None and model.config.is_encoder_decoder
+    return DataCollatorForSeq2Seq(tokenizer, model=model if encoder_decoder else None, label_pad_token_id=IGNORED)
+
+
+def _check(limits: Limits, model: Any) -> None:
+    if model is not None:
+        check_model(limits, model)

@@ -1,0 +1,106 @@
+"""The splits of a task's data, from the hub or from local files, checked."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loftq.errors import InputError, StorageError, UsageError, listed, quoted
+from loftq.tasks import files
+from loftq.tasks.base import Hub, Task
+from loftq.tasks.columns import canonical
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+OPTIONS = ("directory", "max_train_samples", "max_eval_samples")
+
+
+def load_data(
+    task: Task, data: str | Path | Mapping[str, Any] | None = None, splits: Sequence[str] | None = None
+) -> "dict[str, Dataset]":
+    """split -> its rows, with the columns of ``task.roles`` alone, labels as numbers, everything checked.
+
+    Args:
+        data: None for the task's data set on the hub; a directory whose files are named after splits; or a mapping:
+            split -> file, glob or list of them, or ``directory``, and ``max_train_samples`` and
+            ``max_eval_samples`` to take the first rows only.
+        splits: those wanted; None for all there are.
+
+    Raises: UsageError for options that cannot be meant; InputError for a missing file or column, an empty set, a
+        broken row or an unknown label, naming all three; StorageError if the hub cannot be reached.
+    """
+    options = {"directory": str(data)} if isinstance(data, (str, Path)) else dict(data or {})
+    limits = {name: _count(name, options.pop(name, None)) for name in OPTIONS[1:]}
+    directory = options.pop("directory", None)
+    _check_splits(options, task)
+    named = {split: files.expanded(split, given) for split, given in options.items()}
+    if directory is not None:
+        named = {**files.in_directory(Path(directory).expanduser(), _names(task)), **named}
+    if named:
+        available, source = tuple(named), "the data given"
+    elif task.hub is not None:
+        available, source = tuple(task.hub.splits), str(task.hub)
+    else:
+        raise UsageError(
+            f"task {quoted(task.name)} has no data set on the hub; give --data DIR, or data: in the recipe"
+        )
+    wanted = available if splits is None else tuple(splits)
+    missing = [split for split in wanted if split not in available]
+    if missing:
+        raise InputError(
+            f"task {quoted(task.name)}: no split {listed(missing)} in {source}; it has {listed(available)}"
+        )
+    result = {}
+    for split in wanted:
+        rows = _read_files(task, named[split]) if named else _read_hub(task, task.hub, split)  # type: ignore[arg-type]
+        limit = limits["max_train_samples" if split == "train" else "max_eval_samples"]
+        result[split] = rows if limit is None else rows.select(range(min(limit, len(rows))))
+    return result
+
+
+def _count(name: str, value: Any) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise UsageError(f"data: {name}: {quoted(repr(value))} is not a number of rows, 1 or more")
+    return value
+
+
+def _check_splits(splits: Iterable[str], task: Task) -> None:
+    names = _names(task)
+    unknown = [split for split in splits if split not in names]
+    if unknown:
+        raise UsageError(
+            f"data: {listed(unknown)} is neither a split of {quoted(task.name)} ({listed(names)}) "
+            f"nor one of {listed(OPTIONS)}"
+        )
+
+
+def _names(task: Task) -> dict[str, tuple[str, ...]]:
+    """Every split that data for this task may have, with the hub's names for it."""
+    return {**dict.fromkeys(files.SPLITS, ()), **(task.hub.splits if task.hub else {})}
+
+
+def _read_files(task: Task, paths: list[Path]) -> "Dataset":
+    return _joined([canonical(files.read(path), task, quoted(path, 400)) for path in paths])
+
+
+def _read_hub(task: Task, hub: Hub, split: str) -> "Dataset":
+    import datasets
+
+    parts = []
+    for name in hub.splits[split]:
+        try:
+            rows: Any = datasets.load_dataset(hub.path, hub.config, split=name, revision=hub.revision)
+        except Exception as e:
+            reason = quoted(str(e).splitlines()[0] if str(e) else type(e).__name__, 200)
+            raise StorageError(
+                f"data set {hub}, split {name}, cannot be had from the hub: {reason}; with no network give --data DIR"
+            ) from e
+        parts.append(canonical(rows, task, f"{hub}, split {name}"))
+    return _joined(parts)
+
+
+def _joined(parts: "list[Dataset]") -> "Dataset":
+    from datasets import concatenate_datasets
+
+    columns = parts[0].column_names
+    return concatenate_datasets([part.select_columns(columns) for part in parts])

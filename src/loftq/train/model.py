@@ -1,0 +1,121 @@
+"""The model of a run: loaded in the class that the task wants, adapted, and written when it is trained."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from loftq.errors import InputError, UsageError, listed, quoted
+from loftq.nn.start import load_start, new_adapter
+from loftq.tasks import Task
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a checkpoint. InputError if there is none."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError, ImportError) as e:
+        raise InputError(f"{quoted(directory)}: no tokenizer that can be read: {_first_line(e)}") from e
+
+
+def load_model(task: Task, directory: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, list[str]]:
+    """A dense or packed checkpoint in the task's class, and the modules that it has no weights for.
+
+    Raises: InputError if transformers cannot make that class of it.
+    """
+    auto: Any = getattr(transformers, task.auto_class)
+    try:
+        model, found = auto.from_pretrained(directory, dtype=dtype, output_loading_info=True, **task.model_options())
+    except (OSError, ValueError, KeyError, RuntimeError) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"{quoted(directory)}: cannot be loaded as {task.auto_class}: {_first_line(e)}") from e
+    new = {name.rpartition(".")[0] for name in (*found["missing_keys"], *(k[0] for k in found["mismatched_keys"]))}
+    _check_lengths(model, task)
+    return model, sorted(new)
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig, new_modules: Iterable[str]) -> PeftModel:
+    """LoRA from zero on a dense model: the baseline."""
+    return _trainable_in_float32(new_adapter(model, config, new_modules))
+
+
+def add_start(model: PreTrainedModel, directory: Path, dropout: float) -> PeftModel:
+    """The start that was made with the packed backbone in ``directory``, LoftQ's or QLoRA's."""
+    return _trainable_in_float32(load_start(model, directory, lora_dropout=dropout))
+
+
+def load_adapter(model: PreTrainedModel, directory: Path, new_modules: Iterable[str]) -> PeftModel:
+    """A trained adapter put on ``model``. InputError if it is none, or leaves a new module of the model untrained."""
+    try:
+        adapted = PeftModel.from_pretrained(model, str(directory))
+    except (OSError, ValueError, KeyError, RuntimeError) as e:
+        raise InputError(f"{quoted(directory)}: no adapter for this model: {_first_line(e)}") from e
+    brought = adapted.peft_config["default"].modules_to_save or []  # type: ignore[union-attr]
+    refuse_untrained([n for n in new_modules if not any(part in brought for part in n.split("."))], directory)
+    return adapted
+
+
+def refuse_untrained(modules: Iterable[str], directory: Path) -> None:
+    """InputError if there are ``modules`` that ``directory`` has no weights for: they hold random numbers."""
+    names = list(modules)
+    if names:
+        raise InputError(
+            f"{quoted(directory)}: no weights for {listed(names)}: not trained for this task; see --adapter"
+        )
+
+
+def precision(model: Any, arguments: Any) -> AbstractContextManager:
+    """Autocast as in training: an evaluation then sees the model that training saw."""
+    dtype = torch.bfloat16 if arguments.get("bf16") else torch.float16 if arguments.get("fp16") else None
+    return torch.autocast(model.device.type, dtype) if dtype else nullcontext()
+
+
+def save(model: Any, directory: Path, tokenizer: PreTrainedTokenizerBase, writing: bool) -> None:
+    """What was trained: an adapter with its head, or a whole model. Every process calls it, one writes.
+
+    Args:
+        writing: whether this process is the one.
+    """
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    adapted = isinstance(model, PeftModel)
+    state = {name: _whole(t) for name, t in model.state_dict().items() if not adapted or name in trained}
+    if not writing:
+        return
+    options = {"save_embedding_layers": False} if adapted else {}
+    model.save_pretrained(directory, state_dict=state, **options)
+    tokenizer.save_pretrained(directory)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """``tensor`` on the CPU, put together from all processes if it is sharded."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+
+
+def _trainable_in_float32(model: Any) -> Any:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def _check_lengths(model: nn.Module, task: Task) -> None:
+    """UsageError for texts longer than a table of positions: the failure would come late, and name an index."""
+    limits = {"max_length": task.limits.max_length, "max_target_length": task.limits.max_target_length}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding) or not name.endswith(("position_embeddings", "embed_positions", "wpe")):
+            continue
+        for key, length in limits.items():
+            if length and length > module.num_embeddings:
+                raise UsageError(f"{key}: {length} is more than the {module.num_embeddings} positions of the model")
+
+
+def _first_line(error: Exception) -> str:
+    return quoted(str(error).strip().partition("\n")[0] or type(error).__name__, 300)

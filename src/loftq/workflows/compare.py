@@ -1,0 +1,198 @@
+"""``loftq compare``: every arm of a grid fine-tuned alike; one row per finished run, from which it continues."""
+
+import datetime
+import functools
+import itertools
+import json
+import math
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import loftq
+from loftq.errors import InputError, NumericalError, UsageError
+from loftq.formats import fsio, strict_json
+from loftq.recipe import Quantization, Recipe
+from loftq.report.comparison import page
+from loftq.report.comparison_plots import plot_bytes, plot_losses
+from loftq.train.model import load_tokenizer
+from loftq.workflows.finetune import finetune, read_data, task_of
+from loftq.workflows.grid import Arm, Run, grid, schedule
+from loftq.workflows.run import RunResult
+from loftq.workflows.source import resolve
+from loftq.workflows.verdict import constant_answer, failure
+
+Row = dict[str, Any]
+Begin = Callable[[int], Callable[[Row], None]]  # given the number of runs; what it returns, the row of every run
+
+
+def compare(recipe: Recipe, begin: Begin | None = None) -> list[Row]:
+    """Run the grid of a recipe into its ``output``; the rows of all its runs.
+
+    ``rows.jsonl`` grows by a line with every finished run, and the same call continues from it. ``runs/`` holds the
+    runs, ``backbones/`` what they share, ``comparison.md`` and two pictures the result.
+
+    Raises: UsageError for a recipe without a grid or an output; whatever a run raises, but for a loss that is not
+        finite, which is a result: the run did not converge.
+    """
+    if recipe.output is None:
+        raise UsageError("no output: say where the comparison goes, with `output:` in the recipe or --output")
+    output = Path(recipe.output).expanduser().absolute()
+    rows = run_grids([grid(recipe)], output / "rows.jsonl", output, begin=begin)
+    pictures = {"training loss": "losses.png", "metric by bytes": "bytes.png"}
+    plot_losses(rows, output / pictures["training loss"])
+    plot_bytes(rows, output / pictures["metric by bytes"])
+    text = page(f"{rows[0]['task']}: {rows[0]['model']}", rows, pictures)
+    fsio.write_atomic(output / "comparison.md", [text.encode()])
+    return rows
+
+
+def run_grids(
+    grids: Sequence[Sequence[Arm]],
+    file: Path,
+    directory: Path,
+    *,
+    begin: Begin | None = None,
+    about: Mapping[str, Any] | None = None,
+    keep: bool = True,
+) -> list[Row]:
+    """Run what is missing of several grids, in turn; their rows.
+
+    Args:
+        file: where the rows are, and new ones go; rows of other runs in it are left alone.
+        directory: for runs and backbones.
+        about: more to be said in every new row.
+        keep: False removes each run's files once its row is written.
+    """
+    fsio.make_dirs(directory)
+    with fsio.DirectoryLock(directory / "lock"):
+        rows = {row["key"]: row for row in read_rows(file)}
+        advance = begin(sum(len(arm) for arms in grids for arm in arms)) if begin else lambda row: None
+        mine = []
+        for run in schedule(grids, rows):
+            if run.key not in rows:
+                rows[run.key] = {**_row(run, directory, keep), **(about or {})}
+                fsio.write_atomic(file, [json.dumps(row).encode() + b"\n" for row in rows.values()])
+            mine.append(rows[run.key])
+            advance(rows[run.key])
+    return mine
+
+
+def finished(grids: Sequence[Sequence[Arm]], file: Path) -> tuple[list[Row], int]:
+    """The rows there are of the grids' runs, and how many are missing."""
+    rows = {row["key"]: row for row in read_rows(file)}
+    mine = list(itertools.takewhile(bool, (rows.get(run.key, {}) for run in schedule(grids, rows))))
+    return mine, sum(len(arm) for arms in grids for arm in arms) - len(mine)
+
+
+def read_rows(file: Path) -> list[Row]:
+    """The rows of a file, none if it is not there. InputError for a line that is no row."""
+    if not file.exists():
+        return []
+    rows = []
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        row = strict_json.loads(line, f"{file}, line {number}")
+        if not isinstance(row, dict) or "key" not in row:
+            raise InputError(f"{file}, line {number}: no row of a comparison; remove the line to run it again")
+        rows.append(row)
+    return rows
+
+
+def _row(run: Run, directory: Path, keep: bool) -> Row:
+    """Fine-tune, and say what came out."""
+    place = directory / "runs" / f"{run.arm.recipe.method}-{run.key}"
+    recipe = run.recipe.changed(output=str(place))
+    task = task_of(recipe)
+    began = time.monotonic()
+    result: RunResult | None = None
+    try:
+        result = finetune(recipe, backbone_cache=directory / "backbones")
+        reason = failure(result.metrics, *_constant_answer(recipe))
+    except NumericalError as e:
+        reason = str(e)
+    metrics = dict(result.metrics) if result else {}
+    row = {
+        "key": run.key,
+        "task": task.name,
+        "task_version": task.version,
+        "model": Path(recipe.model).name,
+        "settings": settings(recipe),
+        "learning_rate": run.learning_rate,
+        "learning_rates": list(run.arm.learning_rates),
+        "seed": run.seed,
+        "metric": task.main_metric,
+        "greater_is_better": task.greater_is_better,
+        "metrics": {name: round(value, 4) for name, value in metrics.items() if name != "n"},
+        "before": _before(result),
+        "n": metrics.get("n"),
+        "failed": reason,
+        "constant_answer": round(_constant_answer(recipe)[1], 4),
+        "losses": [[h["step"], round(h["loss"], 4)] for h in result.history if "loss" in h] if result else [],
+        "bytes": result.bytes if result else {},
+        "train_steps": result.steps if result else None,
+        "train_seconds": round(result.seconds, 1) if result else None,
+        "seconds": round(time.monotonic() - began, 1),
+        **origin(),
+    }
+    fsio.remove_tree(place if not keep or result is None else place / "checkpoints")
+    return row
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """What distinguishes the arms of a comparison, as its table names it."""
+    lora, quantization = recipe.lora, recipe.quantization or Quantization()
+    if recipe.method == "full":
+        return {"method": "full", "bits": "16"}
+    adapter = {"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout, "rslora": lora.rslora}
+    adapter["embeddings"] = quantization.embeddings
+    if recipe.method == "lora":
+        return {"method": "lora", "bits": "16", **adapter}
+    solver = {"steps": quantization.steps, "order": quantization.order} if recipe.method == "loftq" else {}
+    return {"method": recipe.method, "bits": quantization.bits, "code": quantization.code, **adapter, **solver}
+
+
+def _before(result: RunResult | None) -> dict[str, float] | None:
+    """The task's figures before the first step, if ``training.eval_on_start`` had them measured."""
+    first = next((h for h in result.history if h["step"] == 0 and "eval_loss" in h), None) if result else None
+    if first is None:
+        return None
+    measured = {k.removeprefix("eval_"): v for k, v in first.items() if isinstance(v, float) and k.startswith("eval_")}
+    return {**measured, "perplexity": math.exp(min(measured["loss"], 700.0))}
+
+
+def _constant_answer(recipe: Recipe) -> tuple[str, float]:
+    """See :func:`loftq.workflows.verdict.constant_answer`; the rows are read once per task and data."""
+    task = task_of(recipe)
+    key = json.dumps([recipe.model, recipe.to_dict()["data"], repr(task)])
+    if key not in _constants:
+        data = read_data(recipe, task)
+        rows = data[task.eval_splits(data)[0]]
+        _constants[key] = constant_answer(task, rows, load_tokenizer(resolve(recipe.model)))
+    return _constants[key]
+
+
+_constants: dict[str, tuple[str, float]] = {}
+
+
+@functools.cache
+def origin() -> dict[str, Any]:
+    """Where a row was made: version and commit of this package, device, day."""
+    place = Path(loftq.__file__).parent
+    git = ["git", "-C", str(place)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", loftq.__file__], check=True, capture_output=True)
+        described = subprocess.run(
+            [*git, "describe", "--always", "--dirty"], check=True, capture_output=True, text=True
+        )
+        commit = described.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # installed from a package
+        commit = "release"
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    today = datetime.date.today().isoformat()
+    return {"version": loftq.__version__, "commit": commit, "device": device, "torch": torch.__version__, "date": today}

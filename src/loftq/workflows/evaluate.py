@@ -1,0 +1,98 @@
+"""``loftq evaluate``: a model on a task, whatever it comes from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loftq.errors import InputError, UsageError, quoted
+from loftq.recipe import Recipe, parse
+from loftq.tasks import Task, names
+from loftq.train.model import add_start, load_adapter, load_model, load_tokenizer, refuse_untrained
+from loftq.workflows.finetune import evaluate_splits, read_data, task_of
+from loftq.workflows.places import MANIFEST
+from loftq.workflows.run import Run
+from loftq.workflows.source import resolve
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``metrics`` of the first of ``splits`` by their names, of others with the split's name before them."""
+
+    target: str
+    task: str
+    splits: list[str]
+    metrics: dict[str, float]
+
+
+def evaluate(
+    target: str,
+    *,
+    task: str | dict[str, Any] | None = None,
+    data: str | None = None,
+    splits: Sequence[str] = (),
+    adapter: Path | None = None,
+    batch_size: int | None = None,
+    max_length: int | None = None,
+    generation: str | None = None,
+) -> Evaluation:
+    """Evaluate a run of ``loftq train``, a dense model, or a quantized directory with its start.
+
+    Args:
+        target: a directory, or a hub id.
+        task: a task's name or a mapping as in a recipe; a run has its own.
+        data: a directory with files named by split, instead of the task's or the run's data.
+        splits: those to report on; by default the task's.
+        adapter: a trained adapter to put on ``target``.
+        max_length: tokens of an input, instead of the task's or the run's.
+        generation: ``greedy`` or ``paper``, for tasks that write answers.
+
+    Raises: InputError for a model that was never trained for the task; what the parts raise.
+    """
+    run = Run(Path(target).expanduser())
+    is_run = run.recipe.is_file()
+    recipe = run.read_recipe() if is_run else _recipe_for(target, task)
+    changes: dict[str, Any] = {"task": task, "generation": generation, "data": data, "max_length": max_length}
+    recipe = recipe.changed(**{key: value for key, value in changes.items() if value is not None})
+    known = task_of(recipe)
+    rows = read_data(recipe, known, list(splits) or None)
+    model, place = _model(known, recipe, run if is_run else None, adapter)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = {split: rows[split] for split in splits or known.eval_splits(rows)}
+    metrics = evaluate_splits(recipe, known, model, load_tokenizer(place), wanted, batch_size)
+    return Evaluation(target, known.identity, list(wanted), metrics)
+
+
+def _recipe_for(target: str, task: Any) -> Recipe:
+    if task is None:
+        raise UsageError(f"{quoted(target)} is no run of `loftq train`: say --task, one of {', '.join(names())}")
+    return parse({"model": target, "task": task, "method": "full"})
+
+
+def _model(task: Task, recipe: Recipe, run: Run | None, adapter: Path | None) -> tuple[Any, Path]:
+    """The model, and where its tokenizer is."""
+    if run is not None:
+        if adapter is not None:
+            raise UsageError("--adapter is for a model; a run has its own")
+        trained, result = run.trained, run.result()
+        assert result is not None
+        base = trained if trained == run.model else _base(run, Path(result.base))
+        adapter = trained if trained == run.adapter else None
+        dtype: Any = torch.bfloat16 if recipe.training.get("bf16") and adapter else torch.float32
+    else:
+        base, dtype = resolve(recipe.model), "auto"
+    model, new_modules = load_model(task, base, dtype)
+    if adapter is not None:
+        return load_adapter(model, adapter, new_modules), base
+    refuse_untrained(new_modules, base)
+    return (add_start(model, base, 0.0) if (base / MANIFEST).is_file() else model), base
+
+
+def _base(run: Run, recorded: Path) -> Path:
+    """The frozen model under a run's adapter; a run that was moved has taken its own backbone along."""
+    found = next((path for path in (run.backbone, recorded) if path.is_dir()), None)
+    if found is None:
+        raise InputError(f"{quoted(run.root)}: its base {quoted(recorded)} is gone; listed in {quoted(run.metrics)}")
+    return found

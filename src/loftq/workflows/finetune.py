@@ -1,0 +1,257 @@
+"""``loftq train``: quantize if the method wants it, fine-tune, evaluate; one directory per run."""
+
+import hashlib
+import json
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import Seq2SeqTrainingArguments, set_seed
+
+import loftq
+from loftq.errors import InputError, UsageError, quoted
+from loftq.formats.layouts import LAYOUTS
+from loftq.nn.convert import FIELDS
+from loftq.plan import Policy
+from loftq.recipe import Quantization, Recipe
+from loftq.spec import SolveSpec
+from loftq.tasks import Task, get_task, load_data, score
+from loftq.train.arguments import training_arguments
+from loftq.train.model import add_lora, add_start, load_model, load_tokenizer, precision, save
+from loftq.train.trainer import LoftQTrainer, callbacks
+from loftq.workflows.assemble import adapter_of
+from loftq.workflows.check import read_manifest
+from loftq.workflows.places import MANIFEST
+from loftq.workflows.quantize import Begin, QuantizeOptions, quantize
+from loftq.workflows.run import Run, RunResult
+from loftq.workflows.source import open_source, resolve
+
+
+def finetune(
+    recipe: Recipe, *, backbone_cache: Path | None = None, resume: bool = True, begin: Begin | None = None
+) -> RunResult:
+    """Run ``recipe`` into its ``output``. Continues where it was stopped; a finished run is only read back.
+
+    Under ``torchrun`` or ``accelerate launch`` every process calls it: one quantizes and writes, all train, and all
+    evaluate the whole of the data.
+
+    Args:
+        backbone_cache: directory for quantized backbones, shared by runs; by default each lies in its run.
+        resume: False begins again, and removes what an earlier run of the same directory left.
+        begin: for a progress bar of quantizing, as :func:`loftq.workflows.quantize.quantize` takes it.
+
+    Raises: UsageError and InputError for whatever does not fit, before the hours of quantizing and training;
+        ConflictError if the output belongs to another recipe; NumericalError when the loss is not finite.
+    """
+    if recipe.output is None:
+        raise UsageError("no output: say where the run goes, with `output:` in the recipe or --output")
+    run = Run(Path(recipe.output).expanduser().absolute())
+    task = task_of(recipe)
+    arguments = training_arguments(recipe, task, run.checkpoints)
+    processes = PartialState()
+    with run.claimed(recipe, resume) if processes.is_main_process else nullcontext():
+        processes.wait_for_everyone()
+        result = run.result() or _work(recipe, task, arguments, run, backbone_cache, begin)
+        processes.wait_for_everyone()
+    return result
+
+
+def _work(
+    recipe: Recipe,
+    task: Task,
+    arguments: Seq2SeqTrainingArguments,
+    run: Run,
+    cache: Path | None,
+    begin: Begin | None,
+) -> RunResult:
+    """The run itself. What can be refused is refused first."""
+    writing = PartialState().is_main_process
+    source = resolve(recipe.model)
+    data = read_data(recipe, task)
+    if "train" not in data:
+        raise InputError(f"task {task.name}: the data has no train split, only {', '.join(data)}")
+    splits = {split: data[split] for split in task.eval_splits(data)}
+    tokenizer = load_tokenizer(source)
+    base = _backbone(recipe, source, run, cache, begin, writing)
+    set_seed(recipe.seed)
+    model = _model(recipe, task, base, arguments)
+    trainer = _trainer(task, model, tokenizer, data, arguments, run)
+    began = time.monotonic()
+    trainer.train(resume_from_checkpoint=run.last_checkpoint())
+    seconds = time.monotonic() - began
+    save(trainer.model, run.model if recipe.method == "full" else run.adapter, tokenizer, writing)
+    result = RunResult(
+        task=task.identity,
+        method=recipe.method,
+        seed=recipe.seed,
+        metrics=evaluate_splits(recipe, task, trainer.model, tokenizer, splits),
+        splits=list(splits),
+        history=trainer.state.log_history,
+        steps=trainer.state.global_step,
+        epochs=float(trainer.state.epoch or 0),
+        seconds=round(seconds, 3),
+        learning_rate=arguments.learning_rate,
+        bytes=_sizes(recipe, run, base),
+        base=str(base),
+        processes=arguments.world_size,
+        device=_device(arguments),
+        versions=_versions(),
+    )
+    if writing:
+        run.finish(result)
+    return result
+
+
+def task_of(recipe: Recipe) -> Task:
+    """The task with the recipe's limits."""
+    limits = {k: getattr(recipe, k) for k in ("max_length", "max_target_length", "doc_stride")}
+    return get_task(recipe.task, **limits)
+
+
+def read_data(recipe: Recipe, task: Task, splits: list[str] | None = None) -> dict[str, Dataset]:
+    """Split -> rows, as many of the first as the recipe wants."""
+    limits = recipe.data
+    data = load_data(task, limits.source, splits)
+    most = {name: limits.max_train_samples if name == "train" else limits.max_eval_samples for name in data}
+    return {name: rows.select(range(min(most[name] or len(rows), len(rows)))) for name, rows in data.items()}
+
+
+def evaluate_splits(
+    recipe: Recipe, task: Task, model: Any, tokenizer: Any, splits: dict[str, Dataset], batch_size: int | None = None
+) -> dict[str, float]:
+    """The task's metrics on ``splits``: of the first by their names, of others with the split's name before them."""
+    size = batch_size or recipe.training.get("per_device_eval_batch_size", 32)
+    metrics: dict[str, float] = {}
+    for split, rows in splits.items():
+        with precision(model, recipe.training):
+            found = score(
+                task,
+                model,
+                tokenizer,
+                rows,
+                batch_size=size,
+                generation=recipe.generation.choice,
+                progress=PartialState().is_main_process,
+            )
+        metrics.update({f"{split}_{k}" if metrics else k: v for k, v in found.items()})
+    return metrics
+
+
+def policy_of(recipe: Recipe) -> Policy:
+    """What ``loftq quantize`` would be asked for. QLoRA is LoftQ of no steps."""
+    given, lora = recipe.quantization or Quantization(), recipe.lora
+    steps = 0 if recipe.method == "qlora" else given.steps
+    return Policy(
+        **given.model_dump(exclude={"steps", "order", "svd", "seed"}),
+        **lora.model_dump(exclude={"dropout"}),
+        solve=SolveSpec(steps=steps, order=given.order, svd=given.svd, seed=given.seed),
+    )
+
+
+def _backbone(recipe: Recipe, source: Path, run: Run, cache: Path | None, begin: Begin | None, writing: bool) -> Path:
+    """The checkpoint that is trained: ``source``, or for ``qlora`` and ``loftq`` its quantized form."""
+    quantized = (source / MANIFEST).is_file()
+    if recipe.method not in ("qlora", "loftq"):
+        if quantized:
+            raise UsageError(f"model: {quoted(source)} is quantized; method {recipe.method} wants a dense one")
+        return source
+    if quantized:
+        _check_quantized(recipe, source)
+        return source
+    policy = policy_of(recipe)
+    place = run.backbone if cache is None else cache / _cache_name(source, policy)
+    if writing:
+        quantize(str(source), place, QuantizeOptions(policy=policy, overwrite=True), begin)
+    while not (place / MANIFEST).is_file():  # a barrier would time out long before a large model is done
+        time.sleep(0.5)
+    PartialState().wait_for_everyone()
+    return place
+
+
+def _check_quantized(recipe: Recipe, source: Path) -> None:
+    """UsageError if the recipe asks for something else than the quantized directory holds."""
+    options = read_manifest(source)["identity"]["options"]
+    if recipe.quantization is not None:
+        raise UsageError(f"model: {quoted(source)} is quantized already; leave out the section quantization")
+    if options["format"] != "loftq":
+        raise UsageError(
+            f"model: {quoted(source)} has --format {options['format']}; wanted a dense checkpoint or --format loftq"
+        )
+    method = "qlora" if options["solve"]["steps"] == 0 else "loftq"
+    if method != recipe.method:
+        raise UsageError(f"method: {recipe.method}, but the start in {quoted(source)} was made by {method}")
+
+
+def _cache_name(source: Path, policy: Policy) -> str:
+    text = json.dumps([str(source.resolve()), asdict(policy)], sort_keys=True)
+    return f"{source.name}-{policy.bits}bit-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _model(recipe: Recipe, task: Task, base: Path, arguments: Seq2SeqTrainingArguments) -> Any:
+    """What is trained. A frozen backbone may be held in bfloat16; what is trained is float32."""
+    dtype = torch.bfloat16 if arguments.bf16 and recipe.method != "full" else torch.float32
+    model, new_modules = load_model(task, base, dtype)
+    if recipe.method == "full":
+        return model
+    if recipe.method == "lora":
+        source = open_source(str(base), policy_of(recipe))
+        fields = adapter_of(source, LAYOUTS["dense"], base, task.peft_task_type)
+        config = LoraConfig(**{k: fields[k] for k in (*FIELDS, "fan_in_fan_out")}, lora_dropout=recipe.lora.dropout)
+        return add_lora(model, config, new_modules)
+    return add_start(model, base, recipe.lora.dropout)
+
+
+def _trainer(
+    task: Task, model: Any, tokenizer: Any, data: dict[str, Dataset], arguments: Seq2SeqTrainingArguments, run: Run
+) -> LoftQTrainer:
+    watching = arguments.eval_strategy != "no" or arguments.eval_on_start
+    watched = task.dev_split(data) if watching else None
+    dev = metrics = None
+    with arguments.main_process_first():
+        rows = task.prepare(data["train"], tokenizer, train=True)
+        if watched is not None:
+            dev = task.prepare(data[watched], tokenizer, train=False)
+            metrics = task.trainer_metrics(data[watched], dev, tokenizer)
+    return LoftQTrainer(
+        model=model,
+        counts_tokens=task.kind in ("causal-lm", "instruction"),
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=dev,
+        data_collator=task.collator(tokenizer, model),
+        processing_class=tokenizer,
+        compute_metrics=metrics,
+        callbacks=callbacks(run.logs, PartialState().is_main_process),
+    )
+
+
+def _sizes(recipe: Recipe, run: Run, base: Path) -> dict[str, int]:
+    """Bytes of weights on disk."""
+    place = run.model if recipe.method == "full" else base
+    adapter = run.adapter / "adapter_model.safetensors"
+    return {
+        "backbone": sum(f.stat().st_size for f in place.glob("*") if f.suffix in (".safetensors", ".bin")),
+        "adapter": adapter.stat().st_size if adapter.is_file() else 0,
+    }
+
+
+def _device(arguments: Seq2SeqTrainingArguments) -> str:
+    return torch.cuda.get_device_name(arguments.device) if arguments.device.type == "cuda" else arguments.device.type
+
+
+def _versions() -> dict[str, str]:
+    import peft
+    import transformers
+
+    return {
+        "loftq": loftq.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }

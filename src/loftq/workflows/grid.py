@@ -1,0 +1,181 @@
+"""The grid of a comparison: its arms, learning rates and seeds, and the order in which they are run.
+
+The ``compare`` section of a recipe::
+
+    compare:
+      seeds: [0, 1, 2]
+      learning_rates: [1.0e-4, 5.0e-4]        # default: the recipe's own
+      arms:                                   # each block stands for the product of its lists
+        - {method: full, learning_rates: [5.0e-5], seeds: [0]}
+        - {method: [qlora, loftq], quantization.bits: [4, 2], lora.rank: 16}
+
+An arm is a way to fine-tune. It may change the method, ``quantization.*`` and ``lora.*``, and have learning rates and
+seeds of its own; data, their order, steps and batch are the recipe's, so they are equal for all arms.
+"""
+
+import functools
+import glob
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from loftq.errors import UsageError, quoted
+from loftq.recipe import Recipe, Strict, section
+from loftq.report.comparison import chosen_rate
+
+NOT_ESSENTIAL = ("output", "note", "compare")
+
+
+class Open(Strict):
+    """What a comparison varies within an arm."""
+
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    learning_rates: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = None
+
+
+class Section(Open):
+    """What may stand under ``compare``."""
+
+    arms: Annotated[list[dict[str, Any]], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to fine-tune: a recipe whose learning rate and seed are still open.
+
+    The first seed chooses one of the learning rates, the other seeds repeat it.
+    """
+
+    recipe: Recipe
+    learning_rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+
+    def __len__(self) -> int:
+        """The number of runs."""
+        return len(self.learning_rates) + len(self.seeds) - 1
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Names the arm in the rows; equal for equal arms, whatever the seed and the learning rate."""
+        return digest(self.recipe.changed(**{"seed": 0, "training.learning_rate": 1.0}))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fine-tuning: an arm with a learning rate and a seed. ``key`` identifies its row."""
+
+    arm: Arm
+    learning_rate: float
+    seed: int
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.arm.recipe.changed(**{"seed": self.seed, "training.learning_rate": self.learning_rate})
+
+    @functools.cached_property
+    def key(self) -> str:
+        return digest(self.recipe)
+
+
+def grid(recipe: Recipe) -> tuple[Arm, ...]:
+    """The arms that the ``compare`` section of a recipe stands for.
+
+    Raises: UsageError for a recipe without one, for keys an arm may not set, and whatever a recipe itself refuses.
+    """
+    if recipe.compare is None:
+        raise UsageError("the recipe has no section compare; give it arms: [{method: [lora, qlora, loftq]}]")
+    parsed = section(Section, recipe.compare, "compare")
+    arms: dict[str, Arm] = {}
+    for number, block in enumerate(parsed.arms, 1):
+        for arm in _arms(recipe, block, parsed, f"compare.arms, block {number}"):
+            arms.setdefault(arm.key, arm)
+    return tuple(arms.values())
+
+
+def schedule(grids: Sequence[Sequence[Arm]], rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Run]:
+    """Every run, in an order in which an interrupted comparison is already a balanced one.
+
+    First all arms of all grids with their first seed and first learning rate, then with the second rate, and so on;
+    then, with the rate that did best, seed by seed. ``rows`` (key of a run -> its row) is read when the rates are
+    chosen, so the rows of the runs given out before have to be in it by then.
+    """
+    arms = [arm for g in grids for arm in g]
+    for i in range(max(len(arm.learning_rates) for arm in arms)):
+        yield from (Run(arm, arm.learning_rates[i], arm.seeds[0]) for arm in arms if i < len(arm.learning_rates))
+    for j in range(1, max(len(arm.seeds) for arm in arms)):
+        yield from (Run(arm, _best(arm, rows), arm.seeds[j]) for arm in arms if j < len(arm.seeds))
+
+
+def digest(recipe: Recipe) -> str:
+    """Twelve digits for everything that a run's result depends on; of local files their content, not their place."""
+    values = {k: v for k, v in recipe.to_dict().items() if k not in NOT_ESSENTIAL}
+    values["model"] = _contents(recipe.model)
+    values["data"] = {k: _contents(v) if isinstance(v, (str, list)) else v for k, v in values["data"].items()}
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _contents(place: str | list[str]) -> list[Any]:
+    """What a directory, file, glob or list of them holds; a name that is nothing local, as it is."""
+    if isinstance(place, list):
+        return [_contents(one) for one in place]
+    found = [Path(p) for p in sorted(glob.glob(str(Path(place).expanduser()), recursive=True))]
+    files = [
+        f for p in found for f in (sorted(p.iterdir()) if p.is_dir() else [p]) if f.suffix != ".md" and f.is_file()
+    ]
+    return [[f.name, *_start(f, f.stat().st_size, f.stat().st_mtime_ns)] for f in files] or [place]
+
+
+@functools.lru_cache(maxsize=1024)
+def _start(file: Path, size: int, changed: int) -> tuple[int, str]:
+    """Size and SHA-256 of the first MiB, by which two models of one shape differ."""
+    with file.open("rb") as opened:
+        return size, hashlib.sha256(opened.read(1 << 20)).hexdigest()
+
+
+def _best(arm: Arm, rows: Mapping[str, Mapping[str, Any]]) -> float:
+    return chosen_rate([rows[Run(arm, rate, arm.seeds[0]).key] for rate in arm.learning_rates])
+
+
+def _own_rate(recipe: Recipe) -> list[float]:
+    from transformers import TrainingArguments
+
+    return [recipe.training.get("learning_rate", TrainingArguments.learning_rate)]
+
+
+def _arms(recipe: Recipe, block: Mapping[str, Any], given: Open, place: str) -> Iterator[Arm]:
+    """The product of the lists of a block, each a recipe."""
+    own = section(Open, {key: block[key] for key in Open.model_fields if key in block}, place)
+    rates = own.learning_rates or given.learning_rates or _own_rate(recipe)
+    seeds = own.seeds or given.seeds or [0, 1, 2]
+    axes = {k: v if isinstance(v, list) else [v] for k, v in block.items() if k not in Open.model_fields}
+    for key, values in axes.items():
+        if key != "method" and key.partition(".")[0] not in ("quantization", "lora"):
+            raise UsageError(
+                f"{place}: {quoted(key)} cannot differ between arms, only method, quantization.*, lora.*, "
+                "learning_rates and seeds can; set it in the recipe, for all arms alike"
+            )
+        if not values:
+            raise UsageError(f"{place}: {quoted(key)} is an empty list")
+    for combination in itertools.product(*axes.values()):
+        changed = recipe.changed(**dict(zip(axes, combination, strict=True)))
+        yield Arm(essential(changed), tuple(dict.fromkeys(map(float, rates))), tuple(dict.fromkeys(seeds)))
+
+
+def essential(recipe: Recipe) -> Recipe:
+    """The recipe without what its method has no use for, so that two arms which differ only in that are one arm."""
+    if recipe.method == "full":
+        return recipe.changed(quantization=None, lora={})
+    if recipe.method == "qlora":
+        return recipe.changed(**{"quantization.steps": 0, "quantization.order": "quantize-first"})
+    if recipe.method == "lora" and recipe.quantization:
+        given = recipe.quantization  # decides which modules get an adapter; widths do only where a pattern leaves some
+        kept = {"embeddings": given.embeddings, "min_coverage": given.min_coverage}
+        return recipe.changed(quantization={**kept, "bits": given.bits} if "=" in given.bits else kept)
+    return recipe

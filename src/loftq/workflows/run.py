@@ -1,0 +1,125 @@
+"""The directory of a run: what lies where, and whose it is."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from loftq import recipe as recipes
+from loftq.errors import ConflictError, InputError, listed, quoted
+from loftq.formats import fsio, strict_json
+from loftq.recipe import Recipe
+from loftq.workflows.places import differences
+
+NOT_IDENTITY = {"output", "note", "compare"}  # may differ between two recipes of one run
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What came out of a run; ``metrics.json`` is this.
+
+    Attributes:
+        metrics: of the task's first split by their names, of further ones with the split's name before them; shares in
+            percent.
+        history: what the trainer logged, step by step: losses, learning rates, evaluations.
+        bytes: size on disk of ``backbone`` and ``adapter``; of a fully trained model, ``backbone`` alone.
+        seconds: of training alone.
+    """
+
+    task: str
+    method: str
+    seed: int
+    metrics: dict[str, float]
+    splits: list[str]
+    history: list[dict[str, Any]]
+    steps: int
+    epochs: float
+    seconds: float
+    learning_rate: float
+    bytes: dict[str, int]
+    base: str
+    processes: int
+    device: str
+    versions: dict[str, str]
+
+
+class Run:
+    """Where the parts of a run are."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.recipe, self.metrics = root / "recipe.yaml", root / "metrics.json"
+        self.backbone, self.checkpoints, self.logs = root / "backbone", root / "checkpoints", root / "logs"
+        self.adapter, self.model = root / "adapter", root / "model"
+
+    @contextmanager
+    def claimed(self, recipe: Recipe, resume: bool) -> Iterator[None]:
+        """Keep others out of the directory, and see to it that what lies there belongs to ``recipe``.
+
+        Args:
+            resume: continue what an earlier run of the recipe left; else that is removed first.
+
+        Raises: ConflictError for a directory of another recipe, or of something else.
+        """
+        fsio.make_dirs(self.root)
+        with fsio.DirectoryLock(self.root / "lock"):
+            if not self.recipe.exists():
+                strangers = listed(p.name for p in self.root.iterdir() if p.name not in ("lock", "backbone"))
+                if strangers:
+                    raise ConflictError(f"{self.root}: no run, and not empty ({strangers}); choose another --output")
+            elif resume and self.begun:
+                changed = listed(differences(identity(self.read_recipe()), identity(recipe)))
+                if changed:
+                    raise ConflictError(
+                        f"{self.root}: holds a run of another recipe ({changed}); choose another --output, or "
+                        "--restart to replace it"
+                    )
+            else:
+                fsio.remove(self.metrics)
+                for path in (self.checkpoints, self.logs, self.adapter, self.model):
+                    fsio.remove_tree(path)
+            fsio.write_atomic(self.recipe, [recipes.dump(recipe).encode()])
+            yield
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is something of a training to lose."""
+        return any(path.exists() for path in (self.metrics, self.adapter, self.model, self.checkpoints))
+
+    def read_recipe(self) -> Recipe:
+        return recipes.read(self.recipe)
+
+    def result(self) -> RunResult | None:
+        """The result of a finished run. InputError if ``metrics.json`` is not one."""
+        if not self.metrics.exists():
+            return None
+        values = strict_json.load_object(self.metrics)
+        wanted = {field.name for field in fields(RunResult)}
+        if values.keys() != wanted:
+            odd = listed(sorted(values.keys() ^ wanted))
+            raise InputError(f"{self.metrics}: {odd} unknown or missing; not written by this loftq")
+        return RunResult(**values)
+
+    def finish(self, result: RunResult) -> None:
+        """Written last: a run without it is not finished."""
+        fsio.write_json(self.metrics, asdict(result))
+
+    def last_checkpoint(self) -> str | None:
+        """The newest checkpoint that is whole: the trainer writes its state last."""
+        whole = [p.parent for p in self.checkpoints.glob("checkpoint-*/trainer_state.json")]
+        numbered = [p for p in whole if p.name.rpartition("-")[2].isdecimal()]
+        return str(max(numbered, key=lambda p: int(p.name.rpartition("-")[2]))) if numbered else None
+
+    @property
+    def trained(self) -> Path:
+        """What training wrote. InputError if it has not come so far."""
+        found = next((path for path in (self.adapter, self.model) if path.is_dir()), None)
+        if found is None or not self.metrics.exists():
+            raise InputError(f"{quoted(self.root)}: not a finished run; `loftq train` on its recipe continues it")
+        return found
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """All of a recipe that the result depends on."""
+    return {key: value for key, value in recipe.to_dict().items() if key not in NOT_IDENTITY}

@@ -1,0 +1,166 @@
+"""``loftq compare`` on a tiny encoder: equal terms, rows from which it continues, and what does not converge."""
+
+import json
+
+import pytest
+import torch
+
+import harness
+from loftq.errors import ConflictError, InputError, NumericalError, UsageError
+from loftq.formats import fsio
+from loftq.recipe import dump, parse
+from loftq.tasks import get_task
+from loftq.workflows import compare as workflow
+from loftq.workflows.compare import compare
+from loftq.workflows.verdict import constant_answer, failure
+
+
+@pytest.fixture
+def recipe(source, tmp_path):
+    rows = [{"sentence": f"a {'good' if i % 2 else 'bad'} cat {i}", "label": i % 2} for i in range(24)]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return parse(
+        {
+            "model": str(source("bert")),
+            "task": "sst2",
+            "method": "loftq",
+            "data": str(tmp_path),
+            "quantization": {"bits": 2},
+            "lora": {"rank": 4},
+            "training": {"max_steps": 2, "per_device_train_batch_size": 8, "logging_steps": 1},
+            "max_length": 16,
+            "output": str(tmp_path / "out"),
+            "compare": {
+                "seeds": [0, 1],
+                "learning_rates": [1e-3],
+                "arms": [
+                    {"method": "lora", "learning_rates": [1e-3, 1e-2]},
+                    {"method": ["qlora", "loftq"]},
+                    {"method": "full", "seeds": [0]},
+                ],
+            },
+        }
+    )
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The recipes that were fine-tuned, and the batches they saw."""
+    runs, real = [], workflow.finetune
+
+    def finetune(recipe, **options):
+        batches, collator = [], get_task("sst2").collator
+
+        def collate(task, tokenizer, model=None):
+            inner = collator(tokenizer, model)
+            return lambda rows: batches.append([row["input_ids"] for row in rows if "labels" in row]) or inner(rows)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(get_task("sst2")), "collator", collate)
+            result = real(recipe, **options)
+        runs.append((recipe, [b for b in batches if b]))
+        return result
+
+    monkeypatch.setattr(workflow, "finetune", finetune)
+    return runs
+
+
+def test_equal_terms_and_going_on(recipe, counted, tmp_path):
+    seen = []
+    rows = compare(recipe, lambda total: seen.append(total) or seen.append)
+    assert seen == [8, *rows]
+    out = tmp_path / "out"
+    assert {p.name for p in out.iterdir()} >= {"rows.jsonl", "comparison.md", "losses.png", "bytes.png"}
+    by_seed = {}
+    for run, batches in counted:
+        assert len(batches) >= 2  # the next batch is fetched before it is used
+        by_seed.setdefault(run.seed, []).append(batches)
+    for same in by_seed.values():  # every arm and rate sees the same rows in the same order
+        assert all(batches == same[0] for batches in same)
+    assert by_seed[0][0] != by_seed[1][0]
+    assert len(list((out / "runs").iterdir())) == 8
+    assert len(list((out / "backbones").iterdir())) == 2  # QLoRA's and LoftQ's, for all rates and seeds
+    assert not list((out / "runs").glob("*/checkpoints"))
+    assert all(row["n"] == 24 and row["train_steps"] == 2 and len(row["losses"]) == 2 for row in rows)
+    assert {row["settings"]["method"]: row["bytes"]["adapter"] > 0 for row in rows} == {
+        "lora": True,
+        "qlora": True,
+        "loftq": True,
+        "full": False,
+    }
+
+    counted.clear()
+    assert compare(recipe) == rows
+    assert counted == []
+    lines = (out / "rows.jsonl").read_text().splitlines(keepends=True)
+    (out / "rows.jsonl").write_text("".join(lines[:4] + lines[5:]))
+    fsio.remove_tree(out / "runs")
+    again = compare(recipe)
+    assert [run.method for run, _ in counted] == [rows[4]["settings"]["method"]]
+    timing = ("seconds", "train_seconds")
+    assert [{k: v for k, v in r.items() if k not in timing} for r in again] == [
+        {k: v for k, v in r.items() if k not in timing} for r in rows
+    ]
+
+
+def test_a_loss_that_is_not_finite_is_a_result(recipe, monkeypatch):
+    def finetune(run, **options):
+        raise NumericalError("the training loss is nan at step 3")
+
+    monkeypatch.setattr(workflow, "finetune", finetune)
+    rows = compare(recipe.changed(compare={"seeds": [0], "arms": [{}]}))
+    assert [row["failed"] for row in rows] == ["the training loss is nan at step 3"]
+    assert "N.A." in (workflow.Path(recipe.output) / "comparison.md").read_text()
+
+
+def test_other_errors_stop_it(recipe, monkeypatch):
+    with pytest.raises(UsageError, match="rank"):
+        compare(recipe.changed(**{"lora.rank": 4000}))
+    with pytest.raises(UsageError, match="no output"):
+        compare(recipe.changed(output=None))
+    (workflow.Path(recipe.output) / "rows.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(InputError, match=r"rows.jsonl, line 1: no row"):
+        compare(recipe)
+    with fsio.DirectoryLock(workflow.Path(recipe.output) / "lock"), pytest.raises(ConflictError):
+        compare(recipe)
+
+
+def test_constant_answers(source):
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source("bert"))
+    from datasets import Dataset
+
+    labelled = Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 1, 0]})
+    assert constant_answer(get_task("sst2"), labelled, tokenizer) == ("accuracy", pytest.approx(200 / 3))
+    assert constant_answer(get_task("cola"), labelled, tokenizer) == ("matthews_correlation", 0)
+    text = Dataset.from_dict({"text": ["aaab"]})
+    task = get_task({"kind": "causal-lm", "columns": {"text": "text"}, "rows": "documents", "max_length": 5})
+    shares = torch.tensor([3 / 5, 1 / 5, 1 / 5])  # a, b, and the end
+    wanted = torch.exp(-(shares * shares.log()).sum()).item()
+    assert constant_answer(task, text, tokenizer) == ("perplexity", pytest.approx(wanted))
+
+
+@pytest.mark.parametrize(
+    ("metrics", "judged", "constant", "converged"),
+    [
+        ({"accuracy": 51.0}, "accuracy", 50.9, True),
+        ({"accuracy": 50.9}, "accuracy", 50.9, False),
+        ({"perplexity": 99.0, "exact_match": 0.0}, "perplexity", 100.0, True),
+        ({"perplexity": 100.0}, "perplexity", 100.0, False),
+        ({"pearson": 10.0, "spearman": float("nan")}, "pearson", 0.0, False),
+    ],
+)
+def test_the_rule(metrics, judged, constant, converged):
+    assert (failure(metrics, judged, constant) is None) == converged
+
+
+def test_command_line(recipe, tmp_path):
+    short = recipe.changed(compare={"seeds": [0], "arms": [{"method": ["lora", "loftq"]}]})
+    (tmp_path / "recipe.yaml").write_text(dump(short))
+    ended = harness.cli("compare", tmp_path / "recipe.yaml", "lora.rank=2", "-o", tmp_path / "other")
+    assert ended.code == 0, ended.err
+    assert "LoftQ" in ended.out
+    assert "rows.jsonl" in ended.out
+    assert "rank 2" in (tmp_path / "other" / "comparison.md").read_text()

@@ -1,0 +1,118 @@
+"""What a section ``compare`` stands for, and the order of its runs."""
+
+import pytest
+
+from loftq.errors import UsageError
+from loftq.recipe import parse
+from loftq.workflows.grid import Run, grid, schedule
+
+BASE = {
+    "model": "org/model",
+    "task": "sst2",
+    "method": "loftq",
+    "quantization": {"bits": 2},
+    "training": {"learning_rate": 1e-4},
+}
+
+
+def arms(*blocks, **compare):
+    return grid(parse({**BASE, "compare": {"arms": list(blocks), **compare}}))
+
+
+def test_a_block_is_the_product_of_its_lists():
+    found = arms({"method": ["qlora", "loftq"], "quantization.bits": [4, 2.5], "lora.rank": [8, 16]})
+    said = [(a.recipe.method, a.recipe.quantization.bits, a.recipe.lora.rank) for a in found]
+    assert said == [(m, b, r) for m in ("qlora", "loftq") for b in ("4", "2.5") for r in ("8", "16")]
+    assert {(a.learning_rates, a.seeds) for a in found} == {((1e-4,), (0, 1, 2))}
+
+
+def test_rates_and_seeds_of_all_and_of_one():
+    one, other = arms({"method": "full", "learning_rates": [1], "seeds": [7]}, {}, learning_rates=[0.1, 0.2], seeds=[1])
+    assert (one.learning_rates, one.seeds) == ((1.0,), (7,))
+    assert (other.learning_rates, other.seeds) == ((0.1, 0.2), (1,))
+    assert (len(one), len(other)) == (1, 2)
+
+
+def test_arms_that_mean_the_same_are_one():
+    found = arms({"method": ["full", "lora", "qlora"], "quantization.bits": [4, 2], "quantization.steps": [1, 5]})
+    assert [a.recipe.method for a in found] == ["full", "lora", "qlora", "qlora"]
+    patterns = arms({"method": "lora", "quantization.bits": ["query=16,2", "2", "4"]})
+    assert len(patterns) == 2  # the first leaves some modules without an adapter
+
+
+@pytest.mark.parametrize(
+    ("block", "why"),
+    [
+        ({"seed": 1}, "'?seed'? cannot differ between arms"),
+        ({"training.max_steps": [1, 2]}, "training.max_steps'? cannot differ"),
+        ({"lora.rank": []}, "lora.rank'? is an empty list"),
+        ({"method": "lofq"}, "method"),
+        ({"quantization.bit": 2}, "did you mean bits"),
+        ({"learning_rates": [0]}, "learning_rates.0: wanted greater than 0"),
+        ({"seeds": []}, "seeds"),
+    ],
+)
+def test_blocks_that_are_refused(block, why):
+    with pytest.raises(UsageError, match=why):
+        arms(block)
+
+
+def test_sections_that_are_refused():
+    with pytest.raises(UsageError, match="has no section compare"):
+        grid(parse(BASE))
+    with pytest.raises(UsageError, match=r"compare.*arms: missing.*seed: unknown key; did you mean seeds"):
+        grid(parse({**BASE, "compare": {"seed": [1]}}))
+
+
+def row(run, value, failed=None):
+    return {
+        "learning_rate": run.learning_rate,
+        "seed": run.seed,
+        "metric": "accuracy",
+        "greater_is_better": True,
+        "metrics": {"accuracy": value},
+        "failed": failed,
+    }
+
+
+def test_every_arm_has_a_rate_before_any_has_the_next_and_then_the_best_repeats():
+    first = arms({"method": "lora"}, {"method": "full", "seeds": [0]}, learning_rates=[0.1, 0.2], seeds=[0, 5])
+    second = arms({"method": "loftq", "learning_rates": [0.3]}, seeds=[0, 5])
+    rows, order = {}, []
+    for run in schedule([first, second], rows):
+        order.append((run.arm.recipe.method, run.learning_rate, run.seed))
+        rows[run.key] = row(run, {0.1: 60.0, 0.2: 70.0, 0.3: 65.0}[run.learning_rate])
+    assert order == [
+        ("lora", 0.1, 0),
+        ("full", 0.1, 0),
+        ("loftq", 0.3, 0),
+        ("lora", 0.2, 0),
+        ("full", 0.2, 0),
+        ("lora", 0.2, 5),
+        ("loftq", 0.3, 5),
+    ]
+    assert len(order) == sum(map(len, (*first, *second)))
+
+
+def test_a_rate_that_did_not_converge_is_not_chosen():
+    (arm,) = arms({}, learning_rates=[0.1, 0.2], seeds=[0, 1])
+    runs = [Run(arm, 0.1, 0), Run(arm, 0.2, 0)]
+    rows = {runs[0].key: row(runs[0], 60.0), runs[1].key: row(runs[1], 99.0, "nan")}
+    assert list(schedule([[arm]], rows))[-1] == Run(arm, 0.1, 1)
+
+
+def test_keys_know_files_by_content(tmp_path):
+    def key(place, rate=0.1, **changes):
+        (arm,) = grid(parse({**BASE, "data": {"train": str(place)}, "compare": {"arms": [{}]}, **changes}))
+        return Run(arm, rate, 0).key
+
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a" / "train.jsonl").write_text("rows")
+    (tmp_path / "b" / "train.jsonl").write_text("rows")
+    (tmp_path / "c" / "train.jsonl").write_text("wors")
+    keys = [key(tmp_path / name / "train.jsonl") for name in ("a", "b", "c")]
+    assert keys[0] == keys[1] != keys[2]
+    assert key(tmp_path / "a" / "*.jsonl") == keys[0]
+    assert key(tmp_path / "a" / "train.jsonl", rate=0.2) != keys[0]
+    assert key(tmp_path / "a" / "train.jsonl", note="other", output="x") == keys[0]

@@ -1,0 +1,94 @@
+"""The studies begin, stop when their time is over, go on, and their report says what is missing."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from rows import ROWS
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+import study
+import study_decoder
+import study_encoder
+import study_report
+import study_seq2seq
+
+SQUAD = [{**ROWS["squad"][0][0], "split": split} for split in ("fit", "eval")]
+MODELS = {study_encoder: "bert", study_decoder: "llama", study_seq2seq: "bart"}
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A directory with a file of a few rows for everything that the studies read."""
+    named = {task: files for task, (_, files) in study_encoder.TASKS.items()}
+    named |= {"wikitext2": study_decoder.WIKITEXT, "gsm8k": study_decoder.GSM8K, **study_seq2seq.TASKS}
+    for task, files in named.items():
+        for name in files.values():
+            for one in [name] if isinstance(name, str) else name:
+                file = tmp_path / "data" / one.replace("[123]", "1")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                plain = (
+                    (row["text"] for row in ROWS[task][0]) if task == "wikitext2" else map(json.dumps, ROWS[task][0])
+                )
+                with gzip.open(file, "wt") as lines:
+                    lines.writelines(line.rstrip("\n") + "\n" for line in plain)
+    (tmp_path / "data" / "squad_v1.1").mkdir()
+    with gzip.open(tmp_path / "data" / "squad_v1.1" / "dev.jsonl.gz", "wt") as lines:
+        lines.writelines(json.dumps(row) + "\n" for row in SQUAD)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def started(source, data, tmp_path, monkeypatch):
+    """``started(module, *options)``: a study's main, with runs of one step."""
+    real = study.parse
+
+    def parse(values):
+        short = {**values["training"], "max_steps": 1, "per_device_train_batch_size": 2}
+        return real({**values, "training": short, "lora": {"rank": 4}})
+
+    def start(module, *options):
+        command = ["study", "--data", data, "--model", source(MODELS[module]), "--name", "tiny", *options]
+        command += ["--work", tmp_path / "work", "--rows", tmp_path / "rows"]
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        module.main()
+
+    monkeypatch.setattr(study, "parse", parse)
+    return start
+
+
+@pytest.mark.parametrize("module", MODELS, ids=lambda module: module.__name__)
+def test_a_study_stops_and_goes_on(module, started, tmp_path, monkeypatch, capsys):
+    name = module.__name__.removeprefix("study_")
+    file = tmp_path / "rows" / f"{name}-small.jsonl"
+    started(module, "--minutes", 0)
+    assert len(file.read_text().splitlines()) == 1
+    with file.open("a") as rows:
+        rows.write('{"key": "of another study"}\n')
+    started(module, "--minutes", 0)
+    assert "1 rows of runs that this study does not have are dropped" in capsys.readouterr().out
+    (row,) = map(json.loads, file.read_text().splitlines())
+    assert (row["model"], row["size"], row["study"]) == ("tiny", "small", name)
+    assert str(tmp_path) not in file.read_text()
+    assert row["before"] is not None if name == "decoder" else row["before"] is None
+    monkeypatch.setattr(study_report, "ROWS", tmp_path / "rows")
+    monkeypatch.setattr(sys, "argv", ["report", "--output", str(tmp_path / "docs" / "results.md")])
+    study_report.main()
+    page = (tmp_path / "docs" / "results.md").read_text()
+    assert f"**1 of {row['runs_planned']} runs; the others are not yet run**" in page
+    assert "Not yet run: `python benchmarks/study_" in page
+    assert len(list((tmp_path / "docs" / "images" / "study").glob("*.png"))) == 2
+
+
+def test_all_recipes_of_the_full_size(data, source, tmp_path):
+    """They are read, and stand for more arms than the small ones."""
+    for module, kind in MODELS.items():
+        tasks = {study_encoder: study_encoder.TASKS, study_decoder: ["wikitext2", "gsm8k"]}.get(module, ["xsum"])
+        count = {}
+        for size in ("small", "full"):
+            given = study.argparse.Namespace(size=size, data=data, model=source(kind), work=tmp_path)
+            count[size] = sum(len(study.grid(module.recipe(given, task))) for task in tasks)
+        assert count["full"] >= count["small"]

@@ -1,0 +1,66 @@
+"""Several micro-batches and several processes see what one sees: same losses, same metrics, one writer."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from loftq.recipe import dump
+from loftq.workflows.evaluate import evaluate
+from loftq.workflows.finetune import finetune
+from loftq.workflows.run import Run
+
+BATCH = "training.per_device_train_batch_size"
+HERE = Path(__file__).parent
+LAUNCHERS = {
+    "ddp": ["accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--mixed_precision=no",
+            "--dynamo_backend=no", "--num_processes=2", "-m", "loftq"],
+    "fsdp2": ["torch.distributed.run", "--nproc_per_node=2", str(HERE / "sharded_cli.py")],
+}  # fmt: skip
+SHARDED = {"training.fsdp": True, "training.fsdp_config": {"transformer_layer_cls_to_wrap": ["BertLayer"]}}
+SAVING = {"training.save_strategy": "steps", "training.save_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A model without dropout, and what one process makes of it in batches of 8."""
+    place = tmp_path_factory.mktemp("plain")
+    tiny.source(place / "model", dropout=0.0)
+    tiny.data(place / "data")
+    return place, finetune(tiny.recipe(place, "loftq"))
+
+
+def losses(result):
+    return [entry["loss"] for entry in result.history if "loss" in entry]
+
+
+def close(result, wanted):
+    """Equal up to the order of additions."""
+    assert losses(result) == pytest.approx(losses(wanted), rel=1e-5)
+    assert result.metrics == pytest.approx(wanted.metrics)
+
+
+def test_accumulated_micro_batches_are_one_batch(plain):
+    place, wanted = plain
+    changes = {BATCH: 2, "training.gradient_accumulation_steps": 4}
+    close(finetune(tiny.recipe(place, "loftq", **changes, output=str(place / "accumulated"))), wanted)
+
+
+@pytest.mark.parametrize("kind", LAUNCHERS)
+def test_two_processes(plain, tmp_path, kind):
+    place, wanted = plain
+    changes = SHARDED if kind == "fsdp2" else {}
+    recipe = tiny.recipe(place, "loftq", **{BATCH: 4}, **SAVING, **changes, output=str(tmp_path / kind))
+    (tmp_path / "recipe.yaml").write_text(dump(recipe))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "MASTER_PORT": "0"}
+    command = [sys.executable, "-m", *LAUNCHERS[kind], "train", str(tmp_path / "recipe.yaml")]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stderr
+    result = Run(tmp_path / kind).result()
+    assert result.processes == 2
+    close(result, wanted)
+    assert evaluate(str(tmp_path / kind)).metrics == result.metrics
+    assert ended.stdout.count("sst2@1 of") == 1

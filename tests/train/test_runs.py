@@ -1,0 +1,220 @@
+"""A run: stopped and continued, lost, finished, somebody else's; and evaluated again later."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+from safetensors.torch import load_file
+
+import models
+from loftq.errors import ConflictError, InputError, NumericalError, UsageError
+from loftq.train.trainer import LoftQTrainer
+from loftq.workflows.evaluate import evaluate
+from loftq.workflows.finetune import finetune
+
+SAVING = {"training.save_strategy": "steps", "training.save_steps": 2}
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at(monkeypatch, step):
+    """Let training end before optimizer step ``step``."""
+    original = LoftQTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == step - 1:
+            raise Stopped
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(LoftQTrainer, "training_step", training_step)
+
+
+def train_curve(result):
+    return [(e["step"], e["loss"], e["grad_norm"], e["learning_rate"]) for e in result.history if "loss" in e]
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "loftq"])
+def test_a_continued_run_is_the_uninterrupted_one(place, monkeypatch, method):
+    whole = finetune(tiny.recipe(place, method, **SAVING, output=str(place / "whole")))
+    stopped = tiny.recipe(place, method, **SAVING)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        with pytest.raises(Stopped):
+            finetune(stopped)
+    assert not (place / method / "metrics.json").exists()
+    torn = place / method / "checkpoints" / "checkpoint-5"  # as a kill in the middle of saving leaves it
+    shutil.copytree(place / method / "checkpoints" / "checkpoint-4", torn)
+    (torn / "trainer_state.json").unlink()
+    continued = finetune(stopped)
+    assert train_curve(continued) == train_curve(whole)
+    assert continued.metrics == whole.metrics
+    weights = "model/model.safetensors" if method == "full" else "adapter/adapter_model.safetensors"
+    assert models.same(load_file(place / method / weights), load_file(place / "whole" / weights))
+
+
+def test_a_finished_run_is_read_back(place, monkeypatch):
+    recipe = tiny.recipe(place, "lora")
+    first = finetune(recipe)
+    monkeypatch.setattr(LoftQTrainer, "train", None)
+    assert finetune(recipe) == first
+    assert finetune(recipe.changed(note="other words", compare={"seeds": [1]})) == first
+    with pytest.raises(ConflictError, match=r"another recipe \(seed: 0 -> 1\); choose another --output, or --restart"):
+        finetune(recipe.changed(seed=1))
+
+
+def test_restart_replaces_a_run(place):
+    first = finetune(tiny.recipe(place, "loftq"))
+    again = finetune(tiny.recipe(place, "loftq", seed=1), resume=False)
+    assert (first.seed, again.seed) == (0, 1)
+    assert train_curve(first) != train_curve(again)
+
+
+def test_a_directory_of_something_else_is_left_alone(place):
+    (place / "lora").mkdir()
+    (place / "lora" / "thesis.tex").write_text("dear")
+    for resume in (True, False):
+        with pytest.raises(ConflictError, match=r"no run, and not empty \(thesis\.tex\)"):
+            finetune(tiny.recipe(place, "lora"), resume=resume)
+    assert (place / "lora" / "thesis.tex").read_text() == "dear"
+
+
+def test_a_lost_run_says_what_to_try(place):
+    recipe = tiny.recipe(place, "full", **{"training.learning_rate": 1e30, "training.max_grad_norm": 0.0})
+    with pytest.raises(NumericalError) as caught:
+        finetune(recipe)
+    line = str(caught.value)
+    assert "the training loss is nan at step 2; try a lower training.learning_rate (it is 1e+30)" in line
+    assert "training.max_grad_norm=1" in line
+    assert not (place / "full" / "metrics.json").exists()
+
+
+def test_the_best_checkpoint_is_kept(place):
+    evaluating = {"training.eval_strategy": "steps", "training.eval_steps": 2, "training.load_best_model_at_end": True}
+    result = finetune(tiny.recipe(place, "lora", **SAVING, **evaluating, **{"training.learning_rate": 0.05}))
+    seen = [entry["eval_accuracy"] for entry in result.history if "eval_accuracy" in entry]
+    assert len(seen) == 3
+    assert result.metrics["accuracy"] == max(seen)
+
+
+def test_what_a_run_leaves(place):
+    result = finetune(tiny.recipe(place, "loftq"))
+    run = place / "loftq"
+    names = {path.name for path in run.iterdir()}
+    assert names == {"recipe.yaml", "metrics.json", "backbone", "adapter", "logs", "checkpoints"}
+    assert any((run / "logs").glob("events.out.tfevents.*"))
+    assert result.metrics.keys() == {"accuracy", "n"}
+    assert result.metrics["n"] == 30
+    assert (result.task, result.steps, result.splits) == ("sst2@1", 6, ["validation"])
+    assert result.bytes["backbone"] == (run / "backbone" / "model.safetensors").stat().st_size
+    assert result.bytes["adapter"] == (run / "adapter" / "adapter_model.safetensors").stat().st_size
+
+
+def test_backbones_are_shared_through_a_cache(place):
+    cache = place / "cache"
+    for seed in (0, 1):
+        recipe = tiny.recipe(place, "loftq", **{"training.max_steps": 1}, output=str(place / f"run{seed}"))
+        finetune(recipe.changed(seed=seed), backbone_cache=cache)
+    finetune(tiny.recipe(place, "qlora", **{"training.max_steps": 1}), backbone_cache=cache)
+    assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "loftq"])
+def test_a_run_is_evaluated_to_its_own_metrics(place, method):
+    result = finetune(tiny.recipe(place, method, **{"training.learning_rate": 0.02}))
+    again = evaluate(str(place / method))
+    assert again.metrics == result.metrics
+    assert again.task == result.task
+    moved = place / "moved"
+    (place / method).rename(moved)
+    assert evaluate(str(moved), splits=["train"], batch_size=3).metrics["n"] == 64
+
+
+def test_a_model_with_an_adapter_is_evaluated(place):
+    result = finetune(tiny.recipe(place, "loftq"))
+    run, data = place / "loftq", str(place / "data")
+    found = evaluate(str(run / "backbone"), task="sst2", data=data, max_length=16, adapter=run / "adapter")
+    assert found.metrics == result.metrics
+    full = finetune(tiny.recipe(place, "full"))
+    assert evaluate(str(place / "full" / "model"), task="sst2", data=data, max_length=16).metrics == full.metrics
+
+
+def test_a_quantized_directory_is_evaluated_with_its_start(made, tmp_path):
+    """Its perplexity is that of the dense model with ``Q + s * B @ A``."""
+    checkpoint = made("llama")
+    task = {"kind": "causal-lm", "columns": {"text": "sentence"}, "max_length": 16}
+    started = checkpoint.started()
+    started.save_pretrained(tmp_path / "started")
+    for directory in (checkpoint.output, tmp_path / "started"):
+        tokenizer = tiny.tokenizer()
+        tokenizer.eos_token = "[SEP]"
+        tokenizer.save_pretrained(directory)
+    data = str(tiny.data(tmp_path / "data"))
+    found, wanted = (evaluate(str(d), task=task, data=data) for d in (checkpoint.output, tmp_path / "started"))
+    assert found.metrics["perplexity"] == pytest.approx(wanted.metrics["perplexity"], rel=1e-5)
+    assert found.metrics["n"] == 30
+
+
+def test_what_cannot_be_evaluated(place):
+    data = str(place / "data")
+    finetune(tiny.recipe(place, "lora"))
+    adapter = place / "lora" / "adapter"
+    with pytest.raises(UsageError, match="is no run of `loftq train`: say --task"):
+        evaluate(str(place / "model"))
+    with pytest.raises(InputError, match=r"no weights for classifier: not trained for this task; see --adapter"):
+        evaluate(str(place / "model"), task="sst2", data=data, max_length=16)
+    with pytest.raises(UsageError, match="a run has its own"):
+        evaluate(str(place / "lora"), adapter=adapter)
+    settings = adapter / "adapter_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "modules_to_save": None, "task_type": None}))
+    with pytest.raises(InputError, match="no weights for classifier"):
+        evaluate(str(place / "model"), task="sst2", data=data, max_length=16, adapter=adapter)
+    with pytest.raises(InputError, match="no adapter for this model"):
+        evaluate(str(place / "model"), task="sst2", data=data, max_length=16, adapter=place / "data")
+    (place / "lora" / "metrics.json").unlink()
+    with pytest.raises(InputError, match="not a finished run"):
+        evaluate(str(place / "lora"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "wanted"),
+    [
+        ({"output": None}, UsageError, "no output"),
+        ({"task": "sst3"}, UsageError, "'sst3' is not one of"),
+        ({"model": "none/such dir"}, InputError, "no such directory"),
+        ({"max_length": 41}, UsageError, "max_length: 41 is more than the 40 positions"),
+        ({"data": {"train": "nothing.jsonl"}}, InputError, "nothing.jsonl"),
+        ({"data": {"validation": "DATA/validation.jsonl"}}, InputError, "no train split"),
+        ({"lora.rank": 80}, UsageError, "the rank must be below the shorter side"),
+        ({"quantization.bits": "7"}, UsageError, "7 is not a width"),
+        (
+            {"training.load_best_model_at_end": True},
+            UsageError,
+            "training.load_best_model_at_end: wants training.eval_strategy too",
+        ),
+    ],
+)
+def test_what_cannot_be_trained(place, changes, error, wanted):
+    recipe = tiny.recipe(place, "loftq", **json.loads(json.dumps(changes).replace("DATA", str(place / "data"))))
+    with pytest.raises(error) as caught:
+        finetune(recipe)
+    assert wanted in str(caught.value)
+    assert "\n" not in str(caught.value)
+    finetune(tiny.recipe(place, "loftq", **{"training.max_steps": 1}))  # nothing stands in the way of the mended recipe
+
+
+def test_a_quantized_model_wants_its_own_method(place):
+    models.quantize(place / "model", place / "packed")
+    models.quantize(place / "model", place / "dense", format="dense")
+    packed = {"model": str(place / "packed"), "quantization": None}
+    finetune(tiny.recipe(place, "loftq", **packed))
+    for method, changes, wanted in (
+        ("qlora", packed, "method: qlora, but the start in .* was made by loftq"),
+        ("lora", packed, "method lora wants a dense one"),
+        ("loftq", {"model": str(place / "packed")}, "leave out the section quantization"),
+        ("loftq", {"model": str(place / "dense"), "quantization": None}, "has --format dense"),
+    ):
+        with pytest.raises(UsageError, match=wanted):
+            finetune(tiny.recipe(place, method, **changes, output=str(place / "other")))
