@@ -38,6 +38,30 @@ def normal_float(bits: int) -> Float[Tensor, " levels"]:
     return values / values.max()
 
 
+LLOYD = {  # benchmarks/levels.py
+    2: (-0.764, -0.168, 0.3478, 1.0),
+    3: (-0.8113, -0.4951, -0.2611, -0.0569, 0.14, 0.3493, 0.6053, 1.0),
+    4: (
+        -0.929,
+        -0.703,
+        -0.542,
+        -0.411,
+        -0.297,
+        -0.197,
+        -0.104,
+        -0.016,
+        0.071,
+        0.159,
+        0.251,
+        0.35,
+        0.46,
+        0.591,
+        0.753,
+        1.0,
+    ),
+}
+
+
 @functools.cache
 @torch.inference_mode(False)
 def levels(code: str, bits: int) -> Float[Tensor, " levels"]:
@@ -48,6 +72,8 @@ def levels(code: str, bits: int) -> Float[Tensor, " levels"]:
     """
     if code == "nf":
         return normal_float(bits)
+    if code == "lloyd":
+        return torch.tensor(LLOYD[bits], **HOST)
     if code == "uniform":
         return torch.linspace(-1, 1, 2**bits, **HOST)
     return torch.arange(2**bits, **HOST)
