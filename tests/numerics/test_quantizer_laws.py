@@ -6,22 +6,16 @@ the law really fails there.
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from loftq.errors import NumericalError
-from loftq.kernels import reference
 from loftq.numerics import Quantized, blockwise, decode, dequantize, encode, levels, scale_and_zero, unpack
 from loftq.spec import BITS, SCALE_DTYPES, QuantSpec, packed_shape, stored_bytes, stored_tensors
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fitted(QuantSpec):
-    """Stored as its parent is; the scales are fitted."""
-
+from quantizers import Fitted, quantize
 
 BLOCKS = (64, 32, 7, 4096)  # whole blocks and a short last one; 7 leaves a last block of one value; larger than the row
 STORED = [*((d, False) for d in SCALE_DTYPES), ("float32", True)]
@@ -60,10 +54,6 @@ def weight(rows: int = 12, columns: int = 148) -> Tensor:
     w[3::4] *= torch.logspace(-1, 1, columns)
     w[0, :64] = 0
     return w
-
-
-def quantize(w: Tensor, spec: QuantSpec) -> Quantized:
-    return reference.quantize_residual(w, w, spec, fitted=isinstance(spec, Fitted))[0]
 
 
 def values(w: Tensor, spec: QuantSpec) -> Tensor:
