@@ -6,7 +6,9 @@ from torch import Tensor
 
 from loftq.kernels import reference
 from loftq.numerics import Quantized
-from loftq.spec import QuantSpec
+from loftq.spec import BITS, CODES, QuantSpec
+
+WIDTHS = [(code, bits) for code in CODES for bits in BITS if (code, bits) != ("lloyd", 8)]  # all that there are
 
 
 @dataclass(frozen=True, kw_only=True)

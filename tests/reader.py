@@ -10,6 +10,28 @@ import numpy as np
 from safetensors import safe_open
 
 QUANTILE = 0.9677083
+LLOYD = {
+    2: [-0.764, -0.168, 0.3478, 1.0],
+    3: [-0.8113, -0.4951, -0.2611, -0.0569, 0.14, 0.3493, 0.6053, 1.0],
+    4: [
+        -0.929,
+        -0.703,
+        -0.542,
+        -0.411,
+        -0.297,
+        -0.197,
+        -0.104,
+        -0.016,
+        0.071,
+        0.159,
+        0.251,
+        0.35,
+        0.46,
+        0.591,
+        0.753,
+        1.0,
+    ],
+}
 
 
 def tensors(directory: Path) -> dict[str, np.ndarray]:
@@ -24,6 +46,8 @@ def tensors(directory: Path) -> dict[str, np.ndarray]:
 
 
 def levels(code: str, bits: int) -> np.ndarray:
+    if code == "lloyd":
+        return np.array(LLOYD[bits])
     if code == "nf":
         half = 2 ** (bits - 1)
         quantile = NormalDist().inv_cdf

@@ -8,13 +8,13 @@ from loftq.errors import UsageError
 from loftq.numerics import Quantized, dequantize, encode, fitted_scales, levels, nearest, normal_float, quantize
 from loftq.numerics.codebooks import halfway
 from loftq.spec import QuantSpec, check_scales, stored_bytes
+from quantizers import WIDTHS
 
 SPECS = {
     f"{code}{bits}{'-double' * double}": QuantSpec(bits=bits, code=code, double_quant=double)
-    for code in ("nf", "lloyd", "uniform", "affine")
-    for bits in (2, 3, 4, 8)
+    for code, bits in WIDTHS
     for double in (False, True)
-    if (code, bits) != ("lloyd", 8)
+    if code != "uniform-tensor"
 }
 specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 LOPSIDED = [spec for spec in SPECS.values() if spec.code in ("nf", "lloyd") and not spec.double_quant]
@@ -58,9 +58,11 @@ def test_no_block_is_worse_than_with_earlier_scales(spec: QuantSpec) -> None:
         assert (errors(w, again, spec) <= before * (1 + 1e-6)).all()
 
 
-@pytest.mark.parametrize("spec", [s for s in SPECS.values() if s.bits < 8 and s.code != "affine"], ids=str)
-def test_close_to_the_best_scale_there_is(spec: QuantSpec) -> None:
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("code", ["nf", "lloyd", "uniform"])
+def test_close_to_the_best_scale_there_is(code: str, bits: int) -> None:
     """Against 2000 scales of either sign for each of 128 Gaussian blocks; at most 3 % more squared error."""
+    spec = QuantSpec(bits=bits, code=code)
     w = torch.randn(64, 128, generator=torch.Generator().manual_seed(2))
     found = w - dequantize(nearest(w, fitted_scales(w, spec), spec), spec)
     blocks, table = w.view(-1, 1, 64), levels(spec.code, spec.bits)

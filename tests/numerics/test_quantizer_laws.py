@@ -15,13 +15,11 @@ from torch import Tensor
 from loftq.errors import NumericalError
 from loftq.numerics import Quantized, blockwise, decode, dequantize, encode, levels, scale_and_zero, unpack
 from loftq.spec import BITS, SCALE_DTYPES, QuantSpec, packed_shape, stored_bytes, stored_tensors
-from quantizers import Fitted, quantize
+from quantizers import WIDTHS, Fitted, quantize
 
 BLOCKS = (64, 32, 7, 4096)  # whole blocks and a short last one; 7 leaves a last block of one value; larger than the row
 STORED = [*((d, False) for d in SCALE_DTYPES), ("float32", True)]
-BLOCKWISE = [
-    (code, bits) for code in ("nf", "lloyd", "uniform", "affine") for bits in BITS if (code, bits) != ("lloyd", 8)
-]
+BLOCKWISE = [(code, bits) for code, bits in WIDTHS if code != "uniform-tensor"]
 ROWS = [
     *(
         QuantSpec(bits=bits, code=code, block_size=block, scale_dtype=dtype, double_quant=double)

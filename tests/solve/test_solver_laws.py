@@ -14,7 +14,7 @@ from loftq.numerics import dequantize, lowrank
 from loftq.solve import Solution
 from loftq.solve import loftq as module
 from loftq.spec import QuantSpec, SolveSpec, scaling
-from quantizers import Fitted, quantize
+from quantizers import WIDTHS, Fitted, quantize
 
 QUANTS = {
     "nf2": QuantSpec(bits=2),
@@ -132,10 +132,9 @@ def matrices() -> dict[str, Tensor]:
 
 FITTED = [
     Fitted(bits=bits, code=code, block_size=block, scale_dtype=dtype, double_quant=double)
-    for code in ("nf", "lloyd", "uniform", "affine")
-    for bits in (2, 3, 4, 8)
+    for code, bits in WIDTHS
     for block, dtype, double in ((64, "bfloat16", False), (24, "float32", bits != 3))
-    if (code, bits) != ("lloyd", 8)
+    if code != "uniform-tensor"
 ]
 
 
