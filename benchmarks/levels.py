@@ -4,7 +4,7 @@ Lloyd's algorithm one storey up: fit the scale ``s`` of every block of 64, then 
 the weights that have it, and divide by the largest. Made :data:`loftq.numerics.codebooks.LLOYD`. Printed beside it, on
 other blocks: the symmetric Lloyd-Max levels of the Gaussian, equally spaced ones, and NormalFloat's.
 
-    python benchmarks/levels.py --blocks 100000 --iterations 150
+    python benchmarks/levels.py
 """
 
 import argparse
@@ -62,8 +62,9 @@ def error(blocks: Tensor, table: Tensor, bits: int, signed: bool) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=100_000)
-    parser.add_argument("--iterations", type=int, default=150)
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--blocks", type=int, default=20_000)
+    parser.add_argument("--iterations", type=int, default=100)
     options = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
     blocks, others = torch.randn(2, options.blocks, BLOCK, generator=generator)
@@ -71,7 +72,7 @@ def main() -> None:
     print("| bits | lloyd | symmetric Lloyd-Max | uniform | nf, both signs | nf |")
     print("|---|---|---|---|---|---|")
     tables = {}
-    for bits in (2, 3, 4):
+    for bits in options.bits:
         nf = levels("nf", bits)
         table = trained(blocks, nf, bits, options.iterations, signed=True)
         tables[bits] = tuple(round(level, 4) for level in table.tolist())

@@ -140,14 +140,17 @@ def _best(block: Tensor, starts: list[Raw], table: Tensor, gaps: Tensor, affine:
     """From every start both steps once, from the best of them :data:`ROUNDS` times more."""
     best, top = starts[0], torch.full_like(starts[0][0], -1)
     for start in [*starts, *[None] * ROUNDS]:
-        scale, zero, score = _step(block, *(start or best), table, gaps, affine)
+        scale, zero = start or best
+        scale, zero, score = _step(block, scale, zero, table, gaps, affine)
         better = score > top
         best = torch.where(better, scale, best[0]), torch.where(better, zero, best[1])
         top = torch.where(better, score, top)
     return best
 
 
-def _step(block: Tensor, scale: Tensor, zero: Tensor, table: Tensor, gaps: Tensor, affine: bool) -> tuple[Tensor, ...]:
+def _step(
+    block: Tensor, scale: Tensor, zero: Tensor, table: Tensor, gaps: Tensor, affine: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Nearest levels, then the scale, and for affine the zero point, that fit them best; and by how much.
 
     With levels ``c`` and the best scale the squared error is ``<w, w> - <w, c>² / <c, c>``: the score is what is taken.
