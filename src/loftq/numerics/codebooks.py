@@ -54,8 +54,9 @@ def levels(code: str, bits: int) -> Float[Tensor, " levels"]:
     """The ``2**bits`` sorted levels of a code (see :class:`loftq.spec.QuantSpec`).
 
     ``nf`` is :func:`normal_float`; ``lloyd`` a table of the levels that leave Gaussian blocks of 64 the least squared
-    error if scale and sign are fitted, lopsided so that the sign is of use; ``uniform`` is ``linspace(-1, 1)``, without a zero (the block uniform of
-    LoftQ's released quantizer); ``affine`` and ``uniform-tensor`` count 0, 1, … and use a zero point.
+    error if scale and sign are fitted, lopsided so that the sign is of use; ``uniform`` is ``linspace(-1, 1)``, without
+    a zero (the block uniform of LoftQ's released quantizer); ``affine`` and ``uniform-tensor`` count 0, 1, … and use a
+    zero point.
     """
     if code == "nf":
         return normal_float(bits)
