@@ -402,11 +402,11 @@ def test_large_small_files_are_left_out_with_a_word(source):
     assert not (source.parent / "out" / "tokenizer.json").exists()
 
 
-@pytest.mark.parametrize("scales", SCALES)
-@pytest.mark.parametrize(("code", "bits"), WIDTHS)
+@pytest.mark.parametrize(
+    ("code", "bits", "scales"),
+    [(*width, scales) for width in WIDTHS for scales in SCALES if (width[0], scales) != ("uniform-tensor", "fitted")],
+)
 def test_errors_are_those_of_the_files(original, tmp_path, bits, code, scales):
-    if (code, scales) == ("uniform-tensor", "fitted"):
-        pytest.skip("one scale for all")
     solver = dataclasses.replace(POLICY.solve, scales=scales)
     run(original, tmp_path / "out", policy=dataclasses.replace(POLICY, bits=str(bits), code=code, solve=solver))
     check_errors(original, tmp_path / "out")
