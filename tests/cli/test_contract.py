@@ -57,8 +57,8 @@ def test_the_promised_verbs_and_options():
 
 def test_plan_takes_the_options_of_quantize_that_change_a_plan():
     only_work = {
-        "--output", "--steps", "--method", "--order", "--svd", "--scales", "--format", "--workers", "--device", "--seed",
-        "--max-shard-size", "--task-type", "--overwrite",
+        "--output", "--steps", "--method", "--order", "--svd", "--scales", "--format", "--workers",
+        "--device", "--seed", "--max-shard-size", "--task-type", "--overwrite",
     }  # fmt: skip
     assert options("quantize") - options("plan") == only_work
     assert options("plan") - options("quantize") == {"--json"}
