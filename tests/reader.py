@@ -10,6 +10,14 @@ import numpy as np
 from safetensors import safe_open
 
 QUANTILE = 0.9677083
+LLOYD = {
+    2: [-0.7643, -0.1683, 0.347, 1.0],
+    3: [-0.7998, -0.4859, -0.2539, -0.0516, 0.1443, 0.3541, 0.6087, 1.0],
+    4: [
+        *(-0.9163, -0.7046, -0.5496, -0.4214, -0.3097, -0.2088, -0.1148, -0.0244),
+        *(0.065, 0.1554, 0.2484, 0.3477, 0.4572, 0.5847, 0.7472, 1.0),
+    ],
+}
 
 
 def tensors(directory: Path) -> dict[str, np.ndarray]:
@@ -24,6 +32,8 @@ def tensors(directory: Path) -> dict[str, np.ndarray]:
 
 
 def levels(code: str, bits: int) -> np.ndarray:
+    if code == "lloyd":
+        return np.array(LLOYD[bits])
     if code == "nf":
         half = 2 ** (bits - 1)
         quantile = NormalDist().inv_cdf

@@ -28,6 +28,7 @@ def quantize_weight(
     order: str = "quantize-first",
     svd: str = "auto",
     seed: int = 0,
+    scales: str = "formula",
 ) -> Solution:
     """LoftQ of one matrix ``(out, in)``: ``weight ≈ dequantize(solution.quantized, spec) + solution.b @ solution.a``.
 
@@ -38,7 +39,7 @@ def quantize_weight(
     Raises: UsageError for options that do not fit; NumericalError for values that are not finite.
     """
     quant = QuantSpec(bits=bits, code=code, block_size=block_size, scale_dtype=scale_dtype, double_quant=double_quant)
-    return solve(weight, quant, rank, SolveSpec(steps=steps, order=order, svd=svd, seed=seed))
+    return solve(weight, quant, rank, SolveSpec(steps=steps, order=order, svd=svd, seed=seed, scales=scales))
 
 
 def get_peft_model(model: nn.Module, *, workers: int | None = None, progress: bool = True, **options: Any) -> nn.Module:
@@ -69,7 +70,7 @@ def quantize(model: str | Path, output: str | Path, *, format: str = "loftq", **
         model: a local directory or a hub id.
         output: the directory to be made.
         format: ``loftq``, ``dense`` or ``bnb``.
-        options: fields of :class:`Policy`, ``steps``, ``order``, ``svd``, ``seed``, ``workers``,
+        options: fields of :class:`Policy`, ``steps``, ``order``, ``svd``, ``seed``, ``scales``, ``workers``,
             ``device``, ``overwrite``, ``max_shard_bytes``.
     """
     own = {k: options.pop(k) for k in ("workers", "device", "overwrite", "max_shard_bytes") if k in options}
@@ -78,7 +79,7 @@ def quantize(model: str | Path, output: str | Path, *, format: str = "loftq", **
 
 def make_policy(**options: Any) -> Policy:
     """A :class:`Policy` from keywords; numbers may be given as numbers, and the solver's fields beside the others."""
-    solver = {k: options.pop(k) for k in ("steps", "order", "svd", "seed") if k in options}
+    solver = {k: options.pop(k) for k in ("steps", "order", "svd", "seed", "scales") if k in options}
     for key in ("bits", "rank"):
         if key in options:
             options[key] = str(options[key])

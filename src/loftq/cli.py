@@ -42,7 +42,7 @@ Rank = Annotated[str, typer.Option(help="Rank of the adapter, or patterns with a
 Alpha = Annotated[
     float | None, typer.Option(help="lora_alpha; the rank if not given. The start does not depend on it.")
 ]
-Code = Annotated[str, typer.Option(help="nf, uniform, uniform-tensor or affine.")]
+Code = Annotated[str, typer.Option(help="nf, lloyd (2 to 4 bits), uniform, uniform-tensor or affine.")]
 BlockSize = Annotated[int, typer.Option(help="Weights of a row that share a scale.")]
 ScaleDtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32. [default: bfloat16; bnb: float32]")]
 DoubleQuant = Annotated[bool, typer.Option("--double-quant", help="Quantize the scales too, as bitsandbytes does.")]
@@ -117,6 +117,9 @@ def quantize(
     method: Annotated[str, typer.Option(help="loftq, svd (one step) or qlora (quantize, zero start).")] = "loftq",
     order: Annotated[str, typer.Option(help="quantize-first, or svd-first (the paper's ablation).")] = "quantize-first",
     svd: Annotated[str, typer.Option(help="auto, exact or randomized.")] = "auto",
+    scales: Annotated[
+        str, typer.Option(help="By the code's formula (absmax), or fitted to the least error at the same bytes.")
+    ] = "formula",
     format: Annotated[
         str, typer.Option(help="loftq (packed), bnb (bitsandbytes NF4), or dense (dequantized).")
     ] = "loftq",
@@ -142,7 +145,7 @@ def quantize(
     _choice("--method", method, ("loftq", "svd", "qlora"))
     _choice("--format", format, tuple(LAYOUTS))
     _check_device(device)
-    solver = SolveSpec(steps={"svd": 1, "qlora": 0}.get(method, steps), order=order, svd=svd, seed=seed)
+    solver = SolveSpec(steps={"svd": 1, "qlora": 0}.get(method, steps), order=order, svd=svd, seed=seed, scales=scales)
     policy = _policy(
         bits=bits,
         rank=rank,

@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from pydantic_core import PydanticCustomError
 
 from loftq.errors import InputError, UsageError, listed, quoted
-from loftq.spec import CODES, ORDERS, SCALE_DTYPES, SVDS
+from loftq.spec import CODES, ORDERS, SCALE_DTYPES, SCALES, SVDS
 
 METHODS = ("full", "lora", "qlora", "loftq")
 SPLIT = re.compile(r"(train|validation|test)(_\w+)?")
@@ -98,6 +98,7 @@ class Quantization(Strict):
     steps: Annotated[int, Field(ge=0)] = 5
     order: Literal[ORDERS] = "quantize-first"  # type: ignore[valid-type]
     svd: Literal[SVDS] = "auto"  # type: ignore[valid-type]
+    scales: Literal[SCALES] = "formula"  # type: ignore[valid-type]
     seed: Annotated[int, Field(ge=0)] = 0
 
 

@@ -7,10 +7,11 @@ from typing import Any, TypeVar
 from loftq.errors import UsageError, quoted
 
 BITS = (2, 3, 4, 8)
-CODES = ("nf", "uniform", "uniform-tensor", "affine")
+CODES = ("nf", "lloyd", "uniform", "uniform-tensor", "affine")
 SCALE_DTYPES = ("float32", "bfloat16", "float16")
 SVDS = ("auto", "exact", "randomized")
 ORDERS = ("quantize-first", "svd-first")
+SCALES = ("formula", "fitted")
 
 
 def _choice(what: str, value: object, allowed: tuple) -> None:
@@ -25,13 +26,15 @@ def _whole(what: str, value: object, low: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """How one matrix is quantized and stored. Two equal specs give byte-equal tensors.
+    """How one matrix is stored: all that a reader needs.
 
-    Every code decodes by one formula, ``value = (levels[code] - zero) * scale``; see ``docs/format.md``.
+    Every code decodes by one formula, ``value = (levels[code] - zero) * scale``; see ``docs/format.md``. How good the
+    scales are is not a matter of storage: :attr:`SolveSpec.scales` says how they are chosen.
 
     Attributes:
         bits: width of a code: 2, 3, 4 or 8.
-        code: ``nf`` NormalFloat with absmax scales (QLoRA, LoftQ); ``uniform`` the block uniform of LoftQ's
+        code: ``nf`` NormalFloat with absmax scales (QLoRA, LoftQ); ``lloyd`` the levels that leave Gaussian blocks the
+            least squared error if scale and sign are fitted (2 to 4 bits); ``uniform`` the block uniform of LoftQ's
             released quantizer (scale = mean + 2.5 sigma of the block); ``uniform-tensor`` the per-tensor
             uniform of LoftQ's GLUE code (clip at mean ± 2 sigma, one scale and offset); ``affine`` integers
             with a scale and an integer zero point per block (the GPTQ and AWQ family).
@@ -51,6 +54,8 @@ class QuantSpec:
     def __post_init__(self) -> None:
         _choice("bits", self.bits, BITS)
         _choice("code", self.code, CODES)
+        if self.code == "lloyd" and self.bits == 8:
+            raise UsageError("code lloyd has 2, 3 or 4 bits; use code nf for 8")
         _whole("block_size", self.block_size, 1)
         _choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
         if not isinstance(self.double_quant, bool):
@@ -69,18 +74,28 @@ class SolveSpec:
         order: ``quantize-first`` (Algorithm 1) or ``svd-first`` (the ablation of the paper's Table 6).
         svd: ``exact`` LAPACK, ``randomized`` block power iteration, or ``auto`` (exact for small matrices).
         seed: seeds the random start of the factors and of the randomized SVD, together with the tensor's name.
+        scales: ``formula`` the code's own (absmax and the like), or ``fitted`` to the least squared error of every
+            block, with which no step raises the error. Both are stored and read in the same way.
     """
 
     steps: int = 5
     order: str = "quantize-first"
     svd: str = "auto"
     seed: int = 0
+    scales: str = "formula"
 
     def __post_init__(self) -> None:
         _whole("steps", self.steps, 0)
         _choice("order", self.order, ORDERS)
         _choice("svd", self.svd, SVDS)
         _whole("seed", self.seed, 0)
+        _choice("scales", self.scales, SCALES)
+
+
+def check_scales(quant: QuantSpec, scales: str) -> None:
+    """Refuse a choice of scales that a code does not have."""
+    if scales == "fitted" and quant.code == "uniform-tensor":
+        raise UsageError("scales are fitted to blocks, and code uniform-tensor has none; use code uniform, or affine")
 
 
 def scaling(lora_alpha: float, rank: int, use_rslora: bool) -> float:

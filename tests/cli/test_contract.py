@@ -60,8 +60,8 @@ def test_the_promised_verbs_and_options():
 
 def test_plan_takes_the_options_of_quantize_that_change_a_plan():
     only_work = {
-        "--output", "--steps", "--method", "--order", "--svd", "--format", "--workers", "--device", "--seed",
-        "--max-shard-size", "--task-type", "--overwrite",
+        "--output", "--steps", "--method", "--order", "--svd", "--scales", "--format", "--workers",
+        "--device", "--seed", "--max-shard-size", "--task-type", "--overwrite",
     }  # fmt: skip
     assert options("quantize") - options("plan") == only_work
     assert options("plan") - options("quantize") == {"--json"}
@@ -108,6 +108,9 @@ BAD = [
     (("--method", "gptq"), "--method"),
     (("--order", "random"), "order"),
     (("--svd", "fast"), "svd"),
+    (("--scales", "absmax"), "scales must be one of formula, fitted"),
+    (("--scales", "fitted", "--code", "uniform-tensor"), "scales are fitted to blocks"),
+    (("--bits", "8", "--code", "lloyd"), "code lloyd has 2, 3 or 4 bits"),
     (("--format", "gguf"), "--format"),
     (("--workers", "-1"), "--workers"),
     (("--device", "cudaa"), "--device"),

@@ -187,6 +187,8 @@ def test_mixed_widths(made, name, bits, widths):
         {"bits": 8, "scale_dtype": "float16"},
         {"bits": 4, "code": "affine"},
         {"bits": 4, "code": "uniform"},
+        {"bits": 2, "code": "lloyd", "scales": "fitted"},
+        {"bits": 3, "code": "affine", "scales": "fitted", "double_quant": True},
         {"bits": 2, "code": "uniform-tensor", "scale_dtype": "float32"},
         {"bits": 2, "block_size": 16, "steps": 0},
         {"bits": 2, "rslora": True, "alpha": 6.5, "rank": "intermediate=3,5"},

@@ -97,7 +97,8 @@ def work(rank, rendezvous):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     try:
-        for spec in (QuantSpec(bits=2), QuantSpec(bits=8, double_quant=True), QuantSpec(bits=4, code="affine")):
+        nested = QuantSpec(bits=3, code="lloyd", double_quant=True)
+        for spec in (QuantSpec(bits=2), nested, QuantSpec(bits=4, code="affine")):
             check_fsdp(rank, spec)
         check_mixed_precision(rank)
         check_ddp(rank)

@@ -24,6 +24,8 @@ SPECS = [
     QuantSpec(bits=8, scale_dtype="float16"),
     QuantSpec(bits=4, code="affine"),
     QuantSpec(bits=3, code="uniform"),
+    QuantSpec(bits=3, code="lloyd"),
+    QuantSpec(bits=2, code="lloyd", double_quant=True),
     QuantSpec(bits=2, code="uniform-tensor", scale_dtype="float32"),
 ]
 EACH = pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.code}{s.bits}{'dq' if s.double_quant else ''}")

@@ -7,6 +7,8 @@ from torch import Tensor
 from loftq.numerics import dequantize, dynamic_8bit, normal_float, quantize, scale_and_zero
 from loftq.numerics.codebooks import halfway
 from loftq.spec import QuantSpec
+from quantizers import Fitted
+from quantizers import quantize as fitted_quantize
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -44,6 +46,18 @@ def test_nf4_codes_scales_and_values(kind: str, dtype: torch.dtype) -> None:
     assert torch.equal(ours.codes, theirs)
     state.dtype = torch.float32
     assert torch.equal(dequantize(ours, spec), functional.dequantize_4bit(packed, state))
+
+
+def test_nf4_with_fitted_scales_decodes_to_the_bit() -> None:
+    """bitsandbytes multiplies by what it calls absmax; that about half of them are negative is all the same to it."""
+    w, spec = weights("normal"), Fitted(bits=4, scale_dtype="float32")
+    ours = fitted_quantize(w, spec)
+    scale = ours.scales["weight_scale"]
+    assert (scale < 0).any()
+    packed, state = functional.quantize_4bit(w, blocksize=64, quant_type="nf4")
+    state.absmax, codes = scale.flatten(), ours.codes.flatten()
+    theirs = functional.dequantize_4bit(((codes[0::2] << 4) | codes[1::2]).view_as(packed), state)
+    assert torch.equal(dequantize(ours, spec), theirs)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,6 +6,7 @@ import torch
 from loftq.errors import UsageError
 from loftq.numerics import dynamic_8bit, levels, normal_float
 from loftq.numerics.codebooks import halfway, midpoints
+from quantizers import WIDTHS
 
 NF2 = [-1, 0, 0.3379152, 1]
 NF3 = [-1, -0.4786292, -0.2171418, 0, 0.1609302, 0.3379152, 0.562617, 1]
@@ -29,8 +30,7 @@ def test_two_bits_are_levels_of_four_bits() -> None:
     assert set(normal_float(2).tolist()) <= set(normal_float(4).tolist())
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("code", ["nf", "uniform", "affine", "uniform-tensor"])
+@pytest.mark.parametrize(("code", "bits"), WIDTHS)
 def test_levels_are_sorted_and_distinct(code: str, bits: int) -> None:
     table = levels(code, bits)
     assert table.shape == (2**bits,)

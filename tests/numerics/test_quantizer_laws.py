@@ -13,21 +13,32 @@ import torch
 from torch import Tensor
 
 from loftq.errors import NumericalError
-from loftq.numerics import Quantized, blockwise, decode, dequantize, encode, levels, quantize, scale_and_zero, unpack
+from loftq.numerics import Quantized, blockwise, decode, dequantize, encode, levels, scale_and_zero, unpack
 from loftq.spec import BITS, SCALE_DTYPES, QuantSpec, packed_shape, stored_bytes, stored_tensors
+from quantizers import WIDTHS, Fitted, quantize
 
 BLOCKS = (64, 32, 7, 4096)  # whole blocks and a short last one; 7 leaves a last block of one value; larger than the row
+STORED = [*((d, False) for d in SCALE_DTYPES), ("float32", True)]
+BLOCKWISE = [(code, bits) for code, bits in WIDTHS if code != "uniform-tensor"]
 ROWS = [
-    QuantSpec(bits=bits, code=code, block_size=block, scale_dtype=dtype, double_quant=double)
-    for code in ("nf", "uniform", "affine")
-    for bits in BITS
-    for block in BLOCKS
-    for dtype, double in [*((d, False) for d in SCALE_DTYPES), ("float32", True)]
-] + [
-    QuantSpec(bits=bits, code="uniform-tensor", block_size=block, scale_dtype=dtype)
-    for bits in BITS
-    for block in (64, 7)
-    for dtype in SCALE_DTYPES
+    *(
+        QuantSpec(bits=bits, code=code, block_size=block, scale_dtype=dtype, double_quant=double)
+        for code, bits in BLOCKWISE
+        for block in BLOCKS
+        for dtype, double in STORED
+    ),
+    *(  # every width of every code, while blocks and ways to store the scales take turns
+        Fitted(bits=bits, code=code, block_size=BLOCKS[turn % 4], scale_dtype=dtype, double_quant=double)
+        for i, (code, bits) in enumerate(BLOCKWISE)
+        for turn in (i, i + 2 + i // 4 % 2)
+        for dtype, double in [STORED[(turn + i // 4) % 4]]
+    ),
+    *(
+        QuantSpec(bits=bits, code="uniform-tensor", block_size=block, scale_dtype=dtype)
+        for bits in BITS
+        for block in (64, 7)
+        for dtype in SCALE_DTYPES
+    ),
 ]
 
 
@@ -186,7 +197,7 @@ def law_denormal(spec: QuantSpec) -> None:
 def law_huge(spec: QuantSpec) -> None:
     """Near float32's end the result is finite, or an error says what to do."""
     w = weight() / weight().abs().max() * 3e38
-    if spec.code == "nf" and spec.scale_dtype != "float16" and not spec.double_quant:
+    if spec.code in ("nf", "lloyd") and spec.scale_dtype != "float16" and not spec.double_quant:
         assert values(w, spec).isfinite().all()
         return
     with pytest.raises(NumericalError, match=r"use --scale-dtype|use code nf|leave out --double-quant"):
@@ -218,6 +229,10 @@ def excuse(law: Law, spec: QuantSpec) -> str | None:
     """Why ``law`` does not hold for ``spec``; None if it must."""
     tensor, double = spec.code == "uniform-tensor", spec.double_quant
     if law is law_half_a_gap:
+        if isinstance(spec, Fitted):
+            return "a fitted scale clips the largest weights"
+        if spec.code == "lloyd":
+            return "the levels of one side reach less far, and a weight as large there is clipped"
         if spec.code == "uniform" or tensor:
             return "a scale from mean and sigma clips the largest weights"
         if double or spec.scale_dtype != "float32":
@@ -227,6 +242,8 @@ def excuse(law: Law, spec: QuantSpec) -> str | None:
             return "mean and sigma of the quantized block are not those of the block"
         if double:
             return "the mean and absmax of the decoded scales are not those of the scales"
+        if isinstance(spec, Fitted) and (spec.scale_dtype == "float32" or spec.bits == 8):
+            return "the search for a scale ends in one that is as good, up to rounding"
         if spec.code == "affine":
             return "after rounding of scale and zero point a block need not use its outer codes, so its range shrinks"
     if law is law_power_of_two and tensor:
@@ -234,7 +251,7 @@ def excuse(law: Law, spec: QuantSpec) -> str | None:
     if law is law_zero_block:
         if tensor:
             return "one scale and zero point for all: zero is not on the grid"
-        if spec.code == "uniform" and double:
+        if spec.code in ("uniform", "lloyd") and double:
             return "no level is zero, and the 8-bit code does not keep a scale of zero"
     if law is law_rows_are_independent or law is law_short_last_block_stands_alone:
         if tensor:
@@ -246,7 +263,8 @@ def excuse(law: Law, spec: QuantSpec) -> str | None:
 
 GROUPS: dict[str, list[QuantSpec]] = {}  # rows that differ in the storage of scales share a test: it saves seconds
 for row in ROWS:
-    GROUPS.setdefault(f"{row.code}{row.bits}-b{row.block_size}", []).append(row)
+    fitted = "fitted-" if isinstance(row, Fitted) else ""
+    GROUPS.setdefault(f"{fitted}{row.code}{row.bits}-b{row.block_size}", []).append(row)
 CASES = [
     pytest.param(law, kept, id=f"{law.__name__}-{group}")
     for law in LAWS

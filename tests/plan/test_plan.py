@@ -195,7 +195,7 @@ def test_patterns_of_ranks():
         ({"rank_policy": "shrink"}, "--rank-policy must be one of refuse, clamp, got 'shrink'"),
         ({"min_coverage": 1.5}, "--min-coverage must lie between 0 and 1, got 1.5"),
         ({"min_coverage": float("nan")}, "--min-coverage must lie between 0 and 1, got nan"),
-        ({"code": "nf5"}, "code must be one of nf, uniform"),
+        ({"code": "nf5"}, "code must be one of nf, lloyd, uniform"),
         ({"block_size": 0}, "block_size must be a whole number of at least 1"),
     ],
 )
@@ -257,6 +257,7 @@ def test_the_digest_is_that_of_the_decisions():
     ):
         assert planned(**options).digest() != digest, options
     assert planned(solve=SolveSpec(seed=1)).digest() != digest
+    assert planned(solve=SolveSpec(scales="fitted")).digest() != digest
 
 
 def test_the_digest_is_frozen():

@@ -2,16 +2,19 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+import loftq.solve
 from loftq.errors import NumericalError, UsageError
-from loftq.numerics import dequantize, lowrank, quantize
-from loftq.solve import Solution, solve
+from loftq.numerics import dequantize, lowrank
+from loftq.solve import Solution
 from loftq.solve import loftq as module
 from loftq.spec import QuantSpec, SolveSpec, scaling
+from quantizers import WIDTHS, Fitted, quantize
 
 QUANTS = {
     "nf2": QuantSpec(bits=2),
@@ -22,8 +25,21 @@ QUANTS = {
     "uniform2": QuantSpec(bits=2, code="uniform"),
     "uniform-tensor2": QuantSpec(bits=2, code="uniform-tensor"),
     "affine4": QuantSpec(bits=4, code="affine", block_size=32),
+    "lloyd2": QuantSpec(bits=2, code="lloyd"),
+    "fitted-nf4": Fitted(bits=4, scale_dtype="float32"),
+    "fitted-lloyd2": Fitted(bits=2, code="lloyd", block_size=48),
+    "fitted-lloyd3-double": Fitted(bits=3, code="lloyd", double_quant=True),
+    "fitted-uniform2": Fitted(bits=2, code="uniform", scale_dtype="float16"),
+    "fitted-affine3": Fitted(bits=3, code="affine"),
 }
 quants = pytest.mark.parametrize("quant", QUANTS.values(), ids=QUANTS)
+
+
+def solve(w: Tensor, quant: QuantSpec, rank: int, spec: SolveSpec | None = None, name: str = "") -> Solution:
+    spec = spec or SolveSpec()
+    return loftq.solve.solve(
+        w, quant, rank, replace(spec, scales="fitted") if isinstance(quant, Fitted) else spec, name
+    )
 
 
 def weight(rows: int = 96, columns: int = 112, seed: int = 0) -> Tensor:
@@ -82,20 +98,64 @@ def test_each_half_step_is_the_best_one(quant: QuantSpec, order: str, monkeypatc
     w = weight()
     solution = solve(w, quant, 8, SolveSpec(steps=4, order=order))
     assert len(seen) == 4
-    backbone = w - dequantize(quantize(w, quant), quant) if order == "quantize-first" else w
+    quantized = quantize(w, quant)
+    backbone = w - dequantize(quantized, quant) if order == "quantize-first" else w
     for t, (residual, low_rank) in enumerate(seen, start=1):
         torch.testing.assert_close(residual, backbone, rtol=0, atol=0)
         left = torch.linalg.norm(residual.double() - low_rank.double()).item()
         best = torch.linalg.svdvals(residual.double())[8:].square().sum().sqrt().item()
         assert left == pytest.approx(best, rel=1e-5)
-        backbone = w - dequantize(quantize(w - low_rank, quant), quant)
+        quantized = quantize(w - low_rank, quant, earlier=quantized)
+        backbone = w - dequantize(quantized, quant)
         if order == "quantize-first":
             assert solution.errors[t] == pytest.approx(left / torch.linalg.norm(w.double()).item(), rel=1e-5)
 
 
+def matrices() -> dict[str, Tensor]:
+    """What trained weights are like, and what they are not."""
+    generator = torch.Generator().manual_seed(1)
+    flat = torch.randn(72, 200, generator=generator) * 0.02
+    u, s, vh = torch.linalg.svd(flat, full_matrices=False)
+    sparse = flat * (torch.rand(72, 200, generator=generator) < 0.1)
+    sparse[:, :64] = 0
+    return {
+        "spiked": weight(),
+        "flat": flat,
+        "decaying": u * torch.arange(1, len(s) + 1) ** -1.0 @ vh,
+        "heavy-tailed": flat**3,
+        "off centre": flat + 0.03,
+        "rows of all sizes": flat * torch.logspace(-3, 3, 72)[:, None],
+        "sparse": sparse,
+        "on the grid": flat.sign(),
+    }
+
+
+FITTED = [
+    Fitted(bits=bits, code=code, block_size=block, scale_dtype=dtype, double_quant=double)
+    for code, bits in WIDTHS
+    for block, dtype, double in ((64, "bfloat16", False), (24, "float32", bits != 3))
+    if code != "uniform-tensor"
+]
+
+
+@pytest.mark.parametrize("kind", matrices())
+@pytest.mark.parametrize("order", ["quantize-first", "svd-first"])
+def test_with_fitted_scales_no_step_raises_the_error(kind: str, order: str) -> None:
+    """Each half of a step starts from what the other left and keeps it, or finds less. Even at two bits."""
+    w = matrices()[kind]
+    first = 0 if order == "quantize-first" else 1
+    for quant in FITTED:
+        solution = solve(w, quant, 8, SolveSpec(steps=6, order=order))
+        for earlier, later in itertools.pairwise(solution.errors[first:]):
+            assert later <= earlier * (1 + 1e-5) + 1e-7, (quant, solution.errors)
+    if kind in ("spiked", "flat", "decaying"):
+        formula = solve(w, QuantSpec(bits=2), 8)
+        assert solve(w, Fitted(bits=2), 8).errors[-1] < 0.75 * formula.errors[formula.kept]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_two_bits_are_not_monotone_and_the_best_step_is_returned(seed: int) -> None:
-    """The fact that keeping the best step rests on: NF2's trace rises, and the last step is not the best."""
+    """What keeping the best step rests on: NF2's trace rises with absmax scales, and the last step is not the best."""
     w = torch.randn(256, 256, generator=torch.Generator().manual_seed(seed)) * 0.02
     solution = solve(w, QuantSpec(bits=2), 64, SolveSpec(steps=10))
     errors = solution.errors

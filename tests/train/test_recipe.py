@@ -99,7 +99,7 @@ def test_all_mistakes_in_one_line(file):
         "training.num_train_epochs: wanted a valid number, got 'x'",
         "training.output_dir: not to be given here; say output",
         "training.lr_scheduler_type: wanted one of linear, cosine",
-        "quantization.code: wanted 'nf', 'uniform', 'uniform-tensor' or 'affine', got 'nq'",
+        "quantization.code: wanted 'nf', 'lloyd', 'uniform', 'uniform-tensor' or 'affine', got 'nq'",
         "metod: unknown key; did you mean method?",
     ):
         assert part in line, part

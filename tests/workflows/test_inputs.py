@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import reader
 from harness import FLAGS, POLICY, cli, refused, run, tiny_source, tree
+from loftq.spec import SCALES
 from models import BERT
+from quantizers import WIDTHS
 
 MATRIX = "encoder.layer.1.intermediate.dense.weight"
 KEPT = "encoder.layer.1.output.dense.bias"
@@ -90,11 +92,11 @@ def negative_zero(w):
 
 
 @pytest.mark.parametrize("change", [zero, constant, outlier, denormal, negative_zero])
-@pytest.mark.parametrize("code", ["nf", "uniform", "uniform-tensor", "affine"])
+@pytest.mark.parametrize("code", ["nf", "uniform", "uniform-tensor", "affine", "lloyd --scales fitted"])
 def test_extreme_values(source, change, code):
     """Finite results with an error no larger than the matrix, or a refusal that names it."""
     edit(source, lambda tensors: change(tensors[MATRIX]))
-    ended = quantize(source, "--code", code, "--scale-dtype", "float32")
+    ended = quantize(source, "--code", *code.split(), "--scale-dtype", "float32")
     if ended.code == 6 and change is outlier:
         refused(ended, 6, MATRIX)
         return
@@ -400,10 +402,13 @@ def test_large_small_files_are_left_out_with_a_word(source):
     assert not (source.parent / "out" / "tokenizer.json").exists()
 
 
-@pytest.mark.parametrize("code", ["nf", "uniform", "uniform-tensor", "affine"])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_errors_are_those_of_the_files(original, tmp_path, bits, code):
-    run(original, tmp_path / "out", policy=dataclasses.replace(POLICY, bits=str(bits), code=code))
+@pytest.mark.parametrize(
+    ("code", "bits", "scales"),
+    [(*width, scales) for width in WIDTHS for scales in SCALES if (width[0], scales) != ("uniform-tensor", "fitted")],
+)
+def test_errors_are_those_of_the_files(original, tmp_path, bits, code, scales):
+    solver = dataclasses.replace(POLICY.solve, scales=scales)
+    run(original, tmp_path / "out", policy=dataclasses.replace(POLICY, bits=str(bits), code=code, solve=solver))
     check_errors(original, tmp_path / "out")
 
 

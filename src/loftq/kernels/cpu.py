@@ -16,9 +16,11 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from loftq.kernels import fitting
 from loftq.kernels.threads import over_rows
-from loftq.numerics import Quantized, decode_rows, fit_scales, levels, scale_and_zero, store_scales
-from loftq.numerics.codebooks import midpoints
+from loftq.numerics import Quantized, decode_rows, fit_scales, fitted_scales, levels, scale_and_zero, store_scales
+from loftq.numerics.codebooks import HOST, midpoints
+from loftq.numerics.fitting import AROUND, ROUNDS, start_parts
 from loftq.spec import QuantSpec, packed_shape
 
 NAME = "cpu"
@@ -32,11 +34,20 @@ reassociating = njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "n
 
 
 def quantize_residual(
-    target: Tensor, weight: Tensor, spec: QuantSpec, out: Tensor | None = None
+    target: Tensor,
+    weight: Tensor,
+    spec: QuantSpec,
+    out: Tensor | None = None,
+    *,
+    fitted: bool = False,
+    earlier: Quantized | None = None,
 ) -> tuple[Quantized, Tensor]:
     """Quantize ``target``, and the float32 residual ``weight - dequantize(codes)``, in ``out`` if given."""
     target, weight = target.detach().float().contiguous(), weight.detach().float().contiguous()
-    scales = _absmax_scales(target, spec) if spec.code == "nf" else fit_scales(target, spec)
+    if fitted:
+        scales = fitted_scales(target, spec, earlier and earlier.scales, _search, _block_errors)
+    else:
+        scales = _absmax_scales(target, spec) if spec.code == "nf" else fit_scales(target, spec)
     scale, zero, block = _expanded(scales, spec, target.shape)
     codes, residual = torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target) if out is None else out
     gaps, table = midpoints(spec.code, spec.bits), levels(spec.code, spec.bits)
@@ -47,6 +58,25 @@ def quantize_residual(
         cells = _cells(spec.code, spec.bits)
         _over_rows(_quantize_by_cells, len(target), *arrays, *cells, table, block, codes, residual)
     return Quantized(codes, scales), residual
+
+
+def _search(target: Tensor, spec: QuantSpec, near: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    block = min(spec.block_size, target.shape[1])
+    result = target.new_empty(2, len(target), -(-target.shape[1] // block))
+    start = target.new_empty(2, 0, 0) if near is None else torch.stack(near)
+    factors = torch.tensor(start_parts(spec.code, spec.bits) if near is None else AROUND, **HOST)
+    gaps, table = midpoints(spec.code, spec.bits), levels(spec.code, spec.bits)
+    args = target, start, factors, ROUNDS, gaps, table, spec.code == "affine", block, result
+    _over_rows(fitting.search, len(target), *args)
+    return result[0], result[1]
+
+
+def _block_errors(target: Tensor, scales: dict[str, Tensor], spec: QuantSpec, least: float) -> Tensor:
+    scale, zero, block = _expanded(scales, spec, target.shape)
+    gaps, table, errors = midpoints(spec.code, spec.bits), levels(spec.code, spec.bits), torch.empty_like(scale)
+    args = target, scale, zero, gaps, table, np.float32(least), block, errors
+    _over_rows(fitting.block_errors, len(target), *args)
+    return errors
 
 
 def _absmax_scales(target: Tensor, spec: QuantSpec) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from loftq.numerics import Quantized, decode, decode_rows, quantize
+from loftq.numerics import Quantized, decode, decode_rows, fit_scales, fitted_scales, nearest
 from loftq.numerics import dequantize as dequantize_codes
 from loftq.numerics import pack as pack
 from loftq.spec import QuantSpec
@@ -12,14 +12,24 @@ NAME = "reference"
 
 
 def quantize_residual(
-    target: Tensor, weight: Tensor, spec: QuantSpec, out: Tensor | None = None
+    target: Tensor,
+    weight: Tensor,
+    spec: QuantSpec,
+    out: Tensor | None = None,
+    *,
+    fitted: bool = False,
+    earlier: Quantized | None = None,
 ) -> tuple[Quantized, Tensor]:
     """Quantize ``target``, and the float32 residual ``weight - dequantize(codes)``.
 
     Args:
         out: float32 and contiguous; takes the residual. It may be ``target``.
+        fitted: scales of the least squared error, instead of those of the code's formula.
+        earlier: a quantized matrix, much like the target; fitted scales are at least as good for it as these.
     """
-    quantized = quantize(target, spec)
+    target = target.detach().float().contiguous()
+    given = earlier and earlier.scales
+    quantized = nearest(target, fitted_scales(target, spec, given) if fitted else fit_scales(target, spec), spec)
     return quantized, torch.sub(weight.float(), dequantize_codes(quantized, spec), out=out)
 
 

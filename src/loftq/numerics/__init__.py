@@ -10,11 +10,13 @@ from loftq.numerics.blockwise import (
     dequantize,
     encode,
     fit_scales,
+    nearest,
     quantize,
     scale_and_zero,
     store_scales,
 )
 from loftq.numerics.codebooks import dynamic_8bit, levels, normal_float
+from loftq.numerics.fitting import fitted_scales
 from loftq.numerics.lowrank import truncated_svd
 from loftq.numerics.norms import frobenius, product_square
 from loftq.numerics.packing import pack, packed_shape, unpack
@@ -27,8 +29,10 @@ __all__ = [
     "dynamic_8bit",
     "encode",
     "fit_scales",
+    "fitted_scales",
     "frobenius",
     "levels",
+    "nearest",
     "normal_float",
     "pack",
     "packed_shape",

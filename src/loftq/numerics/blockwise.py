@@ -29,20 +29,24 @@ class Quantized:
 
 
 def quantize(weight: Float[Tensor, "out in"], spec: QuantSpec) -> Quantized:
-    """Nearest codes of ``weight`` under ``spec``.
+    """Nearest codes of ``weight`` under ``spec``, with scales by the code's formula.
 
     Scales are computed in float32. A block whose stored scale is zero decodes to exact zeros.
 
     Raises: NumericalError if a scale does not fit float32, or does not fit ``spec.scale_dtype``.
     """
     weight = weight.detach().float().contiguous()
-    scales = fit_scales(weight, spec)
+    return nearest(weight, fit_scales(weight, spec), spec)
+
+
+def nearest(weight: Float[Tensor, "out in"], scales: dict[str, Tensor], spec: QuantSpec) -> Quantized:
+    """Nearest codes of a float32 ``weight`` against scales as they are stored."""
     scale, zero = scale_and_zero(scales)
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
     gaps = midpoints(spec.code, spec.bits).to(weight.device)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    for rows in _row_chunks(weight):
-        parts = zip(_blocks(weight[rows], spec), _blocks(codes[rows], spec), strict=True)
+    for rows in row_chunks(weight):
+        parts = zip(in_blocks(weight[rows], spec), in_blocks(codes[rows], spec), strict=True)
         for (at, values), (_, out) in parts:
             scaled = values / _at(safe, rows, at)
             if zero is not None:
@@ -55,7 +59,7 @@ def dequantize(quantized: Quantized, spec: QuantSpec) -> Float[Tensor, "out in"]
     """``(levels[code] - zero) * scale`` in float32."""
     table = levels(spec.code, spec.bits).to(quantized.codes.device)
     values = torch.empty(quantized.codes.shape, dtype=torch.float32, device=quantized.codes.device)
-    for rows in _row_chunks(values):
+    for rows in row_chunks(values):
         values[rows] = table[quantized.codes[rows].int()]
     return _rescale(values, quantized.scales, spec)
 
@@ -99,7 +103,7 @@ def decode_rows(tensors: dict[str, Tensor], spec: QuantSpec, columns: int, rows:
 def _rescale(values: Tensor, scales: dict[str, Tensor], spec: QuantSpec) -> Tensor:
     """``(values - zero) * scale``, in place."""
     scale, zero = scale_and_zero(scales)
-    for at, block in _blocks(values, spec):
+    for at, block in in_blocks(values, spec):
         if zero is not None:
             block -= _at(zero, slice(None), at)
         block *= _at(scale, slice(None), at)
@@ -129,9 +133,12 @@ def _fit(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
         scale = torch.where(scale == 0, smallest, scale).float()
         return scale, -low / scale
     scales, zeros = [], []
-    for _, block in _blocks(weight, spec):
+    for _, block in in_blocks(weight, spec):
         if spec.code == "nf":
             scales.append(block.abs().amax(-1))
+        elif spec.code == "lloyd":  # the weight of largest magnitude, with its sign: the level 1 meets it
+            low, high = block.amin(-1), block.amax(-1)
+            scales.append(torch.where(high >= -low, high, low))
         elif spec.code == "uniform":
             scales.append(block.mean(-1) + 2.5 * _sigma(block))
         else:
@@ -201,7 +208,7 @@ def _undo_double(codes: Tensor, absmax: Tensor, mean: Tensor) -> Tensor:
     return dynamic_8bit().to(codes.device)[codes.int()] * absmax + mean
 
 
-def _blocks(values: Tensor, spec: QuantSpec) -> Iterator[tuple[slice, Tensor]]:
+def in_blocks(values: Tensor, spec: QuantSpec) -> Iterator[tuple[slice, Tensor]]:
     """Views of the whole blocks ``(out, n, block)`` and of the short last one ``(out, 1, rest)``, with their places."""
     columns = values.shape[1]
     size = columns if spec.code == "uniform-tensor" else min(spec.block_size, columns)
@@ -216,7 +223,7 @@ def _at(scale: Tensor, rows: slice, blocks: slice) -> Tensor:
     return scale[rows if scale.shape[0] > 1 else slice(None), blocks, None]
 
 
-def _row_chunks(matrix: Tensor) -> Iterator[slice]:
+def row_chunks(matrix: Tensor) -> Iterator[slice]:
     step = max(1, CHUNK // max(1, matrix.shape[1]))
     for start in range(0, matrix.shape[0], step):
         yield slice(start, start + step)

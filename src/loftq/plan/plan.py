@@ -8,7 +8,7 @@ from typing import Any
 
 from loftq.errors import InputError, UsageError, listed, quoted
 from loftq.plan.patterns import Rules, parse_rules
-from loftq.spec import BITS, QuantSpec, SolveSpec, scaling, stored_bytes
+from loftq.spec import BITS, QuantSpec, SolveSpec, check_scales, scaling, stored_bytes
 
 DENSE = 16  # as a number of bits: leave the matrix as it is
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -131,7 +131,10 @@ class Plan:
 
     def digest(self) -> str:
         """SHA-256 of the plan; equal plans give equal files."""
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        plan = self.to_dict()
+        if self.solve.scales == "formula":  # plans from before there was a choice keep their digest
+            del plan["solve"]["scales"]
+        text = json.dumps(plan, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -174,6 +177,7 @@ def make(tensors: Mapping[str, tuple[str, tuple[int, ...]]], roles: Mapping[str,
         rank = ranks(role.module)
         if rank >= min(oriented) and policy.rank_policy == "refuse":
             refused.append(f"{name} {oriented[0]}x{oriented[1]} with rank {rank}")
+        check_scales(quant, policy.solve.scales)
         matrices.append(Matrix(name, role.module, role.kind, oriented, dtype, quant, min(rank, min(oriented) - 1)))
     if refused:
         raise UsageError(

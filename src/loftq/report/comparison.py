@@ -18,7 +18,7 @@ NAMES = {"full": "Full FT", "lora": "LoRA", "qlora": "QLoRA", "loftq": "LoftQ"}
 ALWAYS = ("method", "bits")
 HEADINGS = {"steps": "T", "embeddings": "embeddings too"}
 COUNTS = ("n", "tokens")  # of one split or another; no results
-WORDS = ("method", "code", "order")
+WORDS = ("method", "code", "scales", "order")
 NOT_CONVERGED = "N.A."
 
 

@@ -4,13 +4,17 @@
         Q_t      = quantize(W - B_{t-1} A_{t-1})          B_0 A_0 = 0
         B_t, A_t = best rank-r factors of W - Q_t
 
-T = 0 is QLoRA's start, T = 1 one SVD of the quantization error. The paper returns step T; at 2 bits the error is
-not monotone in t, so the step with the smallest error is returned instead, with the whole trace.
+T = 0 is QLoRA's start, T = 1 one SVD of the quantization error. The paper returns step T; with absmax scales the error
+is not monotone in t at 2 bits, so the step with the smallest error is returned instead, with the whole trace.
+
+With fitted scales it is monotone: the scales of Q_{t-1} are among those that Q_t chooses from, so that neither half of
+a step leaves more of W than the other half did.
 """
 
+import functools
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +24,7 @@ from torch import Tensor
 from loftq.errors import NumericalError, UsageError
 from loftq.kernels import backend
 from loftq.numerics import Quantized, frobenius, product_square, truncated_svd
-from loftq.spec import QuantSpec, SolveSpec
+from loftq.spec import QuantSpec, SolveSpec, check_scales
 
 
 @dataclass(frozen=True)
@@ -60,18 +64,21 @@ def solve(
         weight: the pretrained matrix, ``(out_features, in_features)``, any float dtype; solved in float32.
         quant: how the backbone is stored.
         rank: at most ``min(out, in)``.
-        spec: steps, order and SVD; the defaults are the paper's T = 5, quantization first.
+        spec: steps, order, SVD, scales; the defaults are the paper's T = 5, quantization first, scales by formula.
         name: goes into the seed, so that a matrix has the same result in any order of work.
 
-    Raises: UsageError for a rank that does not fit; NumericalError for values that are not finite.
+    Raises: UsageError for a rank or scales that do not fit; NumericalError for values that are not finite.
     """
     spec = spec or SolveSpec()
+    check_scales(quant, spec.scales)
     weight = weight.detach().float()
     check_matrix(weight, rank)
     norm = frobenius(weight)
     generator = torch.Generator("cpu").manual_seed(tensor_seed(spec.seed, name))
-    kernels = backend(weight.device)
-    quantized, residual = kernels.quantize_residual(weight, weight, quant)
+    quantize = functools.partial(
+        backend(weight.device).quantize_residual, weight=weight, spec=quant, fitted=spec.scales == "fitted"
+    )
+    quantized, residual = quantize(weight)
     errors = [_ratio(frobenius(residual), norm)]
     if spec.steps == 0:
         b, a = _zero_start(weight, rank, generator)
@@ -79,7 +86,7 @@ def solve(
 
     alternate = _quantize_first if spec.order == "quantize-first" else _svd_first
     best: tuple[float, int, tuple[Quantized, Tensor, Tensor]] | None = None
-    steps = alternate(kernels, weight, quantized, residual, quant, rank, spec, generator)
+    steps = alternate(quantize, weight, quantized, residual, rank, spec, generator)
     for t, (candidate, distance) in enumerate(steps, start=1):
         errors.append(_ratio(distance, norm))
         if best is None or errors[t] < best[0]:
@@ -94,20 +101,21 @@ def solve(
 Step = tuple[tuple[Quantized, Tensor, Tensor], float]  # (Q, B, A) and ||W - Q - B A||
 
 
-def _quantize_first(kernels, weight, quantized, residual, quant, rank, spec, generator) -> Iterator[Step]:
+def _quantize_first(quantize: Callable, weight, quantized, residual, rank, spec, generator) -> Iterator[Step]:
     a = None
     for t in range(1, spec.steps + 1):
         b, a = truncated_svd(residual, rank, method=spec.svd, generator=generator, start=a)
         yield (quantized, b, a), _left(residual, b, a)
         if t < spec.steps:  # in the same memory at every step: fresh memory costs more than quantizing into it
-            quantized, residual = kernels.quantize_residual(_less(weight, b, a, residual), weight, quant, residual)
+            target = _less(weight, b, a, residual)
+            quantized, residual = quantize(target, out=target, earlier=quantized)
 
 
-def _svd_first(kernels, weight, quantized, residual, quant, rank, spec, generator) -> Iterator[Step]:
+def _svd_first(quantize: Callable, weight, quantized, residual, rank, spec, generator) -> Iterator[Step]:
     a, memory, residual = None, residual, weight
     for _ in range(spec.steps):
         b, a = truncated_svd(residual, rank, method=spec.svd, generator=generator, start=a)
-        quantized, residual = kernels.quantize_residual(_less(weight, b, a, memory), weight, quant, memory)
+        quantized, residual = quantize(_less(weight, b, a, memory), out=memory, earlier=quantized)
         yield (quantized, b, a), frobenius(_less(residual, b, a))
 
 

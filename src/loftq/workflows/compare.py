@@ -153,7 +153,8 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     if recipe.method == "lora":
         return {"method": "lora", "bits": "16", **adapter}
     solver = {"steps": quantization.steps, "order": quantization.order} if recipe.method == "loftq" else {}
-    return {"method": recipe.method, "bits": quantization.bits, "code": quantization.code, **adapter, **solver}
+    stored = {"bits": quantization.bits, "code": quantization.code, "scales": quantization.scales}
+    return {"method": recipe.method, **stored, **adapter, **solver}
 
 
 def _before(result: RunResult | None) -> dict[str, float] | None:

@@ -148,9 +148,9 @@ def policy_of(recipe: Recipe) -> Policy:
     given, lora = recipe.quantization or Quantization(), recipe.lora
     steps = 0 if recipe.method == "qlora" else given.steps
     return Policy(
-        **given.model_dump(exclude={"steps", "order", "svd", "seed"}),
+        **given.model_dump(exclude={"steps", "order", "svd", "scales", "seed"}),
         **lora.model_dump(exclude={"dropout"}),
-        solve=SolveSpec(steps=steps, order=given.order, svd=given.svd, seed=given.seed),
+        solve=SolveSpec(steps=steps, order=given.order, svd=given.svd, scales=given.scales, seed=given.seed),
     )
 
 

@@ -29,7 +29,7 @@ from loftq.errors import UsageError, quoted
 from loftq.recipe import Recipe, Strict, section
 from loftq.report.comparison import chosen_rate
 
-NOT_ESSENTIAL = ("output", "note", "compare")
+NOT_ESSENTIAL = {"output", "note", "compare"}
 
 
 class Open(Strict):
@@ -113,10 +113,14 @@ def schedule(grids: Sequence[Sequence[Arm]], rows: Mapping[str, Mapping[str, Any
 
 
 def digest(recipe: Recipe) -> str:
-    """Twelve digits for everything that a run's result depends on; of local files their content, not their place."""
-    values = {k: v for k, v in recipe.to_dict().items() if k not in NOT_ESSENTIAL}
+    """Twelve digits for everything that a run's result depends on; of local files their content, not their place.
+
+    A value equal to its default does not count, so that rows outlive a new key. A changed default makes them wrong.
+    """
+    values = recipe.model_dump(mode="json", exclude_none=True, exclude_defaults=True, exclude=NOT_ESSENTIAL)
     values["model"] = _contents(recipe.model)
-    values["data"] = {k: _contents(v) if isinstance(v, (str, list)) else v for k, v in values["data"].items()}
+    data = recipe.to_dict()["data"]
+    values["data"] = {k: _contents(v) if isinstance(v, (str, list)) else v for k, v in data.items()}
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
