@@ -96,14 +96,14 @@ def _krylov(
 def _orthonormal(block: Tensor, earlier: list[Tensor]) -> Tensor:
     """An orthonormal basis of what ``block`` adds to the earlier blocks.
 
-    Two rounds of projection are enough (Kahan and Parlett). A direction that loses nearly all of its length in the
-    first, or much of it in the second, is rounding noise of one that is there already, and is dropped.
+    Two rounds of projection are enough (Kahan and Parlett). A direction of which nearly nothing is left by the first, or
+    that loses much of its length in the second, is rounding noise of one that is there already, and is dropped.
     """
-    block = _basis(block)
-    if earlier:
-        others = torch.cat(earlier, 1)
-        for least in (ROUNDING, 0.5):
-            block = _basis(block - others @ (others.T @ block), least)
+    if not earlier:
+        return _basis(block)
+    others, length = torch.cat(earlier, 1), torch.linalg.vector_norm(block, dtype=torch.float64).item()
+    for least in (ROUNDING * length, 0.5):
+        block = _basis(block - others @ (others.T @ block), least)
     return block
 
 
