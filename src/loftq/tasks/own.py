@@ -38,7 +38,7 @@ class _Own(Strict):
         return {"name": self.name, "hub": hub, "columns": accepted}
 
     def task(self) -> Task:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say what task it makes")
 
 
 class _TextColumns(Strict):
