@@ -96,8 +96,8 @@ def _krylov(
 def _orthonormal(block: Tensor, earlier: list[Tensor]) -> Tensor:
     """An orthonormal basis of what ``block`` adds to the earlier blocks.
 
-    Two rounds of projection are enough (Kahan and Parlett). A direction of which the first leaves nearly nothing, or that
-    loses much of its length in the second, is rounding noise of one that is there already, and is dropped.
+    Two rounds of projection are enough (Kahan and Parlett). A direction of which the first leaves nearly nothing, or
+    that loses much of its length in the second, is rounding noise of one that is there already, and is dropped.
     """
     if not earlier:
         return _basis(block)
