@@ -10,9 +10,8 @@ from harness import ROOT, goal, shown
 SCRIPTS = {  # in the order of the page: title, and what limits the result
     "solver": (
         "LoftQ of one matrix",
-        "Half of the time are products of the matrix with a thin one, at about half of the cores' peak; a fifth is "
-        "quantization, a tenth forming W - BA, the rest small matrices. Scales in bfloat16 (the peers keep float32) "
-        "cost a part of the error.",
+        "Mostly products of the matrix with a thin one, in float32; then quantization, forming W - BA, and orthonormal "
+        "bases by small float64 matrices. Scales in bfloat16 (the peers keep float32) cost a part of the error.",
     ),
     "quantize": (
         "Quantizing and decoding",
@@ -27,7 +26,7 @@ SCRIPTS = {  # in the order of the page: title, and what limits the result
     ),
     "train_step": (
         "A training step",
-        "The products are the same BLAS calls for every side, and take four fifths of a dense step. Every packed "
+        "The products are the same BLAS calls for every side, and most of a dense step. Every packed "
         "weight is decoded twice a step, forward and backward. With 512 tokens a step of bitsandbytes is itself only "
         "about 1.2 times as long as the dense one: 1.3 times its speed would be faster than not quantizing at all, and "
         "needs products in a lower precision.",
