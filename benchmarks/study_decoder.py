@@ -43,7 +43,11 @@ def recipe(given: argparse.Namespace, task: str) -> study.Recipe:
             "compare": {
                 "seeds": [0, 1, 2],
                 "learning_rates": RATES,
-                "arms": [{"method": "lora"}, {"method": ["qlora", "loftq"], "quantization.bits": WIDTHS}],
+                "arms": [
+                    {"method": "lora"},
+                    {"method": ["qlora", "loftq"], "quantization.bits": WIDTHS},
+                    {"method": "loftq", "quantization.code": "lloyd", "quantization.scales": "fitted"},
+                ],
             },
         },
     )

@@ -54,6 +54,7 @@ def arms(size: str, task: str) -> list[dict[str, Any]]:
         {"method": "lora"},
         {"method": both, "quantization.bits": [4, 2.5, 2]},
         {"method": both, "quantization.code": "uniform-tensor"},
+        {"method": "loftq", "quantization.code": "lloyd", "quantization.scales": "fitted"},
     ]
     if size == "full":
         found += [
@@ -85,6 +86,7 @@ def recipe(given: argparse.Namespace, task: str) -> study.Recipe:
                 "per_device_train_batch_size": 32,
                 "per_device_eval_batch_size": 64,
                 "warmup_steps": 0.1,
+                "bf16": True,
             },
             "max_length": length,
             **({"doc_stride": 128} if task == "squad" else {}),
