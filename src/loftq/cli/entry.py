@@ -1,0 +1,81 @@
+"""The command as a process: signals, one line for every error, exit codes."""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+from typing import NoReturn
+
+import typer
+
+from loftq.cli.app import app
+from loftq.errors import Interrupted, LoftqError, StorageError, UsageError, quoted
+
+
+def _stop(number: int, _: object) -> NoReturn:
+    """End at once, with nothing cleaned up: whatever a killed run leaves, the same command continues from it."""
+    with contextlib.suppress(OSError):
+        os.write(2, b"\n")  # below the progress bar
+    _say("stopped by a signal; run the same command again to continue", Interrupted.label)
+    os._exit(Interrupted.exit_code)
+
+
+def main() -> NoReturn:
+    """Run the command line: for every error one line on stderr and an exit code; a traceback if LOFTQ_DEBUG is set."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("loftq: %(levelname)s: %(message)s"))
+    logging.getLogger("loftq").addHandler(handler)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; its advice would cut the bar in two
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, _stop)
+    code = _run()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError as e:
+        code = code or _failed(e)
+    os._exit(code)  # a matrix that is still being solved after a failure is not waited for
+
+
+def _run() -> int:
+    """The exit code of the command in ``sys.argv``."""
+    try:
+        app(standalone_mode=False)
+        return 0
+    except typer.Exit as e:
+        return e.exit_code
+    except SystemExit:  # how rich and typer say that nobody reads their output
+        return _failed(BrokenPipeError())
+    except Exception as e:
+        return _failed(e)
+
+
+def _failed(e: Exception) -> int:
+    """Say what went wrong; the exit code for it."""
+    if os.environ.get("LOFTQ_DEBUG"):
+        import traceback
+
+        traceback.print_exception(e)
+    if isinstance(e, LoftqError):
+        kind, text = type(e), str(e)
+    elif isinstance(e, BrokenPipeError):
+        kind, text = Interrupted, "nobody reads the output any more; run the same command again to continue"
+    elif isinstance(e, OSError):
+        kind, text = StorageError, str(e)
+    elif isinstance(e, MemoryError):
+        kind, text = StorageError, "not enough memory; use fewer --workers"
+    elif type(e).__module__.partition(".")[0] in ("click", "typer"):
+        kind, text = UsageError, getattr(e, "format_message", e.__str__)() or "no command given"
+    else:
+        kind, text = LoftqError, f"{type(e).__name__}: {e}; this is a bug of loftq, please report it"
+    _say(text, kind.label)
+    return kind.exit_code
+
+
+def _say(text: object, label: str) -> None:
+    """One line on stderr, past Python's buffers: a signal may come while they are in use, or the reader be gone."""
+    line = quoted(" ".join(str(text).split()), 4000)
+    with contextlib.suppress(OSError):
+        os.write(2, f"loftq: error[{label}]: {line}\n".encode("utf-8", "replace"))

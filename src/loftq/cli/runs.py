@@ -1,0 +1,120 @@
+"""Verbs on recipes and runs: train, evaluate, compare."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loftq.cli.app import app
+from loftq.cli.bars import Bar, RunBar
+from loftq.cli.options import (
+    Json,
+    Overrides,
+    RecipeFile,
+    at_least,
+    choice,
+    extra,
+    quiet,
+)
+from loftq.errors import quoted
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory of the run. [default: the recipe's]")
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin again instead of continuing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune as a recipe says, and evaluate; quantizes first where the method wants it. Continues if stopped."""
+    with extra("train"):
+        from loftq.recipe import read
+        from loftq.report.tables import print_metrics
+        from loftq.workflows.finetune import finetune
+    quiet()
+    asked = read(recipe, overrides or ())
+    if output is not None:
+        asked = asked.changed(output=str(output))
+    with Bar() as bar:
+        result = finetune(asked, resume=not restart, begin=bar.begin)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if as_json:
+        print(json.dumps(dataclasses.asdict(result), indent=2))
+    else:
+        print_metrics(f"{result.task} of {quoted(asked.output, 400)}", result.splits, result.metrics)
+
+
+@app.command()
+def evaluate(
+    target: Annotated[
+        str,
+        typer.Argument(help="A run of `loftq train`, a dense model, or a quantized directory.", show_default=False),
+    ],
+    task: Annotated[str | None, typer.Option(help="Name of a task. [default: the run's]")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Directory with files named by split. [default: the run's or the task's data]")
+    ] = None,
+    split: Annotated[list[str] | None, typer.Option(help="A split to report on; may be repeated.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="A trained adapter to put on the model.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows at a time. [default: the run's, or 32]")] = 0,
+    max_length: Annotated[int, typer.Option(help="Tokens of an input. [default: the run's or the task's]")] = 0,
+    sampling: Annotated[
+        str | None, typer.Option(help="How answers are written: greedy, or paper (GSM8K's sampling). [default: greedy]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a run, a model or a quantized directory on a task."""
+    with extra("train"):
+        from loftq.report.tables import print_metrics
+        from loftq.workflows.evaluate import evaluate as run
+    if sampling is not None:
+        choice("--sampling", sampling, ("greedy", "paper"))
+    quiet()
+    found = run(
+        target,
+        task=task,
+        data=None if data is None else str(data),
+        splits=split or (),
+        adapter=adapter,
+        batch_size=at_least("--batch-size", batch_size, 0) or None,
+        max_length=at_least("--max-length", max_length, 0) or None,
+        generation=sampling,
+    )
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        print_metrics(f"{found.task} of {quoted(target, 400)}", found.splits, found.metrics)
+
+
+@app.command()
+def compare(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory of the comparison. [default: the recipe's]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune every arm of a recipe's section compare, and show them side by side. Continues if stopped."""
+    with extra("train"):
+        from loftq.recipe import read
+        from loftq.report.comparison import print_comparison
+        from loftq.workflows.compare import compare as run
+    quiet()
+    asked = read(recipe, overrides or ())
+    if output is not None:
+        asked = asked.changed(output=str(output))
+    with RunBar() as bar:
+        rows = run(asked, bar.begin)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        print_comparison(rows)
+        print(f"\nSaved to {quoted(asked.output, 400)}: comparison.md, losses.png, bytes.png; every run in rows.jsonl.")
