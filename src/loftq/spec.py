@@ -12,6 +12,9 @@ SCALE_DTYPES = ("float32", "bfloat16", "float16")
 SVDS = ("auto", "exact", "randomized")
 ORDERS = ("quantize-first", "svd-first")
 SCALES = ("formula", "fitted")
+METRICS = ("weights", "diagonal", "full", "fisher")
+ROUNDINGS = ("nearest", "feedback", "shaped")
+STARTS = ("zero", "preserved")
 
 
 def _choice(what: str, value: object, allowed: tuple) -> None:

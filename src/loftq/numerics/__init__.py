@@ -18,11 +18,15 @@ from loftq.numerics.blockwise import (
 from loftq.numerics.codebooks import dynamic_8bit, levels, normal_float
 from loftq.numerics.fitting import fitted_scales
 from loftq.numerics.lowrank import truncated_svd
+from loftq.numerics.metric import Metric, Moments, best_factors
 from loftq.numerics.norms import frobenius, product_square
 from loftq.numerics.packing import pack, packed_shape, unpack
 
 __all__ = [
+    "Metric",
+    "Moments",
     "Quantized",
+    "best_factors",
     "decode",
     "decode_rows",
     "dequantize",

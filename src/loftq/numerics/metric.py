@@ -1,0 +1,155 @@
+"""The norm in which a start is close to its weight, and the best low-rank term in that norm.
+
+What a matrix does to its inputs matters more than its entries. With the second moments ``H = E[x xᵀ]`` of the inputs,
+and of the gradients with respect to the outputs ``G = diag E[d²]``,
+
+    ‖X‖ = ‖G^½ X H^½‖_F
+
+is the root of the expected squared error of the output, weighted by what the output does to the loss. The Frobenius
+norm, LoftQ's, is ``G = H = I``.
+
+The best term of rank r for an error E has a closed form (QERA, arXiv 2410.06040; CALDERA, 2405.18886; CLoQ,
+2501.18475). With ``T Tᵀ = H`` and U the first r left singular vectors of ``M = G^½ E T``, it is
+
+    L = G^-½ U Uᵀ G^½ E
+
+which has no inverse of H in it: a rank-deficient H, from few tokens or dead channels, does no harm.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loftq.errors import NumericalError
+from loftq.numerics.lowrank import NotConverged, truncated_svd
+from loftq.numerics.norms import frobenius
+
+JITTER = (1e-9, 1e-7, 1e-5)  # parts of the mean of H's diagonal, added to it until it has a Cholesky factor
+LEAST_ROW = 1e-6  # of G's mean: a row without gradient still counts this much, or its factor would be infinite
+
+
+@dataclass(frozen=True)
+class Metric:
+    """``‖X‖ = ‖G^½ X H^½‖_F`` for matrices ``X (out, in)``.
+
+    Attributes:
+        columns: H, its diagonal ``(in,)`` or the whole ``(in, in)``; None for the identity.
+        rows: the diagonal of G, ``(out,)``; None for the identity.
+    """
+
+    columns: Tensor | None = None
+    rows: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is the Frobenius norm."""
+        return self.columns is None and self.rows is None
+
+    @functools.cached_property
+    def root(self) -> Tensor | None:
+        """T with ``T Tᵀ = H``, float32: a vector for a diagonal H, a lower triangle for a whole one."""
+        if self.columns is None:
+            return None
+        h = self.columns.double()
+        return (h.clamp(min=0).sqrt() if h.ndim == 1 else cholesky(h)).float()
+
+    @functools.cached_property
+    def row_root(self) -> Tensor | None:
+        """The diagonal of ``G^½``, float32."""
+        if self.rows is None:
+            return None
+        g = self.rows.double()
+        return g.clamp(min=max(LEAST_ROW * g.mean().item(), torch.finfo(torch.float32).tiny)).sqrt().float()
+
+    def whiten(self, matrix: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """``G^½ X T``, whose Frobenius norm is the norm of X."""
+        if self.row_root is not None:
+            matrix = matrix * self.row_root[:, None]
+        return self.from_right(matrix)
+
+    def from_right(self, matrix: Float[Tensor, "any in"]) -> Float[Tensor, "any in"]:
+        """``X T``."""
+        if self.root is None:
+            return matrix
+        return matrix * self.root if self.root.ndim == 1 else matrix @ self.root
+
+    def norm(self, matrix: Float[Tensor, "out in"]) -> float:
+        """The norm of X."""
+        return frobenius(self.whiten(matrix))
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What calibration found out about the inputs of one matrix.
+
+    Attributes:
+        fit: the metric that a start is made for; shrunk where tokens were few.
+        held: the same of tokens that were kept out of it, and of which a step has to lower the error; not shrunk.
+        tokens: how many ``fit`` is of.
+    """
+
+    fit: Metric
+    held: Metric
+    tokens: int
+
+
+def best_factors(
+    error: Float[Tensor, "out in"],
+    rank: int,
+    metric: Metric,
+    *,
+    method: str = "auto",
+    generator: torch.Generator | None = None,
+    start: Float[Tensor, "rank in"] | None = None,
+) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+    """Factors ``B``, ``A`` with ``B @ A`` closest to ``error`` in the metric, their singular values split evenly.
+
+    Args:
+        method, generator: as :func:`loftq.numerics.truncated_svd` takes them.
+        start: an earlier ``A``, from which a randomized SVD starts.
+
+    Raises: NumericalError for what is not finite.
+    """
+    if metric.plain:
+        return truncated_svd(error, rank, method=method, generator=generator, start=start)
+    if start is not None:
+        start = metric.from_right(start)
+    left, _ = truncated_svd(metric.whiten(error), rank, method=method, generator=generator, start=start)
+    basis = left / torch.linalg.vector_norm(left, dim=0).clamp(min=torch.finfo(torch.float32).tiny)
+    scaled = error if metric.row_root is None else error * metric.row_root[:, None]
+    right = basis.T @ scaled
+    if metric.row_root is not None:
+        basis = basis / metric.row_root[:, None]
+    return balanced(basis, right)
+
+
+def balanced(b: Float[Tensor, "out rank"], a: Float[Tensor, "rank in"]) -> tuple[Tensor, Tensor]:
+    """The same product, ``B = U S^½`` and ``A = S^½ Vᵀ``: neither factor is large where the other is small."""
+    left, upper = torch.linalg.qr(b.double())
+    right, other = torch.linalg.qr(a.double().T)
+    try:
+        u, s, vh = torch.linalg.svd(upper @ other.T)
+    except NotConverged as e:
+        raise NumericalError("the low-rank term is not finite") from e
+    root = s.sqrt()
+    return ((left @ u) * root).float(), (root[:, None] * (vh @ right.T)).float()
+
+
+def cholesky(h: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+    """The lower factor of a symmetric matrix that is positive but for rounding, in float64.
+
+    Raises: NumericalError for one that is not.
+    """
+    mean = h.diagonal().mean().item()
+    if mean == 0:
+        return torch.zeros_like(h)
+    if math.isfinite(mean):
+        for jitter in JITTER:
+            factor, failed = torch.linalg.cholesky_ex(h + torch.diag(torch.full_like(h[0], jitter * mean)))
+            if not failed:
+                return factor
+    raise NumericalError("the second moments of the inputs are no such: not finite, or far from positive")
