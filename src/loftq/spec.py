@@ -13,7 +13,7 @@ SVDS = ("auto", "exact", "randomized")
 ORDERS = ("quantize-first", "svd-first")
 SCALES = ("formula", "fitted")
 METRICS = ("weights", "diagonal", "full", "fisher")
-ROUNDINGS = ("nearest", "feedback", "shaped")
+ROUNDINGS = ("nearest", "feedback", "shaped", "descent")
 STARTS = ("zero", "preserved")
 
 
@@ -79,6 +79,12 @@ class SolveSpec:
         seed: seeds the random start of the factors and of the randomized SVD, together with the tensor's name.
         scales: ``formula`` the code's own (absmax and the like), or ``fitted`` to the least squared error of every
             block, with which no step raises the error. Both are stored and read in the same way.
+        metric: in which norm the start is close: of the ``weights`` themselves, or of what they do to the inputs of a
+            calibration, by the ``diagonal`` of their second moments or by these in ``full``; ``fisher`` weights rows
+            and columns by the mean squared gradients of the loss.
+        rounding: how Q is found; see :class:`loftq.solve.rounding.Rounding`.
+        start: the adapter that Q is first made for: ``zero``, or the directions of W that are worth more ``preserved``
+            than their share of the quantization error (SRR, arXiv 2602.02001).
     """
 
     steps: int = 5
@@ -86,6 +92,9 @@ class SolveSpec:
     svd: str = "auto"
     seed: int = 0
     scales: str = "formula"
+    metric: str = "weights"
+    rounding: str = "nearest"
+    start: str = "zero"
 
     def __post_init__(self) -> None:
         _whole("steps", self.steps, 0)
@@ -93,6 +102,27 @@ class SolveSpec:
         _choice("svd", self.svd, SVDS)
         _whole("seed", self.seed, 0)
         _choice("scales", self.scales, SCALES)
+        _choice("metric", self.metric, METRICS)
+        _choice("rounding", self.rounding, ROUNDINGS)
+        _choice("start", self.start, STARTS)
+        if self.order == "svd-first" and (self.rounding in ("shaped", "descent") or self.start != "zero"):
+            raise UsageError("order svd-first goes with rounding nearest or feedback, and has a start of its own")
+
+
+# Published methods, and ours, by the solver's fields that make them: docs/methods.md.
+PRESETS: dict[str, dict[str, Any]] = {
+    "qlora": {"steps": 0},
+    "svd": {"steps": 1},
+    "loftq": {"steps": 5},
+    "qera-diag": {"steps": 1, "metric": "diagonal"},
+    "qera-full": {"steps": 1, "metric": "full"},
+    "eora": {"steps": 1, "metric": "full"},
+    "cloq": {"steps": 1, "metric": "full", "rounding": "feedback"},
+    "projq": {"steps": 3, "metric": "full", "rounding": "shaped"},
+    "srr": {"steps": 1, "metric": "full", "start": "preserved"},
+    "lq-lora": {"steps": 10, "metric": "fisher", "order": "svd-first"},
+    "descent": {"steps": 6, "metric": "full", "rounding": "descent", "scales": "fitted"},
+}
 
 
 def check_scales(quant: QuantSpec, scales: str) -> None:

@@ -16,6 +16,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from loftq import numerics
+from loftq.kernels import feedback as feeding
 from loftq.kernels import fitting
 from loftq.kernels.threads import over_rows
 from loftq.numerics import Quantized, decode_rows, fit_scales, fitted_scales, levels, scale_and_zero, store_scales
@@ -58,6 +60,38 @@ def quantize_residual(
         cells = _cells(spec.code, spec.bits)
         _over_rows(_quantize_by_cells, len(target), *arrays, *cells, table, block, codes, residual)
     return Quantized(codes, scales), residual
+
+
+def feedback(target: Tensor, columns: Tensor, spec: QuantSpec, *, fitted: bool = False) -> Quantized:
+    """Quantize with error feedback, as :func:`loftq.numerics.feedback`."""
+
+    def fit(part: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
+        return fitted_scales(part, spec, None, _search, _block_errors)
+
+    return numerics.feedback(target, columns, spec, fitted=fitted, fit=fit, round_block=_round_block)
+
+
+def descend(
+    target: Tensor, quantized: Quantized, columns: Tensor, spec: QuantSpec, *, fitted: bool = False
+) -> Quantized:
+    """A round of coordinate descent, as :func:`loftq.numerics.descend`."""
+    return numerics.descend(target, quantized, columns, spec, fitted=fitted, descend_block=_descend_block)
+
+
+def _round_block(values: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    gaps, table = midpoints(spec.code, spec.bits), levels(spec.code, spec.bits)
+    codes, fed = torch.empty_like(values, dtype=torch.uint8), torch.empty_like(values)
+    _over_rows(feeding.round_block, len(values), values, upper, scale, zero, gaps, table, codes, fed)
+    return codes, fed
+
+
+def _descend_block(
+    pull: Tensor, codes: Tensor, own: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec
+) -> tuple[Tensor, Tensor]:
+    gaps, table = midpoints(spec.code, spec.bits), levels(spec.code, spec.bits)
+    codes, moved = codes.clone(), torch.empty_like(pull)
+    _over_rows(feeding.descend_block, len(pull), pull, codes, own.contiguous(), scale, zero, gaps, table, moved)
+    return codes, moved
 
 
 def _search(target: Tensor, spec: QuantSpec, near: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from loftq.numerics import Quantized, decode, decode_rows, fit_scales, fitted_scales, nearest
 from loftq.numerics import dequantize as dequantize_codes
+from loftq.numerics import descend as descend
+from loftq.numerics import feedback as feedback
 from loftq.numerics import pack as pack
 from loftq.spec import QuantSpec
 

@@ -16,9 +16,10 @@ from loftq.numerics.blockwise import (
     store_scales,
 )
 from loftq.numerics.codebooks import dynamic_8bit, levels, normal_float
+from loftq.numerics.feedback import descend, feedback
 from loftq.numerics.fitting import fitted_scales
 from loftq.numerics.lowrank import truncated_svd
-from loftq.numerics.metric import Metric, Moments, best_factors
+from loftq.numerics.metric import Metric, Moments, best_factors, beyond
 from loftq.numerics.norms import frobenius, product_square
 from loftq.numerics.packing import pack, packed_shape, unpack
 
@@ -27,11 +28,14 @@ __all__ = [
     "Moments",
     "Quantized",
     "best_factors",
+    "beyond",
     "decode",
     "decode_rows",
     "dequantize",
+    "descend",
     "dynamic_8bit",
     "encode",
+    "feedback",
     "fit_scales",
     "fitted_scales",
     "frobenius",

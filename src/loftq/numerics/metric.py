@@ -127,6 +127,20 @@ def best_factors(
     return balanced(basis, right)
 
 
+def beyond(a: Float[Tensor, "rank in"], columns: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+    """H without what an adapter sees of the inputs, and can make up for: ``H − H Aᵀ (A H Aᵀ)⁻¹ A H``.
+
+    In this metric, ``W − Q`` is as long as the best ``W − Q − B A`` is in H, over all B. So a Q that is better in it is
+    better together with its adapter. From ProjQ (arXiv 2606.00494), which projects cached inputs; H is enough for it.
+    """
+    h, a = columns.double(), a.double()
+    seen = h @ a.T
+    squares, directions = torch.linalg.eigh(a @ seen)
+    kept = squares > 1e-12 * squares[-1].clamp(min=torch.finfo(torch.float64).tiny)
+    part = seen @ (directions[:, kept] / squares[kept].sqrt())
+    return h - part @ part.T
+
+
 def balanced(b: Float[Tensor, "out rank"], a: Float[Tensor, "rank in"]) -> tuple[Tensor, Tensor]:
     """The same product, ``B = U S^½`` and ``A = S^½ Vᵀ``: neither factor is large where the other is small."""
     left, upper = torch.linalg.qr(b.double())

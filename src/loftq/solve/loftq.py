@@ -9,12 +9,14 @@ is not monotone in t at 2 bits, so the step with the smallest error is returned 
 
 With fitted scales it is monotone: the scales of Q_{t-1} are among those that Q_t chooses from, so that neither half of
 a step leaves more of W than the other half did.
+
+The methods that came after it are the same alternation, in another metric (:class:`loftq.numerics.Metric`) and with
+another rounding (:class:`loftq.solve.rounding.Rounding`).
 """
 
-import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +24,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loftq.errors import NumericalError, UsageError
-from loftq.kernels import backend
-from loftq.numerics import Quantized, frobenius, product_square, truncated_svd
+from loftq.numerics import Metric, Moments, Quantized, best_factors, frobenius, product_square, truncated_svd
+from loftq.solve.rounding import Rounding
 from loftq.spec import QuantSpec, SolveSpec, check_scales
 
 
@@ -33,7 +35,10 @@ class Solution:
 
     Attributes:
         errors: ``||W - Q_t - B_t A_t||_F / ||W||_F``; ``errors[0]`` is quantization alone (QLoRA).
-        kept: the step that is returned; 0 only when ``steps`` is 0.
+        kept: the step that is returned: the one with the smallest error; with moments, that of the outputs. Without
+            them 0 only when ``steps`` is 0.
+        output_errors: the same in the metric of the tokens that were held out: relative error of the outputs; empty
+            without moments.
     """
 
     quantized: Quantized
@@ -41,6 +46,7 @@ class Solution:
     a: Float[Tensor, "rank in"]
     errors: tuple[float, ...]
     kept: int
+    output_errors: tuple[float, ...] = ()
 
     def factors(self, s: float) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
         """``B / sqrt(s)``, ``A / sqrt(s)``: what an adapter stores whose forward multiplies by ``s``.
@@ -57,6 +63,7 @@ def solve(
     rank: int,
     spec: SolveSpec | None = None,
     name: str = "",
+    moments: Moments | None = None,
 ) -> Solution:
     """Quantized backbone and low-rank factors of one matrix.
 
@@ -64,8 +71,11 @@ def solve(
         weight: the pretrained matrix, ``(out_features, in_features)``, any float dtype; solved in float32.
         quant: how the backbone is stored.
         rank: at most ``min(out, in)``.
-        spec: steps, order, SVD, scales; the defaults are the paper's T = 5, quantization first, scales by formula.
+        spec: steps, order, SVD, scales, metric, rounding; the defaults are the paper's T = 5, quantization first,
+            scales by formula.
         name: goes into the seed, so that a matrix has the same result in any order of work.
+        moments: of the matrix's inputs. Those held out decide which step is kept. A matrix without them is solved in
+            the metric of its weights, whatever ``spec`` says.
 
     Raises: UsageError for a rank or scales that do not fit; NumericalError for values that are not finite.
     """
@@ -73,50 +83,113 @@ def solve(
     check_scales(quant, spec.scales)
     weight = weight.detach().float()
     check_matrix(weight, rank)
-    norm = frobenius(weight)
     generator = torch.Generator("cpu").manual_seed(tensor_seed(spec.seed, name))
-    quantize = functools.partial(
-        backend(weight.device).quantize_residual, weight=weight, spec=quant, fitted=spec.scales == "fitted"
-    )
-    quantized, residual = quantize(weight)
-    errors = [_ratio(frobenius(residual), norm)]
-    if spec.steps == 0:
+    metric = choose_metric(spec.metric, moments)
+    measure = _Measure(weight, moments)
+    rounding = Rounding(weight, quant, spec, metric)
+    quantized, residual = rounding.first(weight)
+    measure.step(residual, None)
+    best: tuple[Quantized, Tensor | None, Tensor | None] = (quantized, None, None)
+    if spec.steps:
+        alternate = _quantize_first if spec.order == "quantize-first" else _svd_first
+        steps = alternate(rounding, weight, quantized, residual, rank, spec, metric, generator)
+        for candidate, residual, projected in steps:
+            if measure.step(residual, candidate[1:], projected):
+                best = candidate
+    quantized, b, a = best
+    if b is None or a is None:
         b, a = _zero_start(weight, rank, generator)
-        return Solution(quantized, b, a, (errors[0],), 0)
-
-    alternate = _quantize_first if spec.order == "quantize-first" else _svd_first
-    best: tuple[float, int, tuple[Quantized, Tensor, Tensor]] | None = None
-    steps = alternate(quantize, weight, quantized, residual, rank, spec, generator)
-    for t, (candidate, distance) in enumerate(steps, start=1):
-        errors.append(_ratio(distance, norm))
-        if best is None or errors[t] < best[0]:
-            best = (errors[t], t, candidate)
-    assert best is not None
-    _, kept, (quantized, b, a) = best
-    if not all(map(math.isfinite, errors)):
-        raise NumericalError(f"the error trace is not finite: {errors}; the weights' range is too wide for float32")
-    return Solution(quantized, b, a, tuple(errors), kept)
+    return Solution(quantized, b, a, tuple(measure.errors), measure.kept, tuple(measure.output_errors))
 
 
-Step = tuple[tuple[Quantized, Tensor, Tensor], float]  # (Q, B, A) and ||W - Q - B A||
+class _Measure:
+    """The errors of every step, and the step that is best: by the outputs where these can be measured."""
+
+    def __init__(self, weight: Tensor, moments: Moments | None) -> None:
+        self.errors: list[float] = []
+        self.output_errors: list[float] = []
+        self.kept = 0
+        self._norm = frobenius(weight)
+        self._held = moments.held if moments else None
+        self._output_norm = self._held.norm(weight) if self._held else 0.0
+
+    def step(self, residual: Tensor, factors: tuple[Tensor, Tensor] | None, projected: bool = False) -> bool:
+        """Measure a step; whether it is the best one yet. Without outputs, step 0 does not compete.
+
+        Args:
+            residual: ``W - Q``.
+            projected: ``B A`` is a projection of it.
+        """
+        if self._held is None and factors is not None and projected:
+            distance = _left(residual, *factors)
+        else:
+            rest = residual if factors is None else _less(residual, *factors)
+            distance = frobenius(rest)
+            if self._held is not None:
+                self.output_errors.append(_ratio(self._held.norm(rest), self._output_norm))
+        self.errors.append(_ratio(distance, self._norm))
+        trace, t = self.output_errors or self.errors, len(self.errors) - 1
+        if not math.isfinite(trace[t]) or not math.isfinite(self.errors[t]):
+            raise NumericalError(f"the error trace is not finite: {trace}; the weights' range is too wide for float32")
+        better = trace[t] < trace[self.kept] or (t == 1 and self._held is None)
+        self.kept = t if better else self.kept
+        return better
 
 
-def _quantize_first(quantize: Callable, weight, quantized, residual, rank, spec, generator) -> Iterator[Step]:
+Step = tuple[tuple[Quantized, Tensor, Tensor], Tensor, bool]  # (Q, B, A), W - Q, and whether B A is a projection of it
+
+
+def _quantize_first(rounding: Rounding, weight, quantized, residual, rank, spec, metric, generator) -> Iterator[Step]:
     a = None
+    if spec.start == "preserved":
+        b, a = preserved(weight, rank, metric, spec.svd, generator)
+        quantized, residual = rounding.next(quantized, b, a, residual) if len(a) else (quantized, residual)
+        a = None
     for t in range(1, spec.steps + 1):
-        b, a = truncated_svd(residual, rank, method=spec.svd, generator=generator, start=a)
-        yield (quantized, b, a), _left(residual, b, a)
+        b, a = best_factors(residual, rank, metric, method=spec.svd, generator=generator, start=a)
+        yield (quantized, b, a), residual, metric.rows is None
         if t < spec.steps:  # in the same memory at every step: fresh memory costs more than quantizing into it
-            target = _less(weight, b, a, residual)
-            quantized, residual = quantize(target, out=target, earlier=quantized)
+            quantized, residual = rounding.next(quantized, b, a, residual)
 
 
-def _svd_first(quantize: Callable, weight, quantized, residual, rank, spec, generator) -> Iterator[Step]:
+def _svd_first(rounding: Rounding, weight, quantized, residual, rank, spec, metric, generator) -> Iterator[Step]:
     a, memory, residual = None, residual, weight
     for _ in range(spec.steps):
-        b, a = truncated_svd(residual, rank, method=spec.svd, generator=generator, start=a)
-        quantized, residual = quantize(_less(weight, b, a, memory), out=memory, earlier=quantized)
-        yield (quantized, b, a), frobenius(_less(residual, b, a))
+        b, a = best_factors(residual, rank, metric, method=spec.svd, generator=generator, start=a)
+        quantized, residual = rounding.next(quantized, b, a, memory)
+        yield (quantized, b, a), residual, False
+
+
+def choose_metric(kind: str, moments: Moments | None) -> Metric:
+    """The metric that a spec names, from the moments of a matrix: a diagonal can be had from full ones."""
+    if kind == "weights" or moments is None:
+        return Metric()
+    fit = moments.fit
+    if kind == "diagonal" and fit.columns is not None and fit.columns.ndim == 2:
+        return Metric(fit.columns.diagonal().contiguous())
+    return fit if kind == "fisher" else Metric(fit.columns)
+
+
+def preserved(
+    weight: Tensor, rank: int, metric: Metric, svd: str, generator: torch.Generator
+) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
+    """SRR's start: the k best directions of W, k chosen so that the r - k left are best spent on the error.
+
+    ``k = argmin_k rho_k(W) rho_{r-k}(E)`` in the metric (arXiv 2602.02001, section 4): rho_p is the share of the energy
+    that is left after rank p, and the uniform noise E stands for the quantization error.
+    """
+    noise = torch.rand(weight.shape, generator=generator, device="cpu").to(weight.device) * 2 - 1
+    left = []
+    for matrix in (weight, noise):
+        whitened = metric.whiten(matrix)
+        b, _ = truncated_svd(whitened, rank, method=svd, generator=generator)
+        squares = torch.linalg.vector_norm(b, dim=0).double() ** 4  # b carries the roots of the singular values
+        energy = frobenius(whitened) ** 2 or 1.0
+        left.append(1 - torch.cat([squares.new_zeros(1), squares.cumsum(0)]) / energy)
+    k = int((left[0] * left[1].flip(0)).argmin())
+    if not k:
+        return weight.new_zeros(len(weight), 0), weight.new_zeros(0, weight.shape[1])
+    return best_factors(weight, k, metric, method=svd, generator=generator)
 
 
 def check_matrix(weight: Tensor, rank: int) -> None:

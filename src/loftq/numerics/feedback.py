@@ -1,0 +1,247 @@
+"""Codes chosen for the output: with ``H = E[x xᵀ]`` of the inputs, the error that counts is ``Σ (t − q) H (t − q)ᵀ``.
+
+Two ways to lower it, over the rows t of a matrix and their quantized values q:
+
+* :func:`feedback`, GPTQ (arXiv 2210.17323): columns are rounded one after another, and what each leaves is made up for,
+  as well as can be, by those that are still to be rounded.
+* :func:`descend`, coordinate descent: scale by scale and code by code, the best value with all others fixed. No step
+  raises the error.
+
+Both go block by block. Within one, rows are worked on by a back end's own function, else by the plain ones here;
+between blocks there are only products of matrices.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loftq.errors import NumericalError
+from loftq.numerics.blockwise import Quantized, dequantize, fit_scales, scale_and_zero, store_scales
+from loftq.numerics.codebooks import dynamic_8bit, halfway, levels, midpoints
+from loftq.numerics.fitting import fitted_scales
+from loftq.numerics.metric import cholesky
+from loftq.spec import NESTED_BLOCK, QuantSpec
+
+DAMPING = 0.01  # of the mean of H's diagonal, added to it before it is inverted, as GPTQ does
+DEAD = 1e-8  # of that mean: a column of less energy keeps its codes
+
+Scales: TypeAlias = dict[str, Tensor]
+# Rows of a block, what they are rounded with, and what comes out of it: see the two plain functions below.
+RoundBlock: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, QuantSpec], tuple[Tensor, Tensor]]
+DescendBlock: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, QuantSpec], tuple[Tensor, Tensor]]
+
+
+def round_block(
+    values: Float[Tensor, "out block"],
+    upper: Float[Tensor, "block block"],
+    scale: Tensor,
+    zero: Tensor,
+    spec: QuantSpec,
+) -> tuple[Tensor, Float[Tensor, "out block"]]:
+    """Codes of a block with feedback inside it, and the scaled errors ``d`` that are fed back.
+
+    Args:
+        values: what is rounded; changed by the feedback.
+        upper: the block's part of the upper Cholesky factor of ``H⁻¹``.
+        scale, zero: of every row.
+    """
+    table, gaps = (each(spec.code, spec.bits).to(values.device) for each in (levels, midpoints))
+    safe = torch.where(scale == 0, 1, scale)
+    codes, fed = torch.empty_like(values, dtype=torch.uint8), torch.empty_like(values)
+    for i in range(values.shape[1]):
+        code = torch.bucketize(values[:, i] / safe + zero, gaps)
+        codes[:, i] = code
+        fed[:, i] = (values[:, i] - (table[code] - zero) * scale) / upper[i, i]
+        values[:, i + 1 :] -= fed[:, i, None] * upper[i, i + 1 :]
+    return codes, fed
+
+
+def descend_block(
+    pull: Float[Tensor, "out block"],
+    codes: Tensor,
+    own: Float[Tensor, "block block"],
+    scale: Tensor,
+    zero: Tensor,
+    spec: QuantSpec,
+) -> tuple[Tensor, Float[Tensor, "out block"]]:
+    """Codes of a block after one round of descent, and how far the values moved.
+
+    Args:
+        pull: ``(T − Q) H`` in the block's columns; changed as Q moves.
+        own: the block's part of H. A column whose diagonal is zero keeps its codes.
+    """
+    table, gaps = (each(spec.code, spec.bits).to(pull.device) for each in (levels, midpoints))
+    safe = torch.where(scale == 0, 1, scale)
+    codes, moved = codes.clone(), torch.zeros_like(pull)
+    for i in range(pull.shape[1]):
+        if own[i, i] <= 0:
+            continue
+        value = (table[codes[:, i].int()] - zero) * scale
+        code = torch.bucketize((value + pull[:, i] / own[i, i]) / safe + zero, gaps)
+        codes[:, i] = code
+        moved[:, i] = (table[code] - zero) * scale - value
+        pull -= moved[:, i, None] * own[i]
+    return codes, moved
+
+
+def feedback(
+    target: Float[Tensor, "out in"],
+    columns: Float[Tensor, "in in"],
+    spec: QuantSpec,
+    *,
+    fitted: bool = False,
+    fit: Callable[[Tensor, QuantSpec], Scales] = fitted_scales,
+    round_block: RoundBlock = round_block,
+) -> Quantized:
+    """Quantize with error feedback. A block's scales are chosen when its turn comes, for the values it then has.
+
+    Under double quantization, which couples the scales, those are found by a first pass, stored, and used by a second.
+
+    Args:
+        target: float32.
+        columns: H; damped by :data:`DAMPING`.
+        fitted: scales of the least squared error, by ``fit``, instead of those of the code's formula.
+        fit, round_block: a back end's own.
+
+    Raises: NumericalError for an H that is not positive but for rounding, and as :func:`loftq.numerics.quantize`.
+    """
+    choose = fit if fitted else fit_scales
+    upper = _inverse_factor(columns).float()
+    if spec.code == "uniform-tensor":
+        return _one_pass(target, upper, spec, fit_scales(target, spec), choose, round_block)
+    if spec.double_quant:
+        single = replace(spec, double_quant=False, scale_dtype="float32")
+        found = _one_pass(target, upper, single, None, choose, round_block).scales
+        stored = {**found, **store_scales(found["weight_scale"], spec)}
+        return _one_pass(target, upper, spec, stored, choose, round_block)
+    return _one_pass(target, upper, spec, None, choose, round_block)
+
+
+def descend(
+    target: Float[Tensor, "out in"],
+    quantized: Quantized,
+    columns: Float[Tensor, "in in"],
+    spec: QuantSpec,
+    *,
+    fitted: bool = False,
+    descend_block: DescendBlock = descend_block,
+) -> Quantized:
+    """One round of descent over all blocks, from a quantized matrix to one with no more error.
+
+    Args:
+        columns: H, not damped.
+        fitted: move the scales too, within what their stored form can hold.
+        descend_block: a back end's own.
+    """
+    h = columns.float()
+    h = torch.where(h.diagonal() > DEAD * h.diagonal().mean(), h, 0)  # no pull on, and no move of, dead columns
+    scale, zero = _each_row(quantized.scales, len(target))
+    codes, table = quantized.codes.clone(), levels(spec.code, spec.bits).to(target.device)
+    grid = _Grid(quantized.scales, spec)
+    pull = (target - dequantize(quantized, spec)) @ h
+    for index, block in _blocks(target.shape[1], spec):
+        own, held = h[block, block], pull[:, block].contiguous()
+        moved = torch.zeros_like(held)
+        if fitted and spec.code != "uniform-tensor":
+            level = table[codes[:, block].int()] - zero[:, index, None]
+            step = grid.step(index, scale[:, index], (level * held).sum(1), ((level @ own) * level).sum(1))
+            moved = step[:, None] * level
+            held -= moved @ own
+            scale[:, index] += step
+            scale[:, index] = grid.put(index, scale[:, index])
+        codes[:, block], further = descend_block(
+            held, codes[:, block].contiguous(), own, scale[:, index].contiguous(), zero[:, index].contiguous(), spec
+        )
+        moved += further
+        if moved.any():
+            pull.addmm_(moved, h[block], alpha=-1)
+    return Quantized(codes, grid.scales)
+
+
+class _Grid:
+    """Scales in their stored form, changed block by block to other values that this form can hold."""
+
+    def __init__(self, scales: Scales, spec: QuantSpec) -> None:
+        self.scales = {name: tensor.clone() for name, tensor in scales.items()}
+        self._nested = spec.double_quant
+        if self._nested:
+            rows, blocks = scales["weight_scale"].shape
+            self._places = torch.arange(rows * blocks, device=scales["weight_scale"].device).view(rows, blocks)
+
+    def step(self, index: int, scale: Tensor, slope: Tensor, curvature: Tensor) -> Tensor:
+        """How far to move a block's scales: to the stored value nearest to the minimum, if that is any better.
+
+        The error falls by ``2 step slope − step² curvature``.
+        """
+        wanted = scale + slope / torch.where(curvature > 0, curvature, torch.inf)
+        step = self._nearest(index, wanted)[0] - scale
+        return torch.where(2 * step * slope - step.square() * curvature > 0, step, 0)
+
+    def put(self, index: int, scale: Tensor) -> Tensor:
+        """Store a block's scales; what a reader gets."""
+        value, stored = self._nearest(index, scale)
+        self.scales["weight_scale"][:, index] = stored
+        return value
+
+    def _nearest(self, index: int, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest value that can be stored, and its stored form."""
+        if not self._nested:
+            stored = scale.to(self.scales["weight_scale"].dtype)
+            return stored.float(), stored
+        absmax = self.scales["weight_scale_absmax"][self._places[:, index] // NESTED_BLOCK]
+        mean, book = self.scales["weight_scale_mean"], dynamic_8bit().to(scale.device)
+        code = torch.bucketize((scale - mean) / torch.where(absmax == 0, 1, absmax), halfway(book))
+        return book[code] * absmax + mean, code.to(torch.uint8)
+
+
+def _one_pass(
+    target: Tensor,
+    upper: Tensor,
+    spec: QuantSpec,
+    scales: Scales | None,
+    choose: Callable[[Tensor, QuantSpec], Scales],
+    round_block: RoundBlock,
+) -> Quantized:
+    """Round block by block, with the given scales, or with scales chosen on the way."""
+    values, codes, chosen = target.clone(), torch.empty_like(target, dtype=torch.uint8), []
+    for index, block in _blocks(target.shape[1], spec):
+        part = values[:, block].contiguous()
+        if scales is None:
+            chosen.append(choose(part, spec))
+            scale, zero = (each[:, 0] for each in _each_row(chosen[-1], len(target)))
+        else:
+            scale, zero = (each[:, index].contiguous() for each in _each_row(scales, len(target)))
+        codes[:, block], fed = round_block(part, upper[block, block].contiguous(), scale, zero, spec)
+        if block.stop < target.shape[1]:
+            values[:, block.stop :].addmm_(fed, upper[block, block.stop :], alpha=-1)
+    return Quantized(codes, scales or {name: torch.cat([s[name] for s in chosen], 1) for name in chosen[0]})
+
+
+def _each_row(scales: Scales, rows: int) -> tuple[Tensor, Tensor]:
+    """Scales and zero points as float32 ``(out, blocks)``, one of the whole matrix for every row."""
+    scale, zero = scale_and_zero(scales)
+    scale = scale.expand(rows, -1).clone()
+    return scale, torch.zeros_like(scale) if zero is None else zero.expand(rows, -1).clone()
+
+
+def _blocks(columns: int, spec: QuantSpec) -> Iterator[tuple[int, slice]]:
+    size = columns if spec.code == "uniform-tensor" else min(spec.block_size, columns)
+    for index, first in enumerate(range(0, columns, size)):
+        yield index, slice(first, min(first + size, columns))
+
+
+def _inverse_factor(columns: Tensor) -> Tensor:
+    """U, upper triangular, with ``Uᵀ U = (H + damping)⁻¹``, in float64."""
+    h = columns.double()
+    mean = h.diagonal().mean()
+    if mean == 0:
+        return torch.eye(len(h), dtype=h.dtype, device=h.device)
+    damped = h + torch.diag(torch.full_like(h[0], DAMPING) * mean)
+    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(cholesky(damped)), upper=True)
+    if failed or not upper.isfinite().all():
+        raise NumericalError("the second moments of the inputs cannot be inverted, even damped")
+    return upper

@@ -1,0 +1,71 @@
+"""The half of a step that finds Q: rounding to nearest, with error feedback, or descent."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loftq.kernels import backend
+from loftq.numerics import Metric, Quantized, beyond, dequantize
+from loftq.spec import QuantSpec, SolveSpec
+
+SWEEPS = 1  # rounds of descent in a step
+
+
+class Rounding:
+    """Finds Q for a given adapter, by ``spec.rounding``; all that it needs to know beside that.
+
+    =========  ======================================================================================================
+    nearest    the codes nearest to ``W − B A`` (LoftQ)
+    feedback   ``W − B A`` with error feedback in H (CLoQ, and GPTQ where the adapter is zero)
+    shaped     ``W`` with error feedback in H without what the adapter can make up for (ProjQ)
+    descent    the same, but improved from step to step by coordinate descent instead of begun again
+    =========  ======================================================================================================
+
+    The first three begin anew at every step. Descent cannot raise ``‖(W − Q − B A) H^½‖``, for the best B and A.
+    """
+
+    def __init__(self, weight: Float[Tensor, "out in"], quant: QuantSpec, spec: SolveSpec, metric: Metric) -> None:
+        self._kernels, self._weight, self._quant = backend(weight.device), weight, quant
+        self._kind, self._fitted = spec.rounding, spec.scales == "fitted"
+        self._h = None if self._kind == "nearest" else _whole(metric.columns, weight)
+
+    def first(self, target: Tensor, out: Tensor | None = None) -> tuple[Quantized, Tensor]:
+        """Q for a target of which nothing is known, and ``W − Q``."""
+        return self._round(target, self._h, out, None)
+
+    def next(self, quantized: Quantized, b: Tensor, a: Tensor, out: Tensor) -> tuple[Quantized, Tensor]:
+        """The Q that follows, and ``W − Q``.
+
+        Args:
+            quantized: Q of the step before.
+            out: memory of a matrix, for the result.
+        """
+        if self._kind in ("nearest", "feedback"):
+            return self._round(torch.addmm(self._weight, b, a, alpha=-1, out=out), self._h, out, quantized)
+        assert self._h is not None
+        h = beyond(a, self._h)
+        if self._kind == "shaped":
+            return self._round(self._weight, h, out, None)
+        for _ in range(SWEEPS):
+            quantized = self._kernels.descend(self._weight, quantized, h, self._quant, fitted=self._fitted)
+        return quantized, self._residual(quantized, out)
+
+    def _round(
+        self, target: Tensor, h: Tensor | None, out: Tensor | None, earlier: Quantized | None
+    ) -> tuple[Quantized, Tensor]:
+        if h is None:
+            return self._kernels.quantize_residual(
+                target, self._weight, self._quant, out, fitted=self._fitted, earlier=earlier
+            )
+        quantized = self._kernels.feedback(target, h, self._quant, fitted=self._fitted)
+        return quantized, self._residual(quantized, out)
+
+    def _residual(self, quantized: Quantized, out: Tensor | None) -> Tensor:
+        return torch.sub(self._weight, dequantize(quantized, self._quant), out=out)
+
+
+def _whole(columns: Tensor | None, weight: Tensor) -> Tensor:
+    """H as a matrix."""
+    if columns is None:
+        return torch.eye(weight.shape[1], device=weight.device)
+    return torch.diag(columns) if columns.ndim == 1 else columns
