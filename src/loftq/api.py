@@ -1,5 +1,6 @@
 """The calls for people in Python; the command line makes the same ones."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from loftq.nn.convert import convert
+from loftq.numerics import Moments
 from loftq.plan import Policy
 from loftq.solve import Solution, solve
-from loftq.spec import QuantSpec, SolveSpec
+from loftq.spec import QuantSpec, SolveSpec, check_statistics, solve_spec
 from loftq.workflows.quantize import QuantizeOptions
 from loftq.workflows.quantize import quantize as _quantize
 
@@ -20,15 +22,13 @@ def quantize_weight(
     *,
     bits: int = 4,
     rank: int = 16,
-    steps: int = 5,
     code: str = "nf",
     block_size: int = 64,
     scale_dtype: str = "bfloat16",
     double_quant: bool = False,
-    order: str = "quantize-first",
-    svd: str = "auto",
-    seed: int = 0,
-    scales: str = "formula",
+    preset: str | None = None,
+    moments: Moments | None = None,
+    **solver: Any,
 ) -> Solution:
     """LoftQ of one matrix ``(out, in)``: ``weight ≈ dequantize(solution.quantized, spec) + solution.b @ solution.a``.
 
@@ -36,10 +36,17 @@ def quantize_weight(
     >>> solution.errors[solution.kept] < solution.errors[0]
     True
 
+    Args:
+        preset: a method by its name, of :data:`loftq.spec.PRESETS`; None: ``loftq``.
+        moments: of the matrix's inputs, for presets that are calibrated.
+        solver: fields of :class:`loftq.spec.SolveSpec` that are to differ from the preset's: ``steps=10, seed=1``.
+
     Raises: UsageError for options that do not fit; NumericalError for values that are not finite.
     """
     quant = QuantSpec(bits=bits, code=code, block_size=block_size, scale_dtype=scale_dtype, double_quant=double_quant)
-    return solve(weight, quant, rank, SolveSpec(steps=steps, order=order, svd=svd, seed=seed, scales=scales))
+    spec = solve_spec(preset, **solver)
+    check_statistics(spec, moments and moments.fit.kind)
+    return solve(weight, quant, rank, spec, moments=moments)
 
 
 def get_peft_model(model: nn.Module, *, workers: int | None = None, progress: bool = True, **options: Any) -> nn.Module:
@@ -70,8 +77,8 @@ def quantize(model: str | Path, output: str | Path, *, format: str = "loftq", **
         model: a local directory or a hub id.
         output: the directory to be made.
         format: ``loftq``, ``dense`` or ``bnb``.
-        options: fields of :class:`Policy`, ``steps``, ``order``, ``svd``, ``seed``, ``scales``, ``workers``,
-            ``device``, ``overwrite``, ``max_shard_bytes``.
+        options: fields of :class:`Policy`, ``preset``, ``steps``, ``order``, ``svd``, ``seed``, ``scales``,
+            ``workers``, ``device``, ``overwrite``, ``max_shard_bytes``.
     """
     own = {k: options.pop(k) for k in ("workers", "device", "overwrite", "max_shard_bytes") if k in options}
     return _quantize(str(model), Path(output), QuantizeOptions(policy=make_policy(**options), format=format, **own))
@@ -79,8 +86,9 @@ def quantize(model: str | Path, output: str | Path, *, format: str = "loftq", **
 
 def make_policy(**options: Any) -> Policy:
     """A :class:`Policy` from keywords; numbers may be given as numbers, and the solver's fields beside the others."""
-    solver = {k: options.pop(k) for k in ("steps", "order", "svd", "seed", "scales") if k in options}
+    names = {f.name for f in dataclasses.fields(SolveSpec)}
+    solver = {k: options.pop(k) for k in ("preset", *names) if k in options}
     for key in ("bits", "rank"):
         if key in options:
             options[key] = str(options[key])
-    return Policy(solve=SolveSpec(**solver), **options)
+    return Policy(solve=solve_spec(**solver), **options)

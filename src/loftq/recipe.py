@@ -17,9 +17,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from pydantic_core import PydanticCustomError
 
 from loftq.errors import InputError, UsageError, listed, quoted
-from loftq.spec import CODES, ORDERS, SCALE_DTYPES, SCALES, SVDS
+from loftq.spec import CODES, ORDERS, PRESETS, SCALE_DTYPES, SCALES, SVDS, SolveSpec, solve_spec
 
 METHODS = ("full", "lora", "qlora", "loftq")
+SOLVER = ("preset", "steps", "order", "svd", "scales", "seed")  # what of a quantization is the solver's
 SPLIT = re.compile(r"(train|validation|test)(_\w+)?")
 
 # Fields of TrainingArguments that a recipe says elsewhere.
@@ -95,11 +96,19 @@ class Quantization(Strict):
     double_quant: bool = False
     embeddings: bool = False
     min_coverage: Annotated[float, Field(ge=0, le=1)] = 0.5
-    steps: Annotated[int, Field(ge=0)] = 5
-    order: Literal[ORDERS] = "quantize-first"  # type: ignore[valid-type]
+    preset: Literal[tuple(PRESETS)] | None = None  # type: ignore[valid-type]
+    steps: Annotated[int, Field(ge=0)] | None = None
+    order: Literal[ORDERS] | None = None  # type: ignore[valid-type]
     svd: Literal[SVDS] = "auto"  # type: ignore[valid-type]
-    scales: Literal[SCALES] = "formula"  # type: ignore[valid-type]
+    scales: Literal[SCALES] | None = None  # type: ignore[valid-type]
     seed: Annotated[int, Field(ge=0)] = 0
+
+    def solver(self, method: str) -> SolveSpec:
+        """The solver's spec: the preset's, but for what is given beside it. QLoRA has no use for preset and steps."""
+        own = {"svd": self.svd, "scales": self.scales, "seed": self.seed}
+        if method == "qlora":
+            return solve_spec("qlora", **own)
+        return solve_spec(self.preset, steps=self.steps, order=self.order, **own)
 
 
 class Lora(Strict):

@@ -125,6 +125,36 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def solve_spec(preset: str | None = None, **given: Any) -> SolveSpec:
+    """The solver's spec of a preset, with other values where ``given`` ones are not None; loftq's if there is none."""
+    preset = "loftq" if preset is None else preset
+    _choice("preset", preset, tuple(PRESETS))
+    own, given = PRESETS[preset], {k: v for k, v in given.items() if v is not None}
+    if preset in ("qlora", "svd") and given.get("steps", own["steps"]) != own["steps"]:
+        raise UsageError(f"preset {preset} has {own['steps']} steps; leave out --steps, or use --preset loftq")
+    return SolveSpec(**{**own, **given})
+
+
+def check_statistics(spec: SolveSpec, kind: str | None) -> None:
+    """Refuse a metric that needs other statistics than there are, or any.
+
+    Args:
+        kind: of the statistics; None if there are none. Descent then goes by the weights.
+    """
+    enough = {"diagonal": ("diagonal", "full"), "full": ("full",), "fisher": ("fisher",)}.get(spec.metric)
+    if enough is None or kind in enough or (kind is None and spec.rounding == "descent"):
+        return
+    if kind is None:
+        raise UsageError(
+            f"metric {spec.metric} needs statistics of the matrices' inputs; give --calibrate with a file of texts, or "
+            "with a directory made by `loftq calibrate`"
+        )
+    raise UsageError(
+        f"metric {spec.metric} needs statistics of kind {enough[0]}, and these are {kind}; make others with "
+        f"`loftq calibrate --kind {enough[0]}`"
+    )
+
+
 def check_scales(quant: QuantSpec, scales: str) -> None:
     """Refuse a choice of scales that a code does not have."""
     if scales == "fitted" and quant.code == "uniform-tensor":

@@ -105,7 +105,10 @@ BAD = [
     (("--block-size", "many"), "--block-size"),
     (("--scale-dtype", "int8"), "scale_dtype"),
     (("--steps", "-1"), "steps"),
-    (("--method", "gptq"), "--method"),
+    (("--preset", "gptq"), "--preset"),
+    (("--method", "qlora", "--steps", "3"), "preset qlora has 0 steps"),
+    (("--preset", "cloq"), "needs statistics of the matrices' inputs"),
+    (("--preset", "descent", "--order", "svd-first"), "order svd-first"),
     (("--order", "random"), "order"),
     (("--svd", "fast"), "svd"),
     (("--scales", "absmax"), "scales must be one of formula, fitted"),
@@ -318,7 +321,8 @@ def test_odd_names_of_directories(source, tmp_path, name):
 
 def test_methods_differ_only_in_the_start(source, tmp_path):
     for method in ("loftq", "svd", "qlora"):
-        ended = cli("quantize", source, "-o", tmp_path / method, *FLAGS, "--method", method)
+        flags = FLAGS if method == "loftq" else (*FLAGS[:4], *FLAGS[6:])  # the others' steps are their own
+        ended = cli("quantize", source, "-o", tmp_path / method, *flags, "--preset", method)
         assert ended.code == 0, ended.err
     names = [set(tree(tmp_path / method)) for method in ("loftq", "svd", "qlora")]
     assert names[0] == names[1] == names[2]

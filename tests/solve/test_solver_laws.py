@@ -10,7 +10,7 @@ from torch import Tensor
 
 import loftq.solve
 from loftq.errors import NumericalError, UsageError
-from loftq.numerics import dequantize, lowrank
+from loftq.numerics import Metric, best_factors, dequantize
 from loftq.solve import Solution
 from loftq.solve import loftq as module
 from loftq.spec import QuantSpec, SolveSpec, scaling
@@ -89,12 +89,12 @@ def test_each_half_step_is_the_best_one(quant: QuantSpec, order: str, monkeypatc
     """Every SVD is of what the other half left, and meets Eckart and Young."""
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def watched(residual: Tensor, rank: int, **options):
-        b, a = lowrank.truncated_svd(residual, rank, **options)
+    def watched(residual: Tensor, rank: int, metric: Metric, **options):
+        b, a = best_factors(residual, rank, metric, **options)
         seen.append((residual.clone(), b @ a))  # its memory is used again
         return b, a
 
-    monkeypatch.setattr(module, "truncated_svd", watched)
+    monkeypatch.setattr(module, "best_factors", watched)
     w = weight()
     solution = solve(w, quant, 8, SolveSpec(steps=4, order=order))
     assert len(seen) == 4

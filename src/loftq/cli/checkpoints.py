@@ -86,13 +86,29 @@ def quantize(
     block_size: BlockSize = 64,
     scale_dtype: ScaleDtype = None,
     double_quant: DoubleQuant = False,
-    steps: Annotated[int, typer.Option(help="Alternations T; the best step is kept.")] = 5,
-    method: Annotated[str, typer.Option(help="loftq, svd (one step) or qlora (quantize, zero start).")] = "loftq",
-    order: Annotated[str, typer.Option(help="quantize-first, or svd-first (the paper's ablation).")] = "quantize-first",
+    steps: Annotated[
+        int | None, typer.Option(help="Alternations T; the best step is kept. [default: the preset's, 5 for loftq]")
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset",
+            "--method",
+            help="loftq, descent, svd (one step), qlora (quantize, zero start); with --calibrate also qera-diag, "
+            "qera-full, eora, cloq, projq, srr, lq-lora. [default: loftq; descent with --calibrate]",
+        ),
+    ] = None,
+    order: Annotated[
+        str | None, typer.Option(help="quantize-first, or svd-first (the paper's ablation). [default: the preset's]")
+    ] = None,
     svd: Annotated[str, typer.Option(help="auto, exact or randomized.")] = "auto",
     scales: Annotated[
-        str, typer.Option(help="By the code's formula (absmax), or fitted to the least error at the same bytes.")
-    ] = "formula",
+        str | None,
+        typer.Option(
+            help="By the code's formula (absmax), or fitted to the least error at the same bytes. "
+            "[default: formula; with descent fitted]"
+        ),
+    ] = None,
     format: Annotated[
         str, typer.Option(help="loftq (packed), bnb (bitsandbytes NF4), or dense (dequantized).")
     ] = "loftq",
@@ -111,14 +127,15 @@ def quantize(
     """Make a LoftQ checkpoint: packed backbone, LoRA start, manifest, model card. Continues where it was stopped."""
     from loftq.formats.layouts import LAYOUTS
     from loftq.report.tables import print_summary
-    from loftq.spec import SolveSpec
+    from loftq.spec import PRESETS, solve_spec
     from loftq.workflows.quantize import QuantizeOptions
     from loftq.workflows.quantize import quantize as run
 
-    choice("--method", method, ("loftq", "svd", "qlora"))
+    if preset is not None:
+        choice("--preset", preset, tuple(PRESETS))
     choice("--format", format, tuple(LAYOUTS))
     check_device(device)
-    solver = SolveSpec(steps={"svd": 1, "qlora": 0}.get(method, steps), order=order, svd=svd, seed=seed, scales=scales)
+    solver = solve_spec(preset, steps=steps, order=order, svd=svd, seed=seed, scales=scales)
     asked = policy(
         bits=bits,
         rank=rank,

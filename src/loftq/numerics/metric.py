@@ -45,6 +45,15 @@ class Metric:
     rows: Tensor | None = None
 
     @property
+    def kind(self) -> str:
+        """``fisher``, ``full``, ``diagonal`` or ``weights``."""
+        if self.rows is not None:
+            return "fisher"
+        if self.columns is None:
+            return "weights"
+        return "full" if self.columns.ndim == 2 else "diagonal"
+
+    @property
     def plain(self) -> bool:
         """Whether this is the Frobenius norm."""
         return self.columns is None and self.rows is None

@@ -15,6 +15,8 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 HEADS = {"lm_head", "embed_out", "classifier", "score", "qa_outputs", "pooler", "cls", "classification_head"}
 ROUTERS = {"router", "gate"}
 RANK_POLICIES = ("refuse", "clamp")
+# Fields of a solver that came later, and the value with which a plan from before has its digest still.
+LATER = {"scales": "formula", "metric": "weights", "rounding": "nearest", "start": "zero"}
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,9 @@ class Plan:
     def digest(self) -> str:
         """SHA-256 of the plan; equal plans give equal files."""
         plan = self.to_dict()
-        if self.solve.scales == "formula":  # plans from before there was a choice keep their digest
-            del plan["solve"]["scales"]
+        for name, value in LATER.items():
+            if plan["solve"][name] == value:
+                del plan["solve"][name]
         text = json.dumps(plan, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 

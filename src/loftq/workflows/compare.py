@@ -152,8 +152,11 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     adapter["embeddings"] = quantization.embeddings
     if recipe.method == "lora":
         return {"method": "lora", "bits": "16", **adapter}
-    solver = {"steps": quantization.steps, "order": quantization.order} if recipe.method == "loftq" else {}
-    stored = {"bits": quantization.bits, "code": quantization.code, "scales": quantization.scales}
+    spec = quantization.solver(recipe.method)
+    stored = {"bits": quantization.bits, "code": quantization.code, "scales": spec.scales}
+    solver: dict[str, Any] = {"steps": spec.steps, "order": spec.order} if recipe.method == "loftq" else {}
+    if quantization.preset and recipe.method == "loftq":
+        solver["preset"] = quantization.preset
     return {"method": recipe.method, **stored, **adapter, **solver}
 
 

@@ -19,8 +19,7 @@ from loftq.errors import InputError, UsageError, quoted
 from loftq.formats.layouts import LAYOUTS
 from loftq.nn.convert import FIELDS
 from loftq.plan import Policy
-from loftq.recipe import Quantization, Recipe
-from loftq.spec import SolveSpec
+from loftq.recipe import SOLVER, Quantization, Recipe
 from loftq.tasks import Task, get_task, load_data, score
 from loftq.train.arguments import training_arguments
 from loftq.train.model import add_lora, add_start, load_model, load_tokenizer, precision, save
@@ -146,11 +145,10 @@ def evaluate_splits(
 def policy_of(recipe: Recipe) -> Policy:
     """What ``loftq quantize`` would be asked for. QLoRA is LoftQ of no steps."""
     given, lora = recipe.quantization or Quantization(), recipe.lora
-    steps = 0 if recipe.method == "qlora" else given.steps
     return Policy(
-        **given.model_dump(exclude={"steps", "order", "svd", "scales", "seed"}),
+        **given.model_dump(exclude={*SOLVER}),
         **lora.model_dump(exclude={"dropout"}),
-        solve=SolveSpec(steps=steps, order=given.order, svd=given.svd, scales=given.scales, seed=given.seed),
+        solve=given.solver(recipe.method),
     )
 
 

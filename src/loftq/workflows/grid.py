@@ -177,7 +177,7 @@ def essential(recipe: Recipe) -> Recipe:
     if recipe.method == "full":
         return recipe.changed(quantization=None, lora={})
     if recipe.method == "qlora":
-        return recipe.changed(**{"quantization.steps": 0, "quantization.order": "quantize-first"})
+        return recipe.changed(**{"quantization.steps": 0, "quantization.order": None, "quantization.preset": None})
     if recipe.method == "lora" and recipe.quantization:
         given = recipe.quantization  # decides which modules get an adapter; widths do only where a pattern leaves some
         kept = {"embeddings": given.embeddings, "min_coverage": given.min_coverage}
