@@ -1,8 +1,8 @@
 """Calibration statistics: what is known of the inputs of every matrix, in memory or in a directory.
 
-A directory holds one safetensors file for each block of the model and ``statistics.json``, which is written last: without
-it a directory is no statistics. Matrices that get the same input (query, key and value; gate and up) share a group,
-whose tensors ``MODULE.fit.columns`` (and so on, MODULE being the first of the group) are stored once, as float32.
+A directory holds one safetensors file for each block of the model and ``statistics.json``, which is written last:
+without it a directory is no statistics. Matrices that get the same input (query, key and value; gate and up) share a
+group, whose tensors are stored once, as float32: ``MODULE.fit.columns`` and so on, MODULE being the first of the group.
 """
 
 import logging
@@ -145,6 +145,15 @@ class Statistics:
             self._last = found
             return found
 
+    def diagonal(self) -> "Statistics":
+        """Statistics of kind ``diagonal``, a part of those of kind ``full``."""
+
+        def read(index: int) -> Moments:
+            whole = self._read(index)
+            return Moments(_diagonal(whole.fit), _diagonal(whole.held), whole.tokens)
+
+        return Statistics("diagonal", self._rows, read, self._samples, {**self.identity, "kind": "diagonal"})
+
     def fewest(self) -> float:
         """Tokens per input feature, of the group that has fewest."""
         return min(row["tokens"] / row["width"] for row in self._rows)
@@ -171,6 +180,10 @@ def shrunk(moments: Moments) -> Moments:
     smaller = kept * h
     smaller.diagonal().copy_(h.diagonal())
     return Moments(Metric(smaller, moments.fit.rows), moments.held, moments.tokens)
+
+
+def _diagonal(metric: Metric) -> Metric:
+    return Metric(None if metric.columns is None else metric.columns.diagonal().clone(), metric.rows)
 
 
 class _Reader:
@@ -268,7 +281,9 @@ def _check_tensors(row: Mapping[str, Any], file: TensorFile, kind: str) -> None:
                 raise _damaged(file.path, f"no tensor {quoted(tensor)}")
             good = found.shape == shape if shape else len(found.shape) == 1
             if not good or found.dtype != "F32":
-                raise _damaged(file.path, f"{quoted(tensor)} is {found.dtype} of shape {found.shape}, wanted F32 {shape}")
+                raise _damaged(
+                    file.path, f"{quoted(tensor)} is {found.dtype} of shape {found.shape}, wanted F32 {shape}"
+                )
 
 
 def _damaged(path: Path, problem: str) -> InputError:

@@ -1,10 +1,10 @@
 """A model run block by block: its own forward, with the blocks' outputs recorded and played back.
 
-A *block* is an item of an outermost ModuleList (a layer of an encoder or decoder), an *event* a call of one; events are
-counted in the order of calls. To treat event t of a batch, the model's own forward is run, so that it makes masks, position
-biases and whatever else a block is given. Calls before t return what was recorded, call t really runs, its output
-is recorded, and the forward is left. So one block at a time is needed, and encoder and decoder, a block that is called
-many times, or one that hands on more than hidden states need nothing of their own.
+A *block* is an item of an outermost ModuleList (a layer of an encoder or decoder), an *event* a call of one; events
+are counted in the order of calls. To treat event t of a batch, the model's own forward is run, so that it makes masks,
+position biases and whatever else a block is given. Calls before t return what was recorded, call t really runs, its
+output is recorded, and the forward is left. So one block at a time is needed, and encoder and decoder, a block that is
+called many times, or one that hands on more than hidden states need nothing of their own.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ class Blocks:
         """The model's forward up to its output head; whether it came to its end or to the head."""
         self._events = 0
         self.handler = handler or (lambda call: call.run())
-        arguments = {k: v for k, v in inputs.items() if k in self._accepted}
+        arguments: dict[str, Any] = {k: v for k, v in inputs.items() if k in self._accepted}
         if "use_cache" in self._accepted:
             arguments["use_cache"] = False
         try:
@@ -71,7 +71,7 @@ class Blocks:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Put the handler between the model and its blocks; no gradients, no dropout, no cache, nothing past the head."""
+        """Put the handler between the model and its blocks. No gradients, no dropout, nothing past the output head."""
         training = self._model.training
         head = skeleton.output_head(self._model)
         with contextlib.ExitStack() as left:

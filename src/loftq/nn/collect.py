@@ -81,8 +81,8 @@ class Sums:
     def add(self, x: Tensor, rows: int) -> None:
         """Add an input ``(…, in)`` of a batch of ``rows``.
 
-        One that all rows have in common, such as relative positions, counts for each of them: sums then do not depend on
-        how rows are put into batches.
+        One that all rows have in common, such as relative positions, counts for each of them: sums then do not
+        depend on how rows are put into batches.
         """
         times = rows if x.ndim > 2 and len(x) == 1 else 1
         flat = x.detach().reshape(-1, x.shape[-1]).float()
@@ -160,7 +160,9 @@ def collect(
         shared = _groups(model, survey, kind)
         records = [Records(whole) for _ in made]
         for event in (*range(len(survey.events)), None):
-            _treat(model, blocks, shared, made, records, event, advance)
+            for batch, kept in zip(made, records, strict=True):
+                _run(model, blocks, shared, batch, kept, event)
+                advance()
             yield _finished(shared, event)
 
 
@@ -171,17 +173,11 @@ def _finished(shared: list[_Shared], event: int | None) -> list[Group]:
     return [group for group in (one.group() for one in done) if group]
 
 
-def _treat(
-    model: nn.Module,
-    blocks: Blocks,
-    shared: list[_Shared],
-    made: list[Batch],
-    records: list[Records],
-    event: int | None,
-    advance: Callable[[], object],
+def _run(
+    model: nn.Module, blocks: Blocks, shared: list[_Shared], batch: Batch, records: Records, event: int | None
 ) -> None:
-    """Run one event for all batches; or, after all events, what lies outside of blocks."""
-    batch, running = made[0], event is None
+    """Run one event for a batch; or, after all events, what lies outside of blocks."""
+    running = event is None
 
     def take(one: _Shared, module: nn.Module, args: tuple) -> None:
         if running:
@@ -190,16 +186,13 @@ def _treat(
     def handle(call: Call) -> Output:
         nonlocal running
         if event is None or call.event < event:
-            return kept.get(call)
+            return records.get(call)
         running = True
-        kept.put(call, call.run())
-        running = False
+        records.put(call, call.run())
         raise Stopped
 
     with _hooked({model.get_submodule(s.modules[0]): functools.partial(take, s) for s in shared}):
-        for batch, kept in zip(made, records, strict=True):
-            blocks.forward(batch.inputs, handle)
-            advance()
+        blocks.forward(batch.inputs, handle)
 
 
 @contextlib.contextmanager
@@ -250,8 +243,7 @@ def _surveyed(model: nn.Module, blocks: Blocks, batch: Batch) -> tuple[_Survey, 
 def _strays(blocks: Blocks, batch: Batch, survey: _Survey, whole: frozenset[str]) -> list[str]:
     """Stacks with a block that is given something else when the calls before it return what was recorded."""
     records, found = Records(whole), []
-
-    for event, block in enumerate(survey.events):
+    for event in range(len(survey.events)):
 
         def handle(call: Call, event: int = event) -> Output:
             if call.event < event:
@@ -278,7 +270,7 @@ def _groups(model: nn.Module, survey: _Survey, kind: str) -> list[_Shared]:
         calls = survey.seen.get(name)
         members.setdefault(tuple(calls) if calls else (name,), []).append(name)
     made = []
-    for key, names in members.items():
+    for names in members.values():
         events = [event for event, _ in survey.seen.get(names[0], [])] or _events_of(names[0], survey.events)
         last = None if None in events or not events else max(events)
         made.append(_Shared(names, last, (Sums(kind), Sums(kind))))

@@ -1,8 +1,8 @@
 """What the loss makes of every weight: squared gradients, their means over rows and over columns of each matrix.
 
-LQ-LoRA (arXiv 2311.12023) weighs the error of a weight by ``F = E[(dL/dw)²]``. With one factor for each column and one for
-each row, that is a metric with a closed form. Squares are of the gradients of single samples, so a batch is one row. The
-whole model is in memory, and one gradient at a time.
+LQ-LoRA (arXiv 2311.12023) weighs the error of a weight by ``F = E[(dL/dw)²]``. With one factor for each column and one
+for each row, that is a metric with a closed form. Squares are of the gradients of single samples, so a batch is one
+row. The whole model is in memory, and one gradient at a time.
 """
 
 import contextlib
@@ -32,7 +32,8 @@ def collect_fisher(
         mask_token: of the tokenizer, for a masked language model.
         begin: told the number of rows.
 
-    Raises: UsageError for a model without the loss of a language model; NumericalError for gradients that are not finite.
+    Raises: UsageError for a model without the loss of a language model; NumericalError for gradients that are not
+        finite.
     """
     label = labeler(model, mask_token)
     made = batches(rows, model, tokens=1)

@@ -1,0 +1,46 @@
+"""What ``loftq calibrate`` tells of the statistics that it made."""
+
+from pathlib import Path
+from typing import Any
+
+from loftq.errors import quoted
+from loftq.report.tables import console, plain_table
+
+ENOUGH = 4  # tokens per input feature
+
+
+def summary(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a ``statistics.json`` that people ask for."""
+    groups = manifest["groups"]
+    fewest = min(groups, key=lambda group: group["tokens"] / group["width"])
+    return {
+        "kind": manifest["kind"],
+        "samples": manifest["samples"],
+        "tokens_fit": manifest["tokens"]["fit"],
+        "tokens_held": manifest["tokens"]["held"],
+        "matrices": sum(len(group["modules"]) for group in groups),
+        "groups": len(groups),
+        "bytes": sum(file["size"] for file in manifest["files"].values()),
+        "fewest_tokens_per_feature": fewest["tokens"] / fewest["width"],
+        "fewest_module": fewest["modules"][0],
+    }
+
+
+def print_statistics(output: Path, made: dict[str, Any], began: bool) -> None:
+    """The figures of :func:`summary`, and where they lie."""
+    out, place = console(), quoted(output, 400)
+    if not began:
+        out.print(f"{place}: already done by an earlier run of this command.")
+    table = plain_table(("", "left"), ("", "right"))
+    table.add_row("kind", made["kind"])
+    table.add_row("samples", f"{made['samples']:,}")
+    table.add_row("tokens, fitted and held out", f"{made['tokens_fit']:,} + {made['tokens_held']:,}")
+    table.add_row("matrices, groups with one input", f"{made['matrices']:,} in {made['groups']:,}")
+    table.add_row("on disk, MB", f"{made['bytes'] / 1e6:.1f}")
+    table.add_row("fewest tokens per input feature", f"{made['fewest_tokens_per_feature']:.1f}")
+    out.print(table)
+    if made["kind"] == "full" and made["fewest_tokens_per_feature"] < ENOUGH:
+        wanted = made["samples"] * ENOUGH / made["fewest_tokens_per_feature"]
+        name = quoted(made["fewest_module"])
+        out.print(f"Few for {name}: moments below {ENOUGH} are shrunk; --samples {wanted:.0f} would do.")
+    out.print(f"Saved to {place}. Use it with: loftq quantize MODEL --calibrate {place} …")
