@@ -25,7 +25,7 @@ def calibrate(
     ],
     samples: Annotated[int, typer.Option(help="Rows of text, evenly from the whole; one in four is held out.")] = 128,
     max_length: Annotated[
-        int, typer.Option(help="Tokens of a row. [default: 512, or what the model takes]", show_default=False)
+        int, typer.Option(help="Tokens of a row; 512 if not given, or what the model takes.", show_default=False)
     ] = 0,
     kind: Annotated[
         str,
@@ -35,7 +35,7 @@ def calibrate(
         ),
     ] = "full",
     column: Annotated[
-        str | None, typer.Option(help="Column of the texts, or two, 'a,b', tokenized as a pair. [default: text]")
+        str | None, typer.Option(help="Column of the texts (text, if not given), or two, 'a,b', tokenized as a pair.")
     ] = None,
     revision: Revision = None,
     as_json: Json = False,

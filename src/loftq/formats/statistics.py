@@ -154,21 +154,32 @@ class Statistics:
 
         return Statistics("diagonal", self._rows, read, self._samples, {**self.identity, "kind": "diagonal"})
 
-    def fewest(self) -> float:
-        """Tokens per input feature, of the group that has fewest."""
-        return min(row["tokens"] / row["width"] for row in self._rows)
-
     def _warn_if_few(self) -> None:
         """Once, if whole second moments are of so few tokens that some are shrunk."""
         few = [row for row in self._rows if self.kind == "full" and row["tokens"] < ENOUGH * row["width"]]
         if few and not self._warned:
-            wanted = max(ENOUGH * row["width"] / row["tokens"] for row in few)
+            count = sum(len(row["modules"]) for row in few)
             logger.warning(
                 "calibration: %d of %d matrices have fewer than %d tokens per input feature; their second moments are "
-                "shrunk towards the diagonal; about %d samples of the same length would do",
-                *(sum(len(row["modules"]) for row in few), len(self._index), ENOUGH, math.ceil(self._samples * wanted)),
+                "shrunk towards the diagonal; %d samples of the same length would be enough",
+                *(count, len(self._index), ENOUGH, samples_wanted(self._rows, self._samples)),
             )
         self._warned = True
+
+
+def fewest(rows: Sequence[Mapping[str, Any]], samples: int) -> Mapping[str, Any]:
+    """The group with the fewest tokens per input feature, of those that are given more than a vector a sample.
+
+    Those that are not, poolers and classifiers, never have enough, and what they are given is hardly worth it.
+    """
+    by_token = [row for row in rows if row["tokens"] > samples]
+    return min(by_token or rows, key=lambda row: row["tokens"] / row["width"])
+
+
+def samples_wanted(rows: Sequence[Mapping[str, Any]], samples: int) -> int:
+    """How many samples of the same length would be enough for all of :func:`fewest`'s groups."""
+    row = fewest(rows, samples)
+    return math.ceil(samples * max(1.0, ENOUGH * row["width"] / row["tokens"]))
 
 
 def shrunk(moments: Moments) -> Moments:

@@ -10,6 +10,9 @@ called many times, or one that hands on more than hidden states need nothing of 
 import contextlib
 import copy
 import functools
+import inspect
+import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,8 +144,6 @@ def stack_of(block: str) -> str:
 
 def accepted(model: nn.Module) -> frozenset[str]:
     """Arguments of the model's forward."""
-    import inspect
-
     return frozenset(inspect.signature(type(model).forward).parameters)
 
 
@@ -176,13 +177,19 @@ def load_offloaded(directory: Path, offload: Path) -> nn.Module:
     Raises: InputError for a checkpoint that transformers cannot load.
     """
     places = _places(skeleton.build(directory))
-    return load(directory, device_map=places, offload_folder=str(offload))
+    talker = logging.getLogger(
+        "accelerate.big_modeling"
+    )  # says that parameters are on disk, where they are meant to be
+    level = talker.level
+    talker.setLevel(logging.ERROR)
+    try:
+        return load(directory, device_map=places, offload_folder=str(offload))
+    finally:
+        talker.setLevel(level)
 
 
 def load(directory: Path, **options: Any) -> nn.Module:
     """The model of a checkpoint in float32, in its own class. No code that comes with it is run."""
-    import warnings
-
     import transformers
 
     model_class, values = skeleton.class_and_values(directory)

@@ -4,25 +4,25 @@ from pathlib import Path
 from typing import Any
 
 from loftq.errors import quoted
+from loftq.formats.statistics import ENOUGH, fewest, samples_wanted
 from loftq.report.tables import console, plain_table
-
-ENOUGH = 4  # tokens per input feature
 
 
 def summary(manifest: dict[str, Any]) -> dict[str, Any]:
     """The figures of a ``statistics.json`` that people ask for."""
-    groups = manifest["groups"]
-    fewest = min(groups, key=lambda group: group["tokens"] / group["width"])
+    groups, samples = manifest["groups"], manifest["samples"]
+    least = fewest(groups, samples)
     return {
         "kind": manifest["kind"],
-        "samples": manifest["samples"],
+        "samples": samples,
         "tokens_fit": manifest["tokens"]["fit"],
         "tokens_held": manifest["tokens"]["held"],
         "matrices": sum(len(group["modules"]) for group in groups),
         "groups": len(groups),
         "bytes": sum(file["size"] for file in manifest["files"].values()),
-        "fewest_tokens_per_feature": fewest["tokens"] / fewest["width"],
-        "fewest_module": fewest["modules"][0],
+        "fewest_tokens_per_feature": least["tokens"] / least["width"],
+        "fewest_module": least["modules"][0],
+        "samples_wanted": samples_wanted(groups, samples),
     }
 
 
@@ -40,7 +40,6 @@ def print_statistics(output: Path, made: dict[str, Any], began: bool) -> None:
     table.add_row("fewest tokens per input feature", f"{made['fewest_tokens_per_feature']:.1f}")
     out.print(table)
     if made["kind"] == "full" and made["fewest_tokens_per_feature"] < ENOUGH:
-        wanted = made["samples"] * ENOUGH / made["fewest_tokens_per_feature"]
-        name = quoted(made["fewest_module"])
-        out.print(f"Few for {name}: moments below {ENOUGH} are shrunk; --samples {wanted:.0f} would do.")
+        few = f"Fewer than {ENOUGH}, for {quoted(made['fewest_module'])}: second moments are shrunk to their diagonal"
+        out.print(f"{few}; --samples {made['samples_wanted']} would be enough.")
     out.print(f"Saved to {place}. Use it with: loftq quantize MODEL --calibrate {place} …")

@@ -34,6 +34,7 @@ logger = logging.getLogger("loftq")
 
 STATISTICS = "statistics.json"
 DEFAULT_LENGTH = 512
+MOST_UNKNOWN = 0.5  # of a text's tokens
 PROBES, PROBE_BYTES = 64, 4096  # of each file of weights, read to tell one model from another
 
 
@@ -78,6 +79,7 @@ def calibrate(model: str, output: Path, options: CalibrateOptions, begin: Begin 
         labeler(built, tokenizer.mask_token_id)  # refuses before anything is loaded
     length = length_for(built, tokenizer, options.max_length)
     place, rows = _rows(options, tokenizer, length)
+    _check_tokens(rows, tokenizer, built)
     identity = {
         "model": model_identity(directory, open_checkpoint(directory)),
         "data": {"name": place, "column": options.column, "sha256": _hash(rows)},
@@ -118,6 +120,7 @@ def calibrate_loaded(
         else:
             rows = texts.rows_of_batches(items, options.samples)
         rows = texts.checked(rows, "the data given")
+    _check_tokens(rows, tokenizer, model)
     if options.kind == "fisher":
         groups = collect_fisher(model, rows, getattr(tokenizer, "mask_token_id", None), begin)
     else:
@@ -234,6 +237,18 @@ def _rows(options: CalibrateOptions, tokenizer: Any, length: int) -> tuple[str, 
     place, dataset = texts.table(options.data)
     shown = quoted(options.data, 400)
     return place, texts.rows_of_table(shown, dataset, tokenizer, options.samples, length, options.column)
+
+
+def _check_tokens(rows: Sequence[Row], tokenizer: Any, model: Any) -> None:
+    """InputError for tokens that a model does not know: where there is no tokenizer, transformers may make one up."""
+    ids = [i for row in rows for i in row["input_ids"]]
+    known = model.get_input_embeddings().num_embeddings
+    if max(ids) >= known:
+        raise InputError(f"the tokenizer gives token {max(ids)}, the model has {known}; is it the model's tokenizer?")
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    share = 0 if unknown is None else ids.count(unknown) / len(ids)
+    if share > MOST_UNKNOWN:
+        raise InputError(f"the tokenizer does not know {share:.0%} of the text's tokens; is it the model's tokenizer?")
 
 
 def _hash(rows: Sequence[Row]) -> str:
