@@ -14,6 +14,8 @@ __all__ = [
     "QuantSpec",
     "Solution",
     "SolveSpec",
+    "Statistics",
+    "calibrate",
     "get_peft_model",
     "load_start",
     "quantize",
@@ -22,7 +24,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from loftq.api import get_peft_model, quantize, quantize_weight
+    from loftq.api import calibrate, get_peft_model, quantize, quantize_weight
+    from loftq.formats.statistics import Statistics
     from loftq.nn.start import load_start
     from loftq.plan import Policy
     from loftq.solve import Solution, solve
@@ -34,6 +37,8 @@ _PUBLIC = {
     "SolveSpec": "loftq.spec",
     "Solution": "loftq.solve",
     "solve": "loftq.solve",
+    "Statistics": "loftq.formats.statistics",
+    "calibrate": "loftq.api",
     "get_peft_model": "loftq.api",
     "load_start": "loftq.nn.start",
     "quantize": "loftq.api",

@@ -2,12 +2,14 @@
 
 import dataclasses
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from loftq.formats.statistics import Statistics
 from loftq.nn.convert import convert
 from loftq.numerics import Moments
 from loftq.plan import Policy
@@ -68,6 +70,44 @@ def get_peft_model(model: nn.Module, *, workers: int | None = None, progress: bo
     with tqdm(desc="LoftQ", unit=" matrices", disable=not progress) as bar:
         wrapped, _ = convert(model, policy, workers or os.cpu_count() or 1, lambda *_: bar.update())
     return wrapped
+
+
+def calibrate(
+    model: nn.Module,
+    data: str | Path | Iterable[str] | Iterable[Mapping[str, Any]],
+    tokenizer: Any = None,
+    *,
+    kind: str = "full",
+    samples: int = 128,
+    max_length: int = 0,
+    column: str | None = None,
+    progress: bool = True,
+) -> Statistics:
+    """Statistics of what the matrices of a loaded model are given, in memory.
+
+    Args:
+        model: a transformers model in full precision.
+        data: a file or data set as ``loftq calibrate --data`` takes it; or texts; or batches with ``input_ids`` and, if
+            there is padding, ``attention_mask``, as a ``DataLoader`` gives them.
+        tokenizer: for texts; batches need none.
+        kind: ``full``, ``diagonal`` or ``fisher``.
+        samples, max_length, column: as on the command line.
+
+    Example:
+        >>> statistics = loftq.calibrate(model, "notes.txt", tokenizer, samples=64)
+        >>> statistics.moments("model.layers.0.mlp.down_proj").tokens
+        24576
+    """
+    from loftq.workflows.calibrate import CalibrateOptions, calibrate_loaded
+
+    options = CalibrateOptions(data="", kind=kind, samples=samples, max_length=max_length, column=column)
+    with tqdm(desc="calibrate", unit="step", disable=not progress) as bar:
+
+        def begin(total: int) -> Any:
+            bar.reset(total)
+            return bar.update
+
+        return calibrate_loaded(model, data, tokenizer, options, begin)
 
 
 def quantize(model: str | Path, output: str | Path, *, format: str = "loftq", **options: Any) -> dict[str, Any]:

@@ -34,6 +34,7 @@ def out(finished):
 
 
 PROMISED = {
+    "calibrate": {"--output", "--data", "--samples", "--max-length", "--kind", "--column", "--json"},
     "plan": {"--bits", "--rank", "--json"},
     "quantize": {
         "--output", "--bits", "--code", "--block-size", "--rank", "--alpha", "--steps", "--method", "--format",
@@ -159,6 +160,7 @@ def test_a_device_that_is_not_there(source, tmp_path):
     ("arguments", "code"),
     [
         (("inspect", "nowhere"), 3),
+        (("calibrate", "./nowhere", "-o", "out", "--data", "nowhere.txt"), 3),
         (("verify", "nowhere"), 3),
         (("plan", "./nowhere"), 3),
         (("verify", "/dev/null"), 3),

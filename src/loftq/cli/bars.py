@@ -61,3 +61,25 @@ class RunBar:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+class StepBar:
+    """A progress bar over the steps of a calibration: blocks times batches."""
+
+    def __init__(self) -> None:
+        self.began = False
+        self._bar: Any = None
+
+    def begin(self, total: int) -> Any:
+        from tqdm.auto import tqdm
+
+        self.began = True
+        self._bar = tqdm(total=total, unit="step", desc="calibrate", dynamic_ncols=True)
+        return self._bar.update
+
+    def __enter__(self) -> "StepBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -83,30 +83,44 @@ def build(directory: Path) -> nn.Module:
     never run.
     """
     import transformers
+
+    model_class, values = class_and_values(directory)
+    count = torch.nn.modules.module.register_module_module_registration_hook(_count_modules())
+    try:
+        config = config_of(values)
+        with torch.device("meta"):
+            return transformers.AutoModel.from_config(config) if model_class is None else model_class(config)
+    except Exception as e:  # whatever transformers raises for a config it cannot take
+        line = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        path = directory / "config.json"
+        raise InputError(f"{path}: transformers cannot build this model: {quoted(line, 400)}") from e
+    finally:
+        count.remove()
+
+
+def class_and_values(directory: Path) -> tuple[Any, dict[str, Any]]:
+    """The class of transformers that ``config.json`` names, None if it names none, and its checked values."""
+    import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    path = directory / "config.json"
     values = read_config(directory)
     model_type, names = values.get("model_type"), values.get("architectures")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise InputError(
-            f"{path}: model_type {quoted(model_type)} is not one of transformers' own; "
+            f"{directory / 'config.json'}: model_type {quoted(model_type)} is not one of transformers' own; "
             "loftq does not run code that comes with a checkpoint"
         )
     named = isinstance(names, list) and names and isinstance(names[0], str)
-    model_class = getattr(transformers, names[0], None) if named else None  # type: ignore[index]
-    count = torch.nn.modules.module.register_module_module_registration_hook(_count_modules())
-    try:
-        config = CONFIG_MAPPING[model_type].from_dict(values)
-        with torch.device("meta"):
-            if isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel):
-                return model_class(config)
-            return transformers.AutoModel.from_config(config)
-    except Exception as e:  # whatever transformers raises for a config it cannot take
-        line = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise InputError(f"{path}: transformers cannot build this model: {quoted(line, 400)}") from e
-    finally:
-        count.remove()
+    found = getattr(transformers, names[0], None) if named else None  # type: ignore[index]
+    good = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if good else None, values
+
+
+def config_of(values: dict[str, Any]) -> Any:
+    """The configuration object of the values of a ``config.json``."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[values["model_type"]].from_dict(values)
 
 
 def _count_modules() -> Callable[[nn.Module, str, nn.Module | None], None]:
@@ -177,7 +191,7 @@ class _Modules:
         self._twins: dict[int, list[str]] = {}
         for name, parameter in self.parameters.items():
             self._twins.setdefault(id(parameter), []).append(name)
-        self._head = _output_head(model)
+        self._head = output_head(model)
         prefix: str = model.base_model_prefix  # type: ignore[assignment]
         self._backbone = f"{prefix}." if prefix in dict(model.named_children()) else ""
 
@@ -194,12 +208,17 @@ class _Modules:
 
     def _stack(self, name: str) -> Stack | None:
         """The outermost ModuleList that holds the module."""
-        parts = name.split(".")
-        for i in range(1, len(parts)):
-            parent = self._modules[".".join(parts[:i])]
-            if isinstance(parent, nn.ModuleList) and parts[i].isdecimal():
-                return Stack(".".join(parts[:i]), int(parts[i]), len(parent))
-        return None
+        return stack(self._modules, name)
+
+
+def stack(modules: dict[str, nn.Module], name: str) -> Stack | None:
+    """The outermost ModuleList that holds the module ``name``, and which of its items does."""
+    parts = name.split(".")
+    for i in range(1, len(parts)):
+        parent = modules[".".join(parts[:i])]
+        if isinstance(parent, nn.ModuleList) and parts[i].isdecimal():
+            return Stack(".".join(parts[:i]), int(parts[i]), len(parent))
+    return None
 
 
 def _kind(module: nn.Module, leaf: str, parameter: Any, name: str) -> tuple[str, str]:
@@ -225,7 +244,8 @@ def _inside_attention_of_torch(module: nn.Module) -> bool:
     return type(module).__name__ == "NonDynamicallyQuantizableLinear"  # read directly by nn.MultiheadAttention
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that gives a language model's logits, if there is one."""
     try:
         return model.get_output_embeddings()  # type: ignore[operator]
     except (NotImplementedError, AttributeError):

@@ -73,11 +73,14 @@ def expanded(split: str, patterns: str | Sequence[str]) -> list[Path]:
 def read(path: Path) -> "Dataset":
     """The rows of a file. All of a CSV is text, also words that elsewhere mean that something is missing.
 
-    Raises: InputError naming the first line that is wrong; StorageError if the disk is at fault.
+    Raises: InputError naming the first line that is wrong; UsageError for a kind of file that is not read;
+        StorageError if the disk is at fault.
     """
     import datasets
 
     kind = _kind(path)
+    if not kind:
+        raise UsageError(f"{quoted(path, 400)}: not a file of data; {WANTED}")
     try:
         if not path.stat().st_size:
             raise InputError(f"{quoted(path, 400)}: {EMPTY}")

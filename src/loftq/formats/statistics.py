@@ -1,0 +1,301 @@
+"""Calibration statistics: what is known of the inputs of every matrix, in memory or in a directory.
+
+A directory holds one safetensors file for each block of the model and ``statistics.json``, which is written last:
+without it a directory is no statistics. Matrices that get the same input (query, key and value; gate and up) share a
+group, whose tensors are stored once, as float32: ``MODULE.fit.columns`` and so on, MODULE being the first of the group.
+"""
+
+import logging
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from loftq.errors import InputError, listed, quoted
+from loftq.formats import fsio
+from loftq.formats.regular import shown
+from loftq.formats.tensorfile import (
+    Entry,
+    TensorFile,
+    check_name,
+    encode_header,
+    read_header,
+    read_tensor,
+    tensor_bytes,
+)
+from loftq.numerics import Metric, Moments
+
+logger = logging.getLogger("loftq")
+
+KINDS = ("full", "diagonal", "fisher")
+FORMAT_VERSION = 1
+ENOUGH = 4  # tokens per input feature from which second moments are used as they were measured
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices that get the same input, and its moments as they were measured.
+
+    Attributes:
+        modules: their names.
+        moments: not shrunk; ``held`` is ``fit`` if there were no tokens to hold out.
+        held_tokens: how many ``moments.held`` is of.
+    """
+
+    modules: tuple[str, ...]
+    moments: Moments
+    held_tokens: int
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, by name."""
+        parts = {"fit": self.moments.fit} | ({"held": self.moments.held} if self.held_tokens else {})
+        named = {f"{p}.{side}": t for p, m in parts.items() for side, t in (("columns", m.columns), ("rows", m.rows))}
+        return {f"{self.modules[0]}.{end}": t for end, t in named.items() if t is not None}
+
+    def row(self, file: str) -> dict[str, Any]:
+        """What ``statistics.json`` says of the group."""
+        columns = self.moments.fit.columns
+        assert columns is not None, "moments without second moments"
+        width, counts = len(columns), {"tokens": self.moments.tokens, "held_tokens": self.held_tokens}
+        return {"file": file, "modules": list(self.modules), "width": width, **counts}
+
+
+def write_groups(path: Path, groups: Iterable[Group]) -> fsio.FileDigest:
+    """The tensors of ``groups`` as a safetensors file, atomically."""
+    tensors = {name: tensor for group in groups for name, tensor in group.tensors().items()}
+    entries = [Entry(name, "F32", tuple(tensor.shape)) for name, tensor in tensors.items()]
+    header = encode_header(entries, {"format": "pt"})
+    return fsio.write_atomic(path, (header, *(tensor_bytes(t) for t in tensors.values())))
+
+
+class Statistics:
+    """The moments of every matrix that was reached. ``moments`` may be called from several threads.
+
+    Attributes:
+        kind: ``full``, ``diagonal`` or ``fisher``.
+        identity: what a result made with these statistics depends on.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        rows: Sequence[Mapping[str, Any]],
+        read: Callable[[int], Moments],
+        samples: int,
+        identity: Mapping[str, Any],
+    ) -> None:
+        self.kind, self.identity = kind, dict(identity)
+        self._rows, self._read, self._samples = rows, read, samples
+        self._index = {module: i for i, row in enumerate(rows) for module in row["modules"]}
+        self._lock, self._warned = threading.Lock(), False
+        self._last: Moments | None = None  # kept for the next matrix, which may be of the same group
+        self._used: weakref.WeakValueDictionary[int, Moments] = weakref.WeakValueDictionary()
+
+    @classmethod
+    def of(cls, kind: str, groups: Iterable[Group], samples: int) -> "Statistics":
+        """Statistics that are in memory."""
+        kept = list(groups)
+        rows = [group.row("") for group in kept]
+        return cls(kind, rows, lambda i: kept[i].moments, samples, {"kind": kind, "samples": samples})
+
+    @classmethod
+    def stored(cls, directory: Path, manifest: Mapping[str, Any]) -> "Statistics":
+        """The statistics of a directory, of whose tensors only headers are read now.
+
+        Args:
+            manifest: what its ``statistics.json`` says, its seal checked already.
+        Raises: InputError for anything that is not as :func:`write_groups` and ``loftq calibrate`` leave it.
+        """
+        where = shown(directory / "statistics.json")
+        _check_manifest(manifest, where)
+        files = {name: _header(directory / name, digest) for name, digest in manifest["files"].items()}
+        for row in manifest["groups"]:
+            _check_tensors(row, files[row["file"]], manifest["kind"])
+        reader = _Reader(manifest, files)
+        identity = {key: manifest[key] for key in ("kind", "samples", "identity", "sha256")}
+        return cls(manifest["kind"], manifest["groups"], reader.moments, manifest["samples"], identity)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of all modules with statistics."""
+        return tuple(self._index)
+
+    def moments(self, module: str) -> Moments | None:
+        """The moments of a module, ``fit`` shrunk where tokens were few; None for a module that was never reached.
+
+        Of n input features, ``tokens < 4 n`` give ``H`` with too much noise to be trusted in every direction:
+
+            H <- (1 - a) H + a diag(H),    a = n / (n + tokens)
+
+        Raises: InputError for damaged files.
+        """
+        index = self._index.get(module)
+        if index is None:
+            return None
+        with self._lock:
+            found = self._used.get(index)
+            if found is None:
+                self._warn_if_few()
+                found = self._used[index] = shrunk(self._read(index))
+            self._last = found
+            return found
+
+    def diagonal(self) -> "Statistics":
+        """Statistics of kind ``diagonal``, a part of those of kind ``full``."""
+
+        def read(index: int) -> Moments:
+            whole = self._read(index)
+            return Moments(_diagonal(whole.fit), _diagonal(whole.held), whole.tokens)
+
+        return Statistics("diagonal", self._rows, read, self._samples, {**self.identity, "kind": "diagonal"})
+
+    def _warn_if_few(self) -> None:
+        """Once, if whole second moments are of so few tokens that some are shrunk."""
+        few = [row for row in self._rows if self.kind == "full" and row["tokens"] < ENOUGH * row["width"]]
+        if few and not self._warned:
+            count = sum(len(row["modules"]) for row in few)
+            logger.warning(
+                "calibration: %d of %d matrices have fewer than %d tokens per input feature; their second moments are "
+                "shrunk towards the diagonal; %d samples of the same length would be enough",
+                *(count, len(self._index), ENOUGH, samples_wanted(self._rows, self._samples)),
+            )
+        self._warned = True
+
+
+def fewest(rows: Sequence[Mapping[str, Any]], samples: int) -> Mapping[str, Any]:
+    """The group with the fewest tokens per input feature, of those that are given more than a vector a sample.
+
+    Those that are not, poolers and classifiers, never have enough, and what they are given is hardly worth it.
+    """
+    by_token = [row for row in rows if row["tokens"] > samples]
+    return min(by_token or rows, key=lambda row: row["tokens"] / row["width"])
+
+
+def samples_wanted(rows: Sequence[Mapping[str, Any]], samples: int) -> int:
+    """How many samples of the same length would be enough for all of :func:`fewest`'s groups."""
+    row = fewest(rows, samples)
+    return math.ceil(samples * max(1.0, ENOUGH * row["width"] / row["tokens"]))
+
+
+def shrunk(moments: Moments) -> Moments:
+    """``moments`` with the whole second moments of ``fit`` shrunk towards their diagonal, if tokens were few."""
+    h = moments.fit.columns
+    if h is None or h.ndim == 1 or moments.tokens >= ENOUGH * len(h):
+        return moments
+    kept = moments.tokens / (len(h) + moments.tokens)
+    smaller = kept * h
+    smaller.diagonal().copy_(h.diagonal())
+    return Moments(Metric(smaller, moments.fit.rows), moments.held, moments.tokens)
+
+
+def _diagonal(metric: Metric) -> Metric:
+    return Metric(None if metric.columns is None else metric.columns.diagonal().clone(), metric.rows)
+
+
+class _Reader:
+    """Reads groups from files, each of which is compared with its hash before its first tensor is used."""
+
+    def __init__(self, manifest: Mapping[str, Any], files: Mapping[str, TensorFile]) -> None:
+        self._manifest, self._files = manifest, files
+        self._checked: set[str] = set()
+
+    def moments(self, index: int) -> Moments:
+        row = self._manifest["groups"][index]
+        name, file = row["file"], self._files[row["file"]]
+        if name not in self._checked:
+            if fsio.sha256_file(file.path).sha256 != self._manifest["files"][name]["sha256"]:
+                raise _damaged(file.path, "its bytes have changed (sha256)")
+            self._checked.add(name)
+        fit = self._metric(row, "fit")
+        return Moments(fit, self._metric(row, "held") if row["held_tokens"] else fit, row["tokens"])
+
+    def _metric(self, row: Mapping[str, Any], part: str) -> Metric:
+        file, stem = self._files[row["file"]], f"{row['modules'][0]}.{part}"
+        columns = _read(file, f"{stem}.columns")
+        return Metric(columns, _read(file, f"{stem}.rows") if f"{stem}.rows" in file.tensors else None)
+
+
+def _read(file: TensorFile, name: str) -> Tensor:
+    tensor = read_tensor(file.tensors[name], file.stamp)
+    diagonal = tensor if tensor.ndim == 1 else tensor.diagonal()
+    if not tensor.isfinite().all() or bool((diagonal < 0).any()):
+        raise _damaged(file.path, f"{quoted(name)}: no second moments: not finite, or below zero")
+    return tensor
+
+
+def _header(path: Path, digest: Mapping[str, Any]) -> TensorFile:
+    file = read_header(path)
+    if file.stamp.size != digest["size"]:
+        raise _damaged(path, f"{file.stamp.size} bytes, statistics.json says {digest['size']}")
+    return file
+
+
+def _check_manifest(manifest: Mapping[str, Any], where: str) -> None:
+    """Refuse a ``statistics.json`` with other fields than those that are used, before they are."""
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{where}: format_version {quoted(manifest.get('format_version'))}, this loftq reads {FORMAT_VERSION}; "
+            "collect the statistics again"
+        )
+    problem = None
+    try:
+        files, rows = manifest["files"], manifest["groups"]
+        odd = [k for k in ("identity", "sha256") if not isinstance(manifest[k], {"identity": dict}.get(k, str))]
+        odd += [f"kind {quoted(manifest['kind'])}"] if manifest["kind"] not in KINDS else []
+        odd += [] if _count(manifest["samples"]) else ["samples"]
+        odd += [quoted(name) for name, digest in files.items() if not _plain_file(name, digest)]
+        odd += [f"group {i}" for i, row in enumerate(rows) if not _sound(row, files)]
+        if odd or not rows:
+            problem = listed(odd) or "no groups"
+    except (AttributeError, KeyError, TypeError) as e:
+        problem = quoted(repr(e))
+    if problem:
+        raise InputError(f"{where}: {problem}: missing or not what it should be; collect the statistics again")
+    modules = [module for row in manifest["groups"] for module in row["modules"]]
+    for module in modules:
+        check_name(module, where)
+    if len(set(modules)) < len(modules):
+        raise InputError(f"{where}: a module is in two groups; collect the statistics again")
+
+
+def _count(value: Any, low: int = 1) -> bool:
+    return type(value) is int and value >= low
+
+
+def _plain_file(name: str, digest: Mapping[str, Any]) -> bool:
+    plain = name.endswith(".safetensors") and name.isprintable() and not set(name) & set("/\\:")
+    return plain and _count(digest["size"]) and isinstance(digest["sha256"], str)
+
+
+def _sound(row: Mapping[str, Any], files: Mapping[str, Any]) -> bool:
+    names = row["modules"]
+    named = isinstance(names, list) and bool(names) and all(isinstance(name, str) for name in names)
+    counted = _count(row["width"]) and _count(row["tokens"]) and _count(row["held_tokens"], 0)
+    return named and counted and row["file"] in files
+
+
+def _check_tensors(row: Mapping[str, Any], file: TensorFile, kind: str) -> None:
+    """The tensors of a group are there, and have the shapes that the kind asks for."""
+    for part in ("fit", "held") if row["held_tokens"] else ("fit",):
+        name, n = f"{row['modules'][0]}.{part}.columns", row["width"]
+        wanted: dict[str, tuple[int, ...] | None] = {name: (n, n) if kind == "full" else (n,)}
+        if kind == "fisher":
+            wanted[f"{row['modules'][0]}.{part}.rows"] = None
+        for tensor, shape in wanted.items():
+            found = file.tensors.get(tensor)
+            if found is None:
+                raise _damaged(file.path, f"no tensor {quoted(tensor)}")
+            good = found.shape == shape if shape else len(found.shape) == 1
+            if not good or found.dtype != "F32":
+                raise _damaged(
+                    file.path, f"{quoted(tensor)} is {found.dtype} of shape {found.shape}, wanted F32 {shape}"
+                )
+
+
+def _damaged(path: Path, problem: str) -> InputError:
+    return InputError(f"{shown(path)}: {problem}; collect the statistics again")
