@@ -14,7 +14,7 @@ from loftq.nn.convert import convert
 from loftq.numerics import Moments
 from loftq.plan import Policy
 from loftq.solve import Solution, solve
-from loftq.spec import QuantSpec, SolveSpec, check_statistics, solve_spec
+from loftq.spec import QuantSpec, SolveSpec, check_statistics, code_for, solve_spec
 from loftq.workflows.quantize import QuantizeOptions
 from loftq.workflows.quantize import quantize as _quantize
 
@@ -24,7 +24,7 @@ def quantize_weight(
     *,
     bits: int = 4,
     rank: int = 16,
-    code: str = "nf",
+    code: str = "auto",
     block_size: int = 64,
     scale_dtype: str = "bfloat16",
     double_quant: bool = False,
@@ -45,30 +45,44 @@ def quantize_weight(
 
     Raises: UsageError for options that do not fit; NumericalError for values that are not finite.
     """
-    quant = QuantSpec(bits=bits, code=code, block_size=block_size, scale_dtype=scale_dtype, double_quant=double_quant)
-    spec = solve_spec(preset, **solver)
+    spec = solve_spec(preset, moments is not None, **solver)
+    quant = QuantSpec(
+        bits=bits,
+        code=code_for(code, bits, spec.scales),
+        block_size=block_size,
+        scale_dtype=scale_dtype,
+        double_quant=double_quant,
+    )
     check_statistics(spec, moments and moments.fit.kind)
     return solve(weight, quant, rank, spec, moments=moments)
 
 
-def get_peft_model(model: nn.Module, *, workers: int | None = None, progress: bool = True, **options: Any) -> nn.Module:
+def get_peft_model(
+    model: nn.Module,
+    *,
+    calibration: Statistics | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> nn.Module:
     """A loaded full-precision model becomes a ``PeftModel`` with packed layers and the LoftQ start.
 
     The model is changed in place, layer by layer, so that little more memory is needed than it has already.
 
     Args:
         model: a transformers model, its weights in memory.
+        calibration: what :func:`calibrate` found out about this model.
         workers: matrices solved at a time; default one per core.
-        options: fields of :class:`Policy`: ``bits=2, rank=16, alpha=32, code="nf", embeddings=True, …``.
+        options: fields of :class:`Policy` and the solver's: ``bits=2, rank=16, alpha=32, preset="cloq", …``.
 
     Example:
         >>> model = AutoModelForCausalLM.from_pretrained("org/model")
         >>> model = loftq.get_peft_model(model, bits=2, rank=16)
         >>> model.print_trainable_parameters()
     """
-    policy = make_policy(**options)
+    policy = make_policy(calibrated=calibration is not None, **options)
     with tqdm(desc="LoftQ", unit=" matrices", disable=not progress) as bar:
-        wrapped, _ = convert(model, policy, workers or os.cpu_count() or 1, lambda *_: bar.update())
+        wrapped, _ = convert(model, policy, workers or os.cpu_count() or 1, lambda *_: bar.update(), calibration)
     return wrapped
 
 
@@ -117,18 +131,20 @@ def quantize(model: str | Path, output: str | Path, *, format: str = "loftq", **
         model: a local directory or a hub id.
         output: the directory to be made.
         format: ``loftq``, ``dense`` or ``bnb``.
-        options: fields of :class:`Policy`, ``preset``, ``steps``, ``order``, ``svd``, ``seed``, ``scales``,
-            ``workers``, ``device``, ``overwrite``, ``max_shard_bytes``.
+        options: fields of :class:`Policy`; ``preset``, ``steps``, ``order``, ``svd``, ``seed``, ``scales``; and
+            ``calibrate``, ``calibration_samples``, ``workers``, ``device``, ``overwrite``, ``max_shard_bytes``.
     """
-    own = {k: options.pop(k) for k in ("workers", "device", "overwrite", "max_shard_bytes") if k in options}
-    return _quantize(str(model), Path(output), QuantizeOptions(policy=make_policy(**options), format=format, **own))
+    names = {f.name for f in dataclasses.fields(QuantizeOptions)} - {"policy", "format"}
+    own = {k: options.pop(k) for k in names if k in options}
+    policy = make_policy(calibrated=own.get("calibrate") is not None, **options)
+    return _quantize(str(model), Path(output), QuantizeOptions(policy=policy, format=format, **own))
 
 
-def make_policy(**options: Any) -> Policy:
+def make_policy(*, calibrated: bool = False, **options: Any) -> Policy:
     """A :class:`Policy` from keywords; numbers may be given as numbers, and the solver's fields beside the others."""
     names = {f.name for f in dataclasses.fields(SolveSpec)}
     solver = {k: options.pop(k) for k in ("preset", *names) if k in options}
     for key in ("bits", "rank"):
         if key in options:
             options[key] = str(options[key])
-    return Policy(solve=solve_spec(**solver), **options)
+    return Policy(solve=solve_spec(calibrated=calibrated, **solver), **options)

@@ -20,7 +20,8 @@ from loftq.errors import InputError, UsageError, listed, quoted
 from loftq.spec import CODES, ORDERS, PRESETS, SCALE_DTYPES, SCALES, SVDS, SolveSpec, solve_spec
 
 METHODS = ("full", "lora", "qlora", "loftq")
-SOLVER = ("preset", "steps", "order", "svd", "scales", "seed")  # what of a quantization is the solver's
+# What of a quantization is not the plan's, but the solver's or the calibration's.
+SOLVER = ("preset", "steps", "order", "svd", "scales", "seed", "calibrate", "calibration_samples")
 SPLIT = re.compile(r"(train|validation|test)(_\w+)?")
 
 # Fields of TrainingArguments that a recipe says elsewhere.
@@ -90,7 +91,7 @@ class Quantization(Strict):
     """
 
     bits: Rules = "4"
-    code: Literal[CODES] = "nf"  # type: ignore[valid-type]
+    code: Literal[("auto", *CODES)] = "auto"  # type: ignore[valid-type]
     block_size: Count = 64
     scale_dtype: Literal[SCALE_DTYPES] = "bfloat16"  # type: ignore[valid-type]
     double_quant: bool = False
@@ -102,13 +103,15 @@ class Quantization(Strict):
     svd: Literal[SVDS] = "auto"  # type: ignore[valid-type]
     scales: Literal[SCALES] | None = None  # type: ignore[valid-type]
     seed: Annotated[int, Field(ge=0)] = 0
+    calibrate: str | None = None
+    calibration_samples: Count = 128
 
     def solver(self, method: str) -> SolveSpec:
         """The solver's spec: the preset's, but for what is given beside it. QLoRA has no use for preset and steps."""
         own = {"svd": self.svd, "scales": self.scales, "seed": self.seed}
         if method == "qlora":
             return solve_spec("qlora", **own)
-        return solve_spec(self.preset, steps=self.steps, order=self.order, **own)
+        return solve_spec(self.preset, self.calibrate is not None, steps=self.steps, order=self.order, **own)
 
 
 class Lora(Strict):

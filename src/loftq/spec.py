@@ -125,9 +125,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def solve_spec(preset: str | None = None, **given: Any) -> SolveSpec:
-    """The solver's spec of a preset, with other values where ``given`` ones are not None; loftq's if there is none."""
-    preset = "loftq" if preset is None else preset
+def solve_spec(preset: str | None = None, calibrated: bool = False, **given: Any) -> SolveSpec:
+    """The solver's spec of a preset, with other values where ``given`` ones are not None.
+
+    Args:
+        preset: None stands for ``loftq``, and after a calibration for ``descent``.
+    """
+    preset = preset or ("descent" if calibrated else "loftq")
     _choice("preset", preset, tuple(PRESETS))
     own, given = PRESETS[preset], {k: v for k, v in given.items() if v is not None}
     if preset in ("qlora", "svd") and given.get("steps", own["steps"]) != own["steps"]:
@@ -153,6 +157,18 @@ def check_statistics(spec: SolveSpec, kind: str | None) -> None:
         f"metric {spec.metric} needs statistics of kind {enough[0]}, and these are {kind}; make others with "
         f"`loftq calibrate --kind {enough[0]}`"
     )
+
+
+def statistics_kind(spec: SolveSpec) -> str:
+    """The kind of statistics to collect for a spec; the whole second moments to measure one that needs none."""
+    return "full" if spec.metric == "weights" else spec.metric
+
+
+def code_for(code: str, bits: int, scales: str) -> str:
+    """What ``auto`` stands for: levels made for fitted scales where scales are fitted, else NormalFloat."""
+    if code != "auto":
+        return code
+    return "lloyd" if scales == "fitted" and bits < 8 else "nf"
 
 
 def check_scales(quant: QuantSpec, scales: str) -> None:

@@ -19,8 +19,11 @@ class Bar:
         return self._advance
 
     def _advance(self, report: dict[str, Any]) -> None:
-        self._error += (report["errors"][report["kept"]] * report["norm"]) ** 2
-        self._norm += report["norm"] ** 2
+        from loftq.report.inspect import judged
+
+        error, _, norm = judged(report)
+        self._error += (error * norm) ** 2
+        self._norm += norm**2
         if self._norm:
             self._bar.set_postfix_str(f"error {(self._error / self._norm) ** 0.5:.4f}", refresh=False)
         self._bar.update()

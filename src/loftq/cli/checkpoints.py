@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from loftq.cli.app import app
-from loftq.cli.bars import Bar
+from loftq.cli.bars import Bar, StepBar
 from loftq.cli.options import (
     Alpha,
     Bits,
@@ -29,6 +29,7 @@ from loftq.cli.options import (
     choice,
     parse_bytes,
     policy,
+    quiet,
 )
 from loftq.errors import quoted
 
@@ -39,7 +40,7 @@ def plan(
     bits: Bits = "4",
     rank: Rank = "16",
     alpha: Alpha = None,
-    code: Code = "nf",
+    code: Code = "auto",
     block_size: BlockSize = 64,
     scale_dtype: ScaleDtype = None,
     double_quant: DoubleQuant = False,
@@ -82,7 +83,7 @@ def quantize(
     bits: Bits = "4",
     rank: Rank = "16",
     alpha: Alpha = None,
-    code: Code = "nf",
+    code: Code = "auto",
     block_size: BlockSize = 64,
     scale_dtype: ScaleDtype = None,
     double_quant: DoubleQuant = False,
@@ -109,6 +110,15 @@ def quantize(
             "[default: formula; with descent fitted]"
         ),
     ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|FILE|DATASET",
+            help="Statistics made by `loftq calibrate`, or texts from which to make them: a file, or ORG/NAME of the hub.",
+            show_default=False,
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Rows of text to calibrate on.")] = 128,
     format: Annotated[
         str, typer.Option(help="loftq (packed), bnb (bitsandbytes NF4), or dense (dequantized).")
     ] = "loftq",
@@ -135,12 +145,12 @@ def quantize(
         choice("--preset", preset, tuple(PRESETS))
     choice("--format", format, tuple(LAYOUTS))
     check_device(device)
-    solver = solve_spec(preset, steps=steps, order=order, svd=svd, seed=seed, scales=scales)
+    solver = solve_spec(preset, calibrate is not None, steps=steps, order=order, svd=svd, seed=seed, scales=scales)
     asked = policy(
         bits=bits,
         rank=rank,
         alpha=alpha,
-        code=code,
+        code="nf" if (format, code) == ("bnb", "auto") else code,
         block_size=block_size,
         scale_dtype=scale_dtype or ("float32" if format == "bnb" else "bfloat16"),
         double_quant=double_quant,
@@ -159,9 +169,12 @@ def quantize(
         overwrite=overwrite,
         revision=revision,
         task_type=task_type,
+        calibrate=calibrate,
+        calibration_samples=at_least("--samples", samples, 4),
     )
-    with Bar() as bar:
-        manifest = run(model, output, options, bar.begin)
+    quiet()
+    with StepBar() as steps_bar, Bar() as bar:
+        manifest = run(model, output, options, bar.begin, steps_bar.begin)
     print_summary(output, manifest, bar.began)
 
 

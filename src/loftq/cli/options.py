@@ -27,7 +27,10 @@ Rank = Annotated[str, typer.Option(help="Rank of the adapter, or patterns with a
 Alpha = Annotated[
     float | None, typer.Option(help="lora_alpha; the rank if not given. The start does not depend on it.")
 ]
-Code = Annotated[str, typer.Option(help="nf, lloyd (2 to 4 bits), uniform, uniform-tensor or affine.")]
+Code = Annotated[
+    str,
+    typer.Option(help="nf, lloyd (2 to 4 bits), uniform, uniform-tensor, affine; auto: nf, with fitted scales lloyd."),
+]
 BlockSize = Annotated[int, typer.Option(help="Weights of a row that share a scale.")]
 ScaleDtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32. [default: bfloat16; bnb: float32]")]
 DoubleQuant = Annotated[bool, typer.Option("--double-quant", help="Quantize the scales too, as bitsandbytes does.")]
@@ -54,7 +57,8 @@ def policy(**options: Any) -> "Policy":
         raise UsageError(f"--min-coverage: {options['min_coverage']} is not between 0 and 1")
     if options["alpha"] is not None and not math.isfinite(options["alpha"]):
         raise UsageError(f"--alpha: {options['alpha']} is not a number to scale by")
-    QuantSpec(bits=2, **{k: options[k] for k in ("code", "block_size", "scale_dtype", "double_quant")})
+    code = "nf" if options["code"] == "auto" else options["code"]
+    QuantSpec(bits=2, code=code, **{k: options[k] for k in ("block_size", "scale_dtype", "double_quant")})
     return Policy(**options)
 
 

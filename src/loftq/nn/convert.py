@@ -8,6 +8,7 @@ from torch import nn
 
 from loftq import plan as planning
 from loftq.errors import LoftqError, UsageError, listed, quoted
+from loftq.formats.statistics import Statistics
 from loftq.formats.tensorfile import dtype_name
 from loftq.nn import skeleton
 from loftq.nn.adapter import adapter_config, adapter_tensors
@@ -17,13 +18,18 @@ from loftq.nn.start import wrap
 from loftq.numerics import encode
 from loftq.plan import Matrix, Plan, Policy
 from loftq.solve import Solution, check_finite, ordered_map, solve
+from loftq.spec import check_statistics
 
 # Of the adapter's configuration, what PEFT does not set itself.
 FIELDS = ("r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "init_lora_weights")
 
 
 def convert(
-    model: nn.Module, policy: Policy, workers: int, progress: Callable[[Matrix, Solution], object] | None
+    model: nn.Module,
+    policy: Policy,
+    workers: int,
+    progress: Callable[[Matrix, Solution], object] | None,
+    statistics: Statistics | None = None,
 ) -> tuple[nn.Module, Plan]:
     """Replace the planned layers of ``model`` by packed ones, and wrap it with the LoftQ start as ``default`` adapter.
 
@@ -31,6 +37,7 @@ def convert(
         weights that are not finite. ``model`` is then unchanged.
     """
     _check_model(model)
+    check_statistics(policy.solve, statistics and statistics.kind)
     roles = skeleton.parameter_roles(model)
     parameters = {name: model.get_parameter(name) for name in roles}
     plan = planning.make({n: (dtype_name(p.dtype), tuple(p.shape)) for n, p in parameters.items()}, roles, policy)
@@ -39,7 +46,7 @@ def convert(
     others = [m for m in skeleton.adaptable(model) if m not in {x.module for x in plan.matrices}]
     del parameters  # a dense weight is freed when its layer is replaced
     start: dict[str, torch.Tensor] = {}
-    solutions = ordered_map(lambda matrix: _solve(model, matrix, plan), plan.matrices, workers)
+    solutions = ordered_map(lambda matrix: _solve(model, matrix, plan, statistics), plan.matrices, workers)
     for matrix, solution in zip(plan.matrices, solutions, strict=True):
         _replace(model, matrix, solution)
         start.update(adapter_tensors(matrix, *solution.factors(plan.scaling(matrix))))
@@ -69,10 +76,12 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _solve(model: nn.Module, matrix: Matrix, plan: Plan) -> Solution:
+def _solve(model: nn.Module, matrix: Matrix, plan: Plan, statistics: Statistics | None) -> Solution:
     weight: torch.Tensor = model.get_parameter(f"{matrix.module}.weight").detach()
     oriented = weight.T if matrix.kind == "conv1d" else weight
-    return _named(matrix, solve, oriented, matrix.quant, matrix.rank, plan.solve, matrix.name)
+    moments = statistics.moments(matrix.module) if statistics and matrix.kind != "embedding" else None
+    moments = moments and moments.to(str(weight.device))
+    return _named(matrix, solve, oriented, matrix.quant, matrix.rank, plan.solve, matrix.name, moments)
 
 
 def _named(matrix: Matrix, work: Callable[..., Any], *args: Any) -> Any:

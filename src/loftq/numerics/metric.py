@@ -44,6 +44,12 @@ class Metric:
     columns: Tensor | None = None
     rows: Tensor | None = None
 
+    def to(self, device: str) -> "Metric":
+        """The same on another device."""
+        if device == "cpu":  # where its root, once computed, is shared by all who use it
+            return self
+        return Metric(*(None if part is None else part.to(device) for part in (self.columns, self.rows)))
+
     @property
     def kind(self) -> str:
         """``fisher``, ``full``, ``diagonal`` or ``weights``."""
@@ -104,6 +110,10 @@ class Moments:
     fit: Metric
     held: Metric
     tokens: int
+
+    def to(self, device: str) -> "Moments":
+        """The same on another device."""
+        return Moments(self.fit.to(device), self.held.to(device), self.tokens)
 
 
 def best_factors(

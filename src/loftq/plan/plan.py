@@ -8,7 +8,7 @@ from typing import Any
 
 from loftq.errors import InputError, UsageError, listed, quoted
 from loftq.plan.patterns import Rules, parse_rules
-from loftq.spec import BITS, QuantSpec, SolveSpec, check_scales, scaling, stored_bytes
+from loftq.spec import BITS, QuantSpec, SolveSpec, check_scales, code_for, scaling, stored_bytes
 
 DENSE = 16  # as a number of bits: leave the matrix as it is
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -53,7 +53,7 @@ class Policy:
     """What the user asks for; ``docs/usage.md`` documents every field under the option of its name."""
 
     bits: str = "4"
-    code: str = "nf"
+    code: str = "auto"
     block_size: int = 64
     scale_dtype: str = "bfloat16"
     double_quant: bool = False
@@ -171,7 +171,7 @@ def make(tensors: Mapping[str, tuple[str, tuple[int, ...]]], roles: Mapping[str,
             continue
         quant = QuantSpec(
             bits=width,
-            code=policy.code,
+            code=code_for(policy.code, width, policy.solve.scales),
             block_size=policy.block_size,
             scale_dtype=policy.scale_dtype,
             double_quant=policy.double_quant,

@@ -28,6 +28,10 @@ def model_card(
     widths = sorted({m.quant.bits for m in plan.matrices})
     better = 1 - summary["error"] / summary["qlora_error"] if summary["qlora_error"] else 0.0
     quant = plan.matrices[0].quant
+    outputs = []
+    if "output_error" in summary:
+        alone, left = summary["qlora_output_error"], summary["output_error"]
+        outputs = [f"| relative output error on held-out tokens | {left:.4f}, quantized alone {alone:.4f} |"]
     return "\n".join(
         [
             "---",
@@ -56,6 +60,7 @@ def model_card(
             f"| trainable share | {summary['trainable_share']:.2%} |",
             f"| relative weight error, LoftQ | {summary['error']:.4f} |",
             f"| relative weight error, QLoRA | {summary['qlora_error']:.4f} ({better:.0%} removed) |",
+            *outputs,
             "",
         ]
     )

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loftq.errors import quoted
-from loftq.report.inspect import warnings
+from loftq.report.inspect import judged, warnings
 
 
 def console() -> Console:
@@ -68,9 +68,13 @@ def print_inspection(inspected: dict[str, Any]) -> None:
         ("rank", "right"),
         ("bytes", "right"),
     ]
-    table = plain_table(*columns, ("QLoRA", "right"), ("LoftQ", "right"), ("step", "right"), ("error per step", "left"))
+    calibrated = any("output_errors" in m for m in inspected["matrices"])
+    outputs = [("outputs alone", "right"), ("outputs", "right")] if calibrated else []
+    weights = [("QLoRA", "right"), ("LoftQ", "right"), *outputs, ("step", "right"), ("error per step", "left")]
+    table = plain_table(*columns, *weights)
     for m in inspected["matrices"]:
-        trace = " ".join(f"{e:.4f}" for e in m["errors"][1:])
+        trace = " ".join(f"{e:.4f}" for e in m.get("output_errors", m["errors"])[1:])
+        measured = [f"{e:.4f}" for e in judged(m)[1::-1]] if "output_errors" in m else [""] * len(outputs)
         table.add_row(
             m["name"],
             "x".join(map(str, m["shape"])),
@@ -79,6 +83,7 @@ def print_inspection(inspected: dict[str, Any]) -> None:
             f"{m['bytes']:,}",
             f"{m['qlora_error']:.4f}",
             f"{m['errors'][m['kept']]:.4f}",
+            *measured,
             f"{m['kept']}/{len(m['errors']) - 1}",
             trace,
         )
@@ -124,6 +129,10 @@ def _totals(t: dict[str, Any]) -> Table:
         "relative error, quantized alone (QLoRA)": f"{t['qlora_error']:.4f}",
         "relative error, as written": f"{t['error']:.4f} ({gained:.1%} less)",
     }
+    if "output_error" in t:
+        less = 1 - t["output_error"] / t["qlora_output_error"] if t["qlora_output_error"] else 0.0
+        rows["relative error of the outputs, quantized alone"] = f"{t['qlora_output_error']:.4f}"
+        rows["relative error of the outputs, tokens held out"] = f"{t['output_error']:.4f} ({less:.1%} less)"
     for name, value in rows.items():
         table.add_row(name, value)
     return table

@@ -15,12 +15,18 @@ def totals(plan: Plan, matrices: list[dict[str, Any]], file_sizes: dict[str, int
         ``dense_16bit_bytes``: all parameters at 16 bits; ``compression``: that over ``disk_bytes``.
         ``trainable_share``: the adapter's parameters over the model's.
         ``error``, ``qlora_error``: relative error of all matrices together, sqrt(sum ||W-Q-s·BA||² / sum ||W||²).
+        ``output_error``, ``qlora_output_error``: the same of the outputs, where a calibration had them measured.
     """
     quantized = sum(m.numel for m in plan.matrices)
     kept = sum(math.prod(k.shape) for k in plan.kept)
     adapter = sum(m.rank * (m.shape[0] + m.shape[1]) for m in plan.matrices)
     disk = sum(file_sizes.values())
     dense = 2 * (quantized + kept)
+    measured = [m for m in matrices if "output_errors" in m]
+    outputs = {
+        "output_error": _together(measured, lambda m: m["output_errors"][m["kept"]], "output_norm"),
+        "qlora_output_error": _together(measured, lambda m: m["output_errors"][0], "output_norm"),
+    }
     return {
         "matrices": len(matrices),
         "quantized_weights": quantized,
@@ -35,9 +41,10 @@ def totals(plan: Plan, matrices: list[dict[str, Any]], file_sizes: dict[str, int
         "trainable_share": adapter / (quantized + kept),
         "error": _together(matrices, lambda m: m["errors"][m["kept"]]),
         "qlora_error": _together(matrices, lambda m: m["qlora_error"]),
+        **(outputs if measured else {}),
     }
 
 
-def _together(matrices: list[dict[str, Any]], error: Any) -> float:
-    whole = sum(m["norm"] ** 2 for m in matrices)
-    return math.sqrt(sum((error(m) * m["norm"]) ** 2 for m in matrices) / whole) if whole else 0.0
+def _together(matrices: list[dict[str, Any]], error: Any, norm: str = "norm") -> float:
+    whole = sum(m[norm] ** 2 for m in matrices)
+    return math.sqrt(sum((error(m) * m[norm]) ** 2 for m in matrices) / whole) if whole else 0.0

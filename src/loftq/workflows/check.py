@@ -75,8 +75,9 @@ def _odd_fields(manifest: dict[str, Any]) -> Iterator[str]:
     if [m["name"] for m in rows["matrices"]] != [m["name"] for m in rows["plan"]]:
         yield "matrices"
     for row in rows["matrices"]:
-        if not all(isinstance(e, NUMBER) for e in row["errors"]) or not 0 <= row["kept"] < len(row["errors"]):
-            yield "matrices.errors"
+        for trace in ("errors", "output_errors") if "output_errors" in row else ("errors",):
+            if not all(isinstance(e, NUMBER) for e in row[trace]) or not 0 <= row["kept"] < len(row[trace]):
+                yield f"matrices.{trace}"
     if not isinstance(manifest["identity"]["options"]["format"], str):
         yield "identity.options.format"
 

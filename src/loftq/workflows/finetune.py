@@ -163,9 +163,14 @@ def _backbone(recipe: Recipe, source: Path, run: Run, cache: Path | None, begin:
         _check_quantized(recipe, source)
         return source
     policy = policy_of(recipe)
-    place = run.backbone if cache is None else cache / _cache_name(source, policy)
+    given = recipe.quantization or Quantization()
+    calibrate = given.calibrate if recipe.method == "loftq" else None
+    options = QuantizeOptions(
+        policy=policy, overwrite=True, calibrate=calibrate, calibration_samples=given.calibration_samples
+    )
+    place = run.backbone if cache is None else cache / _cache_name(source, options)
     if writing:
-        quantize(str(source), place, QuantizeOptions(policy=policy, overwrite=True), begin)
+        quantize(str(source), place, options, begin)
     while not (place / MANIFEST).is_file():  # a barrier would time out long before a large model is done
         time.sleep(0.5)
     PartialState().wait_for_everyone()
@@ -186,9 +191,9 @@ def _check_quantized(recipe: Recipe, source: Path) -> None:
         raise UsageError(f"method: {recipe.method}, but the start in {quoted(source)} was made by {method}")
 
 
-def _cache_name(source: Path, policy: Policy) -> str:
-    text = json.dumps([str(source.resolve()), asdict(policy)], sort_keys=True)
-    return f"{source.name}-{policy.bits}bit-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+def _cache_name(source: Path, options: QuantizeOptions) -> str:
+    text = json.dumps([str(source.resolve()), asdict(options)], sort_keys=True)
+    return f"{source.name}-{options.policy.bits}bit-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def _model(recipe: Recipe, task: Task, base: Path, arguments: Seq2SeqTrainingArguments) -> Any:

@@ -119,6 +119,8 @@ def digest(recipe: Recipe) -> str:
     """
     values = recipe.model_dump(mode="json", exclude_none=True, exclude_defaults=True, exclude=NOT_ESSENTIAL)
     values["model"] = _contents(recipe.model)
+    if "calibrate" in values.get("quantization", {}):
+        values["quantization"]["calibrate"] = _contents(values["quantization"]["calibrate"])
     data = recipe.to_dict()["data"]
     values["data"] = {k: _contents(v) if isinstance(v, (str, list)) else v for k, v in data.items()}
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
@@ -177,7 +179,8 @@ def essential(recipe: Recipe) -> Recipe:
     if recipe.method == "full":
         return recipe.changed(quantization=None, lora={})
     if recipe.method == "qlora":
-        return recipe.changed(**{"quantization.steps": 0, "quantization.order": None, "quantization.preset": None})
+        unused = dict.fromkeys(("quantization.order", "quantization.preset", "quantization.calibrate"))
+        return recipe.changed(**{**unused, "quantization.steps": 0, "quantization.calibration_samples": 128})
     if recipe.method == "lora" and recipe.quantization:
         given = recipe.quantization  # decides which modules get an adapter; widths do only where a pattern leaves some
         kept = {"embeddings": given.embeddings, "min_coverage": given.min_coverage}

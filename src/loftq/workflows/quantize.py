@@ -20,10 +20,14 @@ from loftq import plan as planning
 from loftq.errors import LoftqError, StorageError
 from loftq.formats import fsio
 from loftq.formats.layouts import LAYOUTS, Layout
+from loftq.formats.statistics import Statistics
 from loftq.formats.tensorfile import file_size
+from loftq.nn import collect
 from loftq.plan import Matrix, Policy
 from loftq.solve import ordered_map
+from loftq.spec import check_statistics, statistics_kind
 from loftq.workflows.assemble import Job, adapter_of, assemble, source_identity
+from loftq.workflows.calibrate import CalibrateOptions, open_or_collect
 from loftq.workflows.places import already_done, check_places, claim, is_ours, publish, put_back, was_taken
 from loftq.workflows.source import Source, open_source
 from loftq.workflows.units import Solved, Workspace, solve_matrix, split
@@ -33,7 +37,12 @@ logger = logging.getLogger("loftq")
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeOptions:
-    """What to make, beside the policy. Of these only ``format`` and ``max_shard_bytes`` change the bytes written."""
+    """What to make, beside the policy. Of these only ``format``, ``max_shard_bytes`` and the calibration change bytes.
+
+    Attributes:
+        calibrate: a directory of statistics, a file of texts, or a data set of the hub; see ``docs/calibration.md``.
+        calibration_samples: of the texts, if statistics are to be collected.
+    """
 
     policy: Policy = field(default_factory=Policy)
     format: str = "loftq"
@@ -43,30 +52,42 @@ class QuantizeOptions:
     overwrite: bool = False
     revision: str | None = None
     task_type: str | None = None
+    calibrate: str | None = None
+    calibration_samples: int = 128
 
 
 Progress = Callable[[dict[str, Any]], None]  # called with the report of each matrix
 Begin = Callable[[int, int], Progress]  # called once with the number of matrices in all, and of those done already
 
 
-def quantize(model: str, output: Path, options: QuantizeOptions, begin: Begin | None = None) -> dict[str, Any]:
+def quantize(
+    model: str,
+    output: Path,
+    options: QuantizeOptions,
+    begin: Begin | None = None,
+    begin_calibration: collect.Begin | None = None,
+) -> dict[str, Any]:
     """Quantize ``model`` into the directory ``output``; the manifest of the result.
 
     Args:
         model: a local directory or a hub id.
         begin: called before the work; returns what is called after every matrix.
+        begin_calibration: the same for collecting statistics. These are kept beside the output, for other runs.
 
     Raises: ConflictError if ``output`` holds something else or another process works on it; InputError,
         NumericalError, StorageError as their names say. In every case ``output`` is absent or complete.
     """
     output = Path(os.path.realpath(output.expanduser()))
     work = Workspace(output)
+    spec = options.policy.solve
+    check_statistics(spec, None if options.calibrate is None else statistics_kind(spec))
     source = open_source(model, options.policy, options.revision)
     check_places(source.directory, work, output)
+    statistics = _statistics(model, output, options, begin_calibration)
     layout = LAYOUTS[options.format]
     units = split(source.plan, layout, options.max_shard_bytes, _in_order(source))
     adapter = adapter_of(source, layout, output, options.task_type)
-    job = Job(source, layout, units, _identity(source, layout, options), adapter)
+    job = Job(source, layout, units, _identity(source, layout, options, statistics), adapter)
     done = already_done(output, job.identity, options.overwrite)
     if done and not (work.root.exists() and is_ours(work, job.identity)):  # nothing to clean away
         return done
@@ -78,7 +99,7 @@ def quantize(model: str, output: Path, options: QuantizeOptions, begin: Begin | 
             if not done:
                 claim(work, job.identity)
                 _check_space(job, work)
-                done = assemble(job, work, _make_units(job, work, options, begin), output.name)
+                done = assemble(job, work, _make_units(job, work, options, statistics, begin), output.name)
                 publish(work, output, done["files"], options.overwrite)
         except LoftqError as e:
             done = already_done(output, job.identity, False) if was_taken(e) else None
@@ -94,9 +115,28 @@ def _in_order(source: Source) -> list[str]:
     return sorted((t.name for t in (*source.plan.matrices, *source.plan.kept)), key=planning.natural)
 
 
-def _identity(source: Source, layout: Layout, options: QuantizeOptions) -> dict[str, Any]:
+def _statistics(model: str, output: Path, options: QuantizeOptions, begin: collect.Begin | None) -> Statistics | None:
+    """What ``options.calibrate`` names, or what is collected from it; None if it is None."""
+    if options.calibrate is None:
+        return None
+    asked = CalibrateOptions(
+        data=options.calibrate,
+        kind=statistics_kind(options.policy.solve),
+        samples=options.calibration_samples,
+        revision=options.revision,
+    )
+    place = output.with_name(f"{output.name}.statistics")
+    statistics = open_or_collect(options.calibrate, model, place, asked, begin)
+    check_statistics(options.policy.solve, statistics.kind)
+    return statistics
+
+
+def _identity(
+    source: Source, layout: Layout, options: QuantizeOptions, statistics: Statistics | None
+) -> dict[str, Any]:
     """Everything that the bytes of the result depend on. Two runs may share work only if these are equal."""
     return {
+        **({} if statistics is None else {"statistics": statistics.identity}),
         "source": source_identity(source),
         "options": {
             **asdict(options.policy),
@@ -125,7 +165,9 @@ def _check_space(job: Job, work: Workspace) -> None:
         )
 
 
-def _make_units(job: Job, work: Workspace, options: QuantizeOptions, begin: Begin | None) -> list[dict[str, Any]]:
+def _make_units(
+    job: Job, work: Workspace, options: QuantizeOptions, statistics: Statistics | None, begin: Begin | None
+) -> list[dict[str, Any]]:
     """Records of all units, made where they are not there yet; matrices are solved ahead, across units."""
     source, layout = job.source, job.layout
     records = [work.finished(unit) for unit in job.units]
@@ -134,7 +176,8 @@ def _make_units(job: Job, work: Workspace, options: QuantizeOptions, begin: Begi
     advance = begin(len(source.plan.matrices), finished) if begin else lambda report: None
 
     def work_on(matrix: Matrix) -> Solved:
-        return solve_matrix(matrix, source.checkpoint, source.plan, layout, options.device)
+        moments = statistics.moments(matrix.module) if statistics and matrix.kind != "embedding" else None
+        return solve_matrix(matrix, source.checkpoint, source.plan, layout, options.device, moments)
 
     def watched(results: Iterator[Solved]) -> Iterator[Solved]:
         for result in results:

@@ -19,7 +19,7 @@ from loftq.formats.layouts import Layout
 from loftq.formats.source import Checkpoint
 from loftq.formats.tensorfile import Entry, encode_header, tensor_bytes
 from loftq.nn.adapter import adapter_product, adapter_shapes, adapter_tensors
-from loftq.numerics import frobenius
+from loftq.numerics import Moments, frobenius
 from loftq.plan import Kept, Matrix, Plan
 from loftq.solve import check_finite, solve
 from loftq.workflows import sealed
@@ -80,13 +80,16 @@ def split(plan: Plan, layout: Layout, max_shard_bytes: int, order: list[str]) ->
     return [Unit(i, name, tuple(s)) for i, (name, s) in enumerate(zip(names, shards, strict=True))]
 
 
-def solve_matrix(matrix: Matrix, checkpoint: Checkpoint, plan: Plan, layout: Layout, device: str) -> Solved:
-    """Read, solve and encode one matrix; measure the error on the tensors that will be written."""
+def solve_matrix(
+    matrix: Matrix, checkpoint: Checkpoint, plan: Plan, layout: Layout, device: str, moments: Moments | None = None
+) -> Solved:
+    """Read, solve and encode one matrix; measure the errors on the tensors that will be written."""
     try:
         raw = checkpoint.read(matrix.name)
         source_sha256 = hashlib.sha256(tensor_bytes(raw)).hexdigest()
         weight = raw.T.contiguous() if matrix.kind == "conv1d" else raw
-        solution = solve(weight.to(device), matrix.quant, matrix.rank, plan.solve, matrix.name)
+        moved = moments and moments.to(device)
+        solution = solve(weight.to(device), matrix.quant, matrix.rank, plan.solve, matrix.name, moved)
         s = plan.scaling(matrix)
         b, a = (factor.cpu() for factor in solution.factors(s))
         adapter = adapter_tensors(matrix, b, a)
@@ -94,7 +97,7 @@ def solve_matrix(matrix: Matrix, checkpoint: Checkpoint, plan: Plan, layout: Lay
             solution.quantized.codes.cpu(), {k: v.cpu() for k, v in solution.quantized.scales.items()}
         )
         stored = layout.encode(matrix, codes)
-        error, product = _written_error(weight, matrix, stored, adapter, s, layout)
+        written = _measured(weight, matrix, stored, adapter, s, layout, moments)
     except LoftqError as e:
         raise type(e)(f"{quoted(matrix.name)}: {e}") from e
     except (MemoryError, RuntimeError) as e:
@@ -103,13 +106,15 @@ def solve_matrix(matrix: Matrix, checkpoint: Checkpoint, plan: Plan, layout: Lay
         raise StorageError(
             f"{quoted(matrix.name)}: not enough memory for a matrix of shape {matrix.shape}; use fewer --workers"
         ) from e
-    errors = list(solution.errors)
-    if layout.name != "dense" and abs(error - errors[solution.kept]) > 1e-3 * errors[0] + 1e-6:
-        raise LoftqError(
-            f"{matrix.name}: the written tensors have error {error}, the solver found {errors[solution.kept]}; "
-            "please report this"
-        )
-    errors[solution.kept] = error
+    traces = {"errors": list(solution.errors), "output_errors": list(solution.output_errors)}
+    traces = {name: trace for name, trace in traces.items() if trace}
+    for name, trace in traces.items():
+        if layout.name != "dense" and abs(written[name] - trace[solution.kept]) > 1e-3 * trace[0] + 1e-6:
+            raise LoftqError(
+                f"{matrix.name}: the written tensors have {name} {written[name]}, the solver found "
+                f"{trace[solution.kept]}; please report this"
+            )
+        trace[solution.kept] = written[name]
     report = {
         "name": matrix.name,
         "shape": list(matrix.shape),
@@ -117,27 +122,41 @@ def solve_matrix(matrix: Matrix, checkpoint: Checkpoint, plan: Plan, layout: Lay
         "rank": matrix.rank,
         "alpha": plan.lora_alpha,
         "bytes": sum(e.nbytes for e in layout.entries(matrix)),
-        "errors": errors,
+        **traces,
         "kept": solution.kept,
-        "qlora_error": errors[0],
+        "qlora_error": solution.errors[0],
         "norm": frobenius(weight),
-        "adapter_norm_ratio": product,
+        **({} if moments is None else {"output_norm": moments.held.norm(weight.float())}),
+        "adapter_norm_ratio": written["product"],
         "source_sha256": source_sha256,
     }
     return Solved(matrix, stored, adapter, report)
 
 
-def _written_error(
-    weight: Tensor, matrix: Matrix, stored: list[Tensor], adapter: dict[str, Tensor], s: float, layout: Layout
-) -> tuple[float, float]:
-    """``||W - Q - s·BA|| / ||W||`` and ``||s·BA|| / ||W||`` from the very tensors that are written."""
+def _measured(
+    weight: Tensor,
+    matrix: Matrix,
+    stored: list[Tensor],
+    adapter: dict[str, Tensor],
+    s: float,
+    layout: Layout,
+    moments: Moments | None,
+) -> dict[str, float]:
+    """Of the very tensors that are written: ``errors`` ``||W - Q - s·BA|| / ||W||``, ``product`` ``||s·BA|| / ||W||``.
+
+    With moments, ``output_errors`` too: the first in the metric of the tokens held out.
+    """
     for tensor in (*stored, *adapter.values()):
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise NumericalError("a tensor to be written is not finite; the weights' range is too wide")
     norm = frobenius(weight) or 1.0
     product = adapter_product(matrix, adapter).mul_(s)
     part = frobenius(product) / norm
-    return frobenius(product.add_(layout.decode(matrix, stored)).sub_(weight)) / norm, part
+    rest = product.add_(layout.decode(matrix, stored)).sub_(weight)
+    found = {"errors": frobenius(rest) / norm, "product": part}
+    if moments is not None:
+        found["output_errors"] = moments.held.norm(rest) / (moments.held.norm(weight.float()) or 1.0)
+    return found
 
 
 class Workspace:
