@@ -108,9 +108,9 @@ def replace_lora_weights(
         revision: branch, tag or commit of a hub id.
         progress: whether to show a bar.
 
-    Returns: ``layers``, for each one ``name``, ``tensor``, ``shape``, ``rank``, ``scaling``, ``norm``, ``errors`` (before
-        and after, relative, with the values the adapter now holds), ``kept`` (0 where B is zero, with a ``reason``);
-        ``skipped``, modules that kept their adapter and why; ``error_before`` and ``error``, of all layers together.
+    Returns: ``layers``, for each one ``name``, ``tensor``, ``shape``, ``rank``, ``scaling``, ``norm``, ``errors``
+        (before and after, relative, with the values that the adapter now holds), ``kept`` (0 where B is zero, with a
+        ``reason``); ``skipped``, modules that kept their adapter, and why; ``error_before`` and ``error``, of all.
 
     Raises: UsageError for a model without plain LoRA layers; InputError if the weights are not the model's original.
 

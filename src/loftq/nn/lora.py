@@ -53,7 +53,7 @@ def _refuse(name: str, layer: Any, adapter: str) -> None:
 def factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
     """PEFT's own parameters, in the orientation of ``W ≈ Q + s · B @ A``: views of ``B (out, rank)``, ``A (rank, in)``.
 
-    An embedding adds ``(B_e @ A_e).T`` to its table ``(rows, width)``, so that ``B`` is ``A_e.T`` and ``A`` is ``B_e.T``.
+    An embedding adds ``(B_e @ A_e).T`` to its table ``(rows, width)``, so that ``B = A_e.T`` and ``A = B_e.T``.
     """
     if adapter in layer.lora_embedding_A:
         return layer.lora_embedding_A[adapter].T, layer.lora_embedding_B[adapter].T

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loftq.errors import InputError, LoftqError, NumericalError, StorageError, listed, quoted
+from loftq.errors import InputError, LoftqError, NumericalError, StorageError, quoted
 from loftq.formats.source import Checkpoint, is_quantized_source, open_checkpoint
 from loftq.numerics import Moments, frobenius
 from loftq.plan import FLOATS
@@ -82,7 +82,7 @@ class FitOptions:
     """How the starts are found.
 
     Attributes:
-        moments: of the inputs of some of the modules, by the modules' names; the others are fitted in the weights' norm.
+        moments: of the inputs of modules, by the modules' names; where there are none, the weights' norm is used.
         svd, seed: as in :class:`loftq.spec.SolveSpec`.
     """
 
@@ -117,7 +117,6 @@ def replace(
             continue
         base, (b, _) = lora.get_base_layer(), factors(lora, adapter)
         layers.append(Layer(name, base, original, lora.r[adapter], lora.scaling[adapter], b.dtype))
-    check_shapes(originals, {n: _shape(factors(found[n], adapter)) for n in found if n not in skipped})
     advance = begin(len(layers), 0)
     fitted = []
     for layer in layers:
@@ -162,21 +161,9 @@ def _reason_to_skip(name: str, original: Original | None, rank: int, model: Any)
         return "a head that the original has no weights for"
     if original.keep:
         return original.keep
+    if original.dtype not in FLOATS:
+        raise InputError(f"{quoted(original.tensor)}: {original.dtype}; wanted one of {', '.join(FLOATS)}")
     return f"rank {rank} does not fit {original.shape}" if rank > min(original.shape) else ""
-
-
-def check_shapes(originals: Originals, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """InputError, naming all of them, if matrices of the original are not those of the frozen model's layers."""
-    wrong = []
-    for name, shape in shapes.items():
-        original = originals.find(name)
-        assert original is not None
-        if original.shape != shape:
-            wrong.append(f"{original.tensor} is {original.shape}, the layer {shape}")
-        elif original.dtype not in FLOATS:
-            wrong.append(f"{original.tensor} is {original.dtype}, wanted one of {', '.join(FLOATS)}")
-    if wrong:
-        raise InputError(f"{originals.directory}: not the original of this model: {listed(wrong, 3)}")
 
 
 def fit(layer: Layer, checkpoint: Checkpoint, options: FitOptions) -> Fitted:
@@ -191,6 +178,10 @@ def fit(layer: Layer, checkpoint: Checkpoint, options: FitOptions) -> Fitted:
         base = dequantized(layer.base)
         raw = checkpoint.read(original.tensor)
         weight = (raw.T if original.transposed else raw).to(base.device).float()
+        if weight.shape != base.shape:
+            raise InputError(
+                f"{original.tensor} is {tuple(weight.shape)}, the layer {tuple(base.shape)}; is it another model's?"
+            )
         norm, moments = frobenius(weight), (options.moments or {}).get(layer.name)
         start = fit_adapter(
             weight, base, layer.rank, moments=moments, svd=options.svd, seed=options.seed, name=original.tensor
@@ -229,7 +220,3 @@ def summary(layers: list[dict[str, Any]], skipped: Mapping[str, str]) -> dict[st
         return sum((r["errors"][which] * r["norm"]) ** 2 for r in layers) ** 0.5 / norm if norm else 0.0
 
     return {"layers": layers, "skipped": dict(skipped), "error_before": together(0), "error": together(1)}
-
-
-def _shape(factors: tuple[Tensor, Tensor]) -> tuple[int, int]:
-    return factors[0].shape[0], factors[1].shape[1]
