@@ -116,8 +116,9 @@ def _by_forward(module: Any) -> Tensor:
     if not columns:
         raise UsageError(f"{type(module).__name__} says no in_features: not a linear layer that can be read")
     tensors = _tensors(module)
-    dtype = next((t.dtype for t in tensors if t.dtype in PROBED), torch.float32)
-    dtype = getattr(module, "compute_dtype", None) or dtype
+    bias = getattr(module, "bias", None)
+    dtypes = (t.dtype for t in tensors if t is not bias and t.dtype in PROBED)
+    dtype = getattr(module, "compute_dtype", None) or next(dtypes, torch.float32)
     device = tensors[0].device if tensors else torch.device("cpu")
     probes = torch.eye(columns, dtype=dtype, device=device)
     try:
