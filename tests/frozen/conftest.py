@@ -55,7 +55,7 @@ class OnlyForward(nn.Module):
 
     def __init__(self, dense: nn.Linear) -> None:
         super().__init__()
-        self.in_features, self.out_features = dense.in_features, dense.out_features
+        self.infeatures, self.outfeatures = dense.in_features, dense.out_features  # GPTQ's names
         scales = dense.weight.detach().abs().amax(1, keepdim=True) / 7
         self.register_buffer("qweight", (dense.weight.detach() / scales).round().to(torch.int8))
         self.register_buffer("scales", scales.half())

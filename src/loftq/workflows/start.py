@@ -62,7 +62,9 @@ def start(base: str, weights: str, output: Path, options: StartOptions, begin: B
         raise ConflictError(f"{output}: exists; choose another --output, or remove it")
     model = load(directory, options.device)
     plan = _located(source, model)
-    config = _adapter_config(plan, source, model, str(directory.resolve()) if Path(base).exists() else base, options)
+    config = _adapter_config(
+        plan, source, model, str(directory.resolve()) if Path(base).expanduser().exists() else base, options
+    )
     identity = {
         "base": str(directory.resolve()),
         "weights": str(source.directory.resolve()),
