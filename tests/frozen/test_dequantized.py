@@ -109,7 +109,7 @@ def test_refusals():
     broken = OnlyForward(nn.Linear(6, 4))
     broken.scales = broken.scales.float()  # its kernel then gets float32
     bias = broken.bias.clone()
-    with pytest.raises(UsageError, match="OnlyForward does not run on cpu in torch.float32: a kernel of half"):
+    with pytest.raises(UsageError, match=r"OnlyForward does not run on cpu in torch\.float32: a kernel of half"):
         dequantized(broken)
     assert torch.equal(broken.bias, bias)
 

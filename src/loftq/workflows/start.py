@@ -62,9 +62,8 @@ def start(base: str, weights: str, output: Path, options: StartOptions, begin: B
         raise ConflictError(f"{output}: exists; choose another --output, or remove it")
     model = load(directory, options.device)
     plan = _located(source, model)
-    config = _adapter_config(
-        plan, source, model, str(directory.resolve()) if Path(base).expanduser().exists() else base, options
-    )
+    name = str(directory.resolve()) if Path(base).expanduser().exists() else base
+    config = _adapter_config(plan, source, model, name, options)
     identity = {
         "base": str(directory.resolve()),
         "weights": str(source.directory.resolve()),
