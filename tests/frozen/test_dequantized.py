@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from bases import BASES, OnlyForward, bitsandbytes
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from conftest import BASES, OnlyForward, bitsandbytes
 from loftq.errors import UsageError
 from loftq.nn.convert import pack_like
 from loftq.nn.frozen import dequantized

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bases import BASES, PROJECTIONS, Opaque, bitsandbytes, make_llama, opaque
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, replace_lora_weights_loftq
 from peft.tuners.lora.gptq import GPTQLoraLinear
 from safetensors.torch import load_file, save_file
@@ -13,7 +14,6 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 import loftq
 import models
-from conftest import BASES, PROJECTIONS, Opaque, bitsandbytes, make_llama, opaque
 from loftq.errors import InputError, UsageError
 from loftq.formats.source import Checkpoint
 from loftq.nn.frozen import dequantized

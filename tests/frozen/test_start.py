@@ -5,12 +5,12 @@ import os
 
 import pytest
 import torch
+from bases import BASES, PROJECTIONS, make_llama
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import models
-from conftest import BASES, PROJECTIONS, make_llama
 from harness import cli, refused, start_cli, tree
 from loftq.errors import StorageError
 from loftq.formats import fsio
