@@ -20,11 +20,12 @@ __all__ = [
     "load_start",
     "quantize",
     "quantize_weight",
+    "replace_lora_weights",
     "solve",
 ]
 
 if TYPE_CHECKING:
-    from loftq.api import calibrate, get_peft_model, quantize, quantize_weight
+    from loftq.api import calibrate, get_peft_model, quantize, quantize_weight, replace_lora_weights
     from loftq.formats.statistics import Statistics
     from loftq.nn.start import load_start
     from loftq.plan import Policy
@@ -43,6 +44,7 @@ _PUBLIC = {
     "load_start": "loftq.nn.start",
     "quantize": "loftq.api",
     "quantize_weight": "loftq.api",
+    "replace_lora_weights": "loftq.api",
 }
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from loftq.numerics import Moments
 from loftq.plan import Policy
 from loftq.solve import Solution, solve
 from loftq.spec import QuantSpec, SolveSpec, check_statistics, code_for, solve_spec
+from loftq.workflows.frozen import FitOptions, replace
 from loftq.workflows.quantize import QuantizeOptions
 from loftq.workflows.quantize import quantize as _quantize
 
@@ -138,6 +139,55 @@ def quantize(model: str | Path, output: str | Path, *, format: str = "loftq", **
     own = {k: options.pop(k) for k in names if k in options}
     policy = make_policy(calibrated=own.get("calibrate") is not None, **options)
     return _quantize(str(model), Path(output), QuantizeOptions(policy=policy, format=format, **own))
+
+
+def replace_lora_weights(
+    model: nn.Module,
+    weights: str | Path,
+    *,
+    adapter_name: str = "default",
+    moments: Mapping[str, Moments] | None = None,
+    svd: str = "auto",
+    seed: int = 0,
+    revision: str | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Give the LoRA layers of a ``PeftModel`` over any frozen base the start that makes up for its quantization.
+
+    Each layer's ``B`` and ``A`` become the best low-rank term between the original weight and what the frozen layer
+    multiplies with, whatever quantized it, with the layer's scaling divided out; what they held before is lost. The
+    original is read one matrix at a time. All layers are replaced, or none if an error is raised.
+
+    Args:
+        model: made by ``peft.get_peft_model`` over a model that is quantized, or rounded, or pruned: by bitsandbytes,
+            HQQ, GPTQ, AWQ, ``loftq`` or others whose layers run on the device that they are on.
+        weights: the full-precision checkpoint, a local directory or a hub id.
+        adapter_name: the adapter to fill; others keep their values.
+        moments: of the inputs of modules, by the modules' names; where there are none, the weights' own norm is used.
+        svd: ``auto``, ``exact`` or ``randomized``.
+        seed: of the randomized SVD, together with each tensor's name.
+        revision: branch, tag or commit of a hub id.
+        progress: whether to show a bar.
+
+    Returns: ``layers``, for each one ``name``, ``tensor``, ``shape``, ``rank``, ``scaling``, ``norm``, ``errors``
+        (before and after, relative, with the values that the adapter now holds), ``kept`` (0 where B is zero, with a
+        ``reason``); ``skipped``, modules that kept their adapter, and why; ``error_before`` and ``error``, of all.
+
+    Raises: UsageError for a model without plain LoRA layers; InputError if the weights are not the model's original.
+
+    Example:
+        >>> model = AutoModelForCausalLM.from_pretrained("org/model", quantization_config=BitsAndBytesConfig(...))
+        >>> model = peft.get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+        >>> loftq.replace_lora_weights(model, "org/model")["error"]
+    """
+    options = FitOptions(moments=moments, svd=svd, seed=seed)
+    with tqdm(desc="LoftQ", unit="matrix", disable=not progress) as bar:
+
+        def begin(total: int, done: int) -> Callable[[dict[str, Any]], object]:
+            bar.reset(total)
+            return lambda report: bar.update()
+
+        return replace(model, str(weights), adapter_name, options, revision, begin)
 
 
 def make_policy(*, calibrated: bool = False, **options: Any) -> Policy:

@@ -40,6 +40,7 @@ PROMISED = {
         "--output", "--bits", "--code", "--block-size", "--rank", "--alpha", "--steps", "--method", "--format",
         "--embeddings", "--workers", "--device", "--seed", "--overwrite", "--rank-policy", "--max-shard-size",
     },
+    "start": {"--weights", "--output", "--rank", "--alpha", "--rslora", "--embeddings", "--device", "--seed"},
     "train": {"--output", "--restart", "--json"},
     "evaluate": {"--task", "--data", "--split", "--adapter", "--batch-size", "--max-length", "--sampling", "--json"},
     "compare": {"--output", "--json"},

@@ -114,7 +114,7 @@ def quantize(
         str | None,
         typer.Option(
             metavar="DIR|FILE|DATASET",
-            help="Statistics made by `loftq calibrate`, or texts from which to make them: a file, or ORG/NAME of the hub.",
+            help="Statistics made by `loftq calibrate`, or texts to make them from: a file, or ORG/NAME of the hub.",
             show_default=False,
         ),
     ] = None,

@@ -57,8 +57,8 @@ def policy(**options: Any) -> "Policy":
         raise UsageError(f"--min-coverage: {options['min_coverage']} is not between 0 and 1")
     if options["alpha"] is not None and not math.isfinite(options["alpha"]):
         raise UsageError(f"--alpha: {options['alpha']} is not a number to scale by")
-    code = "nf" if options["code"] == "auto" else options["code"]
-    QuantSpec(bits=2, code=code, **{k: options[k] for k in ("block_size", "scale_dtype", "double_quant")})
+    stored = {k: options[k] for k in ("code", "block_size", "scale_dtype", "double_quant") if k in options}
+    QuantSpec(bits=2, **{k: v for k, v in stored.items() if v != "auto"})
     return Policy(**options)
 
 
@@ -75,15 +75,20 @@ def extra(name: str) -> Iterator[None]:
 
 def quiet() -> None:
     """No bars and advice of other libraries between ours."""
+    import datasets
+
+    quiet_transformers()
+    datasets.disable_progress_bars()
+
+
+def quiet_transformers() -> None:
     import warnings
 
-    import datasets
     import transformers
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
 
 
 def choice(option: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -190,18 +190,16 @@ def load_offloaded(directory: Path, offload: Path) -> nn.Module:
 
 def load(directory: Path, **options: Any) -> nn.Module:
     """The model of a checkpoint in float32, in its own class. No code that comes with it is run."""
-    import transformers
-
-    model_class, values = skeleton.class_and_values(directory)
+    values = skeleton.read_config(directory)
+    model_class, config_class = skeleton.classes(directory / "config.json", values)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # buffers are no modules, says accelerate
-            cls = model_class or transformers.AutoModel
-            config = skeleton.config_of(values)
-            return cls.from_pretrained(directory, config=config, dtype=torch.float32, **options).eval()
+            config = config_class.from_dict(values)
+            return model_class.from_pretrained(directory, config=config, dtype=torch.float32, **options).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as e:
-        line = str(e).strip().partition("\n")[0] or type(e).__name__
-        raise InputError(f"{quoted(directory, 400)}: cannot be loaded by transformers: {quoted(line, 300)}") from e
+        line = skeleton.first_line(e)
+        raise InputError(f"{quoted(directory, 400)}: cannot be loaded by transformers: {line}") from e
 
 
 def _places(model: nn.Module) -> dict[str, str]:

@@ -20,7 +20,7 @@ from loftq.errors import InputError, UsageError, listed, quoted
 from loftq.formats.config import Group, quantization_config, read_groups
 from loftq.formats.tensorfile import read_header
 from loftq.nn.layers import LoftQEmbedding, LoftQLinear, PackedWeight, can_pack, pack_like, replace_module
-from loftq.nn.skeleton import renamer
+from loftq.nn.skeleton import renamer, spellings
 from loftq.plan import natural
 from loftq.spec import QuantSpec
 
@@ -157,7 +157,7 @@ def resolve(model: nn.Module, specs: dict[str, QuantSpec]) -> dict[str, tuple[st
     modules = dict(model.named_modules())
     found = {}
     for name, spec in specs.items():
-        for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
+        for candidate in spellings(name, str(prefix)):
             if candidate in modules:
                 found[candidate] = (name, spec)
                 break

@@ -28,14 +28,18 @@ MOST_MODULES = 250_000  # five times as many as a model of 61 layers with 256 ex
 READ_DIRECTLY = {"rel_embeddings": "its weight is read directly, past any adapter"}  # DeBERTa-v2
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """``config.json``, strictly parsed, without the keys that would run or select code."""
+def read_config(directory: Path, *, quantized: bool = False) -> dict[str, Any]:
+    """``config.json``, strictly parsed, without the keys that would run or select code.
+
+    Args:
+        quantized: whether the checkpoint may be quantized already.
+    """
     path = directory / "config.json"
     if not path.is_file():
         raise InputError(f"{path}: missing; a Hugging Face model directory holds a config.json beside its weights")
     config = strict_json.load_object(path)
     method = _quantized_with(config)
-    if method:
+    if method and not quantized:
         raise InputError(f"{path}: already quantized with {method}; start from the full-precision checkpoint")
     _check_numbers(path, config)
     return without_internal_keys(config)
@@ -82,45 +86,46 @@ def build(directory: Path) -> nn.Module:
     The class is the one named under ``architectures``, else the base model. Code shipped with the checkpoint is
     never run.
     """
-    import transformers
-
-    model_class, values = class_and_values(directory)
+    path = directory / "config.json"
+    values = read_config(directory)
+    model_class, config_class = classes(path, values)
     count = torch.nn.modules.module.register_module_module_registration_hook(_count_modules())
     try:
-        config = config_of(values)
+        config = config_class.from_dict(values)
         with torch.device("meta"):
-            return transformers.AutoModel.from_config(config) if model_class is None else model_class(config)
+            return getattr(model_class, "from_config", model_class)(config)  # AutoModel's, or the constructor
     except Exception as e:  # whatever transformers raises for a config it cannot take
-        line = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        path = directory / "config.json"
-        raise InputError(f"{path}: transformers cannot build this model: {quoted(line, 400)}") from e
+        raise InputError(f"{path}: transformers cannot build this model: {first_line(e)}") from e
     finally:
         count.remove()
 
 
-def class_and_values(directory: Path) -> tuple[Any, dict[str, Any]]:
-    """The class of transformers that ``config.json`` names, None if it names none, and its checked values."""
+def classes(path: Path, values: dict[str, Any]) -> tuple[Any, Any]:
+    """transformers' classes of the model (``AutoModel`` if none is named) and of the configuration in ``path``."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    values = read_config(directory)
     model_type, names = values.get("model_type"), values.get("architectures")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise InputError(
-            f"{directory / 'config.json'}: model_type {quoted(model_type)} is not one of transformers' own; "
+            f"{path}: model_type {quoted(model_type)} is not one of transformers' own; "
             "loftq does not run code that comes with a checkpoint"
         )
     named = isinstance(names, list) and names and isinstance(names[0], str)
     found = getattr(transformers, names[0], None) if named else None  # type: ignore[index]
-    good = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    return found if good else None, values
+    known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if known else transformers.AutoModel, CONFIG_MAPPING[model_type]
 
 
-def config_of(values: dict[str, Any]) -> Any:
-    """The configuration object of the values of a ``config.json``."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+def first_line(error: Exception) -> str:
+    """What another library says, fit for a message."""
+    lines = str(error).strip().splitlines()
+    return quoted(lines[0] if lines else type(error).__name__, 400)
 
-    return CONFIG_MAPPING[values["model_type"]].from_dict(values)
+
+def spellings(name: str, prefix: str) -> tuple[str, str, str]:
+    """A module's name as another head over the same base model may have it: as it is, with the prefix, without."""
+    return name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")
 
 
 def _count_modules() -> Callable[[nn.Module, str, nn.Module | None], None]:

@@ -2,6 +2,7 @@
 
 from loftq.plan.patterns import Rules, parse_rules
 from loftq.plan.plan import (
+    FLOATS,
     Kept,
     Matrix,
     Plan,
@@ -16,6 +17,7 @@ from loftq.plan.plan import (
 )
 
 __all__ = [
+    "FLOATS",
     "Kept",
     "Matrix",
     "Plan",

@@ -107,6 +107,24 @@ def print_summary(output: Path, manifest: dict[str, Any], made: bool) -> None:
     out.print(f"Saved to {place}. Its README.md says how to load it; `loftq inspect {place}` shows every matrix.")
 
 
+def print_start(output: Path, report: dict[str, Any]) -> None:
+    """Every layer of an adapter that ``loftq start`` made, and what to do with it."""
+    columns = (("layer", "left"), ("shape", "right"), ("rank", "right"), ("base", "right"), ("start", "right"))
+    table = plain_table(*columns, ("", "left"))
+    for layer in report["layers"]:
+        before, after = layer["errors"]
+        shape = "x".join(map(str, layer["shape"]))
+        reason = Text(f"zero start: {layer['reason']}" if layer["reason"] else "", "dim")
+        table.add_row(layer["name"], shape, str(layer["rank"]), f"{before:.4f}", f"{after:.4f}", reason)
+    out = console()
+    out.print(table)
+    before, after = report["error_before"], report["error"]
+    gained = 1 - after / before if before else 0.0
+    errors = f"{before:.4f}, with the adapter {after:.4f} ({gained:.1%} less)"
+    out.print(f"\nrelative error of {len(report['layers'])} layers: {errors}")
+    out.print(f"Saved to {quoted(output, 400)}: PeftModel.from_pretrained(base, DIR, is_trainable=True)")
+
+
 def print_metrics(title: str, splits: list[str], metrics: dict[str, float]) -> None:
     """Metrics, one a line; shares and correlations are percentages."""
     table = plain_table(("", "left"), ("", "right"))
