@@ -6,10 +6,10 @@ import threading
 from pathlib import Path
 
 import pytest
+import small
 import torch
 import transformers
 
-import small
 from harness import Child
 from loftq.nn.blocks import load_offloaded
 from loftq.nn.collect import collect
