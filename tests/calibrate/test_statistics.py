@@ -63,7 +63,7 @@ def test_few_tokens_are_shrunk_towards_the_diagonal(tokens):
     h, less = measured.fit.columns, shrunk(measured).fit.columns
     assert torch.equal(less.diagonal(), h.diagonal())
     off = ~torch.eye(10, dtype=torch.bool)
-    torch.testing.assert_close(less[off], h[off] * tokens / (10 + tokens))
+    torch.testing.assert_close(less[off], h[off] * (1 - 10 / (40 + tokens)))
     assert shrunk(measured).held is measured.held
     if tokens < 10:
         assert torch.linalg.eigvalsh(less.double())[0] > 1e-3, "positive where the measured one is singular"

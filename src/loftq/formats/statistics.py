@@ -130,7 +130,7 @@ class Statistics:
 
         Of n input features, ``tokens < 4 n`` give ``H`` with too much noise to be trusted in every direction:
 
-            H <- (1 - a) H + a diag(H),    a = n / (n + tokens)
+            H <- (1 - a) H + a diag(H),    a = n / (4 n + tokens)
 
         Raises: InputError for damaged files.
         """
@@ -187,8 +187,7 @@ def shrunk(moments: Moments) -> Moments:
     h = moments.fit.columns
     if h is None or h.ndim == 1 or moments.tokens >= ENOUGH * len(h):
         return moments
-    kept = moments.tokens / (len(h) + moments.tokens)
-    smaller = kept * h
+    smaller = (1 - len(h) / (ENOUGH * len(h) + moments.tokens)) * h
     smaller.diagonal().copy_(h.diagonal())
     return Moments(Metric(smaller, moments.fit.rows), moments.held, moments.tokens)
 
