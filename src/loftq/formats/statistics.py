@@ -34,7 +34,7 @@ logger = logging.getLogger("loftq")
 
 KINDS = ("full", "diagonal", "fisher")
 FORMAT_VERSION = 1
-ENOUGH = 4  # tokens per input feature from which second moments are used as they were measured
+ENOUGH = 4  # tokens per input feature below which second moments are shrunk so much that a warning says so
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,8 @@ class Statistics:
     def moments(self, module: str) -> Moments | None:
         """The moments of a module, ``fit`` shrunk where tokens were few; None for a module that was never reached.
 
-        Of n input features, ``tokens < 4 n`` give ``H`` with too much noise to be trusted in every direction:
+        Of n input features, few tokens give ``H`` with too much noise to be trusted in every direction, and the fewer
+        the more it is shrunk towards its diagonal; below ``4 n`` tokens a warning says so:
 
             H <- (1 - a) H + a diag(H),    a = n / (4 n + tokens)
 
@@ -145,15 +146,6 @@ class Statistics:
             self._last = found
             return found
 
-    def diagonal(self) -> "Statistics":
-        """Statistics of kind ``diagonal``, a part of those of kind ``full``."""
-
-        def read(index: int) -> Moments:
-            whole = self._read(index)
-            return Moments(_diagonal(whole.fit), _diagonal(whole.held), whole.tokens)
-
-        return Statistics("diagonal", self._rows, read, self._samples, {**self.identity, "kind": "diagonal"})
-
     def _warn_if_few(self) -> None:
         """Once, if whole second moments are of so few tokens that some are shrunk."""
         few = [row for row in self._rows if self.kind == "full" and row["tokens"] < ENOUGH * row["width"]]
@@ -161,7 +153,7 @@ class Statistics:
             count = sum(len(row["modules"]) for row in few)
             logger.warning(
                 "calibration: %d of %d matrices have fewer than %d tokens per input feature; their second moments are "
-                "shrunk towards the diagonal; %d samples of the same length would be enough",
+                "shrunk far towards the diagonal; %d samples of the same length would be enough",
                 *(count, len(self._index), ENOUGH, samples_wanted(self._rows, self._samples)),
             )
         self._warned = True
@@ -183,17 +175,13 @@ def samples_wanted(rows: Sequence[Mapping[str, Any]], samples: int) -> int:
 
 
 def shrunk(moments: Moments) -> Moments:
-    """``moments`` with the whole second moments of ``fit`` shrunk towards their diagonal, if tokens were few."""
+    """``moments`` with the whole second moments of ``fit`` shrunk towards their diagonal."""
     h = moments.fit.columns
-    if h is None or h.ndim == 1 or moments.tokens >= ENOUGH * len(h):
+    if h is None or h.ndim == 1:
         return moments
     smaller = (1 - len(h) / (ENOUGH * len(h) + moments.tokens)) * h
     smaller.diagonal().copy_(h.diagonal())
     return Moments(Metric(smaller, moments.fit.rows), moments.held, moments.tokens)
-
-
-def _diagonal(metric: Metric) -> Metric:
-    return Metric(None if metric.columns is None else metric.columns.diagonal().clone(), metric.rows)
 
 
 class _Reader:

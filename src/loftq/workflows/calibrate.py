@@ -158,21 +158,9 @@ def open_or_collect(
     if directory.is_dir():
         found = open_statistics(directory)
         check_model(found, directory, resolve(model, options.revision))
-        return of_kind(found, directory, options.kind)
+        return found
     calibrate(model, output, replace(options, data=path), begin)
     return open_statistics(output)
-
-
-def of_kind(statistics: Statistics, directory: Path, wanted: str) -> Statistics:
-    """Statistics of the kind that is wanted; of whole moments, the diagonal is a part. UsageError for another kind."""
-    if (statistics.kind, wanted) == ("full", "diagonal"):
-        return statistics.diagonal()
-    if statistics.kind != wanted:
-        raise UsageError(
-            f"{quoted(directory, 400)}: statistics of kind {statistics.kind}, wanted {wanted}; collect them with "
-            f"`loftq calibrate --kind {wanted}`"
-        )
-    return statistics
 
 
 def check_model(statistics: Statistics, directory: Path, model: Path) -> None:
