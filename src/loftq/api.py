@@ -71,16 +71,17 @@ def quantize(model: str | Path, output: str | Path, *, format: str = "loftq", **
         output: the directory to be made.
         format: ``loftq``, ``dense`` or ``bnb``.
         options: fields of :class:`Policy`, ``steps``, ``order``, ``svd``, ``seed``, ``scales``, ``workers``,
-            ``device``, ``overwrite``, ``max_shard_bytes``.
+            ``device``, ``overwrite``, ``max_shard_bytes``, ``curves`` (a :class:`pathlib.Path`).
     """
-    own = {k: options.pop(k) for k in ("workers", "device", "overwrite", "max_shard_bytes") if k in options}
+    names = ("workers", "device", "overwrite", "max_shard_bytes", "curves")
+    own = {k: options.pop(k) for k in names if k in options}
     return _quantize(str(model), Path(output), QuantizeOptions(policy=make_policy(**options), format=format, **own))
 
 
 def make_policy(**options: Any) -> Policy:
     """A :class:`Policy` from keywords; numbers may be given as numbers, and the solver's fields beside the others."""
     solver = {k: options.pop(k) for k in ("steps", "order", "svd", "seed", "scales") if k in options}
-    for key in ("bits", "rank"):
+    for key in ("bits", "rank", "budget", "budget_ranks"):
         if key in options:
             options[key] = str(options[key])
     return Policy(solve=SolveSpec(**solver), **options)

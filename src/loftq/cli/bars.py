@@ -4,7 +4,7 @@ from typing import Any
 
 
 class Bar:
-    """A progress bar with matrices, time left, and the relative error so far."""
+    """A progress bar with matrices, time left, and the relative error so far; for a budget two, the first of measuring."""
 
     def __init__(self) -> None:
         self.began = False
@@ -19,8 +19,11 @@ class Bar:
         return self._advance
 
     def _advance(self, report: dict[str, Any]) -> None:
-        self._error += (report["errors"][report["kept"]] * report["norm"]) ** 2
-        self._norm += report["norm"] ** 2
+        if "errors" in report:
+            self._error += (report["errors"][report["kept"]] * report["norm"]) ** 2
+            self._norm += report["norm"] ** 2
+        else:
+            self._bar.set_postfix_str("measuring for the budget", refresh=False)
         if self._norm:
             self._bar.set_postfix_str(f"error {(self._error / self._norm) ** 0.5:.4f}", refresh=False)
         self._bar.update()

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,11 +12,16 @@ from loftq.cli.options import (
     Alpha,
     Bits,
     BlockSize,
+    Budget,
+    BudgetRanks,
+    BudgetSolver,
     Code,
+    Curves,
     Directory,
     DoubleQuant,
     Embeddings,
     Json,
+    Method,
     MinCoverage,
     Model,
     Rank,
@@ -24,13 +29,20 @@ from loftq.cli.options import (
     Revision,
     RsLora,
     ScaleDtype,
+    Scales,
+    Workers,
     at_least,
     check_device,
     choice,
-    parse_bytes,
     policy,
 )
-from loftq.errors import quoted
+from loftq.errors import UsageError, quoted
+
+if TYPE_CHECKING:
+    from loftq.plan import Policy
+    from loftq.workflows.source import Source
+
+METHODS = ("loftq", "svd", "qlora")
 
 
 @app.command()
@@ -47,13 +59,24 @@ def plan(
     rslora: RsLora = False,
     embeddings: Embeddings = False,
     min_coverage: MinCoverage = 0.5,
+    method: Method = "loftq",
+    scales: Scales = "formula",
+    budget: Budget = "",
+    budget_ranks: BudgetRanks = "",
+    budget_solver: BudgetSolver = "greedy",
+    curves: Curves = None,
+    workers: Workers = 0,
+    plot: Annotated[Path | None, typer.Option(help="Save a picture of error against bytes: budget.png.")] = None,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Show, for every tensor, how it would be quantized or why not. Reads no weights."""
+    """Show, for every tensor, how it would be quantized or why not. Reads no weights, except with --budget."""
+    from loftq.report.budget import print_budget
     from loftq.report.tables import print_plan
+    from loftq.spec import SolveSpec
     from loftq.workflows.source import open_source, plan_table
 
+    choice("--method", method, METHODS)
     asked = policy(
         bits=bits,
         rank=rank,
@@ -66,13 +89,42 @@ def plan(
         rslora=rslora,
         embeddings=embeddings,
         min_coverage=min_coverage,
+        budget=budget,
+        budget_ranks=budget_ranks,
+        budget_solver=budget_solver,
+        solve=SolveSpec(steps=_steps(method, SolveSpec.steps), scales=scales),
     )
-    source = open_source(model, asked, revision)
-    rows = plan_table(source.plan)
+    source, spent = open_source(model, asked, revision), {}
+    if budget:
+        source, report = _spend(source, asked, curves, at_least("--workers", workers, 0), plot)
+        spent = {"budget": report}
+    elif plot or curves:
+        raise UsageError("--plot and --curves are of a budget; give one: --budget 2.5")
+    rows, coverage = plan_table(source.plan), source.plan.coverage
     if as_json:
-        print(json.dumps({"tensors": rows, "coverage": source.plan.coverage, "digest": source.plan.digest()}, indent=2))
+        print(json.dumps({"tensors": rows, "coverage": coverage, "digest": source.plan.digest(), **spent}, indent=2))
     else:
-        print_plan(rows, source.plan.coverage)
+        print_plan(rows, coverage)
+        for report in spent.values():
+            print_budget(report)
+
+
+def _spend(
+    source: "Source", asked: "Policy", curves: Path | None, workers: int, plot: Path | None
+) -> tuple["Source", dict[str, Any]]:
+    """The source with the plan of its budget, and the report; draws it too."""
+    from loftq.report.budget import plot as draw
+    from loftq.report.figures import check_place
+    from loftq.workflows.budget import check_budget, within_budget
+
+    check_budget(source, asked, "loftq", curves)
+    if plot:
+        check_place(plot)
+    with Bar() as bar:
+        source, report = within_budget(source, asked, curves, workers=workers, begin=bar.begin)
+    if plot:
+        draw(report, plot)
+    return source, report
 
 
 @app.command()
@@ -87,12 +139,10 @@ def quantize(
     scale_dtype: ScaleDtype = None,
     double_quant: DoubleQuant = False,
     steps: Annotated[int, typer.Option(help="Alternations T; the best step is kept.")] = 5,
-    method: Annotated[str, typer.Option(help="loftq, svd (one step) or qlora (quantize, zero start).")] = "loftq",
+    method: Method = "loftq",
     order: Annotated[str, typer.Option(help="quantize-first, or svd-first (the paper's ablation).")] = "quantize-first",
     svd: Annotated[str, typer.Option(help="auto, exact or randomized.")] = "auto",
-    scales: Annotated[
-        str, typer.Option(help="By the code's formula (absmax), or fitted to the least error at the same bytes.")
-    ] = "formula",
+    scales: Scales = "formula",
     format: Annotated[
         str, typer.Option(help="loftq (packed), bnb (bitsandbytes NF4), or dense (dequantized).")
     ] = "loftq",
@@ -100,7 +150,11 @@ def quantize(
     rslora: RsLora = False,
     embeddings: Embeddings = False,
     min_coverage: MinCoverage = 0.5,
-    workers: Annotated[int, typer.Option(help="Matrices worked on at a time. [default: one per core]")] = 0,
+    budget: Budget = "",
+    budget_ranks: BudgetRanks = "",
+    budget_solver: BudgetSolver = "greedy",
+    curves: Curves = None,
+    workers: Workers = 0,
     device: Annotated[str, typer.Option(help="Where to solve: cpu, cuda, cuda:1, …")] = "cpu",
     seed: Annotated[int, typer.Option(help="Seeds random starts, together with each tensor's name.")] = 0,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of the backbone: 500MB, 2GB.")] = "1GB",
@@ -110,15 +164,16 @@ def quantize(
 ) -> None:
     """Make a LoftQ checkpoint: packed backbone, LoRA start, manifest, model card. Continues where it was stopped."""
     from loftq.formats.layouts import LAYOUTS
+    from loftq.plan import parse_size
     from loftq.report.tables import print_summary
     from loftq.spec import SolveSpec
     from loftq.workflows.quantize import QuantizeOptions
     from loftq.workflows.quantize import quantize as run
 
-    choice("--method", method, ("loftq", "svd", "qlora"))
+    choice("--method", method, METHODS)
     choice("--format", format, tuple(LAYOUTS))
     check_device(device)
-    solver = SolveSpec(steps={"svd": 1, "qlora": 0}.get(method, steps), order=order, svd=svd, seed=seed, scales=scales)
+    solver = SolveSpec(steps=_steps(method, steps), order=order, svd=svd, seed=seed, scales=scales)
     asked = policy(
         bits=bits,
         rank=rank,
@@ -131,6 +186,9 @@ def quantize(
         rslora=rslora,
         embeddings=embeddings,
         min_coverage=min_coverage,
+        budget=budget,
+        budget_ranks=budget_ranks,
+        budget_solver=budget_solver,
         solve=solver,
     )
     options = QuantizeOptions(
@@ -138,14 +196,19 @@ def quantize(
         format=format,
         workers=at_least("--workers", workers, 0),
         device=device,
-        max_shard_bytes=parse_bytes(max_shard_size),
+        max_shard_bytes=parse_size("--max-shard-size", max_shard_size),
         overwrite=overwrite,
         revision=revision,
         task_type=task_type,
+        curves=curves,
     )
     with Bar() as bar:
         manifest = run(model, output, options, bar.begin)
     print_summary(output, manifest, bar.began)
+
+
+def _steps(method: str, steps: int) -> int:
+    return {"svd": 1, "qlora": 0}.get(method, steps)
 
 
 @app.command()

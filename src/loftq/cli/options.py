@@ -35,6 +35,28 @@ RankPolicy = Annotated[str, typer.Option(help="A rank too large for a matrix: re
 RsLora = Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")]
 Embeddings = Annotated[bool, typer.Option("--embeddings", help="Quantize embedding tables too.")]
 MinCoverage = Annotated[float, typer.Option(help="Refuse if less of the layers' weights would be quantized.")]
+Method = Annotated[str, typer.Option(help="loftq, svd (one step) or qlora (quantize, zero start).")]
+Scales = Annotated[
+    str, typer.Option(help="By the code's formula (absmax), or fitted to the least error at the same bytes.")
+]
+Workers = Annotated[int, typer.Option(help="Matrices worked on at a time. [default: one per core]")]
+Budget = Annotated[
+    str,
+    typer.Option(
+        help="What to spend: 2.5 (average stored bits of a quantized weight, scales included) or 300MB (all tensors, "
+        "with the adapter). Bits and block of every matrix are chosen for the least error in all, which is measured "
+        "first, on the weights. Of --bits only patterns count.",
+        show_default=False,
+    ),
+]
+BudgetRanks = Annotated[
+    str, typer.Option(help="Ranks that a budget may choose too, beside --rank: 8,32.", show_default=False)
+]
+BudgetSolver = Annotated[str, typer.Option(help="greedy, or milp: the optimum, by SciPy.")]
+Curves = Annotated[
+    Path | None,
+    typer.Option(help="JSON file of the errors measured for a budget; what it has of the same model is used again."),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="A recipe.", show_default=False)]
 Overrides = Annotated[
@@ -100,11 +122,3 @@ def check_device(device: str) -> None:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise UsageError(f"--device {device!r} cannot be used: {str(e).splitlines()[0]}") from e
-
-
-def parse_bytes(text: str) -> int:
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-    number, unit = text[:-2], text[-2:].upper()
-    if unit not in units or not number.replace(".", "", 1).isdecimal() or float(number) <= 0:
-        raise UsageError(f"--max-shard-size: {text!r} is not a size like 500MB or 2GB")
-    return int(float(number) * units[unit])

@@ -31,6 +31,8 @@ def convert(
         weights that are not finite. ``model`` is then unchanged.
     """
     _check_model(model)
+    if policy.budget:
+        raise UsageError("a budget is spent on checkpoints: use loftq.quantize, and load what it makes")
     roles = skeleton.parameter_roles(model)
     parameters = {name: model.get_parameter(name) for name in roles}
     plan = planning.make({n: (dtype_name(p.dtype), tuple(p.shape)) for n, p in parameters.items()}, roles, policy)

@@ -1,5 +1,7 @@
 """What is quantized, how, and why not: data about tensors and a policy in, a plan out. Knows no torch."""
 
+from loftq.plan.budget import Allocation, Choice, allocate, frontier, parse_size
+from loftq.plan.candidates import Candidate, candidates, curve, factor_bytes, first_layers, limit
 from loftq.plan.patterns import Rules, parse_rules
 from loftq.plan.plan import (
     Kept,
@@ -9,6 +11,7 @@ from loftq.plan.plan import (
     Role,
     Stack,
     make,
+    mean_bits,
     natural,
     nominal_bits,
     target_suffixes,
@@ -16,6 +19,9 @@ from loftq.plan.plan import (
 )
 
 __all__ = [
+    "Allocation",
+    "Candidate",
+    "Choice",
     "Kept",
     "Matrix",
     "Plan",
@@ -23,10 +29,19 @@ __all__ = [
     "Role",
     "Rules",
     "Stack",
+    "allocate",
+    "candidates",
+    "curve",
+    "factor_bytes",
+    "first_layers",
+    "frontier",
+    "limit",
     "make",
+    "mean_bits",
     "natural",
     "nominal_bits",
     "parse_rules",
+    "parse_size",
     "target_suffixes",
     "task_type",
 ]

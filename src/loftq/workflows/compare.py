@@ -153,7 +153,8 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     if recipe.method == "lora":
         return {"method": "lora", "bits": "16", **adapter}
     solver = {"steps": quantization.steps, "order": quantization.order} if recipe.method == "loftq" else {}
-    stored = {"bits": quantization.bits, "code": quantization.code, "scales": quantization.scales}
+    bits = f"≤{quantization.budget}" if quantization.budget else quantization.bits
+    stored = {"bits": bits, "code": quantization.code, "scales": quantization.scales}
     return {"method": recipe.method, **stored, **adapter, **solver}
 
 

@@ -4,7 +4,6 @@ import hashlib
 import json
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +147,7 @@ def policy_of(recipe: Recipe) -> Policy:
     given, lora = recipe.quantization or Quantization(), recipe.lora
     steps = 0 if recipe.method == "qlora" else given.steps
     return Policy(
-        **given.model_dump(exclude={"steps", "order", "svd", "scales", "seed"}),
+        **given.model_dump(exclude={"steps", "order", "svd", "scales", "seed"}, exclude_none=True),
         **lora.model_dump(exclude={"dropout"}),
         solve=SolveSpec(steps=steps, order=given.order, svd=given.svd, scales=given.scales, seed=given.seed),
     )
@@ -189,8 +188,8 @@ def _check_quantized(recipe: Recipe, source: Path) -> None:
 
 
 def _cache_name(source: Path, policy: Policy) -> str:
-    text = json.dumps([str(source.resolve()), asdict(policy)], sort_keys=True)
-    return f"{source.name}-{policy.bits}bit-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    text = json.dumps([str(source.resolve()), policy.to_dict()], sort_keys=True)
+    return f"{source.name}-{policy.budget or policy.bits}bit-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def _model(recipe: Recipe, task: Task, base: Path, arguments: Seq2SeqTrainingArguments) -> Any:

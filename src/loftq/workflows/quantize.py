@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from loftq.formats.tensorfile import file_size
 from loftq.plan import Matrix, Policy
 from loftq.solve import ordered_map
 from loftq.workflows.assemble import Job, adapter_of, assemble, source_identity
+from loftq.workflows.budget import check_budget, within_budget
 from loftq.workflows.places import already_done, check_places, claim, is_ours, publish, put_back, was_taken
 from loftq.workflows.source import Source, open_source
 from loftq.workflows.units import Solved, Workspace, solve_matrix, split
@@ -43,6 +44,7 @@ class QuantizeOptions:
     overwrite: bool = False
     revision: str | None = None
     task_type: str | None = None
+    curves: Path | None = None  # where the error curves of a budget are kept; None: in the workspace
 
 
 Progress = Callable[[dict[str, Any]], None]  # called with the report of each matrix
@@ -54,7 +56,8 @@ def quantize(model: str, output: Path, options: QuantizeOptions, begin: Begin | 
 
     Args:
         model: a local directory or a hub id.
-        begin: called before the work; returns what is called after every matrix.
+        begin: called before the work, and before that if error curves are measured for a budget; returns what is
+            called after every matrix, with its report.
 
     Raises: ConflictError if ``output`` holds something else or another process works on it; InputError,
         NumericalError, StorageError as their names say. In every case ``output`` is absent or complete.
@@ -64,9 +67,9 @@ def quantize(model: str, output: Path, options: QuantizeOptions, begin: Begin | 
     source = open_source(model, options.policy, options.revision)
     check_places(source.directory, work, output)
     layout = LAYOUTS[options.format]
-    units = split(source.plan, layout, options.max_shard_bytes, _in_order(source))
-    adapter = adapter_of(source, layout, output, options.task_type)
-    job = Job(source, layout, units, _identity(source, layout, options), adapter)
+    if options.policy.budget:
+        check_budget(source, options.policy, layout.name, options.curves)
+    job = _job(source, layout, _identity(source, layout, options), output, options)
     done = already_done(output, job.identity, options.overwrite)
     if done and not (work.root.exists() and is_ours(work, job.identity)):  # nothing to clean away
         return done
@@ -77,6 +80,8 @@ def quantize(model: str, output: Path, options: QuantizeOptions, begin: Begin | 
             done = already_done(output, job.identity, options.overwrite)  # another process may have finished meanwhile
             if not done:
                 claim(work, job.identity)
+                if options.policy.budget:
+                    job = _spend(job, work, output, options, begin)
                 _check_space(job, work)
                 done = assemble(job, work, _make_units(job, work, options, begin), output.name)
                 publish(work, output, done["files"], options.overwrite)
@@ -89,6 +94,22 @@ def quantize(model: str, output: Path, options: QuantizeOptions, begin: Begin | 
     return done
 
 
+def _job(
+    source: Source, layout: Layout, identity: dict[str, Any], output: Path, options: QuantizeOptions, **found: Any
+) -> Job:
+    units = split(source.plan, layout, options.max_shard_bytes, _in_order(source))
+    return Job(source, layout, units, identity, adapter_of(source, layout, output, options.task_type), **found)
+
+
+def _spend(job: Job, work: Workspace, output: Path, options: QuantizeOptions, begin: Begin | None) -> Job:
+    """The job with the plan that the budget chooses. Its identity stays: that of what the choice depends on."""
+    keep = options.curves or work.curves
+    source, report = within_budget(
+        job.source, options.policy, keep, workers=options.workers, device=options.device, begin=begin
+    )
+    return _job(source, job.layout, job.identity, output, options, budget=report)
+
+
 def _in_order(source: Source) -> list[str]:
     """All tensors in the order of the model's layers, matrices and copies mixed."""
     return sorted((t.name for t in (*source.plan.matrices, *source.plan.kept)), key=planning.natural)
@@ -99,7 +120,7 @@ def _identity(source: Source, layout: Layout, options: QuantizeOptions) -> dict[
     return {
         "source": source_identity(source),
         "options": {
-            **asdict(options.policy),
+            **options.policy.to_dict(),
             "format": layout.name,
             "max_shard_bytes": options.max_shard_bytes,
             "device": options.device.partition(":")[0],

@@ -4,6 +4,7 @@ What a shard contains is fixed by the plan alone, so a plain, a parallel and a r
 is done when its record is whole and its files have the recorded hashes.
 """
 
+import contextlib
 import hashlib
 import logging
 from collections.abc import Iterator
@@ -80,12 +81,32 @@ def split(plan: Plan, layout: Layout, max_shard_bytes: int, order: list[str]) ->
     return [Unit(i, name, tuple(s)) for i, (name, s) in enumerate(zip(names, shards, strict=True))]
 
 
+@contextlib.contextmanager
+def naming(matrix: Matrix) -> Iterator[None]:
+    """Around work on one matrix: its name before the message of an error."""
+    try:
+        yield
+    except LoftqError as e:
+        raise type(e)(f"{quoted(matrix.name)}: {e}") from e
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "memory" not in str(e):
+            raise
+        raise StorageError(
+            f"{quoted(matrix.name)}: not enough memory for a matrix of shape {matrix.shape}; use fewer --workers"
+        ) from e
+
+
+def oriented(matrix: Matrix, raw: Tensor) -> Tensor:
+    """A tensor of the checkpoint as ``(out, in)``."""
+    return raw.T.contiguous() if matrix.kind == "conv1d" else raw
+
+
 def solve_matrix(matrix: Matrix, checkpoint: Checkpoint, plan: Plan, layout: Layout, device: str) -> Solved:
     """Read, solve and encode one matrix; measure the error on the tensors that will be written."""
-    try:
+    with naming(matrix):
         raw = checkpoint.read(matrix.name)
         source_sha256 = hashlib.sha256(tensor_bytes(raw)).hexdigest()
-        weight = raw.T.contiguous() if matrix.kind == "conv1d" else raw
+        weight = oriented(matrix, raw)
         solution = solve(weight.to(device), matrix.quant, matrix.rank, plan.solve, matrix.name)
         s = plan.scaling(matrix)
         b, a = (factor.cpu() for factor in solution.factors(s))
@@ -95,14 +116,6 @@ def solve_matrix(matrix: Matrix, checkpoint: Checkpoint, plan: Plan, layout: Lay
         )
         stored = layout.encode(matrix, codes)
         error, product = _written_error(weight, matrix, stored, adapter, s, layout)
-    except LoftqError as e:
-        raise type(e)(f"{quoted(matrix.name)}: {e}") from e
-    except (MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "memory" not in str(e):
-            raise
-        raise StorageError(
-            f"{quoted(matrix.name)}: not enough memory for a matrix of shape {matrix.shape}; use fewer --workers"
-        ) from e
     errors = list(solution.errors)
     if layout.name != "dense" and abs(error - errors[solution.kept]) > 1e-3 * errors[0] + 1e-6:
         raise LoftqError(
@@ -146,6 +159,7 @@ class Workspace:
     def __init__(self, output: Path) -> None:
         self.root = output.with_name(f"{output.name}.loftq-partial")
         self.lock, self.identity = self.root / "lock", self.root / "identity.json"
+        self.curves = self.root / "curves.json"  # of a budget
         self.units, self.output = self.root / "units", self.root / "output"
         self.replaced = self.root / "replaced"  # by --overwrite, until the new output stands
 
