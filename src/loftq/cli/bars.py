@@ -4,7 +4,7 @@ from typing import Any
 
 
 class Bar:
-    """A progress bar with matrices, time left, and the relative error so far; for a budget two, the first of measuring."""
+    """A progress bar with matrices, time left, and the relative error so far. A budget has one before, of measuring."""
 
     def __init__(self) -> None:
         self.began = False

@@ -78,7 +78,7 @@ def first_layers(
     stacks = [roles[m.name].stack for m in plan.matrices]
     deepest = max((stack.length for stack in stacks if stack), default=0)
     plain = replace(policy, budget="", budget_ranks="", budget_solver="greedy")
-    averages = [min(2 + 2 * k / deepest + 1e-9, 4.0) for k in range(deepest + 1)] if deepest else []
+    averages = [2.0, *(2 + 2 * (k + 1e-6) / deepest for k in range(1, deepest)), 4.0] if deepest else []
     return [make(tensors, roles, replace(plain, bits=f"{average:.12f}")) for average in averages]
 
 

@@ -19,7 +19,7 @@ def beside(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     rows = [(f"budget {report['budget']}", chosen)]
     for kind, name in (
         ("uniform", "uniform, {bits} bits"),
-        ("first_layers", "first {layers} layers 4 bits, the rest 2"),
+        ("first_layers", "paper: first {layers} layers 4 bits, rest 2"),
     ):
         fitting = [point for point in report[kind] if point["bytes"] <= chosen["bytes"]]
         if fitting:
