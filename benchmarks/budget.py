@@ -43,9 +43,9 @@ class Side(NamedTuple):
 
 
 def policies(code: str, scales: str, steps: int) -> tuple[Policy, dict[str, Any]]:
-    """The policy that measures, whose amount does not matter, and what all policies share."""
+    """The policy that measures, at more than is spent, and what all policies share."""
     shared = {"code": code, "rank": str(RANK), "solve": SolveSpec(steps=steps, scales=scales)}
-    return Policy(budget="16", **shared), shared
+    return Policy(budget="4", **shared), shared
 
 
 def sides(source: Source, curves: Curves, shared: dict[str, Any], average: str) -> list[Side]:

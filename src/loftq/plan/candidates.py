@@ -22,7 +22,10 @@ class Candidate:
 
 
 def candidates(plan: Plan, policy: Policy) -> dict[str, list[Candidate]]:
-    """Module -> all widths, with half, once and twice the block, and with the ranks of ``--budget-ranks``.
+    """Module -> widths, with half, once and twice the block, and with the ranks of ``--budget-ranks``.
+
+    8 bits are among the widths if the budget is more than all matrices take at 4: below, they cannot pay, and fitting
+    their scales takes the longest by far.
 
     A module that a pattern of ``--bits`` names keeps its width and block; one that a pattern of ``--rank`` names, its
     rank. The rank of the plan is always among the ranks.
@@ -30,7 +33,12 @@ def candidates(plan: Plan, policy: Policy) -> dict[str, list[Candidate]]:
     Args:
         plan: of the policy, without the budget.
     """
-    return {m.module: [Candidate(quant, _ranks(m, policy)) for quant in _quants(m, policy)] for m in plan.matrices}
+    four = sum(bytes_of(m, replace(m.quant, bits=4), m.rank) for m in plan.matrices)
+    wide = policy.code != "lloyd" and _allowed(plan, policy) > four
+    widths = [bits for bits in BITS if bits < 8 or wide]
+    return {
+        m.module: [Candidate(quant, _ranks(m, policy)) for quant in _quants(m, policy, widths)] for m in plan.matrices
+    }
 
 
 def limit(plan: Plan, policy: Policy) -> int:
@@ -39,24 +47,33 @@ def limit(plan: Plan, policy: Policy) -> int:
 
     Raises: UsageError for less than the cheapest choices take.
     """
-    budget = parse_budget(policy.budget)
-    kept = sum(k.bytes for k in plan.kept)
-    weights = sum(m.numel for m in plan.matrices)
-    adapter = sum(factor_bytes(m, m.rank) for m in plan.matrices)
-    allowed = (budget.bytes or 0) - kept if budget.bits is None else int(budget.bits * weights / 8) + adapter
+    allowed = _allowed(plan, policy)
     by_module = {m.module: m for m in plan.matrices}
     least = sum(
         min(bytes_of(by_module[module], c.quant, c.ranks[0]) for c in found)
         for module, found in candidates(plan, policy).items()
     )
     if allowed < least:
-        bits, size = math.ceil(8000 * (least - adapter) / weights) / 1000, math.ceil((least + kept) / 1e4) / 100
-        needed = f"{bits:.3f} bits" if budget.bits else f"{size:.2f}MB"
+        bits = (least - _adapters(plan)) * 8 / sum(m.numel for m in plan.matrices)
+        size = (least + sum(k.bytes for k in plan.kept)) / 1e6
+        in_bits = parse_budget(policy.budget).bytes is None
+        needed = f"{math.ceil(1000 * bits) / 1000:.3f} bits" if in_bits else f"{math.ceil(100 * size) / 100:.2f}MB"
         raise UsageError(
             f"--budget {quoted(policy.budget)} is too small: the narrowest codes, largest blocks and lowest ranks take "
             f"{needed}; give at least that, or a larger --block-size"
         )
     return allowed
+
+
+def _allowed(plan: Plan, policy: Policy) -> int:
+    budget = parse_budget(policy.budget)
+    if budget.bytes is not None:
+        return budget.bytes - sum(k.bytes for k in plan.kept)
+    return int((budget.bits or 0) * sum(m.numel for m in plan.matrices) / 8) + _adapters(plan)
+
+
+def _adapters(plan: Plan) -> int:
+    return sum(factor_bytes(m, m.rank) for m in plan.matrices)
 
 
 def bytes_of(matrix: Matrix, quant: QuantSpec, rank: int) -> int:
@@ -91,10 +108,9 @@ def curve(matrix: Matrix, found: list[Candidate], error: Callable[[QuantSpec], l
     ]
 
 
-def _quants(matrix: Matrix, policy: Policy) -> list[QuantSpec]:
+def _quants(matrix: Matrix, policy: Policy, widths: list[int]) -> list[QuantSpec]:
     if _pinned(policy.bits, matrix.module):
         return [matrix.quant]
-    widths = [b for b in BITS if b < 8 or policy.code != "lloyd"]
     size = policy.block_size
     blocks = [size] if policy.code == "uniform-tensor" else sorted({max(size // 2, 1), size, 2 * size})
     return [replace(matrix.quant, bits=bits, block_size=block) for bits in widths for block in blocks]

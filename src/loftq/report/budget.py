@@ -54,10 +54,10 @@ def plot(report: dict[str, Any], file: Path) -> None:
         axis.plot(
             *_across(paper), "o-", color=PAPER, markersize=3, linewidth=0.8, label="first k layers 4 bits (paper)"
         )
-    uniform = [(point["bytes"], point["error"]) for point in report["uniform"]]
-    axis.plot(*_across(uniform), "s", color=UNIFORM, markersize=5, label="uniform")
-    for point, (size, error) in zip(report["uniform"], _places(uniform), strict=True):
-        axis.annotate(f"{point['bits']} bits", (size, error), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    for i, point in enumerate(report["uniform"]):
+        place = (point["bytes"] / 1e6, point["error"])
+        axis.plot(*place, "s", color=UNIFORM, markersize=5, label=None if i else "uniform")
+        axis.annotate(f"{point['bits']} bits", place, xytext=(5, 4), textcoords="offset points", fontsize=8)
     chosen = report["chosen"]
     axis.plot(
         chosen["bytes"] / 1e6, chosen["error"], "*", color=OURS, markersize=14, label=f"budget {report['budget']}"
@@ -73,9 +73,6 @@ def plot(report: dict[str, Any], file: Path) -> None:
     save(figure, file)
 
 
-def _places(points: list) -> list[tuple[float, float]]:
-    return [(size / 1e6, error) for size, error in points]
-
-
 def _across(points: list) -> tuple[tuple[float, ...], ...]:
-    return tuple(zip(*_places(points), strict=True))
+    """MB and errors, for the two axes."""
+    return tuple(zip(*((size / 1e6, error) for size, error in points), strict=True))

@@ -9,7 +9,6 @@ from typing import Any
 from loftq import plan as planning
 from loftq.errors import UsageError
 from loftq.plan import Choice, Plan, Policy
-from loftq.spec import BITS
 from loftq.workflows.curves import Curves, check_place, measured
 from loftq.workflows.source import Source
 
@@ -50,12 +49,14 @@ def within_budget(source: Source, policy: Policy, keep: Path | None, **measuring
         error = math.sqrt(math.fsum(c.error for c in chosen.values()) / weights)
         return {**what, "bytes": kept + size, "bits_per_weight": 8 * (size - adapter) / weights, "error": error}
 
-    widths = [bits for bits in BITS if bits < 8 or policy.code != "lloyd"]
+    widths = [widths for choices in curves.values() if len(widths := {c.bits for c in choices}) > 1]
     rules = planning.first_layers(source.plan, tensors, roles, policy)
     report = {
         "budget": policy.budget,
         "chosen": point(best.chosen),
-        "uniform": [point(_picked(curves, source.plan, policy, lambda _, b=b: b), bits=b) for b in widths],
+        "uniform": [
+            point(_picked(curves, source.plan, policy, lambda _, b=b: b), bits=b) for b in sorted(set().union(*widths))
+        ],
         "first_layers": [
             point(_picked(curves, source.plan, policy, _widths(rule).__getitem__), layers=k)
             for k, rule in enumerate(rules)

@@ -17,7 +17,7 @@ import torch
 
 import loftq
 from loftq import plan as planning
-from loftq.errors import LoftqError, StorageError
+from loftq.errors import LoftqError, StorageError, UsageError
 from loftq.formats import fsio
 from loftq.formats.layouts import LAYOUTS, Layout
 from loftq.formats.tensorfile import file_size
@@ -69,6 +69,8 @@ def quantize(model: str, output: Path, options: QuantizeOptions, begin: Begin | 
     layout = LAYOUTS[options.format]
     if options.policy.budget:
         check_budget(source, options.policy, layout.name, options.curves)
+    elif options.curves:
+        raise UsageError("--curves is of a budget; give one: --budget 2.5")
     job = _job(source, layout, _identity(source, layout, options), output, options)
     done = already_done(output, job.identity, options.overwrite)
     if done and not (work.root.exists() and is_ours(work, job.identity)):  # nothing to clean away

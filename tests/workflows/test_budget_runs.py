@@ -243,6 +243,7 @@ def test_moments_weigh(source):
         ({"format": "dense"}, UsageError, "--budget counts bytes of --format loftq"),
         ({"policy": dataclasses.replace(BUDGET, budget="2")}, UsageError, "--budget 2 is too small"),
         ({"policy": dataclasses.replace(BUDGET, budget="1KB")}, UsageError, "--budget 1KB is too small"),
+        ({"policy": POLICY, "curves": "c.json"}, UsageError, "--curves is of a budget"),
         ({"curves": "no/where.json"}, StorageError, "its directory does not exist"),
         ({"curves": "letter.txt"}, ConflictError, "holds no error curves of loftq; choose another --curves"),
         ({"curves": "other.json"}, ConflictError, "holds no error curves"),
@@ -253,7 +254,7 @@ def test_refused(source, tmp_path, counted, changes, error, message):
     (tmp_path / "other.json").write_text("{}")
     before = tree(tmp_path)
     if "curves" in changes:
-        changes = {"curves": tmp_path / changes["curves"]}
+        changes = {**changes, "curves": tmp_path / changes["curves"]}
     with pytest.raises(error, match=message):
         quantize(str(source), tmp_path / "out", dataclasses.replace(OPTIONS, **{"policy": BUDGET, **changes}))
     assert counted == []
