@@ -11,6 +11,7 @@ import ctypes
 import heapq
 import math
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -184,14 +185,14 @@ def _silent() -> Iterator[None]:
     flush = ctypes.CDLL(None).fflush
     flush(None)
     stdout = os.dup(1)
-    with open(os.devnull, "w") as nowhere:
+    with tempfile.TemporaryFile() as nowhere:
         os.dup2(nowhere.fileno(), 1)
-    try:
-        yield
-    finally:
-        flush(None)
-        os.dup2(stdout, 1)
-        os.close(stdout)
+        try:
+            yield
+        finally:
+            flush(None)
+            os.dup2(stdout, 1)
+            os.close(stdout)
 
 
 def _sum(chosen: dict[str, Choice]) -> Allocation:
