@@ -1,6 +1,6 @@
 """What is quantized, how, and why not: data about tensors and a policy in, a plan out. Knows no torch."""
 
-from loftq.plan.budget import Allocation, Choice, allocate, frontier, parse_size
+from loftq.plan.budget import Allocation, Choice, allocate, check_solver, frontier, parse_size
 from loftq.plan.candidates import Candidate, candidates, curve, factor_bytes, first_layers, limit
 from loftq.plan.patterns import Rules, parse_rules
 from loftq.plan.plan import (
@@ -31,6 +31,7 @@ __all__ = [
     "Stack",
     "allocate",
     "candidates",
+    "check_solver",
     "curve",
     "factor_bytes",
     "first_layers",

@@ -9,6 +9,7 @@ left; a larger limit never gives it a larger error. The exact solver is a mixed-
 import contextlib
 import ctypes
 import heapq
+import importlib.util
 import math
 import os
 import tempfile
@@ -83,7 +84,8 @@ def allocate(curves: Mapping[str, Sequence[Choice]], limit: int, method: str = "
 
     Raises: UsageError if even the cheapest choices take more than the limit, naming what they take.
     """
-    useful = {name: _useful(choices) for name, choices in curves.items()}
+    check_solver(method)
+    useful = _useful_of(curves)
     least = sum(choices[0].bytes for choices in useful.values())
     if least > limit:
         raise UsageError(f"a limit of {limit:,} bytes is too small: the least possible is {least:,} bytes")
@@ -95,9 +97,15 @@ def allocate(curves: Mapping[str, Sequence[Choice]], limit: int, method: str = "
     return min(greedy, _sum(_exact(useful, limit) or found), key=lambda allocation: allocation.error)
 
 
+def check_solver(method: str) -> None:
+    """Refuse a solver that is not there."""
+    if method == "milp" and importlib.util.find_spec("scipy") is None:
+        raise UsageError("--budget-solver milp needs SciPy: pip install 'loftq[budget]'")
+
+
 def frontier(curves: Mapping[str, Sequence[Choice]]) -> list[tuple[int, float]]:
     """``(bytes, error)`` after every jump of the greedy solver, from the cheapest choices to the best."""
-    useful = {name: _useful(choices) for name, choices in curves.items()}
+    useful = _useful_of(curves)
     chosen = {name: choices[0] for name, choices in useful.items()}
     size, error = sum(c.bytes for c in chosen.values()), math.fsum(c.error for c in chosen.values())
     path = [(size, error)]
@@ -106,6 +114,11 @@ def frontier(curves: Mapping[str, Sequence[Choice]]) -> list[tuple[int, float]]:
         chosen[name] = choice
         path.append((size, error))
     return path
+
+
+def _useful_of(curves: Mapping[str, Sequence[Choice]]) -> dict[str, list[Choice]]:
+    """By name, in the order of the names: where two jumps are alike, it decides."""
+    return {name: _useful(curves[name]) for name in sorted(curves)}
 
 
 def _useful(choices: Sequence[Choice]) -> list[Choice]:
@@ -147,12 +160,9 @@ def _jumps(useful: Mapping[str, list[Choice]], left: float) -> Iterator[tuple[st
 
 def _exact(useful: Mapping[str, list[Choice]], limit: int) -> dict[str, Choice] | None:
     """The mixed-integer program: a binary for every choice, one of each matrix is 1, the bytes fit. None: no luck."""
-    try:
-        import numpy as np
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import csr_array
-    except ImportError as e:
-        raise UsageError("--budget-solver milp needs SciPy: pip install 'loftq[budget]'") from e
+    import numpy as np
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
 
     flat = [(name, choice) for name, choices in useful.items() for choice in choices]
     matrix = {name: i for i, name in enumerate(useful)}

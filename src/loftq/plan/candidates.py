@@ -1,7 +1,7 @@
 """What a budget chooses from, matrix by matrix, and how many bytes it may spend. Knows shapes, reads no weights."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from loftq.errors import UsageError, quoted
@@ -99,12 +99,16 @@ def first_layers(
     return [make(tensors, roles, replace(plain, bits=f"{average:.12f}")) for average in averages]
 
 
-def curve(matrix: Matrix, found: list[Candidate], error: Callable[[QuantSpec], list[float]]) -> list[Choice]:
-    """All choices of a matrix. ``error``: of a way to quantize, after each of the candidate's ranks."""
+def curve(matrix: Matrix, found: list[Candidate], errors: Mapping[QuantSpec, list[float]]) -> list[Choice]:
+    """All choices of a matrix, which counts by its size.
+
+    Args:
+        errors: of every candidate, after each of its ranks: squared, relative to the matrix.
+    """
     return [
-        Choice(c.quant.bits, c.quant.block_size, rank, bytes_of(matrix, c.quant, rank), left)
+        Choice(c.quant.bits, c.quant.block_size, rank, bytes_of(matrix, c.quant, rank), matrix.numel * error)
         for c in found
-        for rank, left in zip(c.ranks, error(c.quant), strict=True)
+        for rank, error in zip(c.ranks, errors[c.quant], strict=True)
     ]
 
 

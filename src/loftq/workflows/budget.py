@@ -20,6 +20,7 @@ def check_budget(source: Source, policy: Policy, layout: str, keep: Path | None)
             f"--budget counts bytes of --format loftq, and --format {layout} takes others; leave one of them out"
         )
     planning.limit(source.plan, policy)
+    planning.check_solver(policy.budget_solver)
     if keep is not None:
         check_place(keep)
 

@@ -98,7 +98,7 @@ def _curve(
     quants, ranks = [candidate.quant for candidate in found], found[0].ranks
     metric = None if moments is None else moments.fit
     errors = errors_by_rank(weight, quants, ranks, source.plan.solve, matrix.name, metric)
-    return planning.curve(matrix, found, lambda quant: [matrix.numel * error for error in errors[quant]])
+    return planning.curve(matrix, found, errors)
 
 
 def _identity(source: Source, found: dict[str, list[Candidate]], device: str, calibration: str) -> dict[str, Any]:
