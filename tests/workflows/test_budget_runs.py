@@ -1,6 +1,7 @@
 """A budget from files to files: what was promised is what is there, however it was made."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -133,6 +134,7 @@ def test_the_optimum_is_better_than_all_that_takes_no_more(source, tmp_path):
     assert report["first_layers"][0]["error"] == report["uniform"][0]["error"]
     assert report["first_layers"][2]["bytes"] == report["uniform"][2]["bytes"]
     path = report["frontier"]
+    assert all(b[0] > a[0] and b[1] < a[1] for a, b in itertools.pairwise(path))
     assert min(abs(error - report["chosen"]["error"]) / error for _, error in path) < 0.1
 
 

@@ -12,6 +12,8 @@ from loftq.plan import Choice, Plan, Policy
 from loftq.workflows.curves import Curves, check_place, measured
 from loftq.workflows.source import Source
 
+BETWEEN = 64  # amounts, evenly spaced, that the frontier shows beside the path
+
 
 def check_budget(source: Source, policy: Policy, layout: str, keep: Path | None) -> None:
     """Refuse, before anything is measured or written, what a budget cannot be spent on."""
@@ -62,9 +64,21 @@ def within_budget(source: Source, policy: Policy, keep: Path | None, **measuring
             point(_picked(curves, source.plan, policy, _widths(rule).__getitem__), layers=k)
             for k, rule in enumerate(rules)
         ],
-        "frontier": [[kept + size, math.sqrt(error / weights)] for size, error in planning.frontier(curves)],
+        "frontier": [[kept + size, math.sqrt(error / weights)] for size, error in _frontier(curves)],
     }
     return replace(source, plan=plan), report
+
+
+def _frontier(curves: Curves) -> list[tuple[int, float]]:
+    """Where the greedy solver gets with any amount: its own path, and between, where a jump is long, what fits."""
+    path = planning.frontier(curves)
+    low, high = path[0][0], path[-1][0]
+    between = [planning.allocate(curves, low + (high - low) * i // BETWEEN) for i in range(BETWEEN)]
+    found: list[tuple[int, float]] = []
+    for size, error in sorted([*path, *((a.bytes, a.error) for a in between)]):
+        if not found or error < found[-1][1]:
+            found.append((size, error))
+    return found
 
 
 def _adapter_bytes(plan: Plan, chosen: Mapping[str, Choice]) -> int:
