@@ -133,7 +133,8 @@ def quantize(model: str | Path, output: str | Path, *, format: str = "loftq", **
         output: the directory to be made.
         format: ``loftq``, ``dense`` or ``bnb``.
         options: fields of :class:`Policy`; ``preset``, ``steps``, ``order``, ``svd``, ``seed``, ``scales``; and
-            ``calibrate``, ``calibration_samples``, ``workers``, ``device``, ``overwrite``, ``max_shard_bytes``.
+            ``calibrate``, ``calibration_samples``, ``workers``, ``device``, ``overwrite``, ``max_shard_bytes``,
+            ``curves`` (a :class:`pathlib.Path`).
     """
     names = {f.name for f in dataclasses.fields(QuantizeOptions)} - {"policy", "format"}
     own = {k: options.pop(k) for k in names if k in options}
@@ -146,7 +147,7 @@ def replace_lora_weights(
     weights: str | Path,
     *,
     adapter_name: str = "default",
-    moments: Mapping[str, Moments] | None = None,
+    calibration: Statistics | None = None,
     svd: str = "auto",
     seed: int = 0,
     revision: str | None = None,
@@ -163,7 +164,8 @@ def replace_lora_weights(
             HQQ, GPTQ, AWQ, ``loftq`` or others whose layers run on the device that they are on.
         weights: the full-precision checkpoint, a local directory or a hub id.
         adapter_name: the adapter to fill; others keep their values.
-        moments: of the inputs of modules, by the modules' names; where there are none, the weights' own norm is used.
+        calibration: what :func:`calibrate` found out about the original model; without it, or where it has nothing,
+            the weights' own norm is used.
         svd: ``auto``, ``exact`` or ``randomized``.
         seed: of the randomized SVD, together with each tensor's name.
         revision: branch, tag or commit of a hub id.
@@ -180,7 +182,7 @@ def replace_lora_weights(
         >>> model = peft.get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
         >>> loftq.replace_lora_weights(model, "org/model")["error"]
     """
-    options = FitOptions(moments=moments, svd=svd, seed=seed)
+    options = FitOptions(statistics=calibration, svd=svd, seed=seed)
     with tqdm(desc="LoftQ", unit="matrix", disable=not progress) as bar:
 
         def begin(total: int, done: int) -> Callable[[dict[str, Any]], object]:
@@ -194,7 +196,7 @@ def make_policy(*, calibrated: bool = False, **options: Any) -> Policy:
     """A :class:`Policy` from keywords; numbers may be given as numbers, and the solver's fields beside the others."""
     names = {f.name for f in dataclasses.fields(SolveSpec)}
     solver = {k: options.pop(k) for k in ("preset", *names) if k in options}
-    for key in ("bits", "rank"):
+    for key in ("bits", "rank", "budget", "budget_ranks"):
         if key in options:
             options[key] = str(options[key])
     return Policy(solve=solve_spec(calibrated=calibrated, **solver), **options)

@@ -91,6 +91,9 @@ class Quantization(Strict):
     """
 
     bits: Rules = "4"
+    budget: Rules | None = None
+    budget_ranks: Rules | None = None
+    budget_solver: Literal["greedy", "milp"] | None = None
     code: Literal[("auto", *CODES)] = "auto"  # type: ignore[valid-type]
     block_size: Count = 64
     scale_dtype: Literal[SCALE_DTYPES] = "bfloat16"  # type: ignore[valid-type]

@@ -35,12 +35,13 @@ def out(finished):
 
 PROMISED = {
     "calibrate": {"--output", "--data", "--samples", "--max-length", "--kind", "--column", "--json"},
-    "plan": {"--bits", "--rank", "--json"},
+    "plan": {"--bits", "--rank", "--json", "--budget", "--budget-ranks", "--budget-solver", "--curves", "--plot"},
     "quantize": {
         "--output", "--bits", "--code", "--block-size", "--rank", "--alpha", "--steps", "--method", "--format",
         "--embeddings", "--workers", "--device", "--seed", "--overwrite", "--rank-policy", "--max-shard-size",
+        "--budget", "--budget-ranks", "--budget-solver", "--curves", "--preset", "--calibrate", "--samples", "--scales",
     },
-    "start": {"--weights", "--output", "--rank", "--alpha", "--rslora", "--embeddings", "--device", "--seed"},
+    "start": {"--calibrate", "--weights", "--output", "--rank", "--alpha", "--rslora", "--embeddings", "--device", "--seed"},
     "train": {"--output", "--restart", "--json"},
     "evaluate": {"--task", "--data", "--split", "--adapter", "--batch-size", "--max-length", "--sampling", "--json"},
     "compare": {"--output", "--json"},
@@ -62,11 +63,11 @@ def test_the_promised_verbs_and_options():
 
 def test_plan_takes_the_options_of_quantize_that_change_a_plan():
     only_work = {
-        "--output", "--steps", "--method", "--order", "--svd", "--scales", "--format", "--workers",
-        "--device", "--seed", "--max-shard-size", "--task-type", "--overwrite",
+        "--output", "--samples", "--steps", "--order", "--svd", "--format", "--device", "--seed", "--max-shard-size",
+        "--task-type", "--overwrite",
     }  # fmt: skip
     assert options("quantize") - options("plan") == only_work
-    assert options("plan") - options("quantize") == {"--json"}
+    assert options("plan") - options("quantize") == {"--json", "--plot"}
 
 
 def test_help(source):
@@ -107,7 +108,7 @@ BAD = [
     (("--block-size", "many"), "--block-size"),
     (("--scale-dtype", "int8"), "scale_dtype"),
     (("--steps", "-1"), "steps"),
-    (("--preset", "gptq"), "--preset"),
+    (("--preset", "gptq"), "preset must be one of"),
     (("--method", "qlora", "--steps", "3"), "preset qlora has 0 steps"),
     (("--preset", "cloq"), "needs statistics of the matrices' inputs"),
     (("--preset", "descent", "--order", "svd-first"), "order svd-first"),
@@ -129,6 +130,14 @@ BAD = [
     (("--task-type", "POETRY"), "--task-type"),
     (("--double-quant", "--code", "uniform-tensor"), "double_quant"),
     (("--format", "bnb", "--code", "uniform"), "--format bnb"),
+    (("--budget", "2"), "--budget 2 is too small"),
+    (("--budget", "lots"), "--budget"),
+    (("--budget", "0MB"), "--budget"),
+    (("--budget", "3", "--bits", "2"), "--bits 2 and --budget 3"),
+    (("--budget", "3", "--format", "dense"), "--budget counts bytes of --format loftq"),
+    (("--budget", "3", "--budget-ranks", "all"), "--budget-ranks"),
+    (("--budget", "3", "--budget-solver", "gurobi"), "--budget-solver"),
+    (("--budget-ranks", "8"), "--budget-ranks"),
     (("--no-such-option",), "--no-such-option"),
     (("surplus",), "surplus"),
 ]

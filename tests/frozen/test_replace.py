@@ -16,6 +16,7 @@ import loftq
 import models
 from loftq.errors import InputError, UsageError
 from loftq.formats.source import Checkpoint
+from loftq.formats.statistics import Group, Statistics
 from loftq.nn.frozen import dequantized
 from loftq.numerics import Metric, Moments
 
@@ -214,14 +215,14 @@ def test_a_classifier_over_the_same_base(source):
 def test_moments_choose_the_metric(source):
     name, start = "model.layers.0.mlp.up_proj", {}
     known = Metric(columns=torch.logspace(-3, 3, 64))
-    for moments in (None, {name: Moments(known, known, 1000)}):
+    for calibration in (None, Statistics.of("diagonal", [Group((name,), Moments(known, known, 1000), 300)], 4)):
         model = adapted(rounded(AutoModelForCausalLM.from_pretrained(source)), target_modules=["up_proj"])
-        report = replaced(model, source, moments=moments)
-        start[moments is None] = {r["name"]: r for r in report["layers"]}
+        report = replaced(model, source, calibration=calibration)
+        start[calibration is None] = {r["name"]: r for r in report["layers"]}
     other = "model.layers.1.mlp.up_proj"
     assert start[True][other] == start[False][other]
     assert start[False][name]["errors"][1] > start[True][name]["errors"][1]
-    assert start[False][name]["metric_errors"][1] < start[False][name]["metric_errors"][0]
+    assert start[False][name]["output_errors"][1] < start[False][name]["output_errors"][0]
 
 
 def test_one_matrix_of_the_original_at_a_time(source, monkeypatch):

@@ -101,3 +101,16 @@ def test_the_extra_is_named(place):
 
     ended = cli("train", written(place), setup=without_datasets)
     refused(ended, 2, "this verb needs datasets", "pip install 'loftq[train]'")
+
+
+def test_a_budget_is_spent_before_training(place):
+    """Bits and ranks that differ by matrix train like all others; LoRA beside it has no use for a budget."""
+    budget = {"budget": 8, "budget_ranks": "2,8", "steps": 1}
+    recipe = written(place, quantization=budget, output=None, **{"training.max_steps": 3})
+    ended = cli("train", recipe, "-o", place / "budget")
+    assert ended.code == 0, ended.err
+    manifest = json.loads((place / "budget" / "backbone" / "loftq_manifest.json").read_text())
+    assert manifest["budget"]["budget"] == "8"
+    assert len({(m["quant"]["bits"], m["rank"]) for m in manifest["plan"]["matrices"]}) > 1
+    assert cli("evaluate", place / "budget").code == 0
+    assert cli("train", recipe, "method=lora", "-o", place / "lora").code == 0

@@ -99,7 +99,7 @@ def test_all_mistakes_in_one_line(file):
         "training.num_train_epochs: wanted a valid number, got 'x'",
         "training.output_dir: not to be given here; say output",
         "training.lr_scheduler_type: wanted one of linear, cosine",
-        "quantization.code: wanted 'nf', 'lloyd', 'uniform', 'uniform-tensor' or 'affine', got 'nq'",
+        "quantization.code: wanted 'auto', 'nf', 'lloyd', 'uniform', 'uniform-tensor' or 'affine', got 'nq'",
         "metod: unknown key; did you mean method?",
     ):
         assert part in line, part
@@ -159,3 +159,17 @@ def test_files_that_cannot_be_read(tmp_path):
 
 def test_missing_keys():
     assert "model: missing; task: missing; method: missing" in refusal("{}")
+
+
+def test_a_budget_reaches_the_policy(file):
+    """As a number or as a size; without one, none of its fields is written down."""
+    from loftq.workflows.compare import settings
+    from loftq.workflows.finetune import policy_of
+
+    recipe = read(file, ["quantization={budget: 2.5, budget_ranks: '4,16'}"])
+    policy = policy_of(recipe)
+    assert (policy.budget, policy.budget_ranks, policy.budget_solver, policy.bits) == ("2.5", "4,16", "greedy", "4")
+    assert (settings(recipe)["bits"], settings(read(file))["bits"]) == ("≤2.5", "2.5")
+    assert "budget" not in dump(read(file))
+    assert policy_of(read(file, ["quantization={budget: 30MB, budget_solver: milp}"])).budget == "30MB"
+    assert "budget_solver" in refusal(file, "quantization={budget: 2.5, budget_solver: best}")

@@ -4,7 +4,7 @@ from typing import Any
 
 
 class Bar:
-    """A progress bar with matrices, time left, and the relative error so far."""
+    """A progress bar with matrices, time left, and the relative error so far. A budget has one before, of measuring."""
 
     def __init__(self) -> None:
         self.began = False
@@ -21,9 +21,12 @@ class Bar:
     def _advance(self, report: dict[str, Any]) -> None:
         from loftq.report.inspect import judged
 
-        error, _, norm = judged(report)
-        self._error += (error * norm) ** 2
-        self._norm += norm**2
+        if "errors" in report:
+            error, _, norm = judged(report)
+            self._error += (error * norm) ** 2
+            self._norm += norm**2
+        else:
+            self._bar.set_postfix_str("measuring for the budget", refresh=False)
         if self._norm:
             self._bar.set_postfix_str(f"error {(self._error / self._norm) ** 0.5:.4f}", refresh=False)
         self._bar.update()

@@ -1,4 +1,4 @@
-"""Verbs on checkpoints: plan, quantize, inspect, verify."""
+"""Verbs on checkpoints: quantize, inspect, verify."""
 
 import json
 from pathlib import Path
@@ -12,68 +12,34 @@ from loftq.cli.options import (
     Alpha,
     Bits,
     BlockSize,
+    Budget,
+    BudgetRanks,
+    BudgetSolver,
+    Calibrate,
     Code,
+    Curves,
     Directory,
     DoubleQuant,
     Embeddings,
     Json,
     MinCoverage,
     Model,
+    Preset,
     Rank,
     RankPolicy,
     Revision,
     RsLora,
     ScaleDtype,
+    Scales,
+    Workers,
     at_least,
     check_device,
     choice,
-    parse_bytes,
+    extra,
     policy,
     quiet,
 )
 from loftq.errors import quoted
-
-
-@app.command()
-def plan(
-    model: Model,
-    bits: Bits = "4",
-    rank: Rank = "16",
-    alpha: Alpha = None,
-    code: Code = "auto",
-    block_size: BlockSize = 64,
-    scale_dtype: ScaleDtype = None,
-    double_quant: DoubleQuant = False,
-    rank_policy: RankPolicy = "refuse",
-    rslora: RsLora = False,
-    embeddings: Embeddings = False,
-    min_coverage: MinCoverage = 0.5,
-    revision: Revision = None,
-    as_json: Json = False,
-) -> None:
-    """Show, for every tensor, how it would be quantized or why not. Reads no weights."""
-    from loftq.report.tables import print_plan
-    from loftq.workflows.source import open_source, plan_table
-
-    asked = policy(
-        bits=bits,
-        rank=rank,
-        alpha=alpha,
-        code=code,
-        block_size=block_size,
-        scale_dtype=scale_dtype or "bfloat16",
-        double_quant=double_quant,
-        rank_policy=rank_policy,
-        rslora=rslora,
-        embeddings=embeddings,
-        min_coverage=min_coverage,
-    )
-    source = open_source(model, asked, revision)
-    rows = plan_table(source.plan)
-    if as_json:
-        print(json.dumps({"tensors": rows, "coverage": source.plan.coverage, "digest": source.plan.digest()}, indent=2))
-    else:
-        print_plan(rows, source.plan.coverage)
 
 
 @app.command()
@@ -87,38 +53,23 @@ def quantize(
     block_size: BlockSize = 64,
     scale_dtype: ScaleDtype = None,
     double_quant: DoubleQuant = False,
+    preset: Preset = None,
+    calibrate: Calibrate = None,
+    samples: Annotated[int, typer.Option(help="Rows of text to calibrate on.")] = 128,
     steps: Annotated[
-        int | None, typer.Option(help="Alternations T; the best step is kept. [default: the preset's, 5 for loftq]")
-    ] = None,
-    preset: Annotated[
-        str | None,
+        int | None,
         typer.Option(
-            "--preset",
-            "--method",
-            help="loftq, descent, svd (one step), qlora (quantize, zero start); with --calibrate also qera-diag, "
-            "qera-full, eora, cloq, projq, srr, lq-lora. [default: loftq; descent with --calibrate]",
+            help="Alternations T; the best step is kept. Default: the preset's, 5 for loftq.", show_default=False
         ),
     ] = None,
     order: Annotated[
-        str | None, typer.Option(help="quantize-first, or svd-first (the paper's ablation). [default: the preset's]")
+        str | None,
+        typer.Option(
+            help="quantize-first, or svd-first (the paper's ablation). Default: the preset's.", show_default=False
+        ),
     ] = None,
     svd: Annotated[str, typer.Option(help="auto, exact or randomized.")] = "auto",
-    scales: Annotated[
-        str | None,
-        typer.Option(
-            help="By the code's formula (absmax), or fitted to the least error at the same bytes. "
-            "[default: formula; with descent fitted]"
-        ),
-    ] = None,
-    calibrate: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR|FILE|DATASET",
-            help="Statistics made by `loftq calibrate`, or texts to make them from: a file, or ORG/NAME of the hub.",
-            show_default=False,
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Rows of text to calibrate on.")] = 128,
+    scales: Scales = None,
     format: Annotated[
         str, typer.Option(help="loftq (packed), bnb (bitsandbytes NF4), or dense (dequantized).")
     ] = "loftq",
@@ -126,7 +77,11 @@ def quantize(
     rslora: RsLora = False,
     embeddings: Embeddings = False,
     min_coverage: MinCoverage = 0.5,
-    workers: Annotated[int, typer.Option(help="Matrices worked on at a time. [default: one per core]")] = 0,
+    budget: Budget = "",
+    budget_ranks: BudgetRanks = "",
+    budget_solver: BudgetSolver = "greedy",
+    curves: Curves = None,
+    workers: Workers = 0,
     device: Annotated[str, typer.Option(help="Where to solve: cpu, cuda, cuda:1, …")] = "cpu",
     seed: Annotated[int, typer.Option(help="Seeds random starts, together with each tensor's name.")] = 0,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of the backbone: 500MB, 2GB.")] = "1GB",
@@ -135,46 +90,35 @@ def quantize(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of loftq.")] = False,
 ) -> None:
     """Make a LoftQ checkpoint: packed backbone, LoRA start, manifest, model card. Continues where it was stopped."""
+    given = locals()
     from loftq.formats.layouts import LAYOUTS
+    from loftq.plan import parse_size
     from loftq.report.tables import print_summary
-    from loftq.spec import PRESETS, solve_spec
+    from loftq.spec import solve_spec
     from loftq.workflows.quantize import QuantizeOptions
     from loftq.workflows.quantize import quantize as run
 
-    if preset is not None:
-        choice("--preset", preset, tuple(PRESETS))
     choice("--format", format, tuple(LAYOUTS))
     check_device(device)
     solver = solve_spec(preset, calibrate is not None, steps=steps, order=order, svd=svd, seed=seed, scales=scales)
-    asked = policy(
-        bits=bits,
-        rank=rank,
-        alpha=alpha,
-        code="nf" if (format, code) == ("bnb", "auto") else code,
-        block_size=block_size,
-        scale_dtype=scale_dtype or ("float32" if format == "bnb" else "bfloat16"),
-        double_quant=double_quant,
-        rank_policy=rank_policy,
-        rslora=rslora,
-        embeddings=embeddings,
-        min_coverage=min_coverage,
-        solve=solver,
-    )
     options = QuantizeOptions(
-        policy=asked,
+        policy=policy(given, solve=solver),
         format=format,
         workers=at_least("--workers", workers, 0),
         device=device,
-        max_shard_bytes=parse_bytes(max_shard_size),
+        max_shard_bytes=parse_size("--max-shard-size", max_shard_size),
         overwrite=overwrite,
         revision=revision,
         task_type=task_type,
         calibrate=calibrate,
         calibration_samples=at_least("--samples", samples, 4),
+        curves=curves,
     )
-    quiet()
-    with StepBar() as steps_bar, Bar() as bar:
-        manifest = run(model, output, options, bar.begin, steps_bar.begin)
+    if calibrate is not None:
+        with extra("train"):
+            quiet()
+    with StepBar() as collecting, Bar() as bar:
+        manifest = run(model, output, options, bar.begin, collecting.begin)
     print_summary(output, manifest, bar.began)
 
 

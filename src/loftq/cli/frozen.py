@@ -38,6 +38,9 @@ def start(
     rslora: RsLora = False,
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Adapters on embedding tables too.")] = False,
     min_coverage: Annotated[float, typer.Option(help="Refuse if less of the layers' weights would be adapted.")] = 0.5,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="Statistics of the original, by `loftq calibrate`: least error of the outputs.")
+    ] = None,
     svd: Annotated[str, typer.Option(help="auto, exact or randomized.")] = "auto",
     device: Annotated[str, typer.Option(help="Where to load the base and to solve: cpu, cuda, cuda:1, …")] = "cpu",
     seed: Annotated[int, typer.Option(help="Seeds the randomized SVD, together with each tensor's name.")] = 0,
@@ -46,6 +49,7 @@ def start(
     revision: Revision = None,
 ) -> None:
     """Make the adapter that makes up for the quantization of a model that is quantized already, by whatever method."""
+    given = locals()
     from loftq.report.tables import print_start
     from loftq.spec import SolveSpec
     from loftq.workflows.frozen import FitOptions
@@ -55,18 +59,15 @@ def start(
     check_device(device)
     quiet_transformers()
     solver = SolveSpec(svd=svd, seed=seed)
-    asked = policy(
-        rank=rank,
-        alpha=alpha,
-        rank_policy=rank_policy,
-        rslora=rslora,
-        embeddings=embeddings,
-        min_coverage=min_coverage,
-        solve=solver,
-    )
+    statistics = None
+    if calibrate is not None:
+        from loftq.workflows.calibrate import statistics_of
+        from loftq.workflows.source import resolve
+
+        statistics = statistics_of(calibrate, resolve(weights, revision))
     options = StartOptions(
-        policy=asked,
-        fit=FitOptions(svd=solver.svd, seed=solver.seed),
+        policy=policy(given, solve=solver),
+        fit=FitOptions(statistics=statistics, svd=solver.svd, seed=solver.seed),
         device=device,
         base_revision=base_revision,
         revision=revision,

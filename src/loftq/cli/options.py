@@ -32,12 +32,56 @@ Code = Annotated[
     typer.Option(help="nf, lloyd (2 to 4 bits), uniform, uniform-tensor, affine; auto: nf, with fitted scales lloyd."),
 ]
 BlockSize = Annotated[int, typer.Option(help="Weights of a row that share a scale.")]
-ScaleDtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32. [default: bfloat16; bnb: float32]")]
+ScaleDtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32. Default: bfloat16; bnb: float32.")]
 DoubleQuant = Annotated[bool, typer.Option("--double-quant", help="Quantize the scales too, as bitsandbytes does.")]
 RankPolicy = Annotated[str, typer.Option(help="A rank too large for a matrix: refuse or clamp.")]
 RsLora = Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")]
 Embeddings = Annotated[bool, typer.Option("--embeddings", help="Quantize embedding tables too.")]
 MinCoverage = Annotated[float, typer.Option(help="Refuse if less of the layers' weights would be quantized.")]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        "--method",
+        help="loftq, descent, svd (one step), qlora (quantize, zero start); with --calibrate also qera-diag, "
+        "qera-full, eora, cloq, projq, srr, lq-lora. Default: loftq; with --calibrate descent.",
+        show_default=False,
+    ),
+]
+Scales = Annotated[
+    str | None,
+    typer.Option(
+        help="By the code's formula (absmax), or fitted to the least error at the same bytes. Default: formula; with "
+        "descent fitted.",
+        show_default=False,
+    ),
+]
+Calibrate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR|FILE|DATASET",
+        help="Statistics made by `loftq calibrate`, or texts to make them from: a file, or ORG/NAME of the hub.",
+        show_default=False,
+    ),
+]
+Workers = Annotated[int, typer.Option(help="Matrices worked on at a time. Default: one per core.")]
+Budget = Annotated[
+    str,
+    typer.Option(
+        help="What to spend: 2.5 (average stored bits of a quantized weight, scales included) or 300MB (all tensors, "
+        "with the adapter). Bits and block of every matrix are chosen for the least error in all, which is measured "
+        "first, on the weights. Of --bits only patterns count.",
+        show_default=False,
+    ),
+]
+BudgetRanks = Annotated[
+    str, typer.Option(help="Ranks that a budget may choose too, beside --rank: 8,32.", show_default=False)
+]
+BudgetSolver = Annotated[str, typer.Option(help="greedy, or milp: the optimum, by SciPy.")]
+Curves = Annotated[
+    Path | None,
+    typer.Option(help="JSON file of the errors measured for a budget; what it has of the same model is used again."),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="A recipe.", show_default=False)]
 Overrides = Annotated[
@@ -48,9 +92,23 @@ Overrides = Annotated[
 ]
 
 
-def policy(**options: Any) -> "Policy":
+OF_POLICY = (
+    *("bits", "rank", "alpha", "code", "block_size", "scale_dtype", "double_quant", "rank_policy", "rslora"),
+    *("embeddings", "min_coverage", "budget", "budget_ranks", "budget_solver"),
+)
+
+
+def policy(given: dict[str, Any], **more: Any) -> "Policy":
+    """The policy of a verb's options, checked. What it leaves open is what its format, if it has one, can hold."""
     from loftq.plan import Policy
     from loftq.spec import QuantSpec
+
+    options = {**{name: given[name] for name in OF_POLICY if name in given}, **more}
+    bitsandbytes = given.get("format") == "bnb"
+    if "scale_dtype" in options:
+        options["scale_dtype"] = options["scale_dtype"] or ("float32" if bitsandbytes else "bfloat16")
+    if options.get("code") == "auto" and bitsandbytes:
+        options["code"] = "nf"
 
     choice("--rank-policy", options["rank_policy"], ("refuse", "clamp"))
     if not 0 <= options["min_coverage"] <= 1:
@@ -109,11 +167,3 @@ def check_device(device: str) -> None:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise UsageError(f"--device {device!r} cannot be used: {str(e).splitlines()[0]}") from e
-
-
-def parse_bytes(text: str) -> int:
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-    number, unit = text[:-2], text[-2:].upper()
-    if unit not in units or not number.replace(".", "", 1).isdecimal() or float(number) <= 0:
-        raise UsageError(f"--max-shard-size: {text!r} is not a size like 500MB or 2GB")
-    return int(float(number) * units[unit])

@@ -27,7 +27,7 @@ def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Directory of the run. [default: the recipe's]")
+        Path | None, typer.Option("--output", "-o", help="Directory of the run. Default: the recipe's.")
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin again instead of continuing.")] = False,
     as_json: Json = False,
@@ -57,16 +57,16 @@ def evaluate(
         str,
         typer.Argument(help="A run of `loftq train`, a dense model, or a quantized directory.", show_default=False),
     ],
-    task: Annotated[str | None, typer.Option(help="Name of a task. [default: the run's]")] = None,
+    task: Annotated[str | None, typer.Option(help="Name of a task. Default: the run's.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Directory with files named by split. [default: the run's or the task's data]")
+        Path | None, typer.Option(help="Directory with files named by split. Default: the run's or the task's data.")
     ] = None,
     split: Annotated[list[str] | None, typer.Option(help="A split to report on; may be repeated.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="A trained adapter to put on the model.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows at a time. [default: the run's, or 32]")] = 0,
-    max_length: Annotated[int, typer.Option(help="Tokens of an input. [default: the run's or the task's]")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Rows at a time. Default: the run's, or 32.")] = 0,
+    max_length: Annotated[int, typer.Option(help="Tokens of an input. Default: the run's or the task's.")] = 0,
     sampling: Annotated[
-        str | None, typer.Option(help="How answers are written: greedy, or paper (GSM8K's sampling). [default: greedy]")
+        str | None, typer.Option(help="How answers are written: greedy, or paper (GSM8K's sampling). Default: greedy.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -98,7 +98,7 @@ def compare(
     recipe: RecipeFile,
     overrides: Overrides = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Directory of the comparison. [default: the recipe's]")
+        Path | None, typer.Option("--output", "-o", help="Directory of the comparison. Default: the recipe's.")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -38,6 +38,8 @@ def convert(
     """
     _check_model(model)
     check_statistics(policy.solve, statistics and statistics.kind)
+    if policy.budget:
+        raise UsageError("a budget is spent on checkpoints: use loftq.quantize, and load what it makes")
     roles = skeleton.parameter_roles(model)
     parameters = {name: model.get_parameter(name) for name in roles}
     plan = planning.make({n: (dtype_name(p.dtype), tuple(p.shape)) for n, p in parameters.items()}, roles, policy)

@@ -1,5 +1,7 @@
 """What is quantized, how, and why not: data about tensors and a policy in, a plan out. Knows no torch."""
 
+from loftq.plan.budget import Allocation, Choice, allocate, check_solver, frontier, parse_size
+from loftq.plan.candidates import Candidate, candidates, curve, factor_bytes, first_layers, limit
 from loftq.plan.patterns import Rules, parse_rules
 from loftq.plan.plan import (
     FLOATS,
@@ -10,6 +12,7 @@ from loftq.plan.plan import (
     Role,
     Stack,
     make,
+    mean_bits,
     natural,
     nominal_bits,
     target_suffixes,
@@ -18,6 +21,9 @@ from loftq.plan.plan import (
 
 __all__ = [
     "FLOATS",
+    "Allocation",
+    "Candidate",
+    "Choice",
     "Kept",
     "Matrix",
     "Plan",
@@ -25,10 +31,20 @@ __all__ = [
     "Role",
     "Rules",
     "Stack",
+    "allocate",
+    "candidates",
+    "check_solver",
+    "curve",
+    "factor_bytes",
+    "first_layers",
+    "frontier",
+    "limit",
     "make",
+    "mean_bits",
     "natural",
     "nominal_bits",
     "parse_rules",
+    "parse_size",
     "target_suffixes",
     "task_type",
 ]

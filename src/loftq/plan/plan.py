@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from loftq.errors import InputError, UsageError, listed, quoted
+from loftq.plan.budget import SOLVERS, Choice, parse_budget
 from loftq.plan.patterns import Rules, parse_rules
 from loftq.spec import BITS, QuantSpec, SolveSpec, check_scales, code_for, scaling, stored_bytes
 
@@ -64,6 +65,9 @@ class Policy:
     embeddings: bool = False
     min_coverage: float = 0.5
     solve: SolveSpec = field(default_factory=SolveSpec)
+    budget: str = ""
+    budget_ranks: str = ""
+    budget_solver: str = "greedy"
 
     def __post_init__(self) -> None:
         if self.rank_policy not in RANK_POLICIES:
@@ -72,6 +76,35 @@ class Policy:
             )
         if not 0 <= self.min_coverage <= 1:
             raise UsageError(f"--min-coverage must lie between 0 and 1, got {quoted(repr(self.min_coverage))}")
+        _check_budget(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; without a budget none of its fields, so that earlier outputs are still known."""
+        values = asdict(self)
+        return values if self.budget else {k: v for k, v in values.items() if not k.startswith("budget")}
+
+
+def _check_budget(policy: Policy) -> None:
+    if policy.budget_solver not in SOLVERS:
+        raise UsageError(
+            f"--budget-solver must be one of {', '.join(SOLVERS)}, got {quoted(repr(policy.budget_solver))}"
+        )
+    for rank in policy.budget_ranks.split(",") if policy.budget_ranks else ():
+        if not rank.isdecimal() or int(rank) < 1:
+            raise UsageError(
+                f"--budget-ranks: {quoted(policy.budget_ranks)} is not a list of whole numbers of at least 1, "
+                "such as 8,16,32"
+            )
+    if not policy.budget:
+        if policy.budget_ranks or policy.budget_solver != SOLVERS[0]:
+            raise UsageError("--budget-ranks and --budget-solver say how a --budget is spent; give one, such as 2.5")
+        return
+    parse_budget(policy.budget)
+    if "=" not in policy.bits and policy.bits not in (Policy.bits, str(DENSE)):
+        raise UsageError(
+            f"--bits {quoted(policy.bits)} and --budget {quoted(policy.budget)} both say how wide all matrices are; "
+            "leave one out, or give --bits patterns for those that the budget is not to choose: 'down_proj=4,4'"
+        )
 
 
 @dataclass(frozen=True)
@@ -141,12 +174,18 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def make(tensors: Mapping[str, tuple[str, tuple[int, ...]]], roles: Mapping[str, Role], policy: Policy) -> Plan:
+def make(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    roles: Mapping[str, Role],
+    policy: Policy,
+    chosen: Mapping[str, Choice] | None = None,
+) -> Plan:
     """Decide about every tensor.
 
     Args:
         tensors: name -> (safetensors dtype, shape), from the file headers alone.
         roles: name -> role, from the model's skeleton.
+        chosen: module -> bits, block and rank that a budget chose; they come before the policy's.
 
     Raises: UsageError for options that fit no module or a rank that does not fit a matrix; InputError when
         nothing, or less than ``policy.min_coverage`` of the layers' weights, would be quantized.
@@ -169,15 +208,16 @@ def make(tensors: Mapping[str, tuple[str, tuple[int, ...]]], roles: Mapping[str,
             missed = role.backbone and role.kind in ("linear", "conv1d", "experts") and len(shape) > 1 and not by_design
             kept.append(Kept(name, dtype, shape, _numel(shape) * _itemsize(dtype), reason, missed))
             continue
+        budgeted = chosen.get(role.module) if chosen else None
         quant = QuantSpec(
-            bits=width,
-            code=code_for(policy.code, width, policy.solve.scales),
-            block_size=policy.block_size,
+            bits=budgeted.bits if budgeted else width,
+            code=code_for(policy.code, budgeted.bits if budgeted else width, policy.solve.scales),
+            block_size=budgeted.block_size if budgeted else policy.block_size,
             scale_dtype=policy.scale_dtype,
             double_quant=policy.double_quant,
         )
         oriented = (shape[1], shape[0]) if role.kind == "conv1d" else (shape[0], shape[1])
-        rank = ranks(role.module)
+        rank = budgeted.rank if budgeted else ranks(role.module)
         if rank >= min(oriented) and policy.rank_policy == "refuse":
             refused.append(f"{name} {oriented[0]}x{oriented[1]} with rank {rank}")
         check_scales(quant, policy.solve.scales)
@@ -201,6 +241,11 @@ def nominal_bits(bits: str, plan: Plan) -> float:
     except ValueError:
         return plan.matrices[-1].quant.bits
     return int(asked) if asked == int(asked) else asked
+
+
+def mean_bits(plan: Plan) -> float:
+    """The one number that stands for a budget in ``config.json``: bits of a code, averaged over the weights."""
+    return round(sum(m.quant.bits * m.numel for m in plan.matrices) / sum(m.numel for m in plan.matrices), 2)
 
 
 def _check_coverage(plan: Plan, policy: Policy) -> None:

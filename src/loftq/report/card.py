@@ -25,9 +25,11 @@ def model_card(
     """README.md of the output directory: what it is, how to load it, what it cost."""
     loader = next((auto for ending, auto in LOADERS.items() if architecture.endswith(ending)), "AutoModel")
     front = [f"base_model: {hub_id}", "base_model_relation: quantized"] if hub_id else []
-    widths = sorted({m.quant.bits for m in plan.matrices})
+    widths, blocks, ranks = (
+        "/".join(map(str, sorted(set(values))))
+        for values in zip(*((m.quant.bits, m.quant.block_size, m.rank) for m in plan.matrices), strict=True)
+    )
     better = 1 - summary["error"] / summary["qlora_error"] if summary["qlora_error"] else 0.0
-    quant = plan.matrices[0].quant
     outputs = []
     if "output_error" in summary:
         alone, left = summary["qlora_output_error"], summary["output_error"]
@@ -41,8 +43,8 @@ def model_card(
             "---",
             f"# {directory}",
             "",
-            f"A frozen {'/'.join(map(str, widths))}-bit backbone ({quant.code}, block {quant.block_size}) and a LoftQ "
-            f"start for LoRA (rank {plan.rank}, alpha {plan.lora_alpha:g}), made by [LoftQ](https://arxiv.org/abs/2310.08659).",
+            f"A frozen {widths}-bit backbone ({plan.matrices[0].quant.code}, block {blocks}) and a LoftQ "
+            f"start for LoRA (rank {ranks}, alpha {plan.lora_alpha:g}), made by [LoftQ](https://arxiv.org/abs/2310.08659).",
             "",
             "```python",
             f"{NEEDS[layout]}from peft import PeftModel",

@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from loftq.errors import UsageError
+from loftq.errors import StorageError, UsageError
 from loftq.formats import fsio
 
 
@@ -18,6 +18,18 @@ def pyplot() -> Any:
     except ImportError as e:
         raise UsageError("a picture needs matplotlib: pip install 'loftq[plot]'") from e
     return plt
+
+
+def check_place(file: Path) -> None:
+    """Refuse, before long work, a picture that could not be saved. Raises: UsageError, StorageError."""
+    pyplot()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    ending = file.suffix[1:] or "png"
+    if ending not in FigureCanvasBase.get_supported_filetypes():
+        raise UsageError(f"--plot {file}: {ending!r} is no format of a picture; use .png, .pdf or .svg")
+    if not file.parent.is_dir():
+        raise StorageError(f"--plot {file}: its directory does not exist; create it and run again")
 
 
 def save(figure: Any, file: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loftq.errors import NumericalError
 from loftq.numerics import Metric, Moments, best_factors, frobenius, product_square
-from loftq.solve.loftq import _zero_start, check_finite, check_matrix, tensor_seed
+from loftq.solve.loftq import check_finite, check_matrix, tensor_seed, zero_start
 
 LARGEST_TERM = 1 + 1e-3  # of the error: with G = I the term is a projection of it, and no larger but for rounding
 
@@ -97,7 +97,7 @@ def fit_adapter(
 def _without(
     weight: Tensor, error: Tensor, rank: int, held: Metric, generator: torch.Generator, reason: str
 ) -> FrozenStart:
-    b, a = _zero_start(weight, rank, generator)
+    b, a = zero_start(weight, rank, generator)
     plain, weighted = _relative(error, weight, Metric()), _relative(error, weight, held)
     return FrozenStart(b, a, (plain, plain), (weighted, weighted), reason)
 

@@ -98,7 +98,7 @@ def solve(
                 best = candidate
     quantized, b, a = best
     if b is None or a is None:
-        b, a = _zero_start(weight, rank, generator)
+        b, a = zero_start(weight, rank, generator)
     return Solution(quantized, b, a, tuple(measure.errors), measure.kept, tuple(measure.output_errors))
 
 
@@ -220,7 +220,7 @@ def tensor_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
 
 
-def _zero_start(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def zero_start(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """LoRA's own start: B = 0 and A uniform within 1/sqrt(in), as PEFT draws it."""
     rows, columns = weight.shape
     a = torch.empty(rank, columns, device="cpu", dtype=torch.float32).uniform_(-1, 1, generator=generator)

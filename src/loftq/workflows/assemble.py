@@ -38,6 +38,7 @@ class Job:
     units: list[Unit]
     identity: dict[str, Any]
     adapter: dict[str, Any]  # adapter_config.json
+    budget: dict[str, Any] | None = None  # how its budget was spent
 
 
 def assemble(job: Job, work: Workspace, records: list[dict[str, Any]], name: str) -> dict[str, Any]:
@@ -74,6 +75,7 @@ def assemble(job: Job, work: Workspace, records: list[dict[str, Any]], name: str
         "files": files,
         "matrices": matrices,
         "totals": summary,
+        **({} if job.budget is None else {"budget": job.budget}),
     }
     return sealed.write(work.output / MANIFEST, manifest)
 
@@ -154,7 +156,7 @@ def _write_config(job: Job, work: Workspace) -> fsio.FileDigest:
     config = strict_json.load_object(job.source.directory / "config.json")
     config = without_internal_keys(config)
     modules = [(m.module, m.quant) for m in plan.matrices]
-    bits = planning.nominal_bits(job.identity["options"]["bits"], plan)
+    bits = planning.mean_bits(plan) if job.budget else planning.nominal_bits(job.identity["options"]["bits"], plan)
     ours = job.layout.quantization_config(modules, bits, job.source.kept_modules)
     config.setdefault("architectures", [job.source.architecture])
     if ours is not None:

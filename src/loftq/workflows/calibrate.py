@@ -156,11 +156,16 @@ def open_or_collect(
     """
     directory = Path(path).expanduser()
     if directory.is_dir():
-        found = open_statistics(directory)
-        check_model(found, directory, resolve(model, options.revision))
-        return found
+        return statistics_of(directory, resolve(model, options.revision))
     calibrate(model, output, replace(options, data=path), begin)
     return open_statistics(output)
+
+
+def statistics_of(directory: Path, model: Path) -> Statistics:
+    """The statistics in a directory, which have to be of ``model``; raises as :func:`open_or_collect`."""
+    found = open_statistics(directory)
+    check_model(found, directory, model)
+    return found
 
 
 def check_model(statistics: Statistics, directory: Path, model: Path) -> None:

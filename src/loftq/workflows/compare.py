@@ -155,7 +155,8 @@ def settings(recipe: Recipe) -> dict[str, Any]:
         return {"method": "lora", "bits": "16", **adapter}
     spec = quantization.solver(recipe.method)
     code = code_for(quantization.code, 4, spec.scales)
-    stored = {"bits": quantization.bits, "code": code, "scales": spec.scales}
+    bits = f"≤{quantization.budget}" if quantization.budget else quantization.bits
+    stored = {"bits": bits, "code": code, "scales": spec.scales}
     solver: dict[str, Any] = {"steps": spec.steps, "order": spec.order} if recipe.method == "loftq" else {}
     if recipe.method == "loftq" and (quantization.preset or quantization.calibrate):
         solver["preset"] = quantization.preset or "descent"

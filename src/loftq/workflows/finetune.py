@@ -4,7 +4,6 @@ import hashlib
 import json
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +145,7 @@ def policy_of(recipe: Recipe) -> Policy:
     """What ``loftq quantize`` would be asked for. QLoRA is LoftQ of no steps."""
     given, lora = recipe.quantization or Quantization(), recipe.lora
     return Policy(
-        **given.model_dump(exclude={*SOLVER}),
+        **given.model_dump(exclude={*SOLVER}, exclude_none=True),
         **lora.model_dump(exclude={"dropout"}),
         solve=given.solver(recipe.method),
     )
@@ -192,8 +191,10 @@ def _check_quantized(recipe: Recipe, source: Path) -> None:
 
 
 def _cache_name(source: Path, options: QuantizeOptions) -> str:
-    text = json.dumps([str(source.resolve()), asdict(options)], sort_keys=True)
-    return f"{source.name}-{options.policy.bits}bit-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    policy = options.policy
+    named = [str(source.resolve()), policy.to_dict(), options.calibrate, options.calibration_samples]
+    text = json.dumps(named, sort_keys=True)
+    return f"{source.name}-{policy.budget or policy.bits}bit-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def _model(recipe: Recipe, task: Task, base: Path, arguments: Seq2SeqTrainingArguments) -> Any:

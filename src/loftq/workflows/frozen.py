@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from loftq.errors import InputError, LoftqError, NumericalError, StorageError, quoted
 from loftq.formats.source import Checkpoint, is_quantized_source, open_checkpoint
-from loftq.numerics import Moments, frobenius
+from loftq.formats.statistics import Statistics
+from loftq.numerics import frobenius
 from loftq.plan import FLOATS
 from loftq.solve import fit_adapter
 from loftq.workflows.source import resolve
@@ -30,12 +31,14 @@ class Original:
     """Where the original of a module's weight lies.
 
     Attributes:
+        module: whose it is.
         shape: ``(out, in)``.
         transposed: as a Conv1D's tensor is.
         keep: why it cannot be taken as it is; empty if it can.
     """
 
     tensor: str
+    module: str
     dtype: str
     shape: tuple[int, ...]
     transposed: bool
@@ -82,11 +85,11 @@ class FitOptions:
     """How the starts are found.
 
     Attributes:
-        moments: of the inputs of modules, by the modules' names; where there are none, the weights' norm is used.
+        statistics: of the inputs, from the original model; where there are none, the weights' norm is used.
         svd, seed: as in :class:`loftq.spec.SolveSpec`.
     """
 
-    moments: Mapping[str, Moments] | None = None
+    statistics: Statistics | None = None
     svd: str = "auto"
     seed: int = 0
 
@@ -146,8 +149,9 @@ def open_originals(weights: str, revision: str | None) -> Originals:
         if role.kind not in MATRICES and not role.keep:
             continue
         transposed = role.kind == "conv1d"
-        original = Original(tensor, info.dtype, info.shape[::-1] if transposed else info.shape, transposed, role.keep)
-        for module in (role.module.removesuffix(".weight"), *(n.rpartition(".")[0] for n in role.tied)):
+        shape, named = info.shape[::-1] if transposed else info.shape, role.module.removesuffix(".weight")
+        original = Original(tensor, named, info.dtype, shape, transposed, role.keep)
+        for module in (named, *(n.rpartition(".")[0] for n in role.tied)):
             modules[module] = original
     return Originals(directory, checkpoint, modules, str(built.base_model_prefix))
 
@@ -182,7 +186,8 @@ def fit(layer: Layer, checkpoint: Checkpoint, options: FitOptions) -> Fitted:
             raise InputError(
                 f"{original.tensor} is {tuple(weight.shape)}, the layer {tuple(base.shape)}; is it another model's?"
             )
-        norm, moments = frobenius(weight), (options.moments or {}).get(layer.name)
+        norm, moments = frobenius(weight), options.statistics and options.statistics.moments(original.module)
+        moments = moments and moments.to(str(base.device))
         start = fit_adapter(
             weight, base, layer.rank, moments=moments, svd=options.svd, seed=options.seed, name=original.tensor
         )
@@ -208,7 +213,7 @@ def fit(layer: Layer, checkpoint: Checkpoint, options: FitOptions) -> Fitted:
         "norm": norm,
     }
     if moments:
-        report["metric_errors"] = list(start.metric_errors)
+        report["output_errors"] = list(start.metric_errors)
     return Fitted(b, a, report)
 
 

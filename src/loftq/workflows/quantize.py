@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 
 import loftq
 from loftq import plan as planning
-from loftq.errors import LoftqError, StorageError
+from loftq.errors import LoftqError, StorageError, UsageError
 from loftq.formats import fsio
 from loftq.formats.layouts import LAYOUTS, Layout
 from loftq.formats.statistics import Statistics
@@ -27,10 +27,11 @@ from loftq.plan import Matrix, Policy
 from loftq.solve import ordered_map
 from loftq.spec import check_statistics, statistics_kind
 from loftq.workflows.assemble import Job, adapter_of, assemble, source_identity
+from loftq.workflows.budget import check_budget, within_budget
 from loftq.workflows.calibrate import CalibrateOptions, open_or_collect
 from loftq.workflows.places import already_done, check_places, claim, is_ours, publish, put_back, was_taken
 from loftq.workflows.source import Source, open_source
-from loftq.workflows.units import Solved, Workspace, solve_matrix, split
+from loftq.workflows.units import Solved, Workspace, moments_for, naming, solve_matrix, split
 
 logger = logging.getLogger("loftq")
 
@@ -54,6 +55,7 @@ class QuantizeOptions:
     task_type: str | None = None
     calibrate: str | None = None
     calibration_samples: int = 128
+    curves: Path | None = None  # where the error curves of a budget are kept; None: in the workspace
 
 
 Progress = Callable[[dict[str, Any]], None]  # called with the report of each matrix
@@ -71,7 +73,8 @@ def quantize(
 
     Args:
         model: a local directory or a hub id.
-        begin: called before the work; returns what is called after every matrix.
+        begin: called before the work, and before that if error curves are measured for a budget; returns what is
+            called after every matrix, with its report.
         begin_calibration: the same for collecting statistics. These are kept beside the output, for other runs.
 
     Raises: ConflictError if ``output`` holds something else or another process works on it; InputError,
@@ -85,9 +88,11 @@ def quantize(
     check_places(source.directory, work, output)
     statistics = _statistics(model, output, options, begin_calibration)
     layout = LAYOUTS[options.format]
-    units = split(source.plan, layout, options.max_shard_bytes, _in_order(source))
-    adapter = adapter_of(source, layout, output, options.task_type)
-    job = Job(source, layout, units, _identity(source, layout, options, statistics), adapter)
+    if options.policy.budget:
+        check_budget(source, options.policy, layout.name, options.curves)
+    elif options.curves:
+        raise UsageError("--curves is of a budget; give one: --budget 2.5")
+    job = _job(source, layout, _identity(source, layout, options, statistics), output, options)
     done = already_done(output, job.identity, options.overwrite)
     if done and not (work.root.exists() and is_ours(work, job.identity)):  # nothing to clean away
         return done
@@ -98,6 +103,8 @@ def quantize(
             done = already_done(output, job.identity, options.overwrite)  # another process may have finished meanwhile
             if not done:
                 claim(work, job.identity)
+                if options.policy.budget:
+                    job = _spend(job, work, output, options, statistics, begin)
                 _check_space(job, work)
                 done = assemble(job, work, _make_units(job, work, options, statistics, begin), output.name)
                 publish(work, output, done["files"], options.overwrite)
@@ -108,6 +115,29 @@ def quantize(
         if is_ours(work, job.identity):
             _clean(work)
     return done
+
+
+def _job(
+    source: Source, layout: Layout, identity: dict[str, Any], output: Path, options: QuantizeOptions, **found: Any
+) -> Job:
+    units = split(source.plan, layout, options.max_shard_bytes, _in_order(source))
+    return Job(source, layout, units, identity, adapter_of(source, layout, output, options.task_type), **found)
+
+
+def _spend(
+    job: Job,
+    work: Workspace,
+    output: Path,
+    options: QuantizeOptions,
+    statistics: Statistics | None,
+    begin: Begin | None,
+) -> Job:
+    """The job with the plan that the budget chooses. Its identity stays: that of what the choice depends on."""
+    keep = options.curves or work.curves
+    source, report = within_budget(
+        job.source, options.policy, keep, statistics, workers=options.workers, device=options.device, begin=begin
+    )
+    return _job(source, job.layout, job.identity, output, options, budget=report)
 
 
 def _in_order(source: Source) -> list[str]:
@@ -139,7 +169,7 @@ def _identity(
         **({} if statistics is None else {"statistics": statistics.identity}),
         "source": source_identity(source),
         "options": {
-            **asdict(options.policy),
+            **options.policy.to_dict(),
             "format": layout.name,
             "max_shard_bytes": options.max_shard_bytes,
             "device": options.device.partition(":")[0],
@@ -176,7 +206,8 @@ def _make_units(
     advance = begin(len(source.plan.matrices), finished) if begin else lambda report: None
 
     def work_on(matrix: Matrix) -> Solved:
-        moments = statistics.moments(matrix.module) if statistics and matrix.kind != "embedding" else None
+        with naming(matrix):
+            moments = moments_for(matrix, statistics)
         return solve_matrix(matrix, source.checkpoint, source.plan, layout, options.device, moments)
 
     def watched(results: Iterator[Solved]) -> Iterator[Solved]:

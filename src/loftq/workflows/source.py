@@ -8,7 +8,7 @@ from typing import Any
 from loftq import plan as planning
 from loftq.errors import InputError, StorageError, quoted
 from loftq.formats.source import Checkpoint, is_quantized_source, open_checkpoint
-from loftq.plan import Plan, Policy
+from loftq.plan import Plan, Policy, Role
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
@@ -22,6 +22,8 @@ class Source:
     hub_id: str | None  # None: a local directory
     checkpoint: Checkpoint
     plan: Plan
+    tensors: dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape
+    roles: dict[str, Role]
     prefix: str  # of the base model
     architecture: str
     adaptable: list[str]  # every module that an adapter could wrap
@@ -29,7 +31,7 @@ class Source:
 
 
 def open_source(model: str, policy: Policy, revision: str | None = None) -> Source:
-    """Headers, skeleton and plan of a local directory or a hub id. Reads no weights."""
+    """Headers, skeleton and plan of a local directory or a hub id. Reads no weights, so a budget is not spent yet."""
     from loftq.nn import skeleton
 
     directory = resolve(model, revision)
@@ -49,6 +51,8 @@ def open_source(model: str, policy: Policy, revision: str | None = None) -> Sour
         hub_id=None if Path(model).expanduser().exists() else model,
         checkpoint=checkpoint,
         plan=plan,
+        tensors=tensors,
+        roles=roles,
         prefix=str(built.base_model_prefix),
         architecture=type(built).__name__,
         adaptable=adaptable,

@@ -125,8 +125,9 @@ def _solve(
     advance = begin(len(plan.matrices), 0)
     tensors: dict[str, Tensor] = {}
     reports = []
+    modules = {m.name: m.module for m in source.plan.matrices}  # as the original calls them
     for matrix in plan.matrices:
-        original = Original(matrix.name, matrix.dtype, matrix.shape, matrix.kind == "conv1d", "")
+        original = Original(matrix.name, modules[matrix.name], matrix.dtype, matrix.shape, matrix.kind == "conv1d", "")
         base = model.get_submodule(matrix.module)
         fitted = fit(
             Layer(matrix.module, base, original, matrix.rank, plan.scaling(matrix)), source.checkpoint, options

@@ -4,6 +4,7 @@ What a shard contains is fixed by the plan alone, so a plain, a parallel and a r
 is done when its record is whole and its files have the recorded hashes.
 """
 
+import contextlib
 import hashlib
 import logging
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from loftq.errors import InputError, LoftqError, NumericalError, StorageError, q
 from loftq.formats import fsio
 from loftq.formats.layouts import Layout
 from loftq.formats.source import Checkpoint
+from loftq.formats.statistics import Statistics
 from loftq.formats.tensorfile import Entry, encode_header, tensor_bytes
 from loftq.nn.adapter import adapter_product, adapter_shapes, adapter_tensors
 from loftq.numerics import Moments, frobenius
@@ -80,14 +82,48 @@ def split(plan: Plan, layout: Layout, max_shard_bytes: int, order: list[str]) ->
     return [Unit(i, name, tuple(s)) for i, (name, s) in enumerate(zip(names, shards, strict=True))]
 
 
+@contextlib.contextmanager
+def naming(matrix: Matrix) -> Iterator[None]:
+    """Around work on one matrix: its name before the message of an error."""
+    try:
+        yield
+    except LoftqError as e:
+        raise type(e)(f"{quoted(matrix.name)}: {e}") from e
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "memory" not in str(e):
+            raise
+        raise StorageError(
+            f"{quoted(matrix.name)}: not enough memory for a matrix of shape {matrix.shape}; use fewer --workers"
+        ) from e
+
+
+def moments_for(matrix: Matrix, statistics: Statistics | None) -> Moments | None:
+    """What is known of a matrix's inputs; nothing of an embedding, whose inputs are rows.
+
+    Raises: InputError if the statistics are of a matrix with other inputs.
+    """
+    found = statistics.moments(matrix.module) if statistics and matrix.kind != "embedding" else None
+    columns = found and found.fit.columns
+    if columns is not None and len(columns) != matrix.shape[1]:
+        raise InputError(
+            f"the statistics are of {len(columns)} input features, the matrix has {matrix.shape[1]}; collect them again"
+        )
+    return found
+
+
+def oriented(matrix: Matrix, raw: Tensor) -> Tensor:
+    """A tensor of the checkpoint as ``(out, in)``."""
+    return raw.T.contiguous() if matrix.kind == "conv1d" else raw
+
+
 def solve_matrix(
     matrix: Matrix, checkpoint: Checkpoint, plan: Plan, layout: Layout, device: str, moments: Moments | None = None
 ) -> Solved:
     """Read, solve and encode one matrix; measure the errors on the tensors that will be written."""
-    try:
+    with naming(matrix):
         raw = checkpoint.read(matrix.name)
         source_sha256 = hashlib.sha256(tensor_bytes(raw)).hexdigest()
-        weight = raw.T.contiguous() if matrix.kind == "conv1d" else raw
+        weight = oriented(matrix, raw)
         moved = moments and moments.to(device)
         solution = solve(weight.to(device), matrix.quant, matrix.rank, plan.solve, matrix.name, moved)
         s = plan.scaling(matrix)
@@ -98,14 +134,6 @@ def solve_matrix(
         )
         stored = layout.encode(matrix, codes)
         written = _measured(weight, matrix, stored, adapter, s, layout, moments)
-    except LoftqError as e:
-        raise type(e)(f"{quoted(matrix.name)}: {e}") from e
-    except (MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "memory" not in str(e):
-            raise
-        raise StorageError(
-            f"{quoted(matrix.name)}: not enough memory for a matrix of shape {matrix.shape}; use fewer --workers"
-        ) from e
     traces = {"errors": list(solution.errors), "output_errors": list(solution.output_errors)}
     traces = {name: trace for name, trace in traces.items() if trace}
     for name, trace in traces.items():
@@ -165,6 +193,7 @@ class Workspace:
     def __init__(self, output: Path) -> None:
         self.root = output.with_name(f"{output.name}.loftq-partial")
         self.lock, self.identity = self.root / "lock", self.root / "identity.json"
+        self.curves = self.root / "curves.json"  # of a budget
         self.units, self.output = self.root / "units", self.root / "output"
         self.replaced = self.root / "replaced"  # by --overwrite, until the new output stands
 

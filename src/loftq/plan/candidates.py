@@ -1,0 +1,138 @@
+"""What a budget chooses from, matrix by matrix, and how many bytes it may spend. Knows shapes, reads no weights."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from loftq.errors import UsageError, quoted
+from loftq.plan.budget import Choice, parse_budget
+from loftq.plan.patterns import matches
+from loftq.plan.plan import Matrix, Plan, Policy, Role, make
+from loftq.spec import BITS, QuantSpec, code_for, stored_bytes
+
+FACTOR_BYTES = 4  # an adapter is stored in float32
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to quantize a matrix, with the ranks that its adapter may have, ascending."""
+
+    quant: QuantSpec
+    ranks: tuple[int, ...]
+
+
+def candidates(plan: Plan, policy: Policy) -> dict[str, list[Candidate]]:
+    """Module -> widths, with half, once and twice the block, and with the ranks of ``--budget-ranks``.
+
+    8 bits are among the widths if the budget is more than all matrices take at 4: below, they cannot pay, and fitting
+    their scales takes the longest by far.
+
+    A module that a pattern of ``--bits`` names keeps its width and block; one that a pattern of ``--rank`` names, its
+    rank. The rank of the plan is always among the ranks.
+
+    Args:
+        plan: of the policy, without the budget.
+    """
+    four = sum(bytes_of(m, replace(m.quant, bits=4), m.rank) for m in plan.matrices)
+    wide = policy.code != "lloyd" and _allowed(plan, policy) > four
+    widths = [bits for bits in BITS if bits < 8 or wide]
+    return {
+        m.module: [Candidate(quant, _ranks(m, policy)) for quant in _quants(m, policy, widths)] for m in plan.matrices
+    }
+
+
+def limit(plan: Plan, policy: Policy) -> int:
+    """Bytes of all choices together: what a number of bytes leaves beside the tensors that are kept; or what an
+    average of bits makes of the quantized weights, and beside it adapters of the plan's ranks.
+
+    Raises: UsageError for less than the cheapest choices take.
+    """
+    allowed = _allowed(plan, policy)
+    by_module = {m.module: m for m in plan.matrices}
+    least = sum(
+        min(bytes_of(by_module[module], c.quant, c.ranks[0]) for c in found)
+        for module, found in candidates(plan, policy).items()
+    )
+    if allowed < least:
+        bits = (least - _adapters(plan)) * 8 / sum(m.numel for m in plan.matrices)
+        size = (least + sum(k.bytes for k in plan.kept)) / 1e6
+        in_bits = parse_budget(policy.budget).bytes is None
+        needed = f"{math.ceil(1000 * bits) / 1000:.3f} bits" if in_bits else f"{math.ceil(100 * size) / 100:.2f}MB"
+        raise UsageError(
+            f"--budget {quoted(policy.budget)} is too small: the narrowest codes, largest blocks and lowest ranks take "
+            f"{needed}; give at least that, or a larger --block-size"
+        )
+    return allowed
+
+
+def _allowed(plan: Plan, policy: Policy) -> int:
+    budget = parse_budget(policy.budget)
+    if budget.bytes is not None:
+        return budget.bytes - sum(k.bytes for k in plan.kept)
+    return int((budget.bits or 0) * sum(m.numel for m in plan.matrices) / 8) + _adapters(plan)
+
+
+def _adapters(plan: Plan) -> int:
+    return sum(factor_bytes(m, m.rank) for m in plan.matrices)
+
+
+def bytes_of(matrix: Matrix, quant: QuantSpec, rank: int) -> int:
+    """What a matrix takes on disk, with its adapter."""
+    return stored_bytes(quant, *matrix.shape) + factor_bytes(matrix, rank)
+
+
+def factor_bytes(matrix: Matrix, rank: int) -> int:
+    return FACTOR_BYTES * rank * sum(matrix.shape)
+
+
+def first_layers(
+    plan: Plan, tensors: Mapping[str, tuple[str, tuple[int, ...]]], roles: Mapping[str, Role], policy: Policy
+) -> list[Plan]:
+    """The plans of the paper's rule, the first layers at 4 bits and the rest at 2, for every number of layers.
+
+    None if the matrices of ``plan``, which is the policy's without the budget, are in no stack of layers.
+    """
+    stacks = [roles[m.name].stack for m in plan.matrices]
+    deepest = max((stack.length for stack in stacks if stack), default=0)
+    plain = replace(policy, budget="", budget_ranks="", budget_solver="greedy")
+    averages = [2.0, *(2 + 2 * (k + 1e-6) / deepest for k in range(1, deepest)), 4.0] if deepest else []
+    return [make(tensors, roles, replace(plain, bits=f"{average:.12f}")) for average in averages]
+
+
+def curve(matrix: Matrix, found: list[Candidate], errors: Mapping[QuantSpec, list[float]]) -> list[Choice]:
+    """All choices of a matrix, which counts by its size.
+
+    Args:
+        errors: of every candidate, after each of its ranks: squared, relative to the matrix.
+    """
+    return [
+        Choice(c.quant.bits, c.quant.block_size, rank, bytes_of(matrix, c.quant, rank), matrix.numel * error)
+        for c in found
+        for rank, error in zip(c.ranks, errors[c.quant], strict=True)
+    ]
+
+
+def _quants(matrix: Matrix, policy: Policy, widths: list[int]) -> list[QuantSpec]:
+    if _pinned(policy.bits, matrix.module):
+        return [matrix.quant]
+    size = policy.block_size
+    blocks = [size] if policy.code == "uniform-tensor" else sorted({max(size // 2, 1), size, 2 * size})
+    scales = policy.solve.scales
+    return [
+        replace(matrix.quant, bits=bits, block_size=block, code=code_for(policy.code, bits, scales))
+        for bits in widths
+        for block in blocks
+    ]
+
+
+def _ranks(matrix: Matrix, policy: Policy) -> tuple[int, ...]:
+    if _pinned(policy.rank, matrix.module):
+        return (matrix.rank,)
+    asked = [int(rank) for rank in policy.budget_ranks.split(",") if rank]
+    return tuple(sorted({matrix.rank, *(rank for rank in asked if rank < min(matrix.shape))}))
+
+
+def _pinned(rules: str, module: str) -> bool:
+    """Whether a pattern, not the default, decides about a module."""
+    patterns = (item.rpartition("=")[0].strip() for item in rules.split(","))
+    return any(pattern and matches(pattern, module) for pattern in patterns)
