@@ -47,6 +47,7 @@ def recipe(given: argparse.Namespace, task: str) -> study.Recipe:
                     {"method": "lora"},
                     {"method": ["qlora", "loftq"], "quantization.bits": WIDTHS},
                     {"method": "loftq", "quantization.code": "lloyd", "quantization.scales": "fitted"},
+                    {"method": "loftq", "quantization.calibrate": str(given.data / WIKITEXT["train"])},
                 ],
             },
         },

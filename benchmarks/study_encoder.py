@@ -43,11 +43,12 @@ TASKS: dict[str, tuple[int, dict[str, Any]]] = {
     "anli": (128, {"train": "anli/R[123]_dev.jsonl.gz", "test": "anli/R[123]_test.jsonl.gz"}),
     "squad": (384, {}),
 }
+CALIBRATION = "wikitext/wt103.train_prefix.txt.gz"
 SMALL = ("sst2", "qnli", "cola")
 RATES = [5.0e-4, 2.0e-3]
 
 
-def arms(size: str, task: str) -> list[dict[str, Any]]:
+def arms(given: argparse.Namespace) -> list[dict[str, Any]]:
     both = ["qlora", "loftq"]
     found: list[dict[str, Any]] = [
         {"method": "full", "learning_rates": [5.0e-5, 2.0e-4], "seeds": [0]},
@@ -55,8 +56,9 @@ def arms(size: str, task: str) -> list[dict[str, Any]]:
         {"method": both, "quantization.bits": [4, 2.5, 2]},
         {"method": both, "quantization.code": "uniform-tensor"},
         {"method": "loftq", "quantization.code": "lloyd", "quantization.scales": "fitted"},
+        {"method": "loftq", "quantization.calibrate": str(given.data / CALIBRATION)},
     ]
-    if size == "full":
+    if given.size == "full":
         found += [
             {"method": both, "quantization.bits": "3.0"},
             # a quarter of a layer more than 2 bits: the paper's rule for 2.25 gives a stack of six layers none
@@ -90,7 +92,7 @@ def recipe(given: argparse.Namespace, task: str) -> study.Recipe:
             },
             "max_length": length,
             **({"doc_stride": 128} if task == "squad" else {}),
-            "compare": {"seeds": [0, 1, 2], "learning_rates": RATES, "arms": arms(given.size, task)},
+            "compare": {"seeds": [0, 1, 2], "learning_rates": RATES, "arms": arms(given)},
         },
     )
 

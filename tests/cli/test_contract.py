@@ -41,7 +41,9 @@ PROMISED = {
         "--embeddings", "--workers", "--device", "--seed", "--overwrite", "--rank-policy", "--max-shard-size",
         "--budget", "--budget-ranks", "--budget-solver", "--curves", "--preset", "--calibrate", "--samples", "--scales",
     },
-    "start": {"--calibrate", "--weights", "--output", "--rank", "--alpha", "--rslora", "--embeddings", "--device", "--seed"},
+    "start": {
+        "--weights", "--output", "--rank", "--alpha", "--rslora", "--embeddings", "--device", "--seed", "--calibrate",
+    },
     "train": {"--output", "--restart", "--json"},
     "evaluate": {"--task", "--data", "--split", "--adapter", "--batch-size", "--max-length", "--sampling", "--json"},
     "compare": {"--output", "--json"},
