@@ -65,7 +65,7 @@ def memory(way: str, shape: list[Any], tokens: int) -> dict[str, int]:
 
 def whole_model(bits: int, shape: list[Any]) -> float:
     """Seconds of LoftQ of a model in memory, without the start of CUDA and of the kernels."""
-    loftq.quantize_weight(torch.randn(1024, 1024, device=shape[-1]), bits=bits, rank=RANK)
+    loftq.quantize_weight(torch.randn(1024, 1024, device=shape[-1]), bits=bits, rank=RANK, preset="loftq")
     model = llama(*shape)
     torch.cuda.synchronize()
     start = time.perf_counter()

@@ -26,7 +26,7 @@ def curve(bench: Bench, what: str, values: list[int], **fixed: int) -> dict[int,
         options = {**fixed, what: value}
         size = options.pop("size")
         weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
-        call = {f"{what} {value}": lambda w=weight, o=options: loftq.quantize_weight(w, bits=BITS, **o)}
+        call = {f"{what} {value}": lambda w=weight, o=options: loftq.quantize_weight(w, bits=BITS, preset="loftq", **o)}
         fixed_text = ", ".join(f"{k} {v}" for k, v in fixed.items())
         found = bench.compare(f"{what}, at {fixed_text}, NF{BITS}", call, repeats=3)
         seconds[value] = sorted(found[f"{what} {value}"])[1]

@@ -65,7 +65,7 @@ def of_peft(device: str) -> Callable[..., Found]:
 
 
 def of_loftq(weight: Tensor, rank: int, bits: int) -> Found:
-    solution = loftq.quantize_weight(weight, bits=bits, rank=rank, steps=STEPS, block_size=BLOCK)
+    solution = loftq.quantize_weight(weight, bits=bits, rank=rank, preset="loftq", steps=STEPS, block_size=BLOCK)
     return dequantize(solution.quantized, QuantSpec(bits=bits, block_size=BLOCK)), solution.b, solution.a
 
 

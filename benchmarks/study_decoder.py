@@ -36,7 +36,7 @@ def recipe(given: argparse.Namespace, task: str) -> study.Recipe:
         {**files, **({"max_eval_samples": 1000} if small else {})},
         {
             "method": "loftq",
-            "quantization": {"bits": 2},
+            "quantization": {"bits": 2, "preset": "loftq"},
             "lora": {"rank": 16},
             "training": training,
             "max_length": length,
@@ -47,7 +47,11 @@ def recipe(given: argparse.Namespace, task: str) -> study.Recipe:
                     {"method": "lora"},
                     {"method": ["qlora", "loftq"], "quantization.bits": WIDTHS},
                     {"method": "loftq", "quantization.code": "lloyd", "quantization.scales": "fitted"},
-                    {"method": "loftq", "quantization.calibrate": str(given.data / WIKITEXT["train"])},
+                    {
+                        "method": "loftq",
+                        "quantization.preset": "descent",
+                        "quantization.calibrate": str(given.data / WIKITEXT["train"]),
+                    },
                 ],
             },
         },

@@ -56,7 +56,7 @@ def arms(given: argparse.Namespace) -> list[dict[str, Any]]:
         {"method": both, "quantization.bits": [4, 2.5, 2]},
         {"method": both, "quantization.code": "uniform-tensor"},
         {"method": "loftq", "quantization.code": "lloyd", "quantization.scales": "fitted"},
-        {"method": "loftq", "quantization.calibrate": str(given.data / CALIBRATION)},
+        {"method": "loftq", "quantization.preset": "descent", "quantization.calibrate": str(given.data / CALIBRATION)},
     ]
     if given.size == "full":
         found += [
@@ -81,7 +81,7 @@ def recipe(given: argparse.Namespace, task: str) -> study.Recipe:
         {**(files or squad(given)), **limits},
         {
             "method": "loftq",
-            "quantization": {"bits": 2},
+            "quantization": {"bits": 2, "preset": "loftq"},
             "lora": {"rank": 16},
             "training": {
                 "max_steps": steps,

@@ -42,7 +42,7 @@ def recipe(given: argparse.Namespace, task: str) -> study.Recipe:
         {**TASKS[task], **limits},
         {
             "method": "loftq",
-            "quantization": {"bits": 4, "steps": 1},
+            "quantization": {"bits": 4, "preset": "loftq", "steps": 1},
             "lora": {"rank": 16},
             "training": {
                 "max_steps": 200 if small else 2000,

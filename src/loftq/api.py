@@ -40,13 +40,13 @@ def quantize_weight(
     True
 
     Args:
-        preset: a method by its name, of :data:`loftq.spec.PRESETS`; None: ``loftq``.
+        preset: a method by its name, of :data:`loftq.spec.PRESETS`; None: ``fitted``, with moments ``descent``.
         moments: of the matrix's inputs, for presets that are calibrated.
         solver: fields of :class:`loftq.spec.SolveSpec` that are to differ from the preset's: ``steps=10, seed=1``.
 
     Raises: UsageError for options that do not fit; NumericalError for values that are not finite.
     """
-    spec = solve_spec(preset, moments is not None, **solver)
+    spec = solve_spec(preset, calibrated=moments is not None, code=code, **solver)
     quant = QuantSpec(
         bits=bits,
         code=code_for(code, bits, spec.scales),
@@ -199,4 +199,5 @@ def make_policy(*, calibrated: bool = False, **options: Any) -> Policy:
     for key in ("bits", "rank", "budget", "budget_ranks"):
         if key in options:
             options[key] = str(options[key])
-    return Policy(solve=solve_spec(calibrated=calibrated, **solver), **options)
+    spec = solve_spec(calibrated=calibrated, code=options.get("code", "auto"), **solver)
+    return Policy(solve=spec, **options)

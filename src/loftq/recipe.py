@@ -114,7 +114,8 @@ class Quantization(Strict):
         own = {"svd": self.svd, "scales": self.scales, "seed": self.seed}
         if method == "qlora":
             return solve_spec("qlora", **own)
-        return solve_spec(self.preset, self.calibrate is not None, steps=self.steps, order=self.order, **own)
+        calibrated = self.calibrate is not None
+        return solve_spec(self.preset, calibrated=calibrated, code=self.code, steps=self.steps, order=self.order, **own)
 
 
 class Lora(Strict):

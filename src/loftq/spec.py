@@ -114,6 +114,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qlora": {"steps": 0},
     "svd": {"steps": 1},
     "loftq": {"steps": 5},
+    "fitted": {"steps": 5, "scales": "fitted"},
     "qera-diag": {"steps": 1, "metric": "diagonal"},
     "qera-full": {"steps": 1, "metric": "full"},
     "eora": {"steps": 1, "metric": "full"},
@@ -125,15 +126,23 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def solve_spec(preset: str | None = None, calibrated: bool = False, **given: Any) -> SolveSpec:
+def default_preset(calibrated: bool) -> str:
+    """The best start for what there is: the weights alone, or a calibration."""
+    return "descent" if calibrated else "fitted"
+
+
+def solve_spec(preset: str | None = None, *, calibrated: bool = False, code: str = "auto", **given: Any) -> SolveSpec:
     """The solver's spec of a preset, with other values where ``given`` ones are not None.
 
     Args:
-        preset: None stands for ``loftq``, and after a calibration for ``descent``.
+        preset: None for :func:`default_preset`, without fitted scales for a code that cannot have them.
     """
-    preset = preset or ("descent" if calibrated else "loftq")
+    given = {k: v for k, v in given.items() if v is not None}
+    if preset is None:
+        preset = default_preset(calibrated)
+        given = {"scales": "formula", **given} if code == "uniform-tensor" else given
     _choice("preset", preset, tuple(PRESETS))
-    own, given = PRESETS[preset], {k: v for k, v in given.items() if v is not None}
+    own = PRESETS[preset]
     if preset in ("qlora", "svd") and given.get("steps", own["steps"]) != own["steps"]:
         raise UsageError(f"preset {preset} has {own['steps']} steps; leave out --steps, or use --preset loftq")
     return SolveSpec(**{**own, **given})
@@ -165,10 +174,14 @@ def statistics_kind(spec: SolveSpec) -> str:
 
 
 def code_for(code: str, bits: int, scales: str) -> str:
-    """What ``auto`` stands for: levels made for fitted scales where scales are fitted, else NormalFloat."""
+    """What ``auto`` stands for: NormalFloat; at 2 bits, where scales are fitted, the levels made for that.
+
+    Wider lloyd codes have a smaller squared error than NormalFloat's too, but models are not better with them: see
+    ``docs/experiments.md``.
+    """
     if code != "auto":
         return code
-    return "lloyd" if scales == "fitted" and bits < 8 else "nf"
+    return "lloyd" if scales == "fitted" and bits == 2 else "nf"
 
 
 def check_scales(quant: QuantSpec, scales: str) -> None:

@@ -84,7 +84,7 @@ def test_few_tokens_are_told_once(caplog):
         for module in ("a", "b", "c", "a"):
             assert statistics.moments(module) is not None
     assert len(caplog.records) == 1
-    assert "3 of 4 matrices have fewer than 4 tokens per input feature" in caplog.text
+    assert "2 of 4 matrices have fewer than 4 tokens per input feature" in caplog.text
     assert "10 samples" in caplog.text
     assert samples_wanted([group.row("") for group in groups], 5) == 10
     caplog.clear()

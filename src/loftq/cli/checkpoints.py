@@ -100,7 +100,8 @@ def quantize(
 
     choice("--format", format, tuple(LAYOUTS))
     check_device(device)
-    solver = solve_spec(preset, calibrate is not None, steps=steps, order=order, svd=svd, seed=seed, scales=scales)
+    own = {"steps": steps, "order": order, "svd": svd, "seed": seed, "scales": scales}
+    solver = solve_spec(preset, calibrated=calibrate is not None, code=code, **own)
     options = QuantizeOptions(
         policy=policy(given, solve=solver),
         format=format,

@@ -29,7 +29,9 @@ Alpha = Annotated[
 ]
 Code = Annotated[
     str,
-    typer.Option(help="nf, lloyd (2 to 4 bits), uniform, uniform-tensor, affine; auto: nf, with fitted scales lloyd."),
+    typer.Option(
+        help="nf, lloyd (2 to 4 bits), uniform, uniform-tensor, affine; auto: nf, at 2 bits with fitted scales lloyd."
+    ),
 ]
 BlockSize = Annotated[int, typer.Option(help="Weights of a row that share a scale.")]
 ScaleDtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32. Default: bfloat16; bnb: float32.")]
@@ -43,16 +45,16 @@ Preset = Annotated[
     typer.Option(
         "--preset",
         "--method",
-        help="loftq, descent, svd (one step), qlora (quantize, zero start); with --calibrate also qera-diag, "
-        "qera-full, eora, cloq, projq, srr, lq-lora. Default: loftq; with --calibrate descent.",
+        help="loftq (the paper's), fitted, descent, svd (one step), qlora (quantize, zero start); with --calibrate "
+        "also qera-diag, qera-full, eora, cloq, projq, srr, lq-lora. Default: fitted; with --calibrate descent.",
         show_default=False,
     ),
 ]
 Scales = Annotated[
     str | None,
     typer.Option(
-        help="By the code's formula (absmax), or fitted to the least error at the same bytes. Default: formula; with "
-        "descent fitted.",
+        help="By the code's formula (absmax), or fitted to the least error at the same bytes. Default: the preset's; "
+        "fitted for fitted and descent.",
         show_default=False,
     ),
 ]

@@ -74,7 +74,7 @@ def plan(
     from loftq.spec import solve_spec
     from loftq.workflows.source import open_source, plan_table
 
-    asked = policy(given, solve=solve_spec(preset, calibrate is not None, scales=scales))
+    asked = policy(given, solve=solve_spec(preset, calibrated=calibrate is not None, code=code, scales=scales))
     source, spent = open_source(model, asked, revision), {}
     if budget:
         source, report = _spend(source, asked, calibrate, curves, at_least("--workers", workers, 0), plot)

@@ -148,7 +148,7 @@ class Statistics:
 
     def _warn_if_few(self) -> None:
         """Once, if whole second moments are of so few tokens that some are shrunk."""
-        few = [row for row in self._rows if self.kind == "full" and row["tokens"] < ENOUGH * row["width"]]
+        few = [row for row in self._rows if self.kind == "full" and _wants_more(row, self._samples)]
         if few and not self._warned:
             count = sum(len(row["modules"]) for row in few)
             logger.warning(
@@ -157,6 +157,11 @@ class Statistics:
                 *(count, len(self._index), ENOUGH, samples_wanted(self._rows, self._samples)),
             )
         self._warned = True
+
+
+def _wants_more(row: Mapping[str, Any], samples: int) -> bool:
+    """Whether a group has few tokens, and would have more with more samples, as a pooler would not."""
+    return samples < row["tokens"] < ENOUGH * row["width"]
 
 
 def fewest(rows: Sequence[Mapping[str, Any]], samples: int) -> Mapping[str, Any]:

@@ -20,7 +20,7 @@ from loftq.formats import fsio, strict_json
 from loftq.recipe import Quantization, Recipe
 from loftq.report.comparison import page
 from loftq.report.comparison_plots import plot_bytes, plot_losses
-from loftq.spec import code_for
+from loftq.spec import code_for, default_preset
 from loftq.train.model import load_tokenizer
 from loftq.workflows.finetune import finetune, read_data, task_of
 from loftq.workflows.grid import Arm, Run, grid, schedule
@@ -154,13 +154,13 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     if recipe.method == "lora":
         return {"method": "lora", "bits": "16", **adapter}
     spec = quantization.solver(recipe.method)
-    code = code_for(quantization.code, 4, spec.scales)
+    code = code_for(quantization.code, 2 if quantization.bits == "2" else 4, spec.scales)
     bits = f"≤{quantization.budget}" if quantization.budget else quantization.bits
     stored = {"bits": bits, "code": code, "scales": spec.scales}
     solver: dict[str, Any] = {"steps": spec.steps, "order": spec.order} if recipe.method == "loftq" else {}
-    if recipe.method == "loftq" and (quantization.preset or quantization.calibrate):
-        solver["preset"] = quantization.preset or "descent"
-        solver["calibrated"] = quantization.calibrate is not None
+    if recipe.method == "loftq":
+        calibrated = quantization.calibrate is not None
+        solver |= {"preset": quantization.preset or default_preset(calibrated), "calibrated": calibrated}
     return {"method": recipe.method, **stored, **adapter, **solver}
 
 
