@@ -36,7 +36,20 @@ with contextlib.suppress(typer.Exit):  # typer imports half of itself when it pa
 SHARD = 6_000  # bytes: the tiny models then have several shards
 POLICY = Policy(bits="2", rank="4", solve=SolveSpec(steps=2))
 OPTIONS = QuantizeOptions(policy=POLICY, workers=1, max_shard_bytes=SHARD)
-FLAGS = ("--bits", "2", "--rank", "4", "--steps", "2", "--max-shard-size", "6KB", "--workers", "1")  # the same
+FLAGS = (
+    "--bits",
+    "2",
+    "--rank",
+    "4",
+    "--steps",
+    "2",
+    "--preset",
+    "loftq",
+    "--max-shard-size",
+    "6KB",
+    "--workers",
+    "1",
+)  # the same
 
 
 @dataclasses.dataclass

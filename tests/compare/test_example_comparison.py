@@ -16,4 +16,4 @@ def test_compare_sst2(source, tmp_path):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS["sst2"][0]))
     given = (f"model={source('bert')}", f"data.directory={tmp_path}", "training.max_steps=1", "lora.rank=4")
     recipe = read(EXAMPLE, [*given, f"output={tmp_path / 'out'}"])
-    assert [row["settings"]["method"] for row in compare(recipe)] == ["lora", "qlora", "loftq"]
+    assert [row["settings"]["method"] for row in compare(recipe)] == ["lora", "qlora", "loftq", "loftq"]

@@ -15,7 +15,7 @@ from loftq.spec import PRESETS, QuantSpec, SolveSpec, check_statistics, solve_sp
 
 ROWS, COLUMNS, RANK = 48, 72, 6
 QUANT = QuantSpec(bits=2, block_size=24, scale_dtype="float32")
-PLAIN = ("qlora", "svd", "loftq")
+PLAIN = ("qlora", "svd", "loftq", "fitted")
 presets = pytest.mark.parametrize("preset", PRESETS)
 
 
@@ -205,7 +205,10 @@ def test_statistics_that_do_not_fit_are_refused() -> None:
 
 
 def test_presets_and_what_may_differ_from_them() -> None:
-    assert solve_spec(None) == solve_spec("loftq") == SolveSpec()
+    assert solve_spec("loftq") == SolveSpec()
+    assert solve_spec() == solve_spec("fitted")
+    assert solve_spec(calibrated=True) == solve_spec("descent")
+    assert solve_spec(code="uniform-tensor").scales == "formula"
     assert solve_spec("descent", steps=2, scales="formula").steps == 2
     for words, message in (
         ({"preset": "gptq"}, "preset must be one of"),

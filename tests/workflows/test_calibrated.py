@@ -1,4 +1,4 @@
-"""Calibrated starts as a user makes them: every preset from text to files, resumed, in memory, and into bitsandbytes."""
+"""Calibrated starts as a user makes them: every preset, from text to files, in memory, and into bitsandbytes."""
 
 import json
 
