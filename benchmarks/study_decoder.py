@@ -46,7 +46,7 @@ def recipe(given: argparse.Namespace, task: str) -> study.Recipe:
                 "arms": [
                     {"method": "lora"},
                     {"method": ["qlora", "loftq"], "quantization.bits": WIDTHS},
-                    {"method": "loftq", "quantization.code": "lloyd", "quantization.scales": "fitted"},
+                    {"method": "loftq", "quantization.preset": "fitted"},
                     {
                         "method": "loftq",
                         "quantization.preset": "descent",

@@ -55,7 +55,7 @@ def arms(given: argparse.Namespace) -> list[dict[str, Any]]:
         {"method": "lora"},
         {"method": both, "quantization.bits": [4, 2.5, 2]},
         {"method": both, "quantization.code": "uniform-tensor"},
-        {"method": "loftq", "quantization.code": "lloyd", "quantization.scales": "fitted"},
+        {"method": "loftq", "quantization.preset": "fitted"},
         {"method": "loftq", "quantization.preset": "descent", "quantization.calibrate": str(given.data / CALIBRATION)},
     ]
     if given.size == "full":

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import loftq
-from loftq.errors import InputError, NumericalError, UsageError
+from loftq.errors import ConflictError, InputError, NumericalError, UsageError
 from loftq.formats import fsio, strict_json
 from loftq.recipe import Quantization, Recipe
 from loftq.report.comparison import page
@@ -112,7 +112,7 @@ def _row(run: Run, directory: Path, keep: bool) -> Row:
     began = time.monotonic()
     result: RunResult | None = None
     try:
-        result = finetune(recipe, backbone_cache=directory / "backbones")
+        result = _finetuned(recipe, directory / "backbones")
         reason = failure(result.metrics, *_constant_answer(recipe))
     except NumericalError as e:
         reason = str(e)
@@ -142,6 +142,14 @@ def _row(run: Run, directory: Path, keep: bool) -> Row:
     }
     fsio.remove_tree(place if not keep or result is None else place / "checkpoints")
     return row
+
+
+def _finetuned(recipe: Recipe, cache: Path) -> RunResult:
+    """The run, continued or begun. What an earlier version, with other defaults, left in its place is none of it."""
+    try:
+        return finetune(recipe, backbone_cache=cache)
+    except ConflictError:
+        return finetune(recipe, backbone_cache=cache, resume=False)
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
