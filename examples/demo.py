@@ -1,13 +1,15 @@
-"""The main job on real weights: all-MiniLM-L6-v2 at 4 and 2 bits, with a QLoRA and with a LoftQ start.
+"""The main job on real weights: all-MiniLM-L6-v2 at 4 and 2 bits, with QLoRA's start, with LoftQ's and with ours.
 
-Plans, quantizes, loads the results as a user would, and compares: weight error, bytes on disk, and how close the
-sentence embeddings stay to those of the full-precision model, before any fine-tuning.
+Plans, calibrates, quantizes, loads the results as a user would, and compares: weight error, bytes on disk, and how
+close the sentence embeddings stay to those of the full-precision model, before any fine-tuning. The calibrated start has
+seen docstrings of Python's library; what is compared are sentences of its manual.
 
     python examples/demo.py                    # prints a table, saves demo/demo.png
     python examples/demo.py --update-readme    # also puts table and picture into the README
 """
 
 import argparse
+import ast
 import importlib.util
 import json
 import platform
@@ -31,9 +33,14 @@ from transformers.utils import logging
 import loftq
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = [(bits, method) for bits in (4, 2) for method in ("qlora", "loftq")]
-STEPS = {"qlora": 0, "loftq": 5}
-NAMES = {"qlora": "QLoRA", "loftq": "LoftQ"}
+NAMES = {
+    "qlora": "QLoRA",
+    "loftq": "LoftQ (paper)",
+    "fitted": "fitted (default)",
+    "descent": "descent (calibrated)",
+}
+RUNS = [(bits, preset) for bits in (4, 2) for preset in NAMES]
+COLORS = ["#c05621", "#90cdf4", "#2b6cb0", "#1a365d"]
 RANK, ALPHA = 16, 32  # alpha/r = 2: a scaling at which a start that ignores it gains nothing
 
 
@@ -50,6 +57,16 @@ def sentences(count: int) -> list[str]:
     text = " ".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))
     prose = re.findall(r"(?<=[.] )[A-Z][a-z]+ [a-z][A-Za-z ,'-]{40,160}[.]", re.sub(r"\s+", " ", text))
     return list(dict.fromkeys(prose))[:count]
+
+
+def docstrings() -> str:
+    """English of another kind: docstrings of Python's library."""
+    found = []
+    for file in sorted(Path(ast.__file__).parent.glob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        nodes = (n for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef)))
+        found += [" ".join(doc.split()) for doc in map(ast.get_docstring, nodes) if doc]
+    return "\n\n".join(found)
 
 
 @torch.inference_mode()
@@ -80,24 +97,33 @@ def measure(directory: Path, tokenizer, texts: list[str], reference: torch.Tenso
     }
 
 
+def calibrate(work: Path, source: Path) -> None:
+    """Statistics of what the matrices are given, as a user would have them made."""
+    (work / "docstrings.txt").write_text(docstrings(), encoding="utf-8")
+    data = ("--data", str(work / "docstrings.txt"), "--max-length", "256")
+    command = [sys.executable, "-m", "loftq", "calibrate", str(source), "-o", str(work / "statistics"), *data]
+    subprocess.run(command, check=True)
+
+
 def run(work: Path, source: Path, texts: list[str]) -> list[dict]:
     """Quantize and measure every combination; the first row is the full-precision model at 16 bits."""
     tokenizer = AutoTokenizer.from_pretrained(source)
     reference = embed(AutoModel.from_pretrained(source).eval(), tokenizer, texts)
     rows = []
-    for bits, method in RUNS:
-        output = work / f"minilm-{bits}bit-{method}"
+    for bits, preset in RUNS:
+        output = work / f"minilm-{bits}bit-{preset}"
         begun = time.perf_counter()
+        options = {"calibrate": str(work / "statistics")} if preset == "descent" else {}
         manifest = loftq.quantize(
-            source, output, bits=bits, rank=RANK, alpha=ALPHA, steps=STEPS[method], embeddings=True
+            source, output, bits=bits, rank=RANK, alpha=ALPHA, preset=preset, embeddings=True, **options
         )
         seconds = time.perf_counter() - begun
         totals = manifest["totals"]
-        print(f"  {bits} bits, {NAMES[method]} start: {seconds:.0f} s", flush=True)
+        print(f"  {bits} bits, {NAMES[preset]}: {seconds:.0f} s", flush=True)
         rows.append(
             {
                 "bits": bits,
-                "start": NAMES[method],
+                "start": NAMES[preset],
                 **{k: totals[k] for k in ("error", "bits_per_weight", "dense_16bit_bytes")},
                 "backbone_bytes": totals["backbone_bytes"],
                 "adapter_bytes": totals["adapter_bytes"],
@@ -127,7 +153,7 @@ def show(rows: list[dict]) -> None:
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(*(text(row) for text in COLUMNS.values()))
-    Console(width=140).print(table)
+    Console(width=160).print(table)
 
 
 def draw(rows: list[dict], file: Path) -> None:
@@ -136,13 +162,14 @@ def draw(rows: list[dict], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
     panels = [("error", "relative weight error (lower is closer)"), ("cosine", "cosine to full-precision embeddings")]
     for axis, (key, title) in zip(axes, panels, strict=True):
-        for i, row in enumerate(rows):
-            bar = axis.bar(i + (i >= 2) * 0.4, row[key], color="#c05621" if row["start"] == "QLoRA" else "#2b6cb0")
-            axis.bar_label(bar, fmt="%.3f", fontsize=9)
-        axis.set_xticks([0, 1, 2.4, 3.4], [f"{r['start']}\n{r['bits']} bits" for r in rows])
+        places = [i + (i >= len(NAMES)) * 0.6 for i in range(len(rows))]
+        for place, row, color in zip(places, rows, COLORS * 2, strict=True):
+            axis.bar_label(axis.bar(place, row[key], color=color), fmt="%.3f", fontsize=8)
+        names = [r["start"].partition(" ")[0] for r in rows]
+        axis.set_xticks(places, [f"{name}\n{r['bits']} bits" for name, r in zip(names, rows, strict=True)], fontsize=7)
         axis.set_title(title, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -189,6 +216,7 @@ def main() -> None:
     subprocess.run([sys.executable, "-m", "loftq", "plan", str(source), "--bits", "2", "--embeddings"], check=True)
     print(f"\nquantizing {len(RUNS)} times, rank {RANK}, alpha {ALPHA}", flush=True)
     with tempfile.TemporaryDirectory() as work:
+        calibrate(Path(work), source)
         rows = run(Path(work), source, texts)
     about = provenance(texts)
     print()
