@@ -6,12 +6,12 @@ kept. Output error is measured on another text, which no method has seen:
 
     sqrt( sum ||(W - Q - B A) x||² / sum ||W x||² )     over all tokens x and all matrices
 
-and beside it the geometric mean, over matrices, of each one's ratio to the paper's. Before any fine-tuning: perplexity of
-a decoder, or cosine of an encoder's sentence embeddings with full precision's. Time is that of one CPU thread for all
-matrices, without collecting the statistics, which is told apart.
+and beside it the geometric mean, over matrices, of each one's ratio to the paper's. Before any fine-tuning: perplexity
+of a decoder, or cosine of an encoder's sentence embeddings with full precision's. Time is that of one CPU thread for
+all matrices, statistics included, against the paper's.
 
-Goals: output error at 2.25, 3.25, 4.25 bits at most 0.40, 0.50, 0.60 of the paper's; the distance to 16 bits at 2 bits at
-least halved; 10 times its time at most, calibration included.
+Goals: output error at 2.25, 3.25, 4.25 bits at most 0.40, 0.50, 0.60 of the paper's; the distance to 16 bits at 2 bits
+at least halved; 10 times its time at most.
 
     python benchmarks/calibrated.py --fit wt103.train.txt.gz --test wt2.test.txt.gz [--model llama=DIRECTORY]
 """

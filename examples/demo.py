@@ -1,8 +1,8 @@
 """The main job on real weights: all-MiniLM-L6-v2 at 4 and 2 bits, with QLoRA's start, with LoftQ's and with ours.
 
 Plans, calibrates, quantizes, loads the results as a user would, and compares: weight error, bytes on disk, and how
-close the sentence embeddings stay to those of the full-precision model, before any fine-tuning. The calibrated start has
-seen docstrings of Python's library; what is compared are sentences of its manual.
+close the sentence embeddings stay to those of the full-precision model, before any fine-tuning. The calibrated start
+has seen docstrings of Python's library; what is compared are sentences of its manual.
 
     python examples/demo.py                    # prints a table, saves demo/demo.png
     python examples/demo.py --update-readme    # also puts table and picture into the README
