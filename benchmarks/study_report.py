@@ -1,4 +1,4 @@
-"""Write docs/results.md and its pictures from the rows of the studies in docs/data/study."""
+"""Write docs/results.md, its pictures, and the README's table of training from the rows of docs/data/study."""
 
 import argparse
 from collections.abc import Iterator
@@ -66,6 +66,34 @@ def pictures(name: str, rows: list[dict[str, Any]], images: Path) -> Iterator[st
     yield f"![{rows[0]['metric']} against bytes, {task}](images/study/{name}-bytes.png)"
 
 
+def summary(studies: tuple[str, ...] = ("decoder", "encoder")) -> str:
+    """What the README shows of the small studies: one table for each that has rows."""
+    parts = []
+    for study in studies:
+        rows = read_rows(ROWS / f"{study}-small.jsonl")
+        if not rows:
+            continue
+        counts = {task: len({r["seed"] for r in rows if r["task"] == task}) for task in {r["task"] for r in rows}}
+        whole = [r for r in rows if counts[r["task"]] > 1]  # tasks with one seed yet are no result
+        if whole:
+            n = ", ".join(f"{t} n = {next(r['n'] for r in whole if r['task'] == t)}" for t in counts if counts[t] > 1)
+            told = (
+                f"median of seeds {sorted({r['seed'] for r in whole})}, smallest to largest; {n}; {provenance(whole)}"
+            )
+            parts += [f"{STUDIES[study][0]}:", markdown(*overview(whole)), f"<sub>{told}</sub>"]
+    return "\n\n".join(parts)
+
+
+def update_readme(text: str) -> None:
+    """Put ``text`` between the README's two markers."""
+    readme = ROOT / "README.md"
+    before, begin, rest = readme.read_text(encoding="utf-8").partition("<!-- training: begin -->\n")
+    _, end, after = rest.partition("<!-- training: end -->")
+    if not end:
+        raise SystemExit("README.md has no markers of training")
+    readme.write_text(f"{before}{begin}{text}\n{end}{after}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results.md")
@@ -82,6 +110,8 @@ def main() -> None:
         for size in ("small", "full"):
             parts += section(study, size, images)
     given.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    if given.output.parent == ROOT / "docs":
+        update_readme(summary())
     print(f"written: {given.output}")
 
 

@@ -16,6 +16,7 @@ Row = Mapping[str, Any]
 
 NAMES = {"full": "Full FT", "lora": "LoRA", "qlora": "QLoRA", "loftq": "LoftQ"}
 ALWAYS = ("method", "bits")
+IN_NAME = ("preset", "calibrated")  # told by the method's name
 HEADINGS = {"steps": "T", "embeddings": "embeddings too"}
 COUNTS = ("n", "tokens")  # of one split or another; no results
 WORDS = ("method", "code", "scales", "order")
@@ -42,7 +43,14 @@ class Arm:
         """``LoftQ 2-bit nf, rank 16``: for legends and notes."""
         s = self.settings
         width = f" {s['bits']}-bit {s['code']}" if "code" in s else ""
-        return f"{NAMES[s['method']]}{width}" + (f", rank {s['rank']}" if "rank" in s else "")
+        return f"{self.method}{width}" + (f", rank {s['rank']}" if "rank" in s else "")
+
+    @property
+    def method(self) -> str:
+        """``LoftQ``, and a preset that is not the paper's: ``LoftQ (fitted)``, ``LoftQ (descent, calibrated)``."""
+        s = self.settings
+        words = [*({s.get("preset", "loftq")} - {"loftq"}), *(["calibrated"] if s.get("calibrated") else [])]
+        return NAMES[s["method"]] + (f" ({', '.join(words)})" if words else "")
 
     @property
     def bytes(self) -> dict[str, int]:
@@ -82,9 +90,13 @@ def arms(rows: Sequence[Row]) -> list[Arm]:
 
 
 def columns(found: Sequence[Arm]) -> list[str]:
-    """The settings worth a column: method and bits, and what differs between arms that have it."""
-    keys = dict.fromkeys(key for arm in found for key in arm.settings)
-    differ = [k for k in keys if len({arm.settings[k] for arm in found if k in arm.settings}) > 1]
+    """The settings worth a column: method and bits, and what differs between arms of one method that have it."""
+    keys = dict.fromkeys(key for arm in found for key in arm.settings if key not in IN_NAME)
+    values: dict[tuple[str, str], set[Any]] = {}
+    for arm in found:
+        for key, value in arm.settings.items():
+            values.setdefault((key, arm.method), set()).add(value)
+    differ = {key for (key, _), seen in values.items() if len(seen) > 1}
     return [k for k in keys if k in ALWAYS or k in differ]
 
 
@@ -138,7 +150,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
     """What has to be known beside the table: what was equal for all, and every run that did not converge, and why."""
     first = rows[0]
     found = arms(rows)
-    equal = {k: v for k, v in found[-1].settings.items() if v and k not in columns(found)}
+    every = [{k: v for k, v in arm.settings.items() if v and k not in (*columns(found), *IN_NAME)} for arm in found]
+    equal = {k: v for k, v in found[-1].settings.items() if all(s.get(k, v) == v for s in every) and k in every[-1]}
     told = ", ".join(f"{HEADINGS.get(k, k)} {v}" for k, v in equal.items())
     lines = [
         f"{first['model']}, {first['task']}, n = {first['n']}; {first['train_steps']} steps for every arm"
@@ -205,7 +218,7 @@ def print_comparison(rows: Sequence[Row]) -> None:
 def _setting(arm: Arm, key: str) -> str:
     value = arm.settings.get(key, "")
     if key == "method":
-        return NAMES[value]
+        return arm.method
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
