@@ -59,7 +59,7 @@ def _bitsandbytes(model: Any, rank: int, nested: bool = False) -> nn.Module:
 
 
 def _packed(model: nn.Module, rank: int, bits: int, steps: int = 0) -> nn.Module:
-    return loftq.get_peft_model(model, bits=bits, rank=rank, steps=steps, progress=False)
+    return loftq.get_peft_model(model, bits=bits, rank=rank, preset="loftq", steps=steps, progress=False)
 
 
 DENSE, BNB, BNB_NESTED, LOFTQ4, LOFTQ2 = (

@@ -42,7 +42,8 @@ def workers(bench: Bench, hidden: int, layers: int) -> dict[int, float]:
 
         def run(n: int) -> None:
             with tempfile.TemporaryDirectory(dir=directory) as output:
-                loftq.quantize(source, Path(output) / "new", bits=BITS, rank=RANK, steps=STEPS, workers=n)
+                options = {"bits": BITS, "rank": RANK, "preset": "loftq", "steps": STEPS, "workers": n}
+                loftq.quantize(source, Path(output) / "new", **options)
 
         sides = {f"workers {n}": lambda n=n: run(n) for n in counts}
         case = f"workers, for a checkpoint of {layers} layers, hidden {hidden}, rank {RANK}, steps {STEPS}, NF{BITS}"

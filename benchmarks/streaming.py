@@ -91,7 +91,7 @@ def main() -> None:
         size = write_checkpoint(source, layers)
         quantize = (
             f"import loftq; loftq.quantize({str(source)!r}, {str(output)!r}, bits={BITS}, rank={RANK}, "
-            f"steps={STEPS}, workers={workers})"
+            f"preset='loftq', steps={STEPS}, workers={workers})"
         )
         began = time.perf_counter()
         peak = peak_of(quantize)

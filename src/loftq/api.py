@@ -196,6 +196,9 @@ def make_policy(*, calibrated: bool = False, **options: Any) -> Policy:
     """A :class:`Policy` from keywords; numbers may be given as numbers, and the solver's fields beside the others."""
     names = {f.name for f in dataclasses.fields(SolveSpec)}
     solver = {k: options.pop(k) for k in ("preset", *names) if k in options}
+    options = {key: value for key, value in options.items() if value is not None}
+    if isinstance(options.get("budget_ranks"), (list, tuple)):
+        options["budget_ranks"] = ",".join(map(str, options["budget_ranks"]))
     for key in ("bits", "rank", "budget", "budget_ranks"):
         if key in options:
             options[key] = str(options[key])

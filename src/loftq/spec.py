@@ -69,7 +69,7 @@ class QuantSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class SolveSpec:
-    """How the backbone and the factors of one matrix are found.
+    """How the backbone and the factors of one matrix are found. Without arguments it is the paper's method.
 
     Attributes:
         steps: T of the paper's Algorithm 1. 0 is QLoRA (quantize, zero adapter), 1 is one SVD of the
@@ -106,7 +106,10 @@ class SolveSpec:
         _choice("rounding", self.rounding, ROUNDINGS)
         _choice("start", self.start, STARTS)
         if self.order == "svd-first" and (self.rounding in ("shaped", "descent") or self.start != "zero"):
-            raise UsageError("order svd-first goes with rounding nearest or feedback, and has a start of its own")
+            raise UsageError(
+                "order svd-first goes with rounding nearest or feedback, and has a start of its own; "
+                "choose --preset fitted or loftq"
+            )
 
 
 # Published methods, and ours, by the solver's fields that make them: docs/methods.md.
@@ -144,7 +147,7 @@ def solve_spec(preset: str | None = None, *, calibrated: bool = False, code: str
     _choice("preset", preset, tuple(PRESETS))
     own = PRESETS[preset]
     if preset in ("qlora", "svd") and given.get("steps", own["steps"]) != own["steps"]:
-        raise UsageError(f"preset {preset} has {own['steps']} steps; leave out --steps, or use --preset loftq")
+        raise UsageError(f"preset {preset} has {own['steps']} steps; leave out --steps, or use --preset fitted")
     return SolveSpec(**{**own, **given})
 
 
@@ -164,7 +167,7 @@ def check_statistics(spec: SolveSpec, kind: str | None) -> None:
         )
     raise UsageError(
         f"metric {spec.metric} needs statistics of kind {enough[0]}, and these are {kind}; make others with "
-        f"`loftq calibrate --kind {enough[0]}`"
+        f"`loftq calibrate --kind {enough[0]}`, or choose --preset {'lq-lora' if kind == 'fisher' else 'qera-diag'}"
     )
 
 

@@ -32,7 +32,7 @@ def test_the_error_left_is_that_of_the_discarded_singular_values(pair):
     tail = torch.linalg.svdvals((weight - base).double())[RANK:].norm() / weight.double().norm()
     assert start.errors[1] == pytest.approx(tail.item(), rel=1e-5)
     assert start.errors[0] == pytest.approx(((weight - base).norm() / weight.norm()).item(), rel=1e-6)
-    assert start.metric_errors == start.errors
+    assert start.output_errors == start.errors
     assert not start.reason
 
 
@@ -59,7 +59,7 @@ def test_a_metric_is_minimised_instead_of_the_weights_norm(pair):
     known = moments()
     plain, start = fit_adapter(weight, base, RANK), fit_adapter(weight, base, RANK, moments=known)
     left = known.held.norm(weight - base - plain.b @ plain.a) / known.held.norm(weight)
-    assert start.metric_errors[1] < 0.9 * left
+    assert start.output_errors[1] < 0.9 * left
     assert start.errors[1] > plain.errors[1]
     assert product_square(start.b, start.a) <= (weight - base).norm() ** 2
 
@@ -77,7 +77,7 @@ def test_a_term_that_does_not_help_on_held_out_tokens_is_dropped(pair):
     start = fit_adapter(weight, base, 1, moments=Moments(fit, held, 1))
     assert "held out" in start.reason
     assert not start.b.any()
-    assert start.metric_errors[1] == start.metric_errors[0] > 0
+    assert start.output_errors[1] == start.output_errors[0] > 0
     assert not fit_adapter(weight, base, 1, moments=Moments(fit, fit, 1)).reason, "the held-out tokens decided"
 
 

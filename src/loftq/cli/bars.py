@@ -81,7 +81,12 @@ class StepBar:
 
         self.began = True
         self._bar = tqdm(total=total, unit="step", desc="calibrate", dynamic_ncols=True)
-        return self._bar.update
+        return self._advance
+
+    def _advance(self) -> None:
+        self._bar.update()
+        if self._bar.n >= self._bar.total:  # what follows may have a bar of its own
+            self._bar.close()
 
     def __enter__(self) -> "StepBar":
         return self

@@ -55,7 +55,7 @@ def quantize(
     double_quant: DoubleQuant = False,
     preset: Preset = None,
     calibrate: Calibrate = None,
-    samples: Annotated[int, typer.Option(help="Rows of text to calibrate on.")] = 128,
+    samples: Annotated[int, typer.Option(help="Rows of text to calibrate on, of --calibrate FILE or DATASET.")] = 128,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -115,7 +115,7 @@ def quantize(
         calibration_samples=at_least("--samples", samples, 4),
         curves=curves,
     )
-    if calibrate is not None:
+    if calibrate is not None and not Path(calibrate).is_dir():
         with extra("train"):
             quiet()
     with StepBar() as collecting, Bar() as bar:

@@ -15,7 +15,6 @@ from loftq.cli.options import (
     Budget,
     BudgetRanks,
     BudgetSolver,
-    Calibrate,
     Code,
     Curves,
     DoubleQuant,
@@ -60,7 +59,10 @@ def plan(
     budget: Budget = "",
     budget_ranks: BudgetRanks = "",
     budget_solver: BudgetSolver = "greedy",
-    calibrate: Calibrate = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(help="Directory made by `loftq calibrate`: a budget then goes by outputs.", show_default=False),
+    ] = None,
     curves: Curves = None,
     workers: Workers = 0,
     plot: Annotated[Path | None, typer.Option(help="Save a picture of error against bytes: budget.png.")] = None,
@@ -71,16 +73,17 @@ def plan(
     given = locals()
     from loftq.report.budget import print_budget
     from loftq.report.tables import print_plan
-    from loftq.spec import solve_spec
+    from loftq.spec import check_statistics, solve_spec, statistics_kind
     from loftq.workflows.source import open_source, plan_table
 
     asked = policy(given, solve=solve_spec(preset, calibrated=calibrate is not None, code=code, scales=scales))
+    check_statistics(asked.solve, None if calibrate is None else statistics_kind(asked.solve))
     source, spent = open_source(model, asked, revision), {}
     if budget:
         source, report = _spend(source, asked, calibrate, curves, at_least("--workers", workers, 0), plot)
         spent = {"budget": report}
-    elif plot or curves:
-        raise UsageError("--plot and --curves are of a budget; give one: --budget 2.5")
+    elif plot or curves or calibrate:
+        raise UsageError("--plot, --curves and, here, --calibrate are of a budget; give one: --budget 2.5")
     rows, coverage = plan_table(source.plan), source.plan.coverage
     if as_json:
         print(json.dumps({"tensors": rows, "coverage": coverage, "digest": source.plan.digest(), **spent}, indent=2))
@@ -91,7 +94,7 @@ def plan(
 
 
 def _spend(
-    source: "Source", asked: "Policy", calibrate: str | None, curves: Path | None, workers: int, plot: Path | None
+    source: "Source", asked: "Policy", calibrate: Path | None, curves: Path | None, workers: int, plot: Path | None
 ) -> tuple["Source", dict[str, Any]]:
     """The source with the plan of its budget, and the report; draws it too."""
     from loftq.report.budget import plot as draw
@@ -102,7 +105,7 @@ def _spend(
     check_budget(source, asked, "loftq", curves)
     if plot:
         check_place(plot)
-    statistics = None if calibrate is None else statistics_of(Path(calibrate), source.directory)
+    statistics = None if calibrate is None else statistics_of(calibrate, source.directory)
     with Bar() as bar:
         source, report = within_budget(source, asked, curves, statistics, workers=workers, begin=bar.begin)
     if plot:

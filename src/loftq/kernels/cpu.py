@@ -17,8 +17,7 @@ from numba import njit
 from torch import Tensor
 
 from loftq import numerics
-from loftq.kernels import feedback as feeding
-from loftq.kernels import fitting
+from loftq.kernels import fitting, rounding
 from loftq.kernels.threads import over_rows
 from loftq.numerics import Quantized, decode_rows, fit_scales, fitted_scales, levels, scale_and_zero, store_scales
 from loftq.numerics.codebooks import HOST, midpoints
@@ -81,7 +80,7 @@ def descend(
 def _round_block(values: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     gaps, table = midpoints(spec.code, spec.bits), levels(spec.code, spec.bits)
     codes, fed = torch.empty_like(values, dtype=torch.uint8), torch.empty_like(values)
-    _over_rows(feeding.round_block, len(values), values, upper, scale, zero, gaps, table, codes, fed)
+    _over_rows(rounding.round_block, len(values), values, upper, scale, zero, gaps, table, codes, fed)
     return codes, fed
 
 
@@ -90,7 +89,7 @@ def _descend_block(
 ) -> tuple[Tensor, Tensor]:
     gaps, table = midpoints(spec.code, spec.bits), levels(spec.code, spec.bits)
     codes, moved = codes.clone(), torch.empty_like(pull)
-    _over_rows(feeding.descend_block, len(pull), pull, codes, own.contiguous(), scale, zero, gaps, table, moved)
+    _over_rows(rounding.descend_block, len(pull), pull, codes, own.contiguous(), scale, zero, gaps, table, moved)
     return codes, moved
 
 

@@ -6,8 +6,8 @@ embedding that are looked up. ``_product`` multiplies a few tokens straight from
 :data:`FEW_TOKENS` go through the dense weight and PyTorch's matrix product. Decoded values equal the reference's to the
 bit: computed in float32 without contraction, then rounded once.
 
-:func:`quantize_residual` and :func:`pack` are the reference's, on the device: a solver calls them once a step and once
-a matrix, beside an SVD.
+:func:`quantize_residual`, :func:`feedback`, :func:`descend` and :func:`pack` are the reference's, on the device: a
+solver calls them once a step and once a matrix, beside an SVD.
 
 Tried under Triton's interpreter, and compiled for sm_80, sm_90 and sm_100; not yet measured on a GPU.
 """
@@ -22,11 +22,21 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from triton import knobs  # pyright: ignore[reportMissingImports]
 
-from loftq.kernels.reference import pack, quantize_residual
+from loftq.kernels.reference import descend, feedback, pack, quantize_residual
 from loftq.numerics import dynamic_8bit, levels
 from loftq.spec import NESTED_BLOCK, QuantSpec
 
-__all__ = ["NAME", "dequantize", "embedding", "linear", "linear_grad_input", "pack", "quantize_residual"]
+__all__ = [
+    "NAME",
+    "dequantize",
+    "descend",
+    "embedding",
+    "feedback",
+    "linear",
+    "linear_grad_input",
+    "pack",
+    "quantize_residual",
+]
 
 NAME = "cuda"
 FEW_TOKENS = 64  # up to here a product reads the packed weight itself. Not yet measured

@@ -34,7 +34,7 @@ def convert(
     """Replace the planned layers of ``model`` by packed ones, and wrap it with the LoftQ start as ``default`` adapter.
 
     Raises: UsageError for a model that cannot be converted; what :func:`loftq.plan.make` raises; NumericalError for
-        weights that are not finite. ``model`` is then unchanged.
+        weights that are not finite. ``model`` is then unchanged; not if a matrix cannot be solved.
     """
     _check_model(model)
     check_statistics(policy.solve, statistics and statistics.kind)
@@ -81,8 +81,7 @@ def _check_model(model: nn.Module) -> None:
 def _solve(model: nn.Module, matrix: Matrix, plan: Plan, statistics: Statistics | None) -> Solution:
     weight: torch.Tensor = model.get_parameter(f"{matrix.module}.weight").detach()
     oriented = weight.T if matrix.kind == "conv1d" else weight
-    moments = statistics.moments(matrix.module) if statistics and matrix.kind != "embedding" else None
-    moments = moments and moments.to(str(weight.device))
+    moments = statistics and statistics.moments(matrix.module)
     return _named(matrix, solve, oriented, matrix.quant, matrix.rank, plan.solve, matrix.name, moments)
 
 

@@ -16,12 +16,12 @@ from loftq.numerics.blockwise import (
     store_scales,
 )
 from loftq.numerics.codebooks import dynamic_8bit, levels, normal_float
-from loftq.numerics.feedback import descend, feedback
 from loftq.numerics.fitting import fitted_scales
 from loftq.numerics.lowrank import truncated_svd
 from loftq.numerics.metric import Metric, Moments, best_factors, beyond
 from loftq.numerics.norms import frobenius, product_square
 from loftq.numerics.packing import pack, packed_shape, unpack
+from loftq.numerics.rounding import descend, feedback
 
 __all__ = [
     "Metric",

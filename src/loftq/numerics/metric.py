@@ -16,9 +16,9 @@ The best term of rank r for an error E has a closed form (QERA, arXiv 2410.06040
 which has no inverse of H in it: a rank-deficient H, from few tokens or dead channels, does no harm.
 """
 
-import functools
 import math
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -28,7 +28,7 @@ from loftq.errors import NumericalError
 from loftq.numerics.lowrank import NotConverged, truncated_svd
 from loftq.numerics.norms import frobenius
 
-JITTER = (1e-9, 1e-7, 1e-5)  # parts of the mean of H's diagonal, added to it until it has a Cholesky factor
+JITTER = (1e-9, 1e-7, 1e-5, 1e-4)  # parts of H's diagonal and its mean, added to it until it has a Cholesky factor
 LEAST_ROW = 1e-6  # of G's mean: a row without gradient still counts this much, or its factor would be infinite
 
 
@@ -43,12 +43,20 @@ class Metric:
 
     columns: Tensor | None = None
     rows: Tensor | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
+    _root: list[Tensor] = field(default_factory=list, init=False, repr=False, compare=False)
 
-    def to(self, device: str) -> "Metric":
-        """The same on another device."""
-        if device == "cpu":  # where its root, once computed, is shared by all who use it
+    def to(self, device: torch.device) -> "Metric":
+        """The same on another device; itself if it is there, with the root that all who use it share."""
+        parts = [part for part in (self.columns, self.rows) if part is not None]
+        if all(part.device == device for part in parts):
             return self
         return Metric(*(None if part is None else part.to(device) for part in (self.columns, self.rows)))
+
+    def fits(self, shape: torch.Size) -> bool:
+        """Whether it is of matrices of this shape."""
+        pairs = ((self.rows, shape[0]), (self.columns, shape[1]))
+        return all(part is None or len(part) == size for part, size in pairs)
 
     @property
     def kind(self) -> str:
@@ -64,15 +72,21 @@ class Metric:
         """Whether this is the Frobenius norm."""
         return self.columns is None and self.rows is None
 
-    @functools.cached_property
+    @property
     def root(self) -> Tensor | None:
-        """T with ``T Tᵀ = H``, float32: a vector for a diagonal H, a lower triangle for a whole one."""
+        """T with ``T Tᵀ = H``, float32: a vector for a diagonal H, a lower triangle for a whole one.
+
+        Computed once, also where several threads ask at the same time.
+        """
         if self.columns is None:
             return None
-        h = self.columns.double()
-        return (h.clamp(min=0).sqrt() if h.ndim == 1 else cholesky(h)).float()
+        with self._lock:
+            if not self._root:
+                h = self.columns.double()
+                self._root.append((h.clamp(min=0).sqrt() if h.ndim == 1 else cholesky(h)).float())
+            return self._root[0]
 
-    @functools.cached_property
+    @property
     def row_root(self) -> Tensor | None:
         """The diagonal of ``G^½``, float32."""
         if self.rows is None:
@@ -93,8 +107,12 @@ class Metric:
         return matrix * self.root if self.root.ndim == 1 else matrix @ self.root
 
     def norm(self, matrix: Float[Tensor, "out in"]) -> float:
-        """The norm of X."""
-        return frobenius(self.whiten(matrix))
+        """The norm of X, for which a whole H needs no root: ``‖X‖² = tr(G X H Xᵀ)``."""
+        if self.columns is None or self.columns.ndim == 1:
+            return frobenius(self.whiten(matrix))
+        scaled = matrix if self.row_root is None else matrix * self.row_root[:, None]
+        square = torch.linalg.vecdot(scaled @ self.columns.to(scaled.dtype), scaled).double().sum()
+        return square.clamp(min=0).sqrt().item()
 
 
 @dataclass(frozen=True)
@@ -110,10 +128,6 @@ class Moments:
     fit: Metric
     held: Metric
     tokens: int
-
-    def to(self, device: str) -> "Moments":
-        """The same on another device."""
-        return Moments(self.fit.to(device), self.held.to(device), self.tokens)
 
 
 def best_factors(
@@ -152,12 +166,12 @@ def beyond(a: Float[Tensor, "rank in"], columns: Float[Tensor, "in in"]) -> Floa
     In this metric, ``W − Q`` is as long as the best ``W − Q − B A`` is in H, over all B. So a Q that is better in it is
     better together with its adapter. From ProjQ (arXiv 2606.00494), which projects cached inputs; H is enough for it.
     """
-    h, a = columns.double(), a.double()
+    h, a = columns.to(torch.float64, copy=True), a.double()
     seen = h @ a.T
     squares, directions = torch.linalg.eigh(a @ seen)
     kept = squares > 1e-12 * squares[-1].clamp(min=torch.finfo(torch.float64).tiny)
     part = seen @ (directions[:, kept] / squares[kept].sqrt())
-    return h - part @ part.T
+    return h.addmm_(part, part.T, alpha=-1)
 
 
 def balanced(b: Float[Tensor, "out rank"], a: Float[Tensor, "rank in"]) -> tuple[Tensor, Tensor]:
@@ -177,12 +191,18 @@ def cholesky(h: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
 
     Raises: NumericalError for one that is not.
     """
-    mean = h.diagonal().mean().item()
+    diagonal = h.diagonal().clone()
+    mean = diagonal.mean().item()
     if mean == 0:
         return torch.zeros_like(h)
     if math.isfinite(mean):
+        damped = h.clone()
         for jitter in JITTER:
-            factor, failed = torch.linalg.cholesky_ex(h + torch.diag(torch.full_like(h[0], jitter * mean)))
+            damped.diagonal().copy_(diagonal + jitter * (diagonal + mean))
+            factor, failed = torch.linalg.cholesky_ex(damped)
             if not failed:
                 return factor
-    raise NumericalError("the second moments of the inputs are no such: not finite, or far from positive")
+    raise NumericalError(
+        "the second moments of the inputs are no such: not finite, or far from positive; calibrate on more texts, or "
+        "with --kind diagonal"
+    )

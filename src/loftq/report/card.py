@@ -25,10 +25,8 @@ def model_card(
     """README.md of the output directory: what it is, how to load it, what it cost."""
     loader = next((auto for ending, auto in LOADERS.items() if architecture.endswith(ending)), "AutoModel")
     front = [f"base_model: {hub_id}", "base_model_relation: quantized"] if hub_id else []
-    widths, blocks, ranks = (
-        "/".join(map(str, sorted(set(values))))
-        for values in zip(*((m.quant.bits, m.quant.block_size, m.rank) for m in plan.matrices), strict=True)
-    )
+    stored = ((m.quant.bits, m.quant.code, m.quant.block_size, m.rank) for m in plan.matrices)
+    widths, codes, blocks, ranks = ("/".join(map(str, sorted(set(values)))) for values in zip(*stored, strict=True))
     better = 1 - summary["error"] / summary["qlora_error"] if summary["qlora_error"] else 0.0
     outputs = []
     if "output_error" in summary:
@@ -43,7 +41,7 @@ def model_card(
             "---",
             f"# {directory}",
             "",
-            f"A frozen {widths}-bit backbone ({plan.matrices[0].quant.code}, block {blocks}) and a LoftQ "
+            f"A frozen {widths}-bit backbone ({codes}, block {blocks}) and a LoftQ "
             f"start for LoRA (rank {ranks}, alpha {plan.lora_alpha:g}), made by [LoftQ](https://arxiv.org/abs/2310.08659).",
             "",
             "```python",
@@ -60,8 +58,8 @@ def model_card(
             f"| stored bits per quantized weight | {summary['bits_per_weight']:.3f} |",
             f"| compression of everything on disk against 16 bits | {summary['compression']:.2f}x |",
             f"| trainable share | {summary['trainable_share']:.2%} |",
-            f"| relative weight error, LoftQ | {summary['error']:.4f} |",
-            f"| relative weight error, QLoRA | {summary['qlora_error']:.4f} ({better:.0%} removed) |",
+            f"| relative weight error, with the start | {summary['error']:.4f} |",
+            f"| relative weight error, quantized alone | {summary['qlora_error']:.4f} ({better:.0%} removed) |",
             *outputs,
             "",
         ]

@@ -16,7 +16,7 @@ Row = Mapping[str, Any]
 
 NAMES = {"full": "Full FT", "lora": "LoRA", "qlora": "QLoRA", "loftq": "LoftQ"}
 ALWAYS = ("method", "bits")
-IN_NAME = ("preset", "calibrated")  # told by the method's name
+IN_NAME = ("preset",)  # told by the method's name
 HEADINGS = {"steps": "T", "embeddings": "embeddings too"}
 COUNTS = ("n", "tokens")  # of one split or another; no results
 WORDS = ("method", "code", "scales", "order")
@@ -49,7 +49,7 @@ class Arm:
     def method(self) -> str:
         """``LoftQ``, and a preset that is not the paper's: ``LoftQ (fitted)``, ``LoftQ (descent, calibrated)``."""
         s = self.settings
-        words = [*({s.get("preset", "loftq")} - {"loftq"}), *(["calibrated"] if s.get("calibrated") else [])]
+        words = [*({s.get("preset", "loftq")} - {"loftq"}), *(["calibrated"] if s.get("calibrate") else [])]
         return NAMES[s["method"]] + (f" ({', '.join(words)})" if words else "")
 
     @property

@@ -39,13 +39,13 @@ def warnings(matrices: list[dict[str, Any]]) -> list[str]:
 
 
 def plot(inspected: dict[str, Any], file: Path) -> None:
-    """Error of every matrix, LoftQ's over QLoRA's, and the error per step, as a picture."""
+    """Error of every matrix, with the start over quantization alone, and the error per step, as a picture."""
     plt = pyplot()
     matrices = inspected["matrices"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), width_ratios=(3, 2), layout="constrained")
     at = range(len(matrices))
-    left.bar(at, [judged(m)[1] for m in matrices], color="#c9c9c9", label="quantized alone (QLoRA)")
-    left.bar(at, [judged(m)[0] for m in matrices], color="#2b6cb0", width=0.55, label="with the LoftQ start")
+    left.bar(at, [judged(m)[1] for m in matrices], color="#c9c9c9", label="quantized alone")
+    left.bar(at, [judged(m)[0] for m in matrices], color="#2b6cb0", width=0.55, label="with the start")
     calibrated = all("output_errors" in m for m in matrices)
     left.set(
         xlabel="matrix, in the order of the model",
@@ -58,7 +58,7 @@ def plot(inspected: dict[str, Any], file: Path) -> None:
         relative = [e / trace[0] if trace[0] else 0.0 for e in trace]
         right.plot(relative, color="#2b6cb0", alpha=0.25, linewidth=1)
         right.plot(m["kept"], relative[m["kept"]], "o", color="#c05621", markersize=3, alpha=0.6)
-    right.set(xlabel="step", ylabel="error / QLoRA's error", title="Error per step (dot: the step kept)")
+    right.set(xlabel="step", ylabel="error / error of quantization alone", title="Error per step (dot: the step kept)")
     right.xaxis.get_major_locator().set_params(integer=True)
     try:
         save(figure, file)

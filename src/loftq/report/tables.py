@@ -70,7 +70,7 @@ def print_inspection(inspected: dict[str, Any]) -> None:
     ]
     calibrated = any("output_errors" in m for m in inspected["matrices"])
     outputs = [("outputs alone", "right"), ("outputs", "right")] if calibrated else []
-    weights = [("QLoRA", "right"), ("LoftQ", "right"), *outputs, ("step", "right"), ("error per step", "left")]
+    weights = [("alone", "right"), ("started", "right"), *outputs, ("step", "right"), ("error per step", "left")]
     table = plain_table(*columns, *weights)
     for m in inspected["matrices"]:
         trace = " ".join(f"{e:.4f}" for e in m.get("output_errors", m["errors"])[1:])
@@ -144,7 +144,7 @@ def _totals(t: dict[str, Any]) -> Table:
         "on disk, all files": f"{t['disk_bytes'] / 1e6:,.1f} MB ({t['adapter_bytes'] / 1e6:,.1f} MB of it the adapter)",
         "compression of all that against 16 bits": f"{t['compression']:.2f}x",
         "trainable": f"{t['trainable_share']:.2%}",
-        "relative error, quantized alone (QLoRA)": f"{t['qlora_error']:.4f}",
+        "relative error, quantized alone": f"{t['qlora_error']:.4f}",
         "relative error, as written": f"{t['error']:.4f} ({gained:.1%} less)",
     }
     if "output_error" in t:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loftq.errors import NumericalError
 from loftq.numerics import Metric, Moments, best_factors, frobenius, product_square
-from loftq.solve.loftq import check_finite, check_matrix, tensor_seed, zero_start
+from loftq.solve.loftq import check_finite, check_matrix, fitting, tensor_seed, zero_start
 
 LARGEST_TERM = 1 + 1e-3  # of the error: with G = I the term is a projection of it, and no larger but for rounding
 
@@ -26,14 +26,14 @@ class FrozenStart:
 
     Attributes:
         errors: ``||W - Q||_F / ||W||_F`` and ``||W - Q - B A||_F / ||W||_F``.
-        metric_errors: the same two in the norm that decided: that of the held-out tokens, if there are moments.
+        output_errors: the same two in the norm that decided: that of the held-out tokens, if there are moments.
         reason: why B is zero; empty if it is not.
     """
 
     b: Float[Tensor, "out rank"]
     a: Float[Tensor, "rank in"]
     errors: tuple[float, float]
-    metric_errors: tuple[float, float]
+    output_errors: tuple[float, float]
     reason: str = ""
 
     def factors(self, s: float) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
@@ -76,7 +76,7 @@ def fit_adapter(
     except NumericalError as e:
         raise NumericalError(f"the base's values are not finite: {e}") from e
     generator = torch.Generator("cpu").manual_seed(tensor_seed(seed, name))
-    fit, held = (moments.fit, moments.held) if moments else (Metric(), Metric())
+    fit, held = (fitting(m, weight) for m in ((moments.fit, moments.held) if moments else (Metric(), Metric())))
     before = frobenius(error)
     if not before:
         return _without(weight, error, rank, held, generator, "the base is the original")

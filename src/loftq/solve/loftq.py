@@ -34,11 +34,13 @@ class Solution:
     """A quantized backbone and scale-free factors: ``W ≈ dequantize(quantized) + B @ A``.
 
     Attributes:
-        errors: ``||W - Q_t - B_t A_t||_F / ||W||_F``; ``errors[0]`` is quantization alone (QLoRA).
+        errors: ``||W - Q_t - B_t A_t||_F / ||W||_F``; ``errors[0]`` is quantization alone, with
+            these scales and this rounding: QLoRA's error where both are QLoRA's.
         kept: the step that is returned: the one with the smallest error; with moments, that of the outputs. Without
             them 0 only when ``steps`` is 0.
         output_errors: the same in the metric of the tokens that were held out: relative error of the outputs; empty
             without moments.
+        output_norm: the weight's norm in that metric, to which they are relative.
     """
 
     quantized: Quantized
@@ -47,6 +49,7 @@ class Solution:
     errors: tuple[float, ...]
     kept: int
     output_errors: tuple[float, ...] = ()
+    output_norm: float = 0.0
 
     def factors(self, s: float) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
         """``B / sqrt(s)``, ``A / sqrt(s)``: what an adapter stores whose forward multiplies by ``s``.
@@ -84,8 +87,8 @@ def solve(
     weight = weight.detach().float()
     check_matrix(weight, rank)
     generator = torch.Generator("cpu").manual_seed(tensor_seed(spec.seed, name))
-    metric = choose_metric(spec.metric, moments)
-    measure = _Measure(weight, moments)
+    metric = fitting(choose_metric(spec.metric, moments), weight)
+    measure = _Measure(weight, fitting(moments.held, weight) if moments else None)
     rounding = Rounding(weight, quant, spec, metric)
     quantized, residual = rounding.first(weight)
     measure.step(residual, None)
@@ -99,26 +102,37 @@ def solve(
     quantized, b, a = best
     if b is None or a is None:
         b, a = zero_start(weight, rank, generator)
-    return Solution(quantized, b, a, tuple(measure.errors), measure.kept, tuple(measure.output_errors))
+    return Solution(
+        quantized, b, a, tuple(measure.errors), measure.kept, tuple(measure.output_errors), measure.output_norm
+    )
+
+
+def fitting(metric: Metric, weight: Tensor) -> Metric:
+    """A metric on the weight's device; UsageError if it is of other matrices."""
+    if not metric.fits(weight.shape):
+        raise UsageError(
+            f"the statistics do not fit a matrix of shape {tuple(weight.shape)}; calibrate on the very model"
+        )
+    return metric.to(weight.device)
 
 
 class _Measure:
     """The errors of every step, and the step that is best: by the outputs where these can be measured."""
 
-    def __init__(self, weight: Tensor, moments: Moments | None) -> None:
+    def __init__(self, weight: Tensor, held: Metric | None) -> None:
         self.errors: list[float] = []
         self.output_errors: list[float] = []
         self.kept = 0
         self._norm = frobenius(weight)
-        self._held = moments.held if moments else None
-        self._output_norm = self._held.norm(weight) if self._held else 0.0
+        self._held = held
+        self.output_norm = self._held.norm(weight) if self._held else 0.0
 
     def step(self, residual: Tensor, factors: tuple[Tensor, Tensor] | None, projected: bool = False) -> bool:
         """Measure a step; whether it is the best one yet. Without outputs, step 0 does not compete.
 
         Args:
             residual: ``W - Q``.
-            projected: ``B A`` is a projection of it.
+            projected: in the metric of the weights, ``B A`` is a projection of it.
         """
         if self._held is None and factors is not None and projected:
             distance = _left(residual, *factors)
@@ -126,7 +140,7 @@ class _Measure:
             rest = residual if factors is None else _less(residual, *factors)
             distance = frobenius(rest)
             if self._held is not None:
-                self.output_errors.append(_ratio(self._held.norm(rest), self._output_norm))
+                self.output_errors.append(_ratio(self._held.norm(rest), self.output_norm))
         self.errors.append(_ratio(distance, self._norm))
         trace, t = self.output_errors or self.errors, len(self.errors) - 1
         if not math.isfinite(trace[t]) or not math.isfinite(self.errors[t]):
@@ -136,7 +150,7 @@ class _Measure:
         return better
 
 
-Step = tuple[tuple[Quantized, Tensor, Tensor], Tensor, bool]  # (Q, B, A), W - Q, and whether B A is a projection of it
+Step = tuple[tuple[Quantized, Tensor, Tensor], Tensor, bool]  # (Q, B, A), W - Q, whether the SVD was of that
 
 
 def _quantize_first(rounding: Rounding, weight, quantized, residual, rank, spec, metric, generator) -> Iterator[Step]:
@@ -147,7 +161,7 @@ def _quantize_first(rounding: Rounding, weight, quantized, residual, rank, spec,
         a = None
     for t in range(1, spec.steps + 1):
         b, a = best_factors(residual, rank, metric, method=spec.svd, generator=generator, start=a)
-        yield (quantized, b, a), residual, metric.rows is None
+        yield (quantized, b, a), residual, True
         if t < spec.steps:  # in the same memory at every step: fresh memory costs more than quantizing into it
             quantized, residual = rounding.next(quantized, b, a, residual)
 

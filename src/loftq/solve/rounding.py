@@ -8,8 +8,6 @@ from loftq.kernels import backend
 from loftq.numerics import Metric, Quantized, beyond, dequantize
 from loftq.spec import QuantSpec, SolveSpec
 
-SWEEPS = 1  # rounds of descent in a step
-
 
 class Rounding:
     """Finds Q for a given adapter, by ``spec.rounding``; all that it needs to know beside that.
@@ -27,7 +25,9 @@ class Rounding:
     def __init__(self, weight: Float[Tensor, "out in"], quant: QuantSpec, spec: SolveSpec, metric: Metric) -> None:
         self._kernels, self._weight, self._quant = backend(weight.device), weight, quant
         self._kind, self._fitted = spec.rounding, spec.scales == "fitted"
-        self._h = None if self._kind == "nearest" else _whole(metric.columns, weight)
+        nearest = self._kind == "nearest" or (self._kind == "feedback" and metric.columns is None)
+        self._kind = "nearest" if nearest else self._kind
+        self._h = None if nearest else _whole(metric.columns, weight)
 
     def first(self, target: Tensor, out: Tensor | None = None) -> tuple[Quantized, Tensor]:
         """Q for a target of which nothing is known, and ``W − Q``."""
@@ -46,8 +46,7 @@ class Rounding:
         h = beyond(a, self._h)
         if self._kind == "shaped":
             return self._round(self._weight, h, out, None)
-        for _ in range(SWEEPS):
-            quantized = self._kernels.descend(self._weight, quantized, h, self._quant, fitted=self._fitted)
+        quantized = self._kernels.descend(self._weight, quantized, h, self._quant, fitted=self._fitted)
         return quantized, self._residual(quantized, out)
 
     def _round(

@@ -91,6 +91,9 @@ def calibrate(model: str, output: Path, options: CalibrateOptions, begin: Begin 
         return done
     fsio.make_dirs(output)
     with fsio.DirectoryLock(output / ".lock"):
+        done = _already_done(output, identity)  # another process may have finished meanwhile
+        if done:
+            return done
         _clear(output)
         made = _write(output, _collected(directory, output / ".offload", options.kind, rows, tokenizer, begin))
         if model_identity(directory, open_checkpoint(directory)) != identity["model"]:

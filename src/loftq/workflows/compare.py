@@ -15,15 +15,16 @@ from typing import Any
 import torch
 
 import loftq
-from loftq.errors import ConflictError, InputError, NumericalError, UsageError
+from loftq.errors import InputError, NumericalError, UsageError
 from loftq.formats import fsio, strict_json
-from loftq.recipe import Quantization, Recipe
+from loftq.recipe import SOLVER, Quantization, Recipe
 from loftq.report.comparison import page
 from loftq.report.comparison_plots import plot_bytes, plot_losses
 from loftq.spec import code_for, default_preset
 from loftq.train.model import load_tokenizer
 from loftq.workflows.finetune import finetune, read_data, task_of
 from loftq.workflows.grid import Arm, Run, grid, schedule
+from loftq.workflows.run import Run as PlaceOfRun
 from loftq.workflows.run import RunResult
 from loftq.workflows.source import resolve
 from loftq.workflows.verdict import constant_answer, failure
@@ -112,7 +113,8 @@ def _row(run: Run, directory: Path, keep: bool) -> Row:
     began = time.monotonic()
     result: RunResult | None = None
     try:
-        result = _finetuned(recipe, directory / "backbones")
+        resume = not PlaceOfRun(place).is_of_another(recipe)  # which an earlier version, with other defaults, left
+        result = finetune(recipe, backbone_cache=directory / "backbones", resume=resume)
         reason = failure(result.metrics, *_constant_answer(recipe))
     except NumericalError as e:
         reason = str(e)
@@ -144,14 +146,6 @@ def _row(run: Run, directory: Path, keep: bool) -> Row:
     return row
 
 
-def _finetuned(recipe: Recipe, cache: Path) -> RunResult:
-    """The run, continued or begun. What an earlier version, with other defaults, left in its place is none of it."""
-    try:
-        return finetune(recipe, backbone_cache=cache)
-    except ConflictError:
-        return finetune(recipe, backbone_cache=cache, resume=False)
-
-
 def settings(recipe: Recipe) -> dict[str, Any]:
     """What distinguishes the arms of a comparison, as its table names it."""
     lora, quantization = recipe.lora, recipe.quantization or Quantization()
@@ -162,14 +156,21 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     if recipe.method == "lora":
         return {"method": "lora", "bits": "16", **adapter}
     spec = quantization.solver(recipe.method)
-    code = code_for(quantization.code, 2 if quantization.bits == "2" else 4, spec.scales)
+    asked = quantization.model_dump(exclude_defaults=True, exclude={"bits", "budget", "code", *SOLVER})
+    if quantization.calibrate and recipe.method == "loftq":
+        asked |= {"calibrate": Path(quantization.calibrate).name, "samples": quantization.calibration_samples}
     bits = f"≤{quantization.budget}" if quantization.budget else quantization.bits
-    stored = {"bits": bits, "code": code, "scales": spec.scales}
+    stored = {"bits": bits, "code": _codes(quantization, spec.scales), "scales": spec.scales, **asked}
     solver: dict[str, Any] = {"steps": spec.steps, "order": spec.order} if recipe.method == "loftq" else {}
     if recipe.method == "loftq":
-        calibrated = quantization.calibrate is not None
-        solver |= {"preset": quantization.preset or default_preset(calibrated), "calibrated": calibrated}
+        solver["preset"] = quantization.preset or default_preset(quantization.calibrate is not None)
     return {"method": recipe.method, **stored, **adapter, **solver}
+
+
+def _codes(quantization: Quantization, scales: str) -> str:
+    """The code; both that ``auto`` may stand for, where the widths leave it open."""
+    widths = (2,) if quantization.bits == "2" else (4,) if quantization.bits in ("3", "4", "8") else (2, 4)
+    return "/".join(dict.fromkeys(code_for(quantization.code, bits, scales) for bits in widths))
 
 
 def _before(result: RunResult | None) -> dict[str, float] | None:

@@ -27,7 +27,7 @@ from loftq.solve import errors_by_rank, ordered_map
 from loftq.workflows import sealed
 from loftq.workflows.assemble import source_identity
 from loftq.workflows.source import Source
-from loftq.workflows.units import moments_for, naming, oriented
+from loftq.workflows.units import naming, oriented
 
 logger = logging.getLogger("loftq")
 
@@ -68,7 +68,7 @@ def measured(
 
     def work_on(matrix: Matrix) -> list[Choice]:
         with naming(matrix):
-            moments = moments_for(matrix, statistics)
+            moments = statistics and statistics.moments(matrix.module)
             return _curve(matrix, found[matrix.module], source, device, moments)
 
     curves: Curves = {}
@@ -95,7 +95,7 @@ def _curve(
 ) -> list[Choice]:
     weight = oriented(matrix, source.checkpoint.read(matrix.name)).to(device)
     quants, ranks = [candidate.quant for candidate in found], found[0].ranks
-    metric = None if moments is None else moments.to(device).fit
+    metric = None if moments is None else moments.fit
     errors = errors_by_rank(weight, quants, ranks, source.plan.solve, matrix.name, metric)
     return planning.curve(matrix, found, errors)
 

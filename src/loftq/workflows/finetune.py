@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from loftq.formats.layouts import LAYOUTS
 from loftq.nn.convert import FIELDS
 from loftq.plan import Policy
 from loftq.recipe import SOLVER, Quantization, Recipe
+from loftq.spec import statistics_kind
 from loftq.tasks import Task, get_task, load_data, score
 from loftq.train.arguments import training_arguments
 from loftq.train.model import add_lora, add_start, load_model, load_tokenizer, precision, save
 from loftq.train.trainer import LoftQTrainer, callbacks
 from loftq.workflows.assemble import adapter_of
 from loftq.workflows.check import read_manifest
+from loftq.workflows.grid import contents
 from loftq.workflows.places import MANIFEST
 from loftq.workflows.quantize import Begin, QuantizeOptions, quantize
 from loftq.workflows.run import Run, RunResult
@@ -168,6 +171,9 @@ def _backbone(recipe: Recipe, source: Path, run: Run, cache: Path | None, begin:
         policy=policy, overwrite=True, calibrate=calibrate, calibration_samples=given.calibration_samples
     )
     place = run.backbone if cache is None else cache / _cache_name(source, options)
+    if cache is not None and calibrate is not None:  # backbones that are calibrated alike share the statistics
+        named = [str(source.resolve()), contents(calibrate), given.calibration_samples, statistics_kind(policy.solve)]
+        options = replace(options, statistics=cache / f"statistics-{_digest(named)}")
     if writing:
         quantize(str(source), place, options, begin)
     while not (place / MANIFEST).is_file():  # a barrier would time out long before a large model is done
@@ -192,9 +198,13 @@ def _check_quantized(recipe: Recipe, source: Path) -> None:
 
 def _cache_name(source: Path, options: QuantizeOptions) -> str:
     policy = options.policy
-    named = [str(source.resolve()), policy.to_dict(), options.calibrate, options.calibration_samples]
-    text = json.dumps(named, sort_keys=True)
-    return f"{source.name}-{policy.budget or policy.bits}bit-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    texts = options.calibrate and contents(options.calibrate)
+    named = [str(source.resolve()), policy.to_dict(), texts, options.calibration_samples]
+    return f"{source.name}-{policy.budget or policy.bits}bit-{_digest(named)}"
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _model(recipe: Recipe, task: Task, base: Path, arguments: Seq2SeqTrainingArguments) -> Any:

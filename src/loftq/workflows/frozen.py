@@ -187,7 +187,6 @@ def fit(layer: Layer, checkpoint: Checkpoint, options: FitOptions) -> Fitted:
                 f"{original.tensor} is {tuple(weight.shape)}, the layer {tuple(base.shape)}; is it another model's?"
             )
         norm, moments = frobenius(weight), options.statistics and options.statistics.moments(original.module)
-        moments = moments and moments.to(str(base.device))
         start = fit_adapter(
             weight, base, layer.rank, moments=moments, svd=options.svd, seed=options.seed, name=original.tensor
         )
@@ -213,7 +212,7 @@ def fit(layer: Layer, checkpoint: Checkpoint, options: FitOptions) -> Fitted:
         "norm": norm,
     }
     if moments:
-        report["output_errors"] = list(start.metric_errors)
+        report["output_errors"] = list(start.output_errors)
     return Fitted(b, a, report)
 
 

@@ -19,15 +19,16 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from loftq.errors import UsageError, quoted
-from loftq.recipe import Recipe, Strict, section
+from loftq.recipe import Quantization, Recipe, Strict, section
 from loftq.report.comparison import chosen_rate
+from loftq.spec import BITS, code_for
 
 NOT_ESSENTIAL = {"output", "note", "compare"}
 
@@ -115,22 +116,27 @@ def schedule(grids: Sequence[Sequence[Arm]], rows: Mapping[str, Mapping[str, Any
 def digest(recipe: Recipe) -> str:
     """Twelve digits for everything that a run's result depends on; of local files their content, not their place.
 
-    A value equal to its default does not count, so that rows outlive a new key. A changed default makes them wrong.
+    A value equal to its default does not count, so that rows outlive a new key; a changed default makes them wrong, but
+    for the solver's, which all count.
     """
     values = recipe.model_dump(mode="json", exclude_none=True, exclude_defaults=True, exclude=NOT_ESSENTIAL)
-    values["model"] = _contents(recipe.model)
+    if recipe.method == "loftq":  # the solver as it is, for presets and defaults may change
+        given = recipe.quantization or Quantization()
+        spec = given.solver("loftq")
+        values["solver"] = {**asdict(spec), "codes": [code_for(given.code, bits, spec.scales) for bits in BITS]}
+    values["model"] = contents(recipe.model)
     if "calibrate" in values.get("quantization", {}):
-        values["quantization"]["calibrate"] = _contents(values["quantization"]["calibrate"])
+        values["quantization"]["calibrate"] = contents(values["quantization"]["calibrate"])
     data = recipe.to_dict()["data"]
-    values["data"] = {k: _contents(v) if isinstance(v, (str, list)) else v for k, v in data.items()}
+    values["data"] = {k: contents(v) if isinstance(v, (str, list)) else v for k, v in data.items()}
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _contents(place: str | list[str]) -> list[Any]:
+def contents(place: str | list[str]) -> list[Any]:
     """What a directory, file, glob or list of them holds; a name that is nothing local, as it is."""
     if isinstance(place, list):
-        return [_contents(one) for one in place]
+        return [contents(one) for one in place]
     found = [Path(p) for p in sorted(glob.glob(str(Path(place).expanduser()), recursive=True))]
     files = [
         f for p in found for f in (sorted(p.iterdir()) if p.is_dir() else [p]) if f.suffix != ".md" and f.is_file()

@@ -31,7 +31,7 @@ from loftq.workflows.budget import check_budget, within_budget
 from loftq.workflows.calibrate import CalibrateOptions, open_or_collect
 from loftq.workflows.places import already_done, check_places, claim, is_ours, publish, put_back, was_taken
 from loftq.workflows.source import Source, open_source
-from loftq.workflows.units import Solved, Workspace, moments_for, naming, solve_matrix, split
+from loftq.workflows.units import Solved, Workspace, solve_matrix, split
 
 logger = logging.getLogger("loftq")
 
@@ -55,6 +55,7 @@ class QuantizeOptions:
     task_type: str | None = None
     calibrate: str | None = None
     calibration_samples: int = 128
+    statistics: Path | None = None  # where collected ones go; None: beside the output
     curves: Path | None = None  # where the error curves of a budget are kept; None: in the workspace
 
 
@@ -84,14 +85,14 @@ def quantize(
     work = Workspace(output)
     spec = options.policy.solve
     check_statistics(spec, None if options.calibrate is None else statistics_kind(spec))
-    source = open_source(model, options.policy, options.revision)
+    source, layout = open_source(model, options.policy, options.revision), LAYOUTS[options.format]
     check_places(source.directory, work, output)
-    statistics = _statistics(model, output, options, begin_calibration)
-    layout = LAYOUTS[options.format]
     if options.policy.budget:
         check_budget(source, options.policy, layout.name, options.curves)
     elif options.curves:
         raise UsageError("--curves is of a budget; give one: --budget 2.5")
+    already_done(output, {}, overwrite=True)  # refuses what is no result of ours, before the texts are run
+    statistics = _statistics(model, output, options, begin_calibration)
     job = _job(source, layout, _identity(source, layout, options, statistics), output, options)
     done = already_done(output, job.identity, options.overwrite)
     if done and not (work.root.exists() and is_ours(work, job.identity)):  # nothing to clean away
@@ -155,7 +156,8 @@ def _statistics(model: str, output: Path, options: QuantizeOptions, begin: colle
         samples=options.calibration_samples,
         revision=options.revision,
     )
-    place = output.with_name(f"{output.name}.statistics")
+    beside = f"{output.name}.statistics" + ("" if asked.kind == "full" else f"-{asked.kind}")
+    place = options.statistics or output.with_name(beside)
     statistics = open_or_collect(options.calibrate, model, place, asked, begin)
     check_statistics(options.policy.solve, statistics.kind)
     return statistics
@@ -206,8 +208,7 @@ def _make_units(
     advance = begin(len(source.plan.matrices), finished) if begin else lambda report: None
 
     def work_on(matrix: Matrix) -> Solved:
-        with naming(matrix):
-            moments = moments_for(matrix, statistics)
+        moments = statistics and statistics.moments(matrix.module)
         return solve_matrix(matrix, source.checkpoint, source.plan, layout, options.device, moments)
 
     def watched(results: Iterator[Solved]) -> Iterator[Solved]:
@@ -215,7 +216,7 @@ def _make_units(
             advance(result.report)
             yield result
 
-    workers = options.workers or os.cpu_count() or 1
+    workers = options.workers or (os.cpu_count() or 1 if options.device == "cpu" else 1)
     matrices = (m for unit in missing for m in unit.matrices)
     solved = watched(ordered_map(work_on, matrices, workers))
     for unit in missing:

@@ -87,6 +87,10 @@ class Run:
         """Whether there is something of a training to lose."""
         return any(path.exists() for path in (self.metrics, self.adapter, self.model, self.checkpoints))
 
+    def is_of_another(self, recipe: Recipe) -> bool:
+        """Whether what is begun here is of another recipe."""
+        return self.recipe.exists() and self.begun and identity(self.read_recipe()) != identity(recipe)
+
     def read_recipe(self) -> Recipe:
         return recipes.read(self.recipe)
 

@@ -69,6 +69,7 @@ def start(base: str, weights: str, output: Path, options: StartOptions, begin: B
         "weights": str(source.directory.resolve()),
         "plan": plan.digest(),
         "fit": {"svd": options.fit.svd, "seed": options.fit.seed},
+        **({"statistics": options.fit.statistics.identity} if options.fit.statistics else {}),
     }
     fsio.make_dirs(work.root)
     with fsio.DirectoryLock(work.lock):

@@ -18,10 +18,9 @@ from loftq.errors import InputError, LoftqError, NumericalError, StorageError, q
 from loftq.formats import fsio
 from loftq.formats.layouts import Layout
 from loftq.formats.source import Checkpoint
-from loftq.formats.statistics import Statistics
 from loftq.formats.tensorfile import Entry, encode_header, tensor_bytes
 from loftq.nn.adapter import adapter_product, adapter_shapes, adapter_tensors
-from loftq.numerics import Moments, frobenius
+from loftq.numerics import Metric, Moments, frobenius
 from loftq.plan import Kept, Matrix, Plan
 from loftq.solve import check_finite, solve
 from loftq.workflows import sealed
@@ -97,20 +96,6 @@ def naming(matrix: Matrix) -> Iterator[None]:
         ) from e
 
 
-def moments_for(matrix: Matrix, statistics: Statistics | None) -> Moments | None:
-    """What is known of a matrix's inputs; nothing of an embedding, whose inputs are rows.
-
-    Raises: InputError if the statistics are of a matrix with other inputs.
-    """
-    found = statistics.moments(matrix.module) if statistics and matrix.kind != "embedding" else None
-    columns = found and found.fit.columns
-    if columns is not None and len(columns) != matrix.shape[1]:
-        raise InputError(
-            f"the statistics are of {len(columns)} input features, the matrix has {matrix.shape[1]}; collect them again"
-        )
-    return found
-
-
 def oriented(matrix: Matrix, raw: Tensor) -> Tensor:
     """A tensor of the checkpoint as ``(out, in)``."""
     return raw.T.contiguous() if matrix.kind == "conv1d" else raw
@@ -124,8 +109,7 @@ def solve_matrix(
         raw = checkpoint.read(matrix.name)
         source_sha256 = hashlib.sha256(tensor_bytes(raw)).hexdigest()
         weight = oriented(matrix, raw)
-        moved = moments and moments.to(device)
-        solution = solve(weight.to(device), matrix.quant, matrix.rank, plan.solve, matrix.name, moved)
+        solution = solve(weight.to(device), matrix.quant, matrix.rank, plan.solve, matrix.name, moments)
         s = plan.scaling(matrix)
         b, a = (factor.cpu() for factor in solution.factors(s))
         adapter = adapter_tensors(matrix, b, a)
@@ -133,7 +117,8 @@ def solve_matrix(
             solution.quantized.codes.cpu(), {k: v.cpu() for k, v in solution.quantized.scales.items()}
         )
         stored = layout.encode(matrix, codes)
-        written = _measured(weight, matrix, stored, adapter, s, layout, moments)
+        held = moments and moments.held
+        written = _measured(weight, matrix, stored, adapter, s, layout, held, solution.output_norm)
     traces = {"errors": list(solution.errors), "output_errors": list(solution.output_errors)}
     traces = {name: trace for name, trace in traces.items() if trace}
     for name, trace in traces.items():
@@ -154,7 +139,7 @@ def solve_matrix(
         "kept": solution.kept,
         "qlora_error": solution.errors[0],
         "norm": frobenius(weight),
-        **({} if moments is None else {"output_norm": moments.held.norm(weight.float())}),
+        **({} if moments is None else {"output_norm": solution.output_norm}),
         "adapter_norm_ratio": written["product"],
         "source_sha256": source_sha256,
     }
@@ -168,11 +153,12 @@ def _measured(
     adapter: dict[str, Tensor],
     s: float,
     layout: Layout,
-    moments: Moments | None,
+    held: Metric | None,
+    output_norm: float,
 ) -> dict[str, float]:
     """Of the very tensors that are written: ``errors`` ``||W - Q - s·BA|| / ||W||``, ``product`` ``||s·BA|| / ||W||``.
 
-    With moments, ``output_errors`` too: the first in the metric of the tokens held out.
+    With a metric of tokens held out, ``output_errors`` too: the first in that.
     """
     for tensor in (*stored, *adapter.values()):
         if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -182,8 +168,8 @@ def _measured(
     part = frobenius(product) / norm
     rest = product.add_(layout.decode(matrix, stored)).sub_(weight)
     found = {"errors": frobenius(rest) / norm, "product": part}
-    if moments is not None:
-        found["output_errors"] = moments.held.norm(rest) / (moments.held.norm(weight.float()) or 1.0)
+    if held is not None:
+        found["output_errors"] = held.norm(rest) / (output_norm or 1.0)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Compiled CPU kernels of :mod:`loftq.numerics.feedback`: its arithmetic, operation for operation, to the same bits."""
+"""Compiled CPU kernels of :mod:`loftq.numerics.rounding`: its arithmetic, operation for operation, to the same bits."""
 
 import numpy as np
 

@@ -236,12 +236,12 @@ def _blocks(columns: int, spec: QuantSpec) -> Iterator[tuple[int, slice]]:
 
 def _inverse_factor(columns: Tensor) -> Tensor:
     """U, upper triangular, with ``Uᵀ U = (H + damping)⁻¹``, in float64."""
-    h = columns.double()
-    mean = h.diagonal().mean()
+    h = columns.to(torch.float64, copy=True)
+    mean = h.diagonal().mean().item()
     if mean == 0:
         return torch.eye(len(h), dtype=h.dtype, device=h.device)
-    damped = h + torch.diag(torch.full_like(h[0], DAMPING) * mean)
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(cholesky(damped)), upper=True)
+    h.diagonal().add_(DAMPING * mean)
+    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(cholesky(h)), upper=True)
     if failed or not upper.isfinite().all():
         raise NumericalError("the second moments of the inputs cannot be inverted, even damped")
     return upper

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from loftq.kernels import backend, reference
 from loftq.numerics import Metric, Quantized, dequantize, descend, feedback, levels, nearest, quantize
-from loftq.numerics.feedback import DAMPING
+from loftq.numerics.rounding import DAMPING
 from loftq.spec import QuantSpec
 
 SPECS = {
