@@ -14,6 +14,7 @@ Goals: output error at 2.25, 3.25, 4.25 bits at most 0.40, 0.50, 0.60 of the pap
 at least halved; 10 times its time at most.
 
     python benchmarks/calibrated.py --fit wt103.train.txt.gz --test wt2.test.txt.gz [--model llama=DIRECTORY]
+    python benchmarks/calibrated.py --show      # the table of docs/methods.md, from what was measured
 """
 
 import argparse
@@ -144,17 +145,59 @@ def show(name: str, what: str, table: list[dict[str, Any]]) -> None:
         print("|", " | ".join(cells), "|", flush=True)
 
 
+def figures(result: dict[str, Any]) -> str:
+    """One line a start, for docs/methods.md: three widths in a cell."""
+    models = result["models"]
+    starts = list(dict.fromkeys(row["side"] for model in models for row in model["rows"]))
+    measures = [cell for m in models for cell in (f"{m['model']}: outputs", "weights", m["measure"], "time")]
+    lines = [f"| start | {' | '.join(measures)} |", f"|---|{'---|' * len(measures)}"]
+    for start in starts:
+        cells = []
+        for model in models:
+            rows = {row["bits"]: row for row in model["rows"] if row["side"] == start}
+            digits = 3 if model["measure"] == "cosine" else 1
+            shown = {"output_error_ratio": 2, "weight_error_ratio": 2, "quality": digits, "time_ratio": 1}
+            for key, n in shown.items():
+                values = [f"{rows[bits][key]:.{n}f}" if bits in rows else "-" for bits in WIDTHS]
+                cells.append(" / ".join(values) if rows else "")
+        lines.append(f"| {start} | {' | '.join(cells)} |")
+    full = "; ".join(f"{m['model']} {m['full_precision']:.4g}, n = {m['n']}" for m in models)
+    where = result["environment"]
+    told = (
+        f"At 2.25 / 3.25 / 4.25 bits, rank {result['rank']}, before any fine-tuning. Outputs, weights: error as a part "
+        f"of the paper's LoftQ's, outputs on {result['test']}, which no start has seen, after a calibration on "
+        f"{result['samples']} windows of {result['tokens']} tokens of {result['fit']}; time as a multiple, calibration "
+        f"included. Full precision: {full}."
+    )
+    machine = f"{where['cpu']}, one thread, torch {where['versions']['torch']}"
+    about = f"commit {where['commit']}, {machine}, seed 0, one timing on a loaded machine"
+    return "\n".join([told, "", *lines, "", f"<sub>benchmarks/calibrated.py, {about}.</sub>"])
+
+
+def update(page: Path, text: str) -> None:
+    """Put ``text`` between the two markers of a page."""
+    before, begin, rest = page.read_text(encoding="utf-8").partition("<!-- figures: begin -->\n")
+    _, end, after = rest.partition("<!-- figures: end -->")
+    page.write_text(f"{before}{begin}{text}\n{end}{after}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", action="append", default=[], metavar="NAME=DIRECTORY", help="beside all-MiniLM-L6-v2"
     )
-    parser.add_argument("--fit", type=Path, required=True, help="text to calibrate on, may be .gz")
-    parser.add_argument("--test", type=Path, required=True, help="another, to measure on")
+    parser.add_argument("--fit", type=Path, help="text to calibrate on, may be .gz")
+    parser.add_argument("--test", type=Path, help="another, to measure on")
+    parser.add_argument("--show", action="store_true", help="measure nothing")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "data" / "calibrated.json")
     options = parser.parse_args()
+    page = ROOT / "docs" / "methods.md"
+    if options.show:
+        return update(page, figures(json.loads(options.output.read_text("utf-8"))))
+    if options.fit is None or options.test is None:
+        parser.error("--fit and --test are needed")
     torch.set_num_threads(1)
-    models = []
+    models, begun_in = [], environment()
     for named in [f"all-MiniLM-L6-v2={minilm()}", *options.model]:
         name, _, directory = named.rpartition("=")
         subject = Calibrated(name or Path(directory).resolve().name, directory, options.fit, options.test)
@@ -178,12 +221,13 @@ def main() -> None:
         "test": options.test.name,
         "samples": SAMPLES,
         "tokens": TOKENS,
-        "environment": environment(),
+        "environment": begun_in,
         "rank": RANK,
         "models": models,
     }
     options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"\nwritten: {options.output}")
+    update(page, figures(result))
+    print(f"\nwritten: {options.output}, {page}")
 
 
 if __name__ == "__main__":
