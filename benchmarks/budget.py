@@ -31,7 +31,7 @@ from loftq.workflows.curves import Curves, measured
 from loftq.workflows.source import Source, open_source
 
 SETTINGS = {"nf, absmax": {"code": "nf", "scales": "formula"}, "lloyd, fitted": {"code": "lloyd", "scales": "fitted"}}
-AVERAGES = ("2.5", "3.0", "3.5")  # of the paper's rule; 2.25 gives no layer of six 4 bits
+AVERAGES = ("2.5", "3.0")  # of the paper's rule; 2.25 gives no layer of six 4 bits
 
 
 class Side(NamedTuple):
