@@ -178,6 +178,27 @@ def test_few_tokens_and_dead_features() -> None:
         assert solution.output_errors[solution.kept] <= solution.output_errors[0]
 
 
+def test_a_few_features_of_enormous_size() -> None:
+    """As trained decoders have them; with fewer tokens than features, H in float32 is then far from positive."""
+    sizes = torch.full((COLUMNS,), 0.1)
+    sizes[:3] = torch.tensor([100.0, 1000.0, 3000.0])
+    x = torch.randn(50, COLUMNS, generator=torch.Generator().manual_seed(6)) * sizes
+    x[:, 1] += 5 * x[:, 0]
+    h = Metric(x.T @ x / len(x))
+    for preset in PRESETS:
+        fit = Metric(h.columns.diagonal().contiguous(), torch.ones(ROWS)) if preset == "lq-lora" else h
+        solution = solved(preset, Moments(fit, h, 50))
+        assert solution.output_errors[solution.kept] <= solution.output_errors[0]
+        assert solution.a.isfinite().all()
+
+
+def test_statistics_of_another_matrix_are_refused() -> None:
+    wide = Metric(torch.ones(COLUMNS + 1))
+    for moments in (Moments(wide, wide, 9), Moments(Metric(torch.ones(COLUMNS), torch.ones(ROWS + 1)), Metric(), 9)):
+        with pytest.raises(UsageError, match="do not fit a matrix of shape"):
+            solved("lq-lora", moments)
+
+
 def test_a_matrix_without_moments_is_solved_by_its_weights() -> None:
     for preset in ("qera-full", "qera-diag"):
         assert solved(preset).errors == solved("svd").errors
