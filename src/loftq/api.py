@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from loftq.errors import UsageError
 from loftq.formats.statistics import Statistics
 from loftq.nn.convert import convert
 from loftq.numerics import Moments
@@ -61,7 +62,7 @@ def quantize_weight(
 def get_peft_model(
     model: nn.Module,
     *,
-    calibration: Statistics | None = None,
+    calibration: Statistics | str | Path | None = None,
     workers: int | None = None,
     progress: bool = True,
     **options: Any,
@@ -72,7 +73,7 @@ def get_peft_model(
 
     Args:
         model: a transformers model, its weights in memory.
-        calibration: what :func:`calibrate` found out about this model.
+        calibration: what :func:`calibrate` found out about this model, or the directory where `loftq calibrate` put it.
         workers: matrices solved at a time; default one per core.
         options: fields of :class:`Policy` and the solver's: ``bits=2, rank=16, alpha=32, preset="cloq", …``.
 
@@ -81,9 +82,9 @@ def get_peft_model(
         >>> model = loftq.get_peft_model(model, bits=2, rank=16)
         >>> model.print_trainable_parameters()
     """
-    policy = make_policy(calibrated=calibration is not None, **options)
+    policy, statistics = make_policy(calibrated=calibration is not None, **options), _statistics(calibration)
     with tqdm(desc="LoftQ", unit=" matrices", disable=not progress) as bar:
-        wrapped, _ = convert(model, policy, workers or os.cpu_count() or 1, lambda *_: bar.update(), calibration)
+        wrapped, _ = convert(model, policy, workers or os.cpu_count() or 1, lambda *_: bar.update(), statistics)
     return wrapped
 
 
@@ -138,7 +139,10 @@ def quantize(model: str | Path, output: str | Path, *, format: str = "loftq", **
     """
     names = {f.name for f in dataclasses.fields(QuantizeOptions)} - {"policy", "format"}
     own = {k: options.pop(k) for k in names if k in options}
-    policy = make_policy(calibrated=own.get("calibrate") is not None, **options)
+    if isinstance(own.get("calibrate"), Statistics):
+        raise UsageError("calibrate wants texts or a directory of statistics; make one with `loftq calibrate`")
+    own["calibrate"] = None if own.get("calibrate") is None else str(own["calibrate"])
+    policy = make_policy(calibrated=own["calibrate"] is not None, **options)
     return _quantize(str(model), Path(output), QuantizeOptions(policy=policy, format=format, **own))
 
 
@@ -147,7 +151,7 @@ def replace_lora_weights(
     weights: str | Path,
     *,
     adapter_name: str = "default",
-    calibration: Statistics | None = None,
+    calibration: Statistics | str | Path | None = None,
     svd: str = "auto",
     seed: int = 0,
     revision: str | None = None,
@@ -164,8 +168,8 @@ def replace_lora_weights(
             HQQ, GPTQ, AWQ, ``loftq`` or others whose layers run on the device that they are on.
         weights: the full-precision checkpoint, a local directory or a hub id.
         adapter_name: the adapter to fill; others keep their values.
-        calibration: what :func:`calibrate` found out about the original model; without it, or where it has nothing,
-            the weights' own norm is used.
+        calibration: what :func:`calibrate` found out about the original model, or the directory where it is; without
+            it, or where it has nothing, the weights' own norm is used.
         svd: ``auto``, ``exact`` or ``randomized``.
         seed: of the randomized SVD, together with each tensor's name.
         revision: branch, tag or commit of a hub id.
@@ -182,7 +186,7 @@ def replace_lora_weights(
         >>> model = peft.get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
         >>> loftq.replace_lora_weights(model, "org/model")["error"]
     """
-    options = FitOptions(statistics=calibration, svd=svd, seed=seed)
+    options = FitOptions(statistics=_statistics(calibration), svd=svd, seed=seed)
     with tqdm(desc="LoftQ", unit="matrix", disable=not progress) as bar:
 
         def begin(total: int, done: int) -> Callable[[dict[str, Any]], object]:
@@ -190,6 +194,13 @@ def replace_lora_weights(
             return lambda report: bar.update()
 
         return replace(model, str(weights), adapter_name, options, revision, begin)
+
+
+def _statistics(calibration: Statistics | str | Path | None) -> Statistics | None:
+    """Statistics as they are, or those of a directory."""
+    from loftq.workflows.calibrate import open_statistics
+
+    return open_statistics(Path(calibration)) if isinstance(calibration, (str, Path)) else calibration
 
 
 def make_policy(*, calibrated: bool = False, **options: Any) -> Policy:

@@ -151,6 +151,15 @@ def solve_spec(preset: str | None = None, *, calibrated: bool = False, code: str
     return SolveSpec(**{**own, **given})
 
 
+def preset_of(spec: SolveSpec) -> str:
+    """The name of the preset that a spec is of, or what makes it."""
+    own = dataclasses.asdict(spec)
+    for name, fields in PRESETS.items():
+        if own == dataclasses.asdict(SolveSpec(**fields, svd=spec.svd, seed=spec.seed)):
+            return name
+    return ", ".join(f"{key} {value}" for key, value in own.items() if key not in ("svd", "seed"))
+
+
 def check_statistics(spec: SolveSpec, kind: str | None) -> None:
     """Refuse a metric that needs other statistics than there are, or any.
 
@@ -162,8 +171,8 @@ def check_statistics(spec: SolveSpec, kind: str | None) -> None:
         return
     if kind is None:
         raise UsageError(
-            f"metric {spec.metric} needs statistics of the matrices' inputs; give --calibrate with a file of texts, or "
-            "with a directory made by `loftq calibrate`"
+            f"a preset (metric {spec.metric}) that needs statistics of the matrices' inputs; give --calibrate with a "
+            "file of texts, or a directory made by `loftq calibrate`"
         )
     raise UsageError(
         f"metric {spec.metric} needs statistics of kind {enough[0]}, and these are {kind}; make others with "

@@ -39,7 +39,7 @@ from loftq.cli.options import (
     policy,
     quiet,
 )
-from loftq.errors import quoted
+from loftq.errors import UsageError, quoted
 
 
 @app.command()
@@ -55,11 +55,15 @@ def quantize(
     double_quant: DoubleQuant = False,
     preset: Preset = None,
     calibrate: Calibrate = None,
-    samples: Annotated[int, typer.Option(help="Rows of text to calibrate on, of --calibrate FILE or DATASET.")] = 128,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Rows of text, of --calibrate FILE or DATASET. Default: 128.", show_default=False),
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(
-            help="Alternations T; the best step is kept. Default: the preset's, 5 for loftq.", show_default=False
+            help="Alternations T; the best step is kept. Default: the preset's, 5 for fitted and loftq, 6 for descent.",
+            show_default=False,
         ),
     ] = None,
     order: Annotated[
@@ -112,10 +116,13 @@ def quantize(
         revision=revision,
         task_type=task_type,
         calibrate=calibrate,
-        calibration_samples=at_least("--samples", samples, 4),
+        calibration_samples=at_least("--samples", 128 if samples is None else samples, 4),
         curves=curves,
     )
-    if calibrate is not None and not Path(calibrate).is_dir():
+    from_texts = calibrate is not None and not Path(calibrate).is_dir()
+    if samples is not None and not from_texts:
+        raise UsageError("--samples is of texts; give some with --calibrate, or leave it out")
+    if from_texts:
         with extra("train"):
             quiet()
     with StepBar() as collecting, Bar() as bar:

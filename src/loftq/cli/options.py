@@ -66,7 +66,7 @@ Calibrate = Annotated[
         show_default=False,
     ),
 ]
-Workers = Annotated[int, typer.Option(help="Matrices worked on at a time. Default: one per core.")]
+Workers = Annotated[int, typer.Option(help="Matrices worked on at a time. Default: one per core.", show_default=False)]
 Budget = Annotated[
     str,
     typer.Option(

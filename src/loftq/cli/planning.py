@@ -83,7 +83,7 @@ def plan(
         source, report = _spend(source, asked, calibrate, curves, at_least("--workers", workers, 0), plot)
         spent = {"budget": report}
     elif plot or curves or calibrate:
-        raise UsageError("--plot, --curves and, here, --calibrate are of a budget; give one: --budget 2.5")
+        raise UsageError("--plot and --curves are of a budget, and so is --calibrate here; give one: --budget 2.5")
     rows, coverage = plan_table(source.plan), source.plan.coverage
     if as_json:
         print(json.dumps({"tensors": rows, "coverage": coverage, "digest": source.plan.digest(), **spent}, indent=2))

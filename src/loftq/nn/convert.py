@@ -43,6 +43,8 @@ def convert(
     roles = skeleton.parameter_roles(model)
     parameters = {name: model.get_parameter(name) for name in roles}
     plan = planning.make({n: (dtype_name(p.dtype), tuple(p.shape)) for n, p in parameters.items()}, roles, policy)
+    if statistics and not {m.module for m in plan.matrices} & set(statistics.modules):
+        raise UsageError("the statistics are of another model: they know none of this one's matrices")
     for matrix in plan.matrices:
         _named(matrix, check_finite, parameters[matrix.name].detach())
     others = [m for m in skeleton.adaptable(model) if m not in {x.module for x in plan.matrices}]

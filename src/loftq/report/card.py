@@ -3,6 +3,7 @@
 from typing import Any
 
 from loftq.plan import Plan
+from loftq.spec import preset_of
 
 LOADERS = {
     "ForCausalLM": "AutoModelForCausalLM",
@@ -21,8 +22,13 @@ def model_card(
     directory: str,
     plan: Plan,
     summary: dict[str, Any],
+    texts: str | None = None,
 ) -> str:
-    """README.md of the output directory: what it is, how to load it, what it cost."""
+    """README.md of the output directory: what it is, how it was made, how to load it, what it cost.
+
+    Args:
+        texts: the name of what it was calibrated on.
+    """
     loader = next((auto for ending, auto in LOADERS.items() if architecture.endswith(ending)), "AutoModel")
     front = [f"base_model: {hub_id}", "base_model_relation: quantized"] if hub_id else []
     stored = ((m.quant.bits, m.quant.code, m.quant.block_size, m.rank) for m in plan.matrices)
@@ -54,6 +60,7 @@ def model_card(
             "",
             "| | |",
             "|---|---|",
+            f"| start | {preset_of(plan.solve)}{f', calibrated on {texts}' if texts else ''} |",
             f"| quantized matrices | {summary['matrices']} |",
             f"| stored bits per quantized weight | {summary['bits_per_weight']:.3f} |",
             f"| compression of everything on disk against 16 bits | {summary['compression']:.2f}x |",

@@ -120,8 +120,12 @@ def print_start(output: Path, report: dict[str, Any]) -> None:
     out.print(table)
     before, after = report["error_before"], report["error"]
     gained = 1 - after / before if before else 0.0
-    errors = f"{before:.4f}, with the adapter {after:.4f} ({gained:.1%} less)"
+    errors = f"{before:.4f}, with the adapter {after:.4f} ({_change(gained)})"
     out.print(f"\nrelative error of {len(report['layers'])} layers: {errors}")
+    if "output_error" in report:
+        before, after = report["output_error_before"], report["output_error"]
+        errors = f"{before:.4f}, with the adapter {after:.4f} ({_change(1 - after / before if before else 0.0)})"
+        out.print(f"relative error of their outputs, tokens held out: {errors}")
     out.print(f"Saved to {quoted(output, 400)}: PeftModel.from_pretrained(base, DIR, is_trainable=True)")
 
 
@@ -135,6 +139,10 @@ def print_metrics(title: str, splits: list[str], metrics: dict[str, float]) -> N
     out.print(table)
 
 
+def _change(gained: float) -> str:
+    return f"{abs(gained):.1%} {'less' if gained >= 0 else 'more'}"
+
+
 def _totals(t: dict[str, Any]) -> Table:
     table = plain_table(("", "left"), ("", "right"))
     gained = 1 - t["error"] / t["qlora_error"] if t["qlora_error"] else 0.0
@@ -145,12 +153,12 @@ def _totals(t: dict[str, Any]) -> Table:
         "compression of all that against 16 bits": f"{t['compression']:.2f}x",
         "trainable": f"{t['trainable_share']:.2%}",
         "relative error, quantized alone": f"{t['qlora_error']:.4f}",
-        "relative error, as written": f"{t['error']:.4f} ({gained:.1%} less)",
+        "relative error, as written": f"{t['error']:.4f} ({_change(gained)})",
     }
     if "output_error" in t:
         less = 1 - t["output_error"] / t["qlora_output_error"] if t["qlora_output_error"] else 0.0
         rows["relative error of the outputs, quantized alone"] = f"{t['qlora_output_error']:.4f}"
-        rows["relative error of the outputs, tokens held out"] = f"{t['output_error']:.4f} ({less:.1%} less)"
+        rows["relative error of the outputs, tokens held out"] = f"{t['output_error']:.4f} ({_change(less)})"
     for name, value in rows.items():
         table.add_row(name, value)
     return table

@@ -28,6 +28,7 @@ class FrozenStart:
         errors: ``||W - Q||_F / ||W||_F`` and ``||W - Q - B A||_F / ||W||_F``.
         output_errors: the same two in the norm that decided: that of the held-out tokens, if there are moments.
         reason: why B is zero; empty if it is not.
+        output_norm: the weight's norm in the metric that decided.
     """
 
     b: Float[Tensor, "out rank"]
@@ -35,6 +36,7 @@ class FrozenStart:
     errors: tuple[float, float]
     output_errors: tuple[float, float]
     reason: str = ""
+    output_norm: float = 0.0
 
     def factors(self, s: float) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
         """``B / sqrt(s)``, ``A / sqrt(s)``: what an adapter stores whose forward multiplies by ``s``.
@@ -91,6 +93,7 @@ def fit_adapter(
         a,
         (_relative(error, weight, Metric()), _relative(left, weight, Metric())),
         (_relative(error, weight, held), _relative(left, weight, held)),
+        output_norm=held.norm(weight),
     )
 
 
@@ -99,7 +102,7 @@ def _without(
 ) -> FrozenStart:
     b, a = zero_start(weight, rank, generator)
     plain, weighted = _relative(error, weight, Metric()), _relative(error, weight, held)
-    return FrozenStart(b, a, (plain, plain), (weighted, weighted), reason)
+    return FrozenStart(b, a, (plain, plain), (weighted, weighted), reason, held.norm(weight))
 
 
 def _relative(matrix: Tensor, weight: Tensor, metric: Metric) -> float:

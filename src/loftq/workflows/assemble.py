@@ -65,7 +65,11 @@ def assemble(job: Job, work: Workspace, records: list[dict[str, Any]], name: str
         write(file, fsio.copy_file(path, work.output / file))
     matrices = [m for record in records for m in record["matrices"]]
     summary = totals(job.source.plan, matrices, {n: d["size"] for n, d in files.items()})
-    card = model_card(job.source.hub_id, job.source.architecture, job.layout.name, name, job.source.plan, summary)
+    calibration = job.identity.get("statistics", {}).get("identity", {}).get("data", {})
+    card = model_card(
+        *(job.source.hub_id, job.source.architecture, job.layout.name, name, job.source.plan, summary),
+        calibration.get("name"),
+    )
     write("README.md", fsio.write_atomic(work.output / "README.md", [card.encode()]))
     check_unchanged(job)
     manifest = {

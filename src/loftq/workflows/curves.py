@@ -45,7 +45,7 @@ def measured(
     device: str = "cpu",
     begin: Callable[[int, int], Callable[[dict[str, Any]], None]] | None = None,
 ) -> Curves:
-    """The choices of every matrix, with their bytes and errors: out of ``keep``, or measured, and then in ``keep``.
+    """The choices of every matrix, with their bytes and errors: out of ``keep``, or measured, and one by one put there.
 
     An error is ``numel · min ‖W - Q - BA‖² / ‖W‖²``, in the norm of the module's moments where there are some: the
     matrices count by their size, whatever the scale of their weights.
@@ -61,24 +61,25 @@ def measured(
     """
     found = planning.candidates(source.plan, policy)
     identity = _identity(source, found, device, statistics)
-    kept = None if keep is None else _kept(keep, identity)
-    if kept is not None:
-        return kept
-    advance = begin(len(source.plan.matrices), 0) if begin else lambda report: None
+    curves = {} if keep is None else _kept(keep, identity)
+    missing = [matrix for matrix in source.plan.matrices if matrix.module not in curves]
+    if not missing:
+        return curves
+    total = len(source.plan.matrices)
+    advance = begin(total, total - len(missing)) if begin else lambda report: None
 
     def work_on(matrix: Matrix) -> list[Choice]:
         with naming(matrix):
             moments = statistics and statistics.moments(matrix.module)
             return _curve(matrix, found[matrix.module], source, device, moments)
 
-    curves: Curves = {}
-    results = ordered_map(work_on, source.plan.matrices, workers or os.cpu_count() or 1)
-    for matrix, curve in zip(source.plan.matrices, results, strict=True):
+    results = ordered_map(work_on, missing, workers or os.cpu_count() or 1)
+    for matrix, curve in zip(missing, results, strict=True):
         curves[matrix.module] = curve
+        if keep is not None:
+            rows = {module: [astuple(choice) for choice in choices] for module, choices in curves.items()}
+            sealed.write(keep, {"kind": KIND, "identity": identity, "curves": rows})
         advance({"measured": matrix.name})
-    if keep is not None:
-        rows = {module: [astuple(choice) for choice in choices] for module, choices in curves.items()}
-        sealed.write(keep, {"kind": KIND, "identity": identity, "curves": rows})
     return curves
 
 
@@ -117,19 +118,19 @@ def _identity(
     }
 
 
-def _kept(keep: Path, identity: dict[str, Any]) -> Curves | None:
-    """The curves in ``keep``; None if there are none, or none of this identity."""
+def _kept(keep: Path, identity: dict[str, Any]) -> Curves:
+    """The curves in ``keep`` that are of this identity."""
     if not keep.exists():
-        return None
+        return {}
     _ours(keep)
     try:
         content = sealed.load(keep)
         if content["identity"] != identity:
-            return None
+            return {}
         return {module: [Choice(*row) for row in rows] for module, rows in content["curves"].items()}
     except LoftqError as e:
         logger.warning("%s; the curves are measured again", e)
-        return None
+        return {}
 
 
 def _ours(keep: Path) -> None:

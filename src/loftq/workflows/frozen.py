@@ -212,15 +212,20 @@ def fit(layer: Layer, checkpoint: Checkpoint, options: FitOptions) -> Fitted:
         "norm": norm,
     }
     if moments:
-        report["output_errors"] = list(start.output_errors)
+        report |= {"output_errors": list(start.output_errors), "output_norm": start.output_norm}
     return Fitted(b, a, report)
 
 
 def summary(layers: list[dict[str, Any]], skipped: Mapping[str, str]) -> dict[str, Any]:
     """Every layer's report, and the relative errors of all of them together."""
 
-    def together(which: int) -> float:
-        norm = sum(r["norm"] ** 2 for r in layers) ** 0.5
-        return sum((r["errors"][which] * r["norm"]) ** 2 for r in layers) ** 0.5 / norm if norm else 0.0
+    def together(which: int, errors: str = "errors", norms: str = "norm") -> float:
+        known = [r for r in layers if errors in r]
+        norm = sum(r[norms] ** 2 for r in known) ** 0.5
+        return sum((r[errors][which] * r[norms]) ** 2 for r in known) ** 0.5 / norm if norm else 0.0
 
-    return {"layers": layers, "skipped": dict(skipped), "error_before": together(0), "error": together(1)}
+    found = {"layers": layers, "skipped": dict(skipped), "error_before": together(0), "error": together(1)}
+    if any("output_errors" in r for r in layers):
+        outputs = ("output_errors", "output_norm")
+        found |= {"output_error_before": together(0, *outputs), "output_error": together(1, *outputs)}
+    return found

@@ -17,7 +17,7 @@ import torch
 
 import loftq
 from loftq import plan as planning
-from loftq.errors import LoftqError, StorageError, UsageError
+from loftq.errors import ConflictError, LoftqError, StorageError, UsageError
 from loftq.formats import fsio
 from loftq.formats.layouts import LAYOUTS, Layout
 from loftq.formats.statistics import Statistics
@@ -28,7 +28,7 @@ from loftq.solve import ordered_map
 from loftq.spec import check_statistics, statistics_kind
 from loftq.workflows.assemble import Job, adapter_of, assemble, source_identity
 from loftq.workflows.budget import check_budget, within_budget
-from loftq.workflows.calibrate import CalibrateOptions, open_or_collect
+from loftq.workflows.calibrate import STATISTICS, CalibrateOptions, open_or_collect
 from loftq.workflows.places import already_done, check_places, claim, is_ours, publish, put_back, was_taken
 from loftq.workflows.source import Source, open_source
 from loftq.workflows.units import Solved, Workspace, solve_matrix, split
@@ -158,7 +158,13 @@ def _statistics(model: str, output: Path, options: QuantizeOptions, begin: colle
     )
     beside = f"{output.name}.statistics" + ("" if asked.kind == "full" else f"-{asked.kind}")
     place = options.statistics or output.with_name(beside)
-    statistics = open_or_collect(options.calibrate, model, place, asked, begin)
+    try:
+        statistics = open_or_collect(options.calibrate, model, place, asked, begin)
+    except ConflictError:
+        if not options.overwrite or not (place / STATISTICS).is_file():
+            raise
+        fsio.remove_tree(place)
+        statistics = open_or_collect(options.calibrate, model, place, asked, begin)
     check_statistics(options.policy.solve, statistics.kind)
     return statistics
 

@@ -32,7 +32,8 @@ def table(data: str) -> "tuple[str, Dataset]":
     if path.is_file():
         return path.name, files.read(path)
     name, _, config = data.partition(":")
-    if path.exists() or not HUB_ID.fullmatch(name) or path.suffix in (*files.FORMATS, ".gz"):
+    local = path.exists() or (path.parent != Path() and path.parent.is_dir())  # where a name of the hub would be odd
+    if local or not HUB_ID.fullmatch(name) or path.suffix in (*files.FORMATS, ".gz"):
         what = "a directory; name one of its files" if path.is_dir() else "no such file, and not a data set of the hub"
         raise InputError(f"{quoted(data, 400)}: {what}")
     import datasets
@@ -132,7 +133,7 @@ def _columns(place: str, dataset: "Dataset", column: str | None) -> list[str]:
         raise UsageError(f"--column: {quoted(column)} is not a column, or two with a comma between")
     missing = [name for name in names if name not in dataset.column_names]
     if missing:
-        cure = "" if column else "; name the column of the texts with --column"
+        cure = "" if column else "; name the column of the texts: loftq calibrate --column"
         raise InputError(f"{place}: no column {listed(missing)}; it has {listed(dataset.column_names)}{cure}")
     if not len(dataset):
         raise InputError(f"{place}: no rows; it is empty")
