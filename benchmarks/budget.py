@@ -129,7 +129,7 @@ def main() -> None:
     torch.set_num_threads(1)
     averages, steps = (AVERAGES[:1], 1) if options.quick else (AVERAGES, STEPS)
     settings = dict(list(SETTINGS.items())[: 1 if options.quick else None])
-    models = []
+    models, begun_in = [], environment()
     for named in options.model or [f"all-MiniLM-L6-v2={minilm()}"]:
         name, _, directory = named.rpartition("=")
         name, model = name or Path(directory).resolve().name, Model(directory, options.data)
@@ -156,7 +156,7 @@ def main() -> None:
         return
     result = {
         "data": options.data.name if options.data else "pydoc_data.topics",
-        "environment": environment(),
+        "environment": begun_in,
         "rank": RANK,
         "steps": steps,
         "models": models,
