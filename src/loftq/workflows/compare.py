@@ -203,10 +203,9 @@ def origin() -> dict[str, Any]:
     git = ["git", "-C", str(place)]
     try:
         subprocess.run([*git, "ls-files", "--error-unmatch", loftq.__file__], check=True, capture_output=True)
-        described = subprocess.run(
-            [*git, "describe", "--always", "--dirty"], check=True, capture_output=True, text=True
-        )
-        commit = described.stdout.strip()
+        described = subprocess.run([*git, "describe", "--always"], check=True, capture_output=True, text=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "."], capture_output=True).returncode != 0
+        commit = described.stdout.strip() + ("-dirty" if changed else "")  # of this package; rows lie in the repository
     except (OSError, subprocess.CalledProcessError):  # installed from a package
         commit = "release"
     cuda = torch.cuda.is_available()
