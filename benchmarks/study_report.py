@@ -1,6 +1,7 @@
 """Write docs/results.md, its pictures, and the README's table of training from the rows of docs/data/study."""
 
 import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,20 +68,21 @@ def pictures(name: str, rows: list[dict[str, Any]], images: Path) -> Iterator[st
 
 
 def summary(studies: tuple[str, ...] = ("decoder", "encoder")) -> str:
-    """What the README shows of the small studies: one table for each that has rows."""
+    """What the README shows of the small studies: the tasks on which every arm has been run once at least."""
     parts = []
     for study in studies:
         rows = read_rows(ROWS / f"{study}-small.jsonl")
-        if not rows:
-            continue
-        counts = {task: len({r["seed"] for r in rows if r["task"] == task}) for task in {r["task"] for r in rows}}
-        whole = [r for r in rows if counts[r["task"]] > 1]  # tasks with one seed yet are no result
+        arms: dict[str, set[str]] = {}
+        for row in rows:
+            arms.setdefault(row["task"], set()).add(json.dumps(row["settings"], sort_keys=True))
+        tasks = [task for task, found in arms.items() if len(found) == max(map(len, arms.values()))]
+        whole = [row for row in rows if row["task"] in tasks]
         if whole:
-            n = ", ".join(f"{t} n = {next(r['n'] for r in whole if r['task'] == t)}" for t in counts if counts[t] > 1)
-            told = (
-                f"median of seeds {sorted({r['seed'] for r in whole})}, smallest to largest; {n}; {provenance(whole)}"
-            )
-            parts += [f"{STUDIES[study][0]}:", markdown(*overview(whole)), f"<sub>{told}</sub>"]
+            shown = table(whole) if len(tasks) == 1 else overview(whole)
+            n = ", ".join(f"{task} n = {next(r['n'] for r in whole if r['task'] == task)}" for task in tasks)
+            runs = f"{len(rows)} of the study's {rows[-1]['runs_planned']} runs"
+            told = f"Median over seeds, with extremes where there are several; {n}; {runs}. {provenance(whole)}"
+            parts += [f"{STUDIES[study][0]}, {', '.join(tasks)}:", markdown(*shown), f"<sub>{told}</sub>"]
     return "\n\n".join(parts)
 
 
