@@ -119,15 +119,20 @@ def quantize(
         calibration_samples=at_least("--samples", 128 if samples is None else samples, 4),
         curves=curves,
     )
+    _prepare_texts(calibrate, samples)
+    with StepBar() as collecting, Bar() as bar:
+        manifest = run(model, output, options, bar.begin, collecting.begin)
+    print_summary(output, manifest, bar.began)
+
+
+def _prepare_texts(calibrate: str | None, samples: int | None) -> None:
+    """What reading texts needs is there, if they are read; and ``--samples`` is of them."""
     from_texts = calibrate is not None and not Path(calibrate).is_dir()
     if samples is not None and not from_texts:
         raise UsageError("--samples is of texts; give some with --calibrate, or leave it out")
     if from_texts:
         with extra("train"):
             quiet()
-    with StepBar() as collecting, Bar() as bar:
-        manifest = run(model, output, options, bar.begin, collecting.begin)
-    print_summary(output, manifest, bar.began)
 
 
 @app.command()
