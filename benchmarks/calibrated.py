@@ -39,12 +39,13 @@ from loftq.spec import QuantSpec, SolveSpec, code_for, solve_spec, stored_bytes
 
 GOALS = {2: 0.40, 3: 0.50, 4: 0.60}
 SAMPLES, TOKENS = 128, 256
+COLLECTED = {"full": ("full", SAMPLES), "half": ("full", SAMPLES // 2), "fisher": ("fisher", SAMPLES)}
 
 
 class Side(NamedTuple):
     quant: QuantSpec
     spec: SolveSpec
-    kind: str = "full"  # of the statistics; empty for none
+    statistics: str = "full"  # which of COLLECTED; empty for none
 
 
 def sides(bits: int, decoder: bool) -> dict[str, Side]:
@@ -62,6 +63,7 @@ def sides(bits: int, decoder: bool) -> dict[str, Side]:
     for name in ("qera-full", "cloq", "projq"):
         found[f"{name}, fitted"] = Side(own, solve_spec(name, scales="fitted"))
     found["descent"] = Side(own, solve_spec("descent"))
+    found["descent, half the windows"] = Side(own, solve_spec("descent"), "half")
     if own != lloyd:
         found["descent, lloyd"] = Side(lloyd, solve_spec("descent"))
     found["descent, lloyd, nested"] = Side(nested, solve_spec("descent"))
@@ -76,19 +78,20 @@ class Calibrated:
         tokenizer = AutoTokenizer.from_pretrained(directory)
         self.seconds = {"": 0.0}
         self.statistics: dict[str, Statistics | None] = {"": None}
-        for kind in ("full", "fisher") if self.model.decoder else ("full",):
+        for which in COLLECTED if self.model.decoder else ("full", "half"):
             begun = time.process_time()
-            self.statistics[kind] = self._collected(fit, tokenizer, kind)
-            self.seconds[kind] = time.process_time() - begun
+            self.statistics[which] = self._collected(fit, tokenizer, which)
+            self.seconds[which] = time.process_time() - begun
         self.test = self._collected(test, tokenizer, "full")
 
-    def _collected(self, text: Path, tokenizer: Any, kind: str) -> Statistics:
+    def _collected(self, text: Path, tokenizer: Any, which: str) -> Statistics:
+        kind, samples = COLLECTED[which]
         return loftq.calibrate(
-            self.model.dense, text, tokenizer, kind=kind, samples=SAMPLES, max_length=TOKENS, progress=False
+            self.model.dense, text, tokenizer, kind=kind, samples=samples, max_length=TOKENS, progress=False
         )
 
     def measured(self, side: Side) -> dict[str, Any]:
-        statistics, dense, kept, spent = self.statistics[side.kind], {}, [], 0.0
+        statistics, dense, kept, spent = self.statistics[side.statistics], {}, [], 0.0
         left: dict[str, tuple[float, float]] = {}
         weights = [0.0, 0.0]
         for name, weight in self.model.weights.items():
@@ -129,7 +132,7 @@ def rows(subject: Calibrated) -> list[dict[str, Any]]:
             row |= {key: value for key, value in result.items() if key != "each"}
             row |= {f"{key}_ratio": result[key] / paper[key] for key in ("weight_error", "output_error")}
             row["each_ratio"] = math.exp(sum(ratios) / len(ratios))
-            row["time_ratio"] = (result["seconds"] + subject.seconds[chosen[name].kind]) / paper["seconds"]
+            row["time_ratio"] = (result["seconds"] + subject.seconds[chosen[name].statistics]) / paper["seconds"]
             found.append({key: float(f"{v:.5g}") if isinstance(v, float) else v for key, v in row.items()})
     return found
 

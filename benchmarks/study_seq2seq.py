@@ -46,9 +46,10 @@ def recipe(given: argparse.Namespace, task: str) -> study.Recipe:
             "lora": {"rank": 16},
             "training": {
                 "max_steps": 200 if small else 2000,
-                "per_device_train_batch_size": 16,
+                "per_device_train_batch_size": 8 if small else 16,
                 "per_device_eval_batch_size": 32,
                 "warmup_steps": 0.1,
+                "bf16": True,
             },
             "generation": {"num_beams": 1 if small else 4, "max_new_tokens": 48 if task == "xsum" else 64},
             "max_length": 256,

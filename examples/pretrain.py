@@ -5,8 +5,9 @@
 
 Files are text, or JSONL whose columns text, document, article and context are read; both may be gzipped. The defaults
 make 6M parameters in about a quarter of an hour on two cores; on a GPU, --hidden 512 --layers 8 --steps 20000
-makes 30M. A BART needs several times the steps before it does more than guess frequent words. The last hundredth of
-the text is held out, and the perplexity on it is written into the model's README.
+makes 30M. A BART first has to find out that most of its output stands in its input: 6000 steps of --batch 4 did
+it, in half an hour on one core with --bf16. The last hundredth of the text is held out, and the perplexity on it is
+written into the model's README.
 
 A Llama learns to predict the next token. A BART learns to restore texts in which spans of about three tokens, 30 % of
 all, are each replaced by one mask: the text infilling of arXiv 1910.13461, section 2.2, without shuffled sentences.
@@ -92,9 +93,30 @@ def make_model(options: argparse.Namespace, vocabulary: int) -> transformers.Pre
         max_position_embeddings=options.length,
         decoder_start_token_id=1,
         forced_eos_token_id=1,
+        dropout=0.0,  # no text is seen often
         **special,
     )
-    return transformers.BartForConditionalGeneration(config)
+    return aligned(transformers.BartForConditionalGeneration(config))
+
+
+@torch.no_grad()
+def aligned(model: transformers.BartForConditionalGeneration) -> transformers.BartForConditionalGeneration:
+    """Let a decoder begin by attending to what is alike in the encoder: equal positions, equal tokens.
+
+    With BART's own initialization, a small model did not learn to copy its input within 800 steps. So positions begin
+    as waves, the same on both sides, and queries and keys of cross-attention begin equal, large enough to choose.
+    """
+    width = model.config.d_model
+    for part in (model.model.encoder, model.model.decoder):
+        weight = part.embed_positions.weight
+        angles = torch.arange(len(weight))[:, None] * 10000 ** (-torch.arange(0, width, 2) / width)
+        weight.copy_(model.config.init_std * 2**0.5 * torch.cat([angles.sin(), angles.cos()], 1))
+    for layer in model.model.decoder.layers:
+        attention = layer.encoder_attn
+        for linear in (attention.q_proj, attention.v_proj, attention.out_proj):
+            linear.weight.normal_(std=width**-0.5)
+        attention.k_proj.weight.copy_(attention.q_proj.weight)
+    return model
 
 
 def blocks(texts: list[str], tokenizer: PreTrainedTokenizerFast, length: int) -> Tensor:
@@ -147,6 +169,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, help="[default: 2e-3 for a Llama, 5e-4 for a BART]")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision; always on a GPU")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -171,8 +194,9 @@ def main() -> None:
         "lr_scheduler_type": "cosine",
         "warmup_steps": max(1, options.steps // 20),
         "weight_decay": 0.1,
-        "bf16": torch.cuda.is_available(),
-        "logging_steps": max(1, options.steps // 20),
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": options.bf16 or torch.cuda.is_available(),
+        "logging_steps": max(1, options.steps // 50),
         "save_strategy": "no",
         "report_to": "none",
         "seed": options.seed,
@@ -191,7 +215,11 @@ def main() -> None:
     loss = trainer.evaluate()["eval_loss"]
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
-    given = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in vars(options).items() if k not in ("files", "output"))
+    given = " ".join(
+        f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}")
+        for k, v in vars(options).items()
+        if v is not False and k not in ("files", "output")
+    )
     story = (
         f"# {options.output.name}\n\nA {type(model).__name__} of {size / 1e6:.1f}M parameters, made by\n\n"
         f"    python examples/pretrain.py {' '.join(file.name for file in options.files)} {given}\n\n"

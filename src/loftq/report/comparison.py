@@ -167,10 +167,12 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 
 def provenance(rows: Sequence[Row]) -> str:
-    """Where the numbers come from: one phrase for each way in which the runs were made."""
-    made = {(r["commit"], r["device"], r["torch"]): r for r in rows}
+    """Where the numbers come from: one phrase for each machine, with the commits that ran there."""
+    made: dict[tuple[str, ...], dict[str, None]] = {}
+    for r in rows:
+        made.setdefault((r["version"], r["device"], r["torch"]), {})[r["commit"]] = None
     seconds = sum(r["seconds"] for r in rows)
-    phrases = [f"loftq {r['version']} at {c}, {d}, torch {t}" for (c, d, t), r in made.items()]
+    phrases = [f"loftq {v} at {', '.join(commits)}; {d}, torch {t}" for (v, d, t), commits in made.items()]
     return f"{'; '.join(phrases)}. {len(rows)} runs, {seconds / 60:.0f} minutes together."
 
 
