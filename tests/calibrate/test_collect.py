@@ -36,6 +36,18 @@ def test_block_by_block_is_as_the_whole_model(name, tmp_path):
             assert found[matrix].tokens == count
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["bert", "llama", "bart"])
+def test_blocks_run_on_a_device(name, tmp_path):
+    model = small.tiny(name)
+    model.save_pretrained(tmp_path)
+    offloaded = load_offloaded(tmp_path, tmp_path / "offload", "cuda")
+    assert "cuda" in {str(place).partition(":")[0] for place in offloaded.hf_device_map.values()}
+    found = small.collected(offloaded, ROWS)
+    wanted = small.plainly(model, small.fitted(ROWS))
+    assert all(small.away(found[m].fit.columns, h) < 1e-5 for m, (h, _) in wanted.items())
+
+
 def test_a_pickled_checkpoint(tmp_path):
     model = small.tiny("llama")
     model.save_pretrained(tmp_path)

@@ -34,7 +34,7 @@ def out(finished):
 
 
 PROMISED = {
-    "calibrate": {"--output", "--data", "--samples", "--max-length", "--kind", "--column", "--json"},
+    "calibrate": {"--output", "--data", "--samples", "--max-length", "--kind", "--column", "--device", "--json"},
     "plan": {"--bits", "--rank", "--json", "--budget", "--budget-ranks", "--budget-solver", "--curves", "--plot"},
     "quantize": {
         "--output", "--bits", "--code", "--block-size", "--rank", "--alpha", "--steps", "--method", "--format",
@@ -165,6 +165,8 @@ def test_missing_arguments(source):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there(source, tmp_path):
     refused(cli("quantize", source, "-o", tmp_path / "out", "--device", "cuda"), 2, "--device 'cuda'")
+    calibrate = ("calibrate", source, "-o", tmp_path / "out", "--data", "nowhere.txt")
+    refused(cli(*calibrate, "--device", "cuda"), 2, "--device 'cuda'")
     assert tree(tmp_path) == {}
 
 

@@ -8,7 +8,7 @@ import typer
 
 from loftq.cli.app import app
 from loftq.cli.bars import StepBar
-from loftq.cli.options import Json, Model, Revision, at_least, choice, extra, quiet
+from loftq.cli.options import Json, Model, Revision, at_least, check_device, choice, extra, quiet
 
 
 @app.command()
@@ -37,6 +37,7 @@ def calibrate(
     column: Annotated[
         str | None, typer.Option(help="Column of the texts (text, if not given), or two, 'a,b', tokenized as a pair.")
     ] = None,
+    device: Annotated[str, typer.Option(help="Where to run the model: cpu, cuda, cuda:1, …")] = "cpu",
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
@@ -47,6 +48,7 @@ def calibrate(
         from loftq.workflows.calibrate import CalibrateOptions
         from loftq.workflows.calibrate import calibrate as run
     choice("--kind", kind, KINDS)
+    check_device(device)
     quiet()
     options = CalibrateOptions(
         data=data,
@@ -55,6 +57,7 @@ def calibrate(
         max_length=at_least("--max-length", max_length, 0),
         column=column,
         revision=revision,
+        device=device,
     )
     with StepBar() as bar:
         made = summary(run(model, output, options, bar.begin))

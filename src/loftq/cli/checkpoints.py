@@ -86,7 +86,7 @@ def quantize(
     budget_solver: BudgetSolver = "greedy",
     curves: Curves = None,
     workers: Workers = 0,
-    device: Annotated[str, typer.Option(help="Where to solve: cpu, cuda, cuda:1, …")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where to solve, and to calibrate: cpu, cuda, cuda:1, …")] = "cpu",
     seed: Annotated[int, typer.Option(help="Seeds random starts, together with each tensor's name.")] = 0,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of the backbone: 500MB, 2GB.")] = "1GB",
     task_type: Annotated[str | None, typer.Option(help="PEFT task type to write into the adapter.")] = None,

@@ -168,15 +168,16 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
-def load_offloaded(directory: Path, offload: Path) -> nn.Module:
+def load_offloaded(directory: Path, offload: Path, device: str = "cpu") -> nn.Module:
     """The model of a checkpoint with its blocks left on disk: each weight is read when it is used, and dropped again.
 
     Args:
         offload: an empty directory; a ``.bin`` checkpoint, or weights that transformers fuses, are written there first.
+        device: where everything else lies, and where blocks run.
 
     Raises: InputError for a checkpoint that transformers cannot load.
     """
-    places = _places(skeleton.build(directory))
+    places = _places(skeleton.build(directory), device)
     talker = logging.getLogger(
         "accelerate.big_modeling"
     )  # says that parameters are on disk, where they are meant to be
@@ -202,8 +203,8 @@ def load(directory: Path, **options: Any) -> nn.Module:
         raise InputError(f"{quoted(directory, 400)}: cannot be loaded by transformers: {line}") from e
 
 
-def _places(model: nn.Module) -> dict[str, str]:
-    """``device_map``: every block on disk, everything else in memory."""
+def _places(model: nn.Module, device: str) -> dict[str, str]:
+    """``device_map``: every block on disk, everything else on a device, on which accelerate then runs the blocks."""
     blocks = set(blocks_of(model))
     holders = {".".join(b.split(".")[:i]) for b in blocks for i in range(b.count(".") + 1)}
     places = dict.fromkeys(blocks, "disk")
@@ -213,7 +214,7 @@ def _places(model: nn.Module) -> dict[str, str]:
         for name, _ in (*own, *module.named_children()):
             full = f"{holder}.{name}" if holder else name
             if full not in holders and full not in blocks:
-                places[full] = "cpu"
+                places[full] = device
     if not blocks:
         raise UsageError(f"{type(model).__name__} has no blocks (ModuleLists of layers)")
     return places

@@ -47,6 +47,7 @@ class CalibrateOptions:
         samples: rows at most.
         max_length: tokens of a row; 0: 512, or as many as the model takes.
         column: of the texts in a table; None: ``text``.
+        device: on which the model runs; one that is in memory runs where it is.
     """
 
     data: str
@@ -55,6 +56,7 @@ class CalibrateOptions:
     max_length: int = 0
     column: str | None = None
     revision: str | None = None
+    device: str = "cpu"
 
 
 def calibrate(model: str, output: Path, options: CalibrateOptions, begin: Begin | None = None) -> dict[str, Any]:
@@ -95,7 +97,7 @@ def calibrate(model: str, output: Path, options: CalibrateOptions, begin: Begin 
         if done:
             return done
         _clear(output)
-        made = _write(output, _collected(directory, output / ".offload", options.kind, rows, tokenizer, begin))
+        made = _write(output, _collected(directory, output / ".offload", options, rows, tokenizer, begin))
         if model_identity(directory, open_checkpoint(directory)) != identity["model"]:
             raise InputError(f"{directory}: the model changed while it was read; leave it alone and run again")
         head = {"format_version": FORMAT_VERSION, "kind": options.kind, "samples": len(rows), "identity": identity}
@@ -258,14 +260,20 @@ def _tokens(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def _collected(
-    directory: Path, offload: Path, kind: str, rows: Sequence[Row], tokenizer: Any, begin: Begin | None
+    directory: Path,
+    offload: Path,
+    options: CalibrateOptions,
+    rows: Sequence[Row],
+    tokenizer: Any,
+    begin: Begin | None,
 ) -> Iterator[list[Group]]:
     """Groups of block after block; for ``fisher``, which has the whole model in memory, all at once."""
-    if kind == "fisher":
-        yield collect_fisher(load(directory), rows, tokenizer.mask_token_id, begin)
+    if options.kind == "fisher":
+        model: Any = load(directory)
+        yield collect_fisher(model.to(options.device), rows, tokenizer.mask_token_id, begin)
         return
     fsio.make_dirs(offload)
-    yield from collect(load_offloaded(directory, offload), rows, kind, begin)
+    yield from collect(load_offloaded(directory, offload, options.device), rows, options.kind, begin)
     fsio.remove_tree(offload)
 
 

@@ -155,6 +155,7 @@ def _statistics(model: str, output: Path, options: QuantizeOptions, begin: colle
         kind=statistics_kind(options.policy.solve),
         samples=options.calibration_samples,
         revision=options.revision,
+        device=options.device,
     )
     beside = f"{output.name}.statistics" + ("" if asked.kind == "full" else f"-{asked.kind}")
     place = options.statistics or output.with_name(beside)
