@@ -41,6 +41,7 @@ def main() -> None:
         logging_steps=10,
     )
     trainer = Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
+    trainer.model_accepts_loss_kwargs = False  # with several processes, transformers 5.23 would multiply the loss
     trainer.train()
     model.save_pretrained(options.output)  # the adapter with the head; PeftModel.from_pretrained puts it on again
     print(f"loss {trainer.state.log_history[-1]['train_loss']:.4f}; saved to {options.output}")

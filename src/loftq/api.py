@@ -13,12 +13,13 @@ from loftq.errors import UsageError
 from loftq.formats.statistics import Statistics
 from loftq.nn.convert import convert
 from loftq.numerics import Moments
-from loftq.plan import Policy
+from loftq.plan import Matrix, Policy
 from loftq.solve import Solution, solve
 from loftq.spec import QuantSpec, SolveSpec, check_statistics, code_for, solve_spec
 from loftq.workflows.frozen import FitOptions, replace
 from loftq.workflows.quantize import QuantizeOptions
 from loftq.workflows.quantize import quantize as _quantize
+from loftq.workflows.source import resolve
 
 
 def quantize_weight(
@@ -73,7 +74,8 @@ def get_peft_model(
 
     Args:
         model: a transformers model, its weights in memory.
-        calibration: what :func:`calibrate` found out about this model, or the directory where `loftq calibrate` put it.
+        calibration: what :func:`calibrate` found out about this model, or the directory where `loftq calibrate` put it;
+            only names and shapes tell whether it is of this model.
         workers: matrices solved at a time; default one per core.
         options: fields of :class:`Policy` and the solver's: ``bits=2, rank=16, alpha=32, preset="cloq", …``.
 
@@ -83,8 +85,16 @@ def get_peft_model(
         >>> model.print_trainable_parameters()
     """
     policy, statistics = make_policy(calibrated=calibration is not None, **options), _statistics(calibration)
+    errors: list[float] = []
     with tqdm(desc="LoftQ", unit=" matrices", disable=not progress) as bar:
-        wrapped, _ = convert(model, policy, workers or os.cpu_count() or 1, lambda *_: bar.update(), statistics)
+
+        def advance(_: Matrix, solution: Solution) -> None:
+            errors.append((solution.output_errors or solution.errors)[solution.kept])
+            of = "output error" if statistics else "error"
+            bar.set_postfix_str(f"mean {of} {sum(errors) / len(errors):.4f}", refresh=False)
+            bar.update()
+
+        wrapped, _ = convert(model, policy, workers or os.cpu_count() or 1, advance, statistics)
     return wrapped
 
 
@@ -186,21 +196,24 @@ def replace_lora_weights(
         >>> model = peft.get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
         >>> loftq.replace_lora_weights(model, "org/model")["error"]
     """
-    options = FitOptions(statistics=_statistics(calibration), svd=svd, seed=seed)
+    original = resolve(str(weights), revision)
+    options = FitOptions(statistics=_statistics(calibration, original), svd=svd, seed=seed)
     with tqdm(desc="LoftQ", unit="matrix", disable=not progress) as bar:
 
         def begin(total: int, done: int) -> Callable[[dict[str, Any]], object]:
             bar.reset(total)
             return lambda report: bar.update()
 
-        return replace(model, str(weights), adapter_name, options, revision, begin)
+        return replace(model, str(original), adapter_name, options, None, begin)
 
 
-def _statistics(calibration: Statistics | str | Path | None) -> Statistics | None:
-    """Statistics as they are, or those of a directory."""
-    from loftq.workflows.calibrate import open_statistics
+def _statistics(calibration: Statistics | str | Path | None, original: Path | None = None) -> Statistics | None:
+    """Statistics as they are, or those of a directory, which then have to be of the model in ``original``."""
+    from loftq.workflows.calibrate import open_statistics, statistics_of
 
-    return open_statistics(Path(calibration)) if isinstance(calibration, (str, Path)) else calibration
+    if not isinstance(calibration, (str, Path)):
+        return calibration
+    return statistics_of(Path(calibration), original) if original else open_statistics(Path(calibration))
 
 
 def make_policy(*, calibrated: bool = False, **options: Any) -> Policy:

@@ -9,6 +9,7 @@ import pytest
 import small
 import torch
 
+import loftq
 from harness import Child, hooked
 from loftq.errors import ConflictError, InputError
 from loftq.formats.statistics import Group, Statistics, samples_wanted, shrunk
@@ -257,6 +258,8 @@ def test_open_or_collect(finished, source, text, tmp_path):
     trained = small.checkpoint(tmp_path / "trained", seed=1)
     with pytest.raises(ConflictError, match="another model"):
         open_or_collect(str(finished), str(trained), tmp_path / "none", options)
+    with pytest.raises(ConflictError, match="another model"):
+        loftq.replace_lora_weights(torch.nn.Module(), trained, calibration=finished)
 
 
 # Stopped

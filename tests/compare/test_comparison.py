@@ -111,7 +111,7 @@ def test_page_and_terminal(capsys):
     text = page("A title", ROWS, {"training loss": "losses.png"})
     assert text.startswith("# A title\n\n| method | bits |")
     assert "![training loss](losses.png)" in text
-    assert "loftq 1 at abc, CPU, torch 2. 11 runs" in text
+    assert "loftq 1 at abc; CPU, torch 2. 11 runs" in text
     print_comparison(ROWS)
     assert "87.5 (85.0 to 90.0)" in capsys.readouterr().out
     assert markdown(["method", "x"], [["a", "1"]]) == "| method | x |\n|---|---:|\n| a | 1 |"

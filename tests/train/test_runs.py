@@ -141,6 +141,33 @@ def test_a_model_with_an_adapter_is_evaluated(place):
     assert evaluate(str(place / "full" / "model"), task="sst2", data=data, max_length=16).metrics == full.metrics
 
 
+def test_own_data_by_naming_columns(place):
+    """The same rows under other names, trained and evaluated as the task that has them by its own."""
+    named = finetune(tiny.recipe(place, "loftq"))
+    own = place / "own"
+    own.mkdir()
+    for file in (place / "data").iterdir():
+        renamed = [
+            {"said": row["sentence"], "verdict": row["label"]} for row in map(json.loads, file.read_text().splitlines())
+        ]
+        (own / file.name).write_text("".join(json.dumps(row) + "\n" for row in renamed))
+    task = {"kind": "text-classification", "columns": {"text": "said", "label": "verdict"}, "labels": [0, 1]}
+    recipe = tiny.recipe(place, "loftq", task=task, data=str(own), output=str(place / "mine"))
+    found = finetune(recipe)
+    assert found.history[0]["loss"] == named.history[0]["loss"]
+    assert found.metrics["accuracy"] == named.metrics["accuracy"]
+    assert evaluate(str(place / "mine")).metrics == found.metrics
+
+
+def test_watching_needs_a_split_for_it(place):
+    (place / "data" / "validation.jsonl").rename(place / "data" / "test.jsonl")
+    for setting in ({"training.eval_strategy": "epoch"}, {"training.eval_on_start": True}):
+        with pytest.raises(UsageError, match=r"no validation split, only train, test; .* leave out training\.eval_str"):
+            finetune(tiny.recipe(place, "loftq", **setting))
+    assert not (place / "loftq" / "backbone").exists(), "refused before anything is quantized"
+    assert finetune(tiny.recipe(place, "loftq")).splits == ["test"]
+
+
 def test_a_quantized_directory_is_evaluated_with_its_start(made, tmp_path):
     """Its perplexity is that of the dense model with ``Q + s * B @ A``."""
     checkpoint = made("llama")

@@ -153,7 +153,7 @@ class Statistics:
             count = sum(len(row["modules"]) for row in few)
             logger.warning(
                 "calibration: %d of %d matrices have fewer than %d tokens per input feature; their second moments are "
-                "shrunk far towards the diagonal; %d samples of the same length would be enough",
+                "shrunk towards their diagonal; %d samples of the same length would be enough",
                 *(count, len(self._index), ENOUGH, samples_wanted(self._rows, self._samples)),
             )
         self._warned = True

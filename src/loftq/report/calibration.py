@@ -40,6 +40,6 @@ def print_statistics(output: Path, made: dict[str, Any], began: bool) -> None:
     table.add_row("fewest tokens per input feature", f"{made['fewest_tokens_per_feature']:.1f}")
     out.print(table)
     if made["kind"] == "full" and made["fewest_tokens_per_feature"] < ENOUGH:
-        few = f"Fewer than {ENOUGH}, for {quoted(made['fewest_module'])}: second moments are shrunk to their diagonal"
+        few = f"Fewer than {ENOUGH}, for {quoted(made['fewest_module'])}: moments are shrunk towards their diagonal"
         out.print(f"{few}; --samples {made['samples_wanted']} would be enough.")
     out.print(f"Saved to {place}. Use it with: loftq quantize MODEL --calibrate {place} …")

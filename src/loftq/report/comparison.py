@@ -17,7 +17,8 @@ Row = Mapping[str, Any]
 NAMES = {"full": "Full FT", "lora": "LoRA", "qlora": "QLoRA", "loftq": "LoftQ"}
 ALWAYS = ("method", "bits")
 IN_NAME = ("preset",)  # told by the method's name
-HEADINGS = {"steps": "T", "embeddings": "embeddings too"}
+CALIBRATION = ("calibrate", "samples")  # of some starts of LoftQ
+HEADINGS = {"steps": "T", "embeddings": "embeddings too", "calibrate": "texts"}
 COUNTS = ("n", "tokens")  # of one split or another; no results
 WORDS = ("method", "code", "scales", "order")
 NOT_CONVERGED = "N.A."
@@ -90,12 +91,15 @@ def arms(rows: Sequence[Row]) -> list[Arm]:
 
 
 def columns(found: Sequence[Arm]) -> list[str]:
-    """The settings worth a column: method and bits, and what differs between arms of one method that have it."""
+    """The settings worth a column: method and bits, and what differs between arms of one method that have it.
+
+    All starts of LoftQ are one method here: what their names do not tell is shown.
+    """
     keys = dict.fromkeys(key for arm in found for key in arm.settings if key not in IN_NAME)
     values: dict[tuple[str, str], set[Any]] = {}
     for arm in found:
         for key, value in arm.settings.items():
-            values.setdefault((key, arm.method), set()).add(value)
+            values.setdefault((key, arm.settings["method"]), set()).add(value)
     differ = {key for (key, _), seen in values.items() if len(seen) > 1}
     return [k for k in keys if k in ALWAYS or k in differ]
 
@@ -150,12 +154,9 @@ def notes(rows: Sequence[Row]) -> list[str]:
     """What has to be known beside the table: what was equal for all, and every run that did not converge, and why."""
     first = rows[0]
     found = arms(rows)
-    every = [{k: v for k, v in arm.settings.items() if v and k not in (*columns(found), *IN_NAME)} for arm in found]
-    equal = {k: v for k, v in found[-1].settings.items() if all(s.get(k, v) == v for s in every) and k in every[-1]}
-    told = ", ".join(f"{HEADINGS.get(k, k)} {v}" for k, v in equal.items())
     lines = [
         f"{first['model']}, {first['task']}, n = {first['n']}; {first['train_steps']} steps for every arm"
-        + (f"; {told}" if told else "")
+        + "".join(f"; {told}" for told in _equal(found))
         + ". Median over seeds (smallest to largest). The learning rate is the one of those named that did best with "
         f"the first seed, by {first['metric']} on the rows that are reported.",
     ]
@@ -164,6 +165,16 @@ def notes(rows: Sequence[Row]) -> list[str]:
             if row["failed"]:
                 lines.append(f"{NOT_CONVERGED} ({arm.task}, {arm.name}, seed {row['seed']}): {row['failed']}.")
     return lines
+
+
+def _equal(found: Sequence[Arm]) -> list[str]:
+    """The settings without a column, equal wherever they are: ``rank 16, T 5``, and ``calibrated: samples 128``."""
+    shown = {*columns(found), *IN_NAME}
+    values = {k: v for arm in found for k, v in arm.settings.items() if v and k not in shown}
+    calibrated = {k: v for k, v in values.items() if k in CALIBRATION}
+    others = {k: v for k, v in values.items() if k not in CALIBRATION}
+    phrases = [", ".join(f"{HEADINGS.get(k, k)} {v}" for k, v in part.items()) for part in (others, calibrated)]
+    return [f"{word}{phrase}" for word, phrase in zip(("", "calibrated: "), phrases, strict=True) if phrase]
 
 
 def provenance(rows: Sequence[Row]) -> str:

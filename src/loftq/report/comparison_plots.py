@@ -4,12 +4,14 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from loftq.report.comparison import NAMES, NOT_CONVERGED, Arm, Row, arms
+from loftq.report.comparison import NOT_CONVERGED, Arm, Row, arms
 from loftq.report.figures import pyplot, save
 
 COLOURS = {"full": "#1a202c", "lora": "#718096", "qlora": "#c05621", "loftq": "#2b6cb0"}
-DASHES = ("-", "--", ":", "-.")
+STARTS = ("#2f855a", "#6b46c1", "#b83280", "#00838f", "#975a16")  # LoftQ's other than the paper's, as they come
+DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))
 SMOOTH = 0.05  # share of a curve that its running mean is taken over
 
 
@@ -17,7 +19,7 @@ def plot_losses(rows: Sequence[Row], file: Path) -> None:
     """Training loss of every arm by step, its first seed, as a running mean."""
     found = [arm for arm in arms(rows) if arm.rows[0]["losses"]]
     plt = pyplot()
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9.5, 4.5), layout="constrained")
     for arm in found:
         steps, losses = zip(*arm.rows[0]["losses"], strict=True)
         window = max(1, round(SMOOTH * len(losses)))
@@ -26,7 +28,7 @@ def plot_losses(rows: Sequence[Row], file: Path) -> None:
     axis.set(xlabel="step", ylabel="training loss", title=f"{rows[0]['task']}, seed {rows[0]['seed']}")
     axis.spines[["top", "right"]].set_visible(False)
     if found:
-        axis.legend(fontsize=8)
+        figure.legend(fontsize=8, loc="outside right upper")
     save(figure, file)
 
 
@@ -39,9 +41,9 @@ def plot_bytes(rows: Sequence[Row], file: Path) -> None:
     found = [arm for arm in arms(rows) if arm.bytes]
     figure, axis = pyplot().subplots(figsize=(7, 4.5), layout="constrained")
     for i, arm in enumerate(found):
-        method, at = arm.settings["method"], sum(arm.bytes.values()) / 1e6
-        first = all(other.settings["method"] != method for other in found[:i])
-        style = {"color": COLOURS[method], "label": NAMES[method] if first else None}
+        at = sum(arm.bytes.values()) / 1e6
+        first = all(other.method != arm.method for other in found[:i])
+        style = {"color": _colour(arm, found), "label": arm.method if first else None}
         values = [value for value in arm.values(metric) if math.isfinite(value)]
         across = axis.get_xaxis_transform()  # x in MB, y as a share of the axis
         text, place, coordinates = arm.settings["bits"], (at, 0.02), across
@@ -60,7 +62,15 @@ def plot_bytes(rows: Sequence[Row], file: Path) -> None:
     save(figure, file)
 
 
-def _line(arm: Arm, found: Sequence[Arm]) -> dict[str, str]:
-    """Colour by method, dashes by how many of the method came before."""
-    same = [other for other in found if other.settings["method"] == arm.settings["method"]]
-    return {"color": COLOURS[arm.settings["method"]], "linestyle": DASHES[same.index(arm) % len(DASHES)]}
+def _line(arm: Arm, found: Sequence[Arm]) -> dict[str, Any]:
+    """Colour by method and start, dashes by how many of these came before."""
+    same = [other for other in found if other.method == arm.method]
+    return {"color": _colour(arm, found), "linestyle": DASHES[same.index(arm) % len(DASHES)]}
+
+
+def _colour(arm: Arm, found: Sequence[Arm]) -> str:
+    """One for each method, and one for each start of LoftQ other than the paper's."""
+    starts = list(dict.fromkeys(other.method for other in found if other.settings.get("preset", "loftq") != "loftq"))
+    if arm.method in starts:
+        return STARTS[starts.index(arm.method) % len(STARTS)]
+    return COLOURS[arm.settings["method"]]

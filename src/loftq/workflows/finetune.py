@@ -78,6 +78,11 @@ def _work(
     if "train" not in data:
         raise InputError(f"task {task.name}: the data has no train split, only {', '.join(data)}")
     splits = {split: data[split] for split in task.eval_splits(data)}
+    if _watches(arguments) and task.dev_split(data) is None:
+        raise UsageError(
+            f"task {task.name}: nothing to watch while training: the data has no validation split, only "
+            f"{', '.join(data)}; add one, or leave out training.eval_strategy, eval_on_start and load_best_model_at_end"
+        )
     tokenizer = load_tokenizer(source)
     base = _backbone(recipe, source, run, cache, begin, writing)
     set_seed(recipe.seed)
@@ -224,8 +229,7 @@ def _model(recipe: Recipe, task: Task, base: Path, arguments: Seq2SeqTrainingArg
 def _trainer(
     task: Task, model: Any, tokenizer: Any, data: dict[str, Dataset], arguments: Seq2SeqTrainingArguments, run: Run
 ) -> LoftQTrainer:
-    watching = arguments.eval_strategy != "no" or arguments.eval_on_start
-    watched = task.dev_split(data) if watching else None
+    watched = task.dev_split(data) if _watches(arguments) else None
     dev = metrics = None
     with arguments.main_process_first():
         rows = task.prepare(data["train"], tokenizer, train=True)
@@ -243,6 +247,11 @@ def _trainer(
         compute_metrics=metrics,
         callbacks=callbacks(run.logs, PartialState().is_main_process),
     )
+
+
+def _watches(arguments: Seq2SeqTrainingArguments) -> bool:
+    """Whether something is evaluated while training."""
+    return arguments.eval_strategy != "no" or arguments.eval_on_start
 
 
 def _sizes(recipe: Recipe, run: Run, base: Path) -> dict[str, int]:
