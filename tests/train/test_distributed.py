@@ -1,6 +1,8 @@
 """Several micro-batches and several processes see what one sees: same losses, same metrics, one writer."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,17 +52,37 @@ def test_accumulated_micro_batches_are_one_batch(plain):
 
 
 @pytest.mark.parametrize("kind", LAUNCHERS)
-def test_two_processes(plain, tmp_path, kind):
+def test_two_processes_and_two_that_continue(plain, tmp_path, kind):
     place, wanted = plain
     changes = SHARDED if kind == "fsdp2" else {}
     recipe = tiny.recipe(place, "loftq", **{BATCH: 4}, **SAVING, **changes, output=str(tmp_path / kind))
     (tmp_path / "recipe.yaml").write_text(dump(recipe))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "MASTER_PORT": "0"}
-    command = [sys.executable, "-m", *LAUNCHERS[kind], "train", str(tmp_path / "recipe.yaml")]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert ended.returncode == 0, ended.stderr
-    result = Run(tmp_path / kind).result()
+    assert launched(kind, tmp_path / "recipe.yaml").count("sst2@1 of") == 1
+    run = Run(tmp_path / kind)
+    result = run.result()
     assert result.processes == 2
     close(result, wanted)
     assert evaluate(str(tmp_path / kind)).metrics == result.metrics
-    assert ended.stdout.count("sst2@1 of") == 1
+    (tmp_path / kind / "metrics.json").unlink()  # as if it had been stopped after step 3
+    shutil.rmtree(run.checkpoints / "checkpoint-6")
+    mark(run.checkpoints / "checkpoint-3" / "trainer_state.json")
+    launched(kind, tmp_path / "recipe.yaml")
+    continued = run.result()
+    assert [entry["step"] for entry in continued.history if entry.get("marked")] == [1]
+    close(continued, wanted)
+
+
+def launched(kind, recipe):
+    """What ``loftq train`` in two processes prints."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "MASTER_PORT": "0"}
+    command = [sys.executable, "-m", *LAUNCHERS[kind], "train", str(recipe)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def mark(file):
+    """Mark the first entry of a checkpoint's history, to see later that the run continued from there."""
+    state = json.loads(file.read_text())
+    state["log_history"][0]["marked"] = True
+    file.write_text(json.dumps(state))
