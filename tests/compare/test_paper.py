@@ -49,6 +49,7 @@ def test_two_steps_on_a_tiny_model(file, source, tmp_path):
     assert result.steps == 2
     assert len([h for h in result.history if "loss" in h]) == 2
     assert result.metrics["n"] == len(ROWS[recipe.task][0])
+    assert ("validation_mismatched_accuracy" in result.metrics) == (recipe.task == "mnli")
 
 
 def commands():

@@ -10,7 +10,7 @@ from loftq.errors import UsageError
 from loftq.kernels import reference
 from loftq.numerics import Metric, Moments, best_factors, beyond, dequantize, feedback, quantize
 from loftq.solve import Solution, solve
-from loftq.solve.loftq import preserved
+from loftq.solve.loftq import preserved, tensor_seed
 from loftq.spec import PRESETS, QuantSpec, SolveSpec, check_statistics, solve_spec
 
 ROWS, COLUMNS, RANK = 48, 72, 6
@@ -82,6 +82,17 @@ def test_with_the_identity_all_metrics_are_one(preset: str) -> None:
     assert ours.errors[ours.kept] == pytest.approx(ours.output_errors[ours.kept], rel=1e-5)
 
 
+def test_with_the_identity_five_calibrated_steps_are_loftqs() -> None:
+    """Codes, factors and errors, by the closed form for a whole H and by the plain SVD."""
+    identity = Metric(torch.eye(COLUMNS))
+    spec = SolveSpec(steps=5, metric="full", svd="exact")
+    ours = solve(weight(), QUANT, RANK, spec, "w", Moments(identity, identity, 1))
+    plain = solved("loftq", svd="exact")
+    assert ours.errors == pytest.approx(plain.errors, rel=1e-5)
+    assert torch.equal(ours.quantized.codes, plain.quantized.codes)
+    torch.testing.assert_close(ours.b @ ours.a, plain.b @ plain.a)
+
+
 def test_a_diagonal_in_full_is_the_diagonal() -> None:
     diagonal = second_moments(1).diagonal().contiguous()
     held = Metric(second_moments(2))
@@ -136,9 +147,9 @@ def test_lq_lora_begins_with_the_weight_and_alternates_in_fisher_weights() -> No
 
 
 def test_srr_preserves_as_many_directions_as_are_worth_it() -> None:
-    metric, generator = Metric(second_moments(1)), torch.Generator().manual_seed(5)
-    _, a = preserved(weight(), RANK, metric, "exact", generator)
-    noise = torch.rand(weight().shape, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    metric, seed = Metric(second_moments(1)), tensor_seed(0, "w")
+    _, a = preserved(weight(), RANK, metric, "exact", torch.Generator().manual_seed(seed))
+    noise = torch.rand(weight().shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     left = []
     for matrix in (weight(), noise):
         squares = torch.linalg.svdvals(metric.whiten(matrix).double()).square()
@@ -146,8 +157,11 @@ def test_srr_preserves_as_many_directions_as_are_worth_it() -> None:
     k = min(range(RANK + 1), key=lambda k: left[0][k] * left[1][RANK - k])
     assert len(a) == k > 0
     solution = solved("srr", moments_for("srr"), svd="exact")
-    assert torch.linalg.matrix_rank(solution.b) == RANK  # all ranks are refitted
-    assert not torch.equal(solution.quantized.codes, quantize(weight(), QUANT).codes)
+    first_b, first_a = best_factors(weight(), k, metric, method="exact")
+    quantized = quantize(weight() - first_b @ first_a, QUANT)
+    assert torch.equal(solution.quantized.codes, quantized.codes)
+    b, a = best_factors(weight() - dequantize(quantized, QUANT), RANK, metric, method="exact")  # all ranks are refitted
+    torch.testing.assert_close(solution.b @ solution.a, b @ a)
 
 
 @pytest.mark.parametrize("scales", ["formula", "fitted"])
