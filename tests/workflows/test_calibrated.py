@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import loftq
 from harness import cli, tree
 from loftq.errors import ConflictError, UsageError
+from loftq.numerics import Metric
 from loftq.spec import PRESETS, solve_spec, statistics_kind
 from loftq.workflows.calibrate import open_statistics
 
@@ -71,6 +72,23 @@ def statistics(small_llama, text, tmp_path_factory):
     return made
 
 
+def left_over(directory, source):
+    """Of every matrix: what the manifest says, the original, and what files of backbone and adapter leave of it."""
+    manifest = json.loads((directory / "loftq_manifest.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    start = load_file(directory / "loftq_init" / "adapter_model.safetensors")
+    originals = load_file(source / "model.safetensors")
+    assert len(manifest["matrices"]) == 14
+    for m in manifest["matrices"]:
+        module = m["name"].removesuffix(".weight")
+        product = start[f"base_model.model.{module}.lora_B.weight"] @ start[f"base_model.model.{module}.lora_A.weight"]
+        product = product * (m["alpha"] / m["rank"])
+        original = originals[m["name"]]
+        rest = original - model.get_submodule(module).dequantize() - product
+        assert m["errors"][m["kept"]] == pytest.approx(Metric().norm(rest) / Metric().norm(original), rel=1e-4)
+        yield m, original, rest
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_from_text_to_files(small_llama, statistics, tmp_path, preset):
     place = statistics["fisher" if preset == "lq-lora" else "full"]
@@ -78,16 +96,9 @@ def test_every_preset_from_text_to_files(small_llama, statistics, tmp_path, pres
     assert ended.code == 0, ended.err
     manifest = json.loads((tmp_path / "out" / "loftq_manifest.json").read_text())
     assert manifest["identity"]["statistics"]["sha256"] == open_statistics(place).identity["sha256"]
-    assert len(manifest["matrices"]) == 14
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    start = load_file(tmp_path / "out" / "loftq_init" / "adapter_model.safetensors")
     moments = open_statistics(place)
-    for m in manifest["matrices"]:
-        module = m["name"].removesuffix(".weight")
-        known, original = moments.moments(module), load_file(small_llama / "model.safetensors")[m["name"]]
-        product = start[f"base_model.model.{module}.lora_B.weight"] @ start[f"base_model.model.{module}.lora_A.weight"]
-        product = product * (m["alpha"] / m["rank"])
-        rest = original - model.get_submodule(module).dequantize() - product
+    for m, original, rest in left_over(tmp_path / "out", small_llama):
+        known = moments.moments(m["name"].removesuffix(".weight"))
         written = known.held.norm(rest) / known.held.norm(original)
         assert m["output_errors"][m["kept"]] == pytest.approx(written, rel=1e-4)
         assert m["output_errors"][m["kept"]] == min(m["output_errors"])
@@ -95,6 +106,15 @@ def test_every_preset_from_text_to_files(small_llama, statistics, tmp_path, pres
     assert "outputs" in shown.out
     assert "relative error of the outputs, tokens held out" in shown.out
     assert cli("verify", tmp_path / "out").code == 0
+
+
+@pytest.mark.parametrize("preset", ["svd", "loftq", "fitted", "descent"])
+def test_presets_that_need_the_weights_alone(small_llama, tmp_path, preset):
+    ended = cli("quantize", small_llama, "-o", tmp_path / "out", *FLAGS, "--preset", preset)
+    assert ended.code == 0, ended.err
+    for m, *_ in left_over(tmp_path / "out", small_llama):
+        assert not m.get("output_errors")
+        assert m["errors"][m["kept"]] == min(m["errors"]) < m["errors"][0]
 
 
 def test_straight_from_texts_and_again(small_llama, text, tmp_path):
