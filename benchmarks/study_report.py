@@ -67,7 +67,7 @@ def pictures(name: str, rows: list[dict[str, Any]], images: Path) -> Iterator[st
     yield f"![{rows[0]['metric']} against bytes, {task}](images/study/{name}-bytes.png)"
 
 
-def summary(studies: tuple[str, ...] = ("decoder", "encoder")) -> str:
+def summary(studies: tuple[str, ...] = ("decoder", "encoder", "seq2seq")) -> str:
     """What the README shows of the small studies: the tasks on which every arm has been run once at least."""
     parts = []
     for study in studies:

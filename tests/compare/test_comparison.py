@@ -98,6 +98,18 @@ def test_overview_of_tasks():
     rows = [row("lora", 80.0), row("loftq", 70.0, bits="2"), row("loftq", 40.0, bits="2", task="cola")]
     assert overview(rows)[0] == ["method", "bits", "sst2 accuracy", "cola accuracy", "MB"]
     assert overview(rows)[1] == [["LoRA", "16", "80.0", "", "2.5"], ["LoftQ", "2", "70.0", "40.0", "2.5"]]
+    rouge = row("lora", None, metrics={"rouge2": 3.0, "lead3_rouge2": 1.6}, metric="rouge2", task="xsum")
+    assert overview([*rows, rouge])[1][0] == ["Lead-3", "", "", "", "1.60", ""]
+
+
+def test_starts_of_loftq_show_what_else_differs():
+    rows = [row("qlora", 60.0, bits="2"), row("loftq", 70.0, bits="2"), row("loftq", 80.0, bits="2")]
+    own = {"code": "lloyd", "preset": "descent", "calibrate": "texts.txt", "samples": 128}
+    rows[2]["settings"] = {**rows[2]["settings"], **own}
+    headings, body = table(rows)
+    assert headings[:3] == ["method", "bits", "code"]
+    assert [line[:3] for line in body[1:]] == [["LoftQ", "2", "nf"], ["LoftQ (descent, calibrated)", "2", "lloyd"]]
+    assert "; calibrated: texts texts.txt, samples 128." in notes(rows)[0]
 
 
 @pytest.mark.parametrize(

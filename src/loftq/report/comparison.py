@@ -141,6 +141,10 @@ def overview(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     for arm in found:
         lines.setdefault(tuple(arm.settings.items()), {})[arm.task] = arm
     body = []
+    lead3 = {task: _lead3([row for row in rows if row["task"] == task]) for task in tasks}
+    if any(lead3.values()):
+        cells = [number(lead3[task].get(metric)) for task, metric in tasks.items()]
+        body.append(["Lead-3", *[""] * (len(settings) - 1), *cells, ""])
     for mine in lines.values():
         any_arm = next(iter(mine.values()))
         cells = [spread(mine[task].values(metric)) if task in mine else "" for task, metric in tasks.items()]
