@@ -25,8 +25,8 @@ STUDIES = {
     ),
     "seq2seq": (
         "Encoder and decoder: a small BART",
-        "ROUGE of summaries of XSum and CNN/DailyMail, against the first three sentences of the text (Lead-3). The model "
-        "of the small study is made by `examples/pretrain.py --architecture bart --bf16 --batch 4 --steps 6000 "
+        "ROUGE of summaries of XSum and CNN/DailyMail, against the first three sentences of the text (Lead-3). The "
+        "model of the small study is made by `examples/pretrain.py --architecture bart --bf16 --batch 4 --steps 6000 "
         "--learning-rate 7e-4` from the beginning of WikiText-103, the articles that it is fitted on, and SQuAD's "
         "paragraphs: 6.7M parameters, a loss of 1.66 nats per token on text held out.",
         " --model SMALL-BART",

@@ -3,9 +3,10 @@
     python benchmarks/study_seq2seq.py --data DIR --model SMALL-BART --minutes 60    # until nothing is missing
     python benchmarks/study_seq2seq.py --data DIR --model SMALL-BART --size full     # for a GPU
 
-examples/pretrain.py --architecture bart makes such a model; of the articles, give it only those fitted on here. The data are not the
-official training sets (MANIFEST.md of the data directory): XSum is fitted on 926 articles and evaluated on other ones,
-CNN/DailyMail on 500 of the validation set and evaluated on 500 of the test set. T = 1, as the paper has it for BART.
+examples/pretrain.py --architecture bart makes such a model; of the articles, give it only those fitted on here. The
+data are not the official training sets (MANIFEST.md of the data directory): XSum is fitted on 926 articles and
+evaluated on other ones, CNN/DailyMail on 500 of the validation set and evaluated on 500 of the test set. T = 1, as the
+paper has it for BART.
 """
 
 import argparse
