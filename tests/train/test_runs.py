@@ -160,6 +160,8 @@ def test_own_data_by_naming_columns(place):
 
 
 def test_watching_needs_a_split_for_it(place):
+    (place / "data").unlink()  # which tests share
+    tiny.data(place / "data")
     (place / "data" / "validation.jsonl").rename(place / "data" / "test.jsonl")
     for setting in ({"training.eval_strategy": "epoch"}, {"training.eval_on_start": True}):
         with pytest.raises(UsageError, match=r"no validation split, only train, test; .* leave out training\.eval_str"):
