@@ -171,7 +171,7 @@ def test_a_new_adapter_over_all_linear_layers(made, bias):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.normal_(std=0.3)  # larger ones magnify the rounding of a merged weight
+                parameter.normal_(std=0.1)  # larger ones magnify the rounding of a merged weight
     wanted = result(model)
     model.merge_adapter()
     assert close(result(model), wanted)
