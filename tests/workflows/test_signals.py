@@ -46,9 +46,11 @@ def same_but_for_the_place(found, golden):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal(slow, output, number):
-    source, golden, seconds = slow
+    source, golden, _ = slow
     child = start_cli("quantize", source, "-o", output, *SLOW)
-    time.sleep(0.6 * seconds)
+    until = time.monotonic() + 60
+    while not (output.parent / PARTIAL).exists() and time.monotonic() < until:
+        time.sleep(0.005)
     sent = time.monotonic()
     ended = child.kill(number).ended()
     assert time.monotonic() - sent < 5
