@@ -157,6 +157,8 @@ def test_srr_preserves_as_many_directions_as_are_worth_it() -> None:
     k = min(range(RANK + 1), key=lambda k: left[0][k] * left[1][RANK - k])
     assert len(a) == k > 0
     solution = solved("srr", moments_for("srr"), svd="exact")
+    assert torch.linalg.matrix_rank(solution.b) == RANK
+    assert not torch.equal(solution.quantized.codes, quantize(weight(), QUANT).codes)
     first_b, first_a = best_factors(weight(), k, metric, method="exact")
     quantized = quantize(weight() - first_b @ first_a, QUANT)
     assert torch.equal(solution.quantized.codes, quantized.codes)
