@@ -6,8 +6,8 @@
 Files are text, or JSONL whose columns text, document, article and context are read; both may be gzipped. The defaults
 make 6M parameters in about a quarter of an hour on two cores; on a GPU, --hidden 512 --layers 8 --steps 20000
 makes 30M. A BART first has to find out that most of its output stands in its input: --steps 6000 --batch 4
---learning-rate 7e-4 did it, in half an hour on one core with --bf16. The last hundredth of the text is held out, and the perplexity on it is
-written into the model's README.
+--learning-rate 7e-4 did it, in half an hour on one core with --bf16. The last hundredth of the text is held out, and
+the perplexity on it is written into the model's README.
 
 A Llama learns to predict the next token. A BART learns to restore texts in which spans of about three tokens, 30 % of
 all, are each replaced by one mask: the text infilling of arXiv 1910.13461, section 2.2, without shuffled sentences.
