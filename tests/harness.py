@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import dataclasses
+import faulthandler
 import os
 import signal
 import sys
@@ -33,6 +34,7 @@ for bits in (2, 3, 4):  # loads the compiled kernels
     loftq.solve.solve(torch.eye(8), QuantSpec(bits=bits), 2, SolveSpec(steps=2))
 with contextlib.suppress(typer.Exit):  # typer imports half of itself when it parses
     typer.main.get_command(loftq.cli.app).make_context("loftq", ["plan", "--bits", "2"], resilient_parsing=True)
+HANGS = signal.SIGUSR1  # makes a child write the stacks of its threads
 SHARD = 6_000  # bytes: the tiny models then have several shards
 POLICY = Policy(bits="2", rank="4", solve=SolveSpec(steps=2))
 OPTIONS = QuantizeOptions(policy=POLICY, workers=1, max_shard_bytes=SHARD)
@@ -78,6 +80,7 @@ class Child:
             os.dup2(self._streams[0] if stdout is None else os.open(stdout, os.O_WRONLY), 1)
             os.dup2(self._streams[1], 2)
             sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, closefd=False) for n in (1, 2))
+            faulthandler.register(HANGS, all_threads=True)
             code = work()
             sys.stdout.flush()
             os._exit(code or 0)
@@ -93,7 +96,7 @@ class Child:
         return self
 
     def ended(self, within: float = 60) -> Ended:
-        """Wait for the end; a child that hangs is killed and reported."""
+        """Wait for the end; a child that hangs is killed and reported, with what its threads were doing."""
         status = None
         while status is None and time.monotonic() - self._began < within:
             time.sleep(0.001)
@@ -101,6 +104,8 @@ class Child:
             status = found if pid else None
         seconds = time.monotonic() - self._began
         if status is None:
+            self.kill(HANGS)
+            time.sleep(1)
             self.kill(signal.SIGKILL)
             os.waitpid(self.pid, 0)
         out, err = map(_drained, self._streams)
