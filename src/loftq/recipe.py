@@ -21,7 +21,7 @@ from loftq.spec import CODES, ORDERS, PRESETS, SCALE_DTYPES, SCALES, SVDS, Solve
 
 METHODS = ("full", "lora", "qlora", "loftq")
 # What of a quantization is not the plan's, but the solver's or the calibration's.
-SOLVER = ("preset", "steps", "order", "svd", "scales", "seed", "calibrate", "calibration_samples")
+SOLVER = ("preset", "steps", "order", "svd", "scales", "seed", "calibrate", "calibration_samples", "device")
 SPLIT = re.compile(r"(train|validation|test)(_\w+)?")
 
 # Fields of TrainingArguments that a recipe says elsewhere.
@@ -87,7 +87,8 @@ class Data(Strict):
 class Quantization(Strict):
     """Fields of :class:`loftq.plan.Policy` and :class:`loftq.spec.SolveSpec`, by their names.
 
-    Its seed is not the run's: runs that differ in the seed of training share a backbone.
+    Its seed is not the run's: runs that differ in the seed of training share a backbone. ``device`` is where it is
+    solved and calibrated, not where it is trained.
     """
 
     bits: Rules = "4"
@@ -108,6 +109,7 @@ class Quantization(Strict):
     seed: Annotated[int, Field(ge=0)] = 0
     calibrate: str | None = None
     calibration_samples: Count = 128
+    device: str = "cpu"
 
     def solver(self, method: str) -> SolveSpec:
         """The solver's spec: the preset's, but for what is given beside it. QLoRA has no use for preset and steps."""

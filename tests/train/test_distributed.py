@@ -72,6 +72,18 @@ def test_two_processes_and_two_that_continue(plain, tmp_path, kind):
     close(continued, wanted)
 
 
+@pytest.mark.parametrize(("kind", "method"), [("ddp", "qlora"), ("fsdp2", "full"), ("fsdp2", "lora")])
+def test_two_processes_of_other_methods(plain, tmp_path, kind, method):
+    place, _ = plain
+    wanted = finetune(tiny.recipe(place, method))
+    changes = SHARDED if kind == "fsdp2" else {}
+    recipe = tiny.recipe(place, method, **{BATCH: 4}, **changes, output=str(tmp_path / kind))
+    (tmp_path / "recipe.yaml").write_text(dump(recipe))
+    launched(kind, tmp_path / "recipe.yaml")
+    close(Run(tmp_path / kind).result(), wanted)
+    assert evaluate(str(tmp_path / kind)).metrics == wanted.metrics
+
+
 def launched(kind, recipe):
     """What ``loftq train`` in two processes prints."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "MASTER_PORT": "0"}

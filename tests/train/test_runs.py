@@ -36,7 +36,7 @@ def train_curve(result):
     return [(e["step"], e["loss"], e["grad_norm"], e["learning_rate"]) for e in result.history if "loss" in e]
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "loftq"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "loftq"])
 def test_a_continued_run_is_the_uninterrupted_one(place, monkeypatch, method):
     whole = finetune(tiny.recipe(place, method, **SAVING, output=str(place / "whole")))
     stopped = tiny.recipe(place, method, **SAVING)
@@ -121,7 +121,7 @@ def test_backbones_are_shared_through_a_cache(place):
     assert len(list(cache.iterdir())) == 2
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "loftq"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "loftq"])
 def test_a_run_is_evaluated_to_its_own_metrics(place, method):
     result = finetune(tiny.recipe(place, method, **{"training.learning_rate": 0.02}))
     again = evaluate(str(place / method))
@@ -218,6 +218,7 @@ def test_what_cannot_be_evaluated(place):
         ({"data": {"validation": "DATA/validation.jsonl"}}, InputError, "no train split"),
         ({"lora.rank": 80}, UsageError, "the rank must be below the shorter side"),
         ({"quantization.bits": "7"}, UsageError, "7 is not a width"),
+        ({"quantization.device": "meta"}, UsageError, "--device 'meta' cannot be used"),
         (
             {"training.load_best_model_at_end": True},
             UsageError,

@@ -8,7 +8,7 @@ import typer
 
 from loftq.cli.app import app
 from loftq.cli.bars import StepBar
-from loftq.cli.options import Json, Model, Revision, at_least, check_device, choice, extra, quiet
+from loftq.cli.options import Json, Model, Revision, at_least, choice, extra, quiet
 
 
 @app.command()
@@ -48,7 +48,6 @@ def calibrate(
         from loftq.workflows.calibrate import CalibrateOptions
         from loftq.workflows.calibrate import calibrate as run
     choice("--kind", kind, KINDS)
-    check_device(device)
     quiet()
     options = CalibrateOptions(
         data=data,

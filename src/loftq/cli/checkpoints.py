@@ -33,7 +33,6 @@ from loftq.cli.options import (
     Scales,
     Workers,
     at_least,
-    check_device,
     choice,
     extra,
     policy,
@@ -103,7 +102,6 @@ def quantize(
     from loftq.workflows.quantize import quantize as run
 
     choice("--format", format, tuple(LAYOUTS))
-    check_device(device)
     own = {"steps": steps, "order": order, "svd": svd, "seed": seed, "scales": scales}
     solver = solve_spec(preset, calibrated=calibrate is not None, code=code, **own)
     options = QuantizeOptions(

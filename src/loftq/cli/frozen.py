@@ -13,7 +13,6 @@ from loftq.cli.options import (
     RankPolicy,
     Revision,
     RsLora,
-    check_device,
     policy,
     quiet_transformers,
 )
@@ -56,7 +55,6 @@ def start(
     from loftq.workflows.start import StartOptions
     from loftq.workflows.start import start as run
 
-    check_device(device)
     quiet_transformers()
     solver = SolveSpec(svd=svd, seed=seed)
     statistics = None

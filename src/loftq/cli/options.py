@@ -160,12 +160,3 @@ def at_least(option: str, value: int, low: int) -> int:
     if value < low:
         raise UsageError(f"{option}: {value} is less than {low}")
     return value
-
-
-def check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise UsageError(f"--device {device!r} cannot be used: {str(e).splitlines()[0]}") from e

@@ -26,6 +26,7 @@ from loftq.nn import skeleton
 from loftq.nn.blocks import load, load_offloaded
 from loftq.nn.collect import HELD_EVERY, Begin, Row, collect
 from loftq.nn.fisher import collect_fisher, labeler
+from loftq.numerics.device import check_device
 from loftq.workflows import sealed, texts
 from loftq.workflows.places import differences
 from loftq.workflows.source import resolve
@@ -208,6 +209,7 @@ def check_options(options: CalibrateOptions) -> None:
         raise UsageError(f"--samples: {options.samples} is less than {HELD_EVERY}, for one in {HELD_EVERY} is held out")
     if options.max_length < 0 or options.max_length == 1:
         raise UsageError(f"--max-length: {options.max_length} is not a number of tokens, 2 or more")
+    check_device(options.device)
 
 
 def length_for(model: Any, tokenizer: Any, asked: int) -> int:

@@ -173,7 +173,11 @@ def _backbone(recipe: Recipe, source: Path, run: Run, cache: Path | None, begin:
     given = recipe.quantization or Quantization()
     calibrate = given.calibrate if recipe.method == "loftq" else None
     options = QuantizeOptions(
-        policy=policy, overwrite=True, calibrate=calibrate, calibration_samples=given.calibration_samples
+        policy=policy,
+        overwrite=True,
+        calibrate=calibrate,
+        calibration_samples=given.calibration_samples,
+        device=given.device,
     )
     place = run.backbone if cache is None else cache / _cache_name(source, options)
     if cache is not None and calibrate is not None:  # backbones that are calibrated alike share the statistics
@@ -204,7 +208,7 @@ def _check_quantized(recipe: Recipe, source: Path) -> None:
 def _cache_name(source: Path, options: QuantizeOptions) -> str:
     policy = options.policy
     texts = options.calibrate and contents(options.calibrate)
-    named = [str(source.resolve()), policy.to_dict(), texts, options.calibration_samples]
+    named = [str(source.resolve()), policy.to_dict(), texts, options.calibration_samples, options.device]
     return f"{source.name}-{policy.budget or policy.bits}bit-{_digest(named)}"
 
 

@@ -23,6 +23,7 @@ from loftq.formats.layouts import LAYOUTS, Layout
 from loftq.formats.statistics import Statistics
 from loftq.formats.tensorfile import file_size
 from loftq.nn import collect
+from loftq.numerics.device import check_device
 from loftq.plan import Matrix, Policy
 from loftq.solve import ordered_map
 from loftq.spec import check_statistics, statistics_kind
@@ -81,6 +82,7 @@ def quantize(
     Raises: ConflictError if ``output`` holds something else or another process works on it; InputError,
         NumericalError, StorageError as their names say. In every case ``output`` is absent or complete.
     """
+    check_device(options.device)
     output = Path(os.path.realpath(output.expanduser()))
     work = Workspace(output)
     spec = options.policy.solve

@@ -16,6 +16,7 @@ from loftq import plan as planning
 from loftq.errors import ConflictError, InputError, UsageError, quoted
 from loftq.formats import fsio
 from loftq.formats.tensorfile import Entry, dtype_name, encode_header, tensor_bytes
+from loftq.numerics.device import check_device
 from loftq.plan import Plan, Policy
 from loftq.workflows.frozen import Begin, FitOptions, Layer, Original, fit, summary
 from loftq.workflows.places import check_places, claim, publish
@@ -53,6 +54,7 @@ def start(base: str, weights: str, output: Path, options: StartOptions, begin: B
     """
     from loftq.nn.frozen import load
 
+    check_device(options.device)
     output = Path(os.path.realpath(output.expanduser()))
     work = Workspace(output)
     source, directory = open_source(weights, options.policy, options.revision), resolve(base, options.base_revision)
