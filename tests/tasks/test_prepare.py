@@ -1,5 +1,8 @@
 """What a model is given: tokens, masks and labels, for every kind of task; and that padding changes nothing."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 import tiny_models
@@ -10,6 +13,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 from loftq.errors import InputError, NumericalError, UsageError
 from loftq.tasks import get_task, loops, score
 from loftq.tasks.base import Measuring
+from loftq.workflows.evaluate import evaluate
 
 SENTENCES = ["a cat", "the dog ran off", "so", "what a day it was", "no"]
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
@@ -186,6 +190,29 @@ def test_sampling_repeats_itself_and_leaves_the_random_numbers_alone(letters):
     figures = [score(task, model, letters, rows, generation=options, progress=False) for _ in range(2)]
     assert torch.rand(1) == expected
     assert figures[0] == figures[1]
+
+
+def test_gsm8k_is_sampled_as_in_the_paper_if_asked(letters, monkeypatch, tmp_path):
+    tiny_models.model("instruction").save_pretrained(tmp_path / "model")
+    letters.save_pretrained(tmp_path / "model")
+    lines = [json.dumps({"question": f"{n} and 1?", "answer": f"{n} + 1\n#### {n + 1}"}) for n in range(3)]
+    (tmp_path / "test.jsonl").write_text("\n".join(lines))
+    written, whole = [], loops.generate
+
+    def generate(model, tokenizer, prompts, collate, options):
+        short = dataclasses.replace(options, generation={**options.generation, "max_new_tokens": 8})
+        written.append((dict(options.generation), whole(model, tokenizer, prompts, collate, short)))
+        return written[-1][1]
+
+    monkeypatch.setattr(loops, "generate", generate)
+    for choice in (None, "greedy", "paper", "paper"):
+        found = evaluate(str(tmp_path / "model"), task="gsm8k", data=str(tmp_path), max_length=200, generation=choice)
+        assert found.metrics["n"] == 3
+    assert written[0] == written[1] != written[2] == written[3]
+    greedy, sampled = written[0][0], written[2][0]
+    assert not greedy["do_sample"]
+    paper = {"do_sample": True, "temperature": 0.1, "top_k": 40, "top_p": 0.95, "seed": 42}
+    assert sampled == {**greedy, **paper}
 
 
 def test_exact_match_is_measured_on_the_generated_text(letters, monkeypatch):
