@@ -2,7 +2,8 @@
 
 A study is a list of recipes with a section ``compare``; :func:`loftq.workflows.compare.run_grids` runs them so that
 all methods have had the first seed before any has the second. Every finished run is a line of
-docs/data/study/NAME-SIZE.jsonl, and the same command continues from there, on another day or another machine.
+docs/data/study/NAME-SIZE.jsonl, and the same command continues from there, on another day or another machine. Started
+several times, with OMP_NUM_THREADS=1 or on a large GPU, the processes share the runs.
 """
 
 import argparse

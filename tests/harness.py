@@ -95,6 +95,9 @@ class Child:
         os.kill(self.pid, number)
         return self
 
+    def has_ended(self) -> bool:
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
     def ended(self, within: float = 60) -> Ended:
         """Wait for the end; a child that hangs is killed and reported, with what its threads were doing."""
         status = None

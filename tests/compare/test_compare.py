@@ -1,17 +1,19 @@
 """``loftq compare`` on a tiny encoder: equal terms, rows from which it continues, and what does not converge."""
 
 import json
+import time
 
 import pytest
 import torch
 
 import harness
-from loftq.errors import ConflictError, InputError, NumericalError, UsageError
+from loftq.errors import InputError, NumericalError, UsageError
 from loftq.formats import fsio
 from loftq.recipe import dump, parse
 from loftq.tasks import get_task
 from loftq.workflows import compare as workflow
-from loftq.workflows.compare import compare
+from loftq.workflows.compare import compare, read_rows
+from loftq.workflows.grid import Run, grid, schedule
 from loftq.workflows.verdict import constant_answer, failure
 
 
@@ -122,7 +124,32 @@ def test_other_errors_stop_it(recipe, monkeypatch):
     (workflow.Path(recipe.output) / "rows.jsonl").write_text('{"a": 1}\n')
     with pytest.raises(InputError, match=r"rows.jsonl, line 1: no row"):
         compare(recipe)
-    with fsio.DirectoryLock(workflow.Path(recipe.output) / "lock"), pytest.raises(ConflictError):
+
+
+def test_processes_share_the_runs(recipe, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(dump(recipe))
+    file = tmp_path / "out" / "rows.jsonl"
+    held = Run(grid(recipe)[0], 1e-3, 0)  # LoRA with its first rate: without it none is chosen for the second seed
+    fsio.make_dirs(file.parent)
+    with fsio.DirectoryLock(file.parent / f"{held.key}.lock"):
+        children = [harness.start_cli("compare", tmp_path / "recipe.yaml", "--json") for _ in range(2)]
+        while len(read_rows(file)) < 6:
+            assert not any(map(harness.Child.has_ended, children))
+            time.sleep(0.1)
+        assert held.key not in {row["key"] for row in read_rows(file)}
+    first, second = (child.ended() for child in children)
+    assert first.code == second.code == 0, first.err + second.err
+    rows = read_rows(file)
+    assert json.loads(first.out) == json.loads(second.out) == rows
+    assert [row["key"] for row in rows] == [run.key for run in schedule([grid(recipe)], {r["key"]: r for r in rows})]
+    assert len({row["key"] for row in rows}) == 8
+    assert len(list((tmp_path / "out" / "backbones").iterdir())) == 2
+    assert not list(file.parent.glob("*.lock"))
+
+
+def test_a_launcher_of_processes_is_refused(recipe, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="start the command several times"):
         compare(recipe)
 
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 from blobs import put
@@ -401,6 +402,13 @@ def test_lock_held_by_another_process(tmp_path, holder):
     holder.wait()
     with fsio.DirectoryLock(tmp_path / "lock"):
         pass
+
+
+def test_a_lock_can_be_waited_for(tmp_path, holder):
+    threading.Timer(0.3, holder.kill).start()
+    with fsio.DirectoryLock(tmp_path / "lock", wait=True):
+        assert holder.wait(5) == -signal.SIGKILL
+    assert os.listdir(tmp_path) == []
 
 
 def test_lock_leaves_nothing_and_can_be_taken_again(tmp_path):

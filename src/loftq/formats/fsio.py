@@ -152,15 +152,16 @@ def remove_tree(path: Path) -> None:
 class DirectoryLock:
     """Keeps a second process out of a directory while the first works on it.
 
-    ``path`` is the lock file. The kernel drops the lock when the holder and its forked children end, however
-    they end, so there are no stale locks; the file itself is removed on leaving. Best effort: some network
-    file systems have no locks or only pretend, and correctness never rests on it.
+    ``path`` is the lock file; with ``wait`` the second process waits for the first, instead of being refused. The
+    kernel drops the lock when the holder and its forked children end, however they end, so there are no stale locks;
+    the file itself is removed on leaving. Best effort: some network file systems have no locks or only pretend, and
+    correctness never rests on it.
 
     Raises: ConflictError naming process and host of the holder.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, wait: bool = False) -> None:
+        self.path, self.wait = path, wait
         self._fd: int | None = None
 
     def __enter__(self) -> "DirectoryLock":
@@ -197,7 +198,7 @@ class DirectoryLock:
 
     def _take(self, fd: int) -> None:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_EX if self.wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             why = f"in use by {_holder(fd)}; wait for it or choose another --output"
             raise ConflictError(f"{shown(self.path)}: {why}") from e

@@ -2,20 +2,21 @@
 
 import datetime
 import functools
-import itertools
 import json
 import math
+import os
 import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import loftq
-from loftq.errors import InputError, NumericalError, UsageError
+from loftq.errors import ConflictError, InputError, NumericalError, UsageError
 from loftq.formats import fsio, strict_json
 from loftq.recipe import SOLVER, Quantization, Recipe
 from loftq.report.comparison import page
@@ -36,11 +37,12 @@ Begin = Callable[[int], Callable[[Row], None]]  # given the number of runs; what
 def compare(recipe: Recipe, begin: Begin | None = None) -> list[Row]:
     """Run the grid of a recipe into its ``output``; the rows of all its runs.
 
-    ``rows.jsonl`` grows by a line with every finished run, and the same call continues from it. ``runs/`` holds the
-    runs, ``backbones/`` what they share, ``comparison.md`` and two pictures the result.
+    ``rows.jsonl`` grows by a line with every finished run, and the same call continues from it; several processes that
+    make it share the runs. ``runs/`` holds the runs, ``backbones/`` what they share, ``comparison.md`` and two pictures
+    the result.
 
-    Raises: UsageError for a recipe without a grid or an output; whatever a run raises, but for a loss that is not
-        finite, which is a result: the run did not converge.
+    Raises: UsageError for a recipe without a grid or an output, and under a launcher of processes; whatever a run
+        raises, but for a loss that is not finite, which is a result: the run did not converge.
     """
     if recipe.output is None:
         raise UsageError("no output: say where the comparison goes, with `output:` in the recipe or --output")
@@ -65,30 +67,41 @@ def run_grids(
 ) -> list[Row]:
     """Run what is missing of several grids, in turn; their rows.
 
+    Processes that are given the same ``file`` and ``directory`` share the runs: each takes the next that no other has,
+    and at the end waits for the others. The run of one that was killed is free again.
+
     Args:
         file: where the rows are, and new ones go; rows of other runs in it are left alone.
         directory: for runs and backbones.
         about: more to be said in every new row.
         keep: False removes each run's files once its row is written.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            "a launcher splits one run; to share the runs of a comparison, start the command several times"
+        )
     fsio.make_dirs(directory)
-    with fsio.DirectoryLock(directory / "lock"):
-        rows = {row["key"]: row for row in read_rows(file)}
-        advance = begin(sum(len(arm) for arms in grids for arm in arms)) if begin else lambda row: None
-        mine = []
+    planned = sum(len(arm) for arms in grids for arm in arms)
+    advance = begin(planned) if begin else lambda row: None
+    told: set[str] = set()
+    while True:
+        rows, idle = _by_key(file), True
         for run in schedule(grids, rows):
-            if run.key not in rows:
-                rows[run.key] = {**_row(run, directory, keep), **(about or {})}
-                fsio.write_atomic(file, [json.dumps(row).encode() + b"\n" for row in rows.values()])
-            mine.append(rows[run.key])
-            advance(rows[run.key])
-    return mine
+            row = rows.get(run.key) or _taken(run, grids, file, directory, about or {}, keep)
+            if row and run.key not in told:
+                rows[run.key], idle = row, False
+                told.add(run.key)
+                advance(row)
+        if len(told) == planned:
+            return finished(grids, file)[0]
+        if idle:
+            time.sleep(1)  # others are at what is left
 
 
 def finished(grids: Sequence[Sequence[Arm]], file: Path) -> tuple[list[Row], int]:
-    """The rows there are of the grids' runs, and how many are missing."""
-    rows = {row["key"]: row for row in read_rows(file)}
-    mine = list(itertools.takewhile(bool, (rows.get(run.key, {}) for run in schedule(grids, rows))))
+    """The rows there are of the grids' runs, as scheduled, and how many are missing."""
+    rows = _by_key(file)
+    mine = [rows[run.key] for run in schedule(grids, rows) if run.key in rows]
     return mine, sum(len(arm) for arms in grids for arm in arms) - len(mine)
 
 
@@ -103,6 +116,31 @@ def read_rows(file: Path) -> list[Row]:
             raise InputError(f"{file}, line {number}: no row of a comparison; remove the line to run it again")
         rows.append(row)
     return rows
+
+
+def _by_key(file: Path) -> dict[str, Row]:
+    return {row["key"]: row for row in read_rows(file)}
+
+
+def _taken(
+    run: Run, grids: Sequence[Sequence[Arm]], file: Path, directory: Path, about: Mapping[str, Any], keep: bool
+) -> Row | None:
+    """Do a run and add its row, in the order of the schedule; None if another process is at it."""
+    with ExitStack() as locks:
+        try:
+            locks.enter_context(fsio.DirectoryLock(directory / f"{run.key}.lock"))
+        except ConflictError:
+            return None
+        done = _by_key(file).get(run.key)  # by another process, meanwhile
+        if done:
+            return done
+        row = {**_row(run, directory, keep), **about}
+        locks.enter_context(fsio.DirectoryLock(directory / "rows.lock", wait=True))
+        rows = {**_by_key(file), run.key: row}
+        places = {other.key: place for place, other in enumerate(schedule(grids, rows))}
+        ordered = sorted(rows.values(), key=lambda r: places.get(r["key"], -1))
+        fsio.write_atomic(file, [json.dumps(r).encode() + b"\n" for r in ordered])
+        return row
 
 
 def _row(run: Run, directory: Path, keep: bool) -> Row:

@@ -16,6 +16,7 @@ from transformers import Seq2SeqTrainingArguments, set_seed
 
 import loftq
 from loftq.errors import InputError, UsageError, quoted
+from loftq.formats import fsio
 from loftq.formats.layouts import LAYOUTS
 from loftq.nn.convert import FIELDS
 from loftq.plan import Policy
@@ -184,7 +185,10 @@ def _backbone(recipe: Recipe, source: Path, run: Run, cache: Path | None, begin:
         named = [str(source.resolve()), contents(calibrate), given.calibration_samples, statistics_kind(policy.solve)]
         options = replace(options, statistics=cache / f"statistics-{_digest(named)}")
     if writing:
-        quantize(str(source), place, options, begin)
+        if cache is not None:
+            fsio.make_dirs(cache)
+        with nullcontext() if cache is None else fsio.DirectoryLock(cache / "lock", wait=True):
+            quantize(str(source), place, options, begin)
     while not (place / MANIFEST).is_file():  # a barrier would time out long before a large model is done
         time.sleep(0.5)
     PartialState().wait_for_everyone()

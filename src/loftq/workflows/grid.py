@@ -104,13 +104,16 @@ def schedule(grids: Sequence[Sequence[Arm]], rows: Mapping[str, Mapping[str, Any
 
     First all arms of all grids with their first seed and first learning rate, then with the second rate, and so on;
     then, with the rate that did best, seed by seed. ``rows`` (key of a run -> its row) is read when the rates are
-    chosen, so the rows of the runs given out before have to be in it by then.
+    chosen: the further seeds of an arm come only if the rows of all its rates are there by then.
     """
     arms = [arm for g in grids for arm in g]
     for i in range(max(len(arm.learning_rates) for arm in arms)):
         yield from (Run(arm, arm.learning_rates[i], arm.seeds[0]) for arm in arms if i < len(arm.learning_rates))
     for j in range(1, max(len(arm.seeds) for arm in arms)):
-        yield from (Run(arm, _best(arm, rows), arm.seeds[j]) for arm in arms if j < len(arm.seeds))
+        for arm in arms:
+            rate = _best(arm, rows) if j < len(arm.seeds) else None
+            if rate is not None:
+                yield Run(arm, rate, arm.seeds[j])
 
 
 def digest(recipe: Recipe) -> str:
@@ -151,8 +154,10 @@ def _start(file: Path, size: int, changed: int) -> tuple[int, str]:
         return size, hashlib.sha256(opened.read(1 << 20)).hexdigest()
 
 
-def _best(arm: Arm, rows: Mapping[str, Mapping[str, Any]]) -> float:
-    return chosen_rate([rows[Run(arm, rate, arm.seeds[0]).key] for rate in arm.learning_rates])
+def _best(arm: Arm, rows: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """The rate for further seeds; None while rows are missing."""
+    first = [rows.get(Run(arm, rate, arm.seeds[0]).key) for rate in arm.learning_rates]
+    return chosen_rate([row for row in first if row]) if all(first) else None
 
 
 def _own_rate(recipe: Recipe) -> list[float]:
