@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from loftq.errors import InputError, quoted
-from loftq.tasks import batches, loops, metrics
-from loftq.tasks.base import Measuring, Task
+from loftq.tasks import batches
+from loftq.tasks.next_token import NextToken
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -16,7 +16,7 @@ ROWS = ("documents", "lines")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CausalLM(Task):
+class CausalLM(NextToken):
     """All rows one after the other, cut into blocks of ``max_length`` tokens; what is left over is left out.
 
     Attributes:
@@ -28,8 +28,6 @@ class CausalLM(Task):
     rows: str
 
     kind: ClassVar[str] = "causal-lm"
-    auto_class: ClassVar[str] = "AutoModelForCausalLM"
-    peft_task_type: ClassVar[str] = "CAUSAL_LM"
 
     @property
     def roles(self) -> dict[str, str]:
@@ -38,13 +36,6 @@ class CausalLM(Task):
     @property
     def main_metric(self) -> str:
         return "perplexity"
-
-    @property
-    def best_metric(self) -> str:
-        return "loss"
-
-    def model_options(self) -> dict[str, Any]:
-        return {}
 
     def prepare(self, dataset: "Dataset", tokenizer: Any, *, train: bool) -> "Dataset":
         from datasets import Dataset, Features, List, Value
@@ -67,17 +58,6 @@ class CausalLM(Task):
         blocks = list(stream[: len(stream) // length * length].reshape(-1, length))
         features = Features({"input_ids": List(Value("int32")), "labels": List(Value("int64"))})
         return Dataset.from_dict({"input_ids": blocks, "labels": blocks}, features=features)
-
-    def collator(self, tokenizer: Any, model: Any = None) -> Any:
-        return batches.pad_sequences(batches.padding(tokenizer), self.limits, model)
-
-    def trainer_metrics(self, examples: "Dataset", prepared: "Dataset", tokenizer: Any) -> None:
-        return None
-
-    def measure(self, model: Any, tokenizer: Any, dataset: "Dataset", options: Measuring) -> dict[str, float]:
-        prepared = self.prepare(dataset, tokenizer, train=False)
-        nats, tokens = loops.loss(model, prepared, self.collator(tokenizer, model), options)
-        return metrics.perplexity(nats, tokens)
 
 
 def _line(text: str) -> str:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from loftq.errors import InputError, UsageError, quoted
 from loftq.tasks import batches, loops, metrics
-from loftq.tasks.base import IGNORED, Measuring, Task
+from loftq.tasks.base import IGNORED, Measuring
+from loftq.tasks.next_token import NextToken
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -18,7 +19,7 @@ def as_is(text: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Instruction(Task):
+class Instruction(NextToken):
     """The prompt put into ``template``, then the response and an end-of-text token; only these two are learned.
 
     With a column ``messages`` the tokenizer's chat template writes all, and every message of the assistant is learned.
@@ -35,8 +36,6 @@ class Instruction(Task):
     extract: Callable[[str], object] | None = None
 
     kind: ClassVar[str] = "instruction"
-    auto_class: ClassVar[str] = "AutoModelForCausalLM"
-    peft_task_type: ClassVar[str] = "CAUSAL_LM"
 
     @property
     def roles(self) -> dict[str, str]:
@@ -45,13 +44,6 @@ class Instruction(Task):
     @property
     def main_metric(self) -> str:
         return "exact_match" if self.extract else "perplexity"
-
-    @property
-    def best_metric(self) -> str:
-        return "loss"
-
-    def model_options(self) -> dict[str, Any]:
-        return {}
 
     def prepare(self, dataset: "Dataset", tokenizer: Any, *, train: bool) -> "Dataset":
         batches.check_tokenizer(self.limits, tokenizer)
@@ -70,16 +62,8 @@ class Instruction(Task):
 
         return batches.tokenized(dataset, encoded, with_indices=True)
 
-    def collator(self, tokenizer: Any, model: Any = None) -> Any:
-        return batches.pad_sequences(batches.padding(tokenizer), self.limits, model)
-
-    def trainer_metrics(self, examples: "Dataset", prepared: "Dataset", tokenizer: Any) -> None:
-        return None
-
     def measure(self, model: Any, tokenizer: Any, dataset: "Dataset", options: Measuring) -> dict[str, float]:
-        prepared = self.prepare(dataset, tokenizer, train=False)
-        nats, tokens = loops.loss(model, prepared, self.collator(tokenizer, model), options)
-        result = metrics.perplexity(nats, tokens)
+        result = super().measure(model, tokenizer, dataset, options)
         if self.extract is None:
             return result
         left = batches.padding(tokenizer, "left")

@@ -23,6 +23,7 @@ from loftq.plan import Policy
 from loftq.recipe import SOLVER, Quantization, Recipe
 from loftq.spec import statistics_kind
 from loftq.tasks import Task, get_task, load_data, score
+from loftq.tasks.next_token import NextToken
 from loftq.train.arguments import training_arguments
 from loftq.train.model import add_lora, add_start, load_model, load_tokenizer, precision, save
 from loftq.train.trainer import LoftQTrainer, callbacks
@@ -246,7 +247,7 @@ def _trainer(
             metrics = task.trainer_metrics(data[watched], dev, tokenizer)
     return LoftQTrainer(
         model=model,
-        counts_tokens=task.kind in ("causal-lm", "instruction"),
+        counts_tokens=isinstance(task, NextToken),
         args=arguments,
         train_dataset=rows,
         eval_dataset=dev,

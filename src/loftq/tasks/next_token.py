@@ -1,0 +1,34 @@
+"""What tasks for a model that predicts the next token share."""
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from loftq.tasks import batches, loops, metrics
+from loftq.tasks.base import Measuring, Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class NextToken(Task):
+    """Sequences whose tokens are learned, all or some, and judged by their perplexity."""
+
+    auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    peft_task_type: ClassVar[str] = "CAUSAL_LM"
+
+    @property
+    def best_metric(self) -> str:
+        return "loss"
+
+    def model_options(self) -> dict[str, Any]:
+        return {}
+
+    def collator(self, tokenizer: Any, model: Any = None) -> Any:
+        return batches.pad_sequences(batches.padding(tokenizer), self.limits, model)
+
+    def trainer_metrics(self, examples: "Dataset", prepared: "Dataset", tokenizer: Any) -> None:
+        return None
+
+    def measure(self, model: Any, tokenizer: Any, dataset: "Dataset", options: Measuring) -> dict[str, float]:
+        prepared = self.prepare(dataset, tokenizer, train=False)
+        nats, tokens = loops.loss(model, prepared, self.collator(tokenizer, model), options)
+        return metrics.perplexity(nats, tokens)
