@@ -7,6 +7,7 @@ import faulthandler
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from typing import Any
 
 import peft  # noqa: F401  # here and below: imported once, before the first fork
 import torch
-import tqdm.auto  # noqa: F401
+import tqdm.auto
 import transformers
 import typer
 
@@ -30,6 +31,7 @@ from loftq.spec import QuantSpec, SolveSpec
 from loftq.workflows.quantize import QuantizeOptions, quantize
 
 torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+tqdm.tqdm.set_lock(threading.RLock())  # its own is one for all forks: who is killed with it keeps it from all others
 for bits in (2, 3, 4):  # loads the compiled kernels
     loftq.solve.solve(torch.eye(8), QuantSpec(bits=bits), 2, SolveSpec(steps=2))
 with contextlib.suppress(typer.Exit):  # typer imports half of itself when it parses

@@ -6,9 +6,10 @@ import time
 
 import pytest
 import torch
+import tqdm.auto
 import transformers
 
-from harness import cli, refused, start_cli, tree
+from harness import Child, cli, refused, start_cli, tree
 from models import BERT
 
 PARTIAL = "out.loftq-partial"
@@ -88,3 +89,16 @@ def test_sigkill_at_random_times(slow, output):
     assert cli("quantize", source, "-o", output, *SLOW).code == 0
     assert same_but_for_the_place(tree(output), golden)
     assert set(os.listdir(output.parent)) == {"out"}
+
+
+def test_a_child_killed_in_its_progress_bar(slow, output):
+    """The harness itself: what one child held when it died, the next can take."""
+    source, golden, _ = slow
+
+    def work():
+        tqdm.auto.tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert Child(work).ended().code == -signal.SIGKILL
+    assert cli("quantize", source, "-o", output, *SLOW).code == 0
+    assert same_but_for_the_place(tree(output), golden)
