@@ -75,7 +75,7 @@ def arms(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 def recipe(given: argparse.Namespace, task: str) -> study.Recipe:
     length, files = TASKS[task]
-    # LoRA on 16 bits begins to learn CoLA after 500 steps, and not at all at 2e-3 (docs/experiments.md)
+    # LoRA on dense weights begins to learn CoLA after 500 steps, and not at all at 2e-3 (docs/experiments.md)
     steps = STEPS["full" if task == "cola" else given.size]
     limits = {"max_train_samples": 32 * steps, "max_eval_samples": 1000} if given.size == "small" else {}
     return study.recipe(

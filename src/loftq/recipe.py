@@ -37,6 +37,8 @@ ELSEWHERE = {
     "generation_config": "generation",
     "remove_unused_columns": "nothing: the task knows",
     "label_names": "nothing: the task knows",
+    "disable_tqdm": "nothing: there is one bar",
+    "logging_nan_inf_filter": "nothing: a loss that is not finite ends the run",
 }
 
 
@@ -77,11 +79,6 @@ class Data(Strict):
         if self.directory and self.__pydantic_extra__:
             raise PydanticCustomError("split", "a directory and files are given; wanted one of them")
         return self
-
-    @property
-    def source(self) -> str | dict[str, str | list[str]] | None:
-        """The directory, or split -> file, glob or list of them; None for the task's own data set."""
-        return self.directory or dict(self.__pydantic_extra__) or None
 
 
 class Quantization(Strict):
@@ -140,6 +137,14 @@ class Generation(Strict):
     temperature: Annotated[float, Field(gt=0)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> "Generation":
+        others = [name for name in self.model_fields_set if name != "preset" and getattr(self, name) is not None]
+        if self.preset and others:
+            told = "{names}: given beside preset; wanted a preset, or settings of your own"
+            raise PydanticCustomError("preset", told, {"names": listed(sorted(others))})
+        return self
 
     @property
     def choice(self) -> str | dict[str, Any] | None:

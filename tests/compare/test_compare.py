@@ -1,10 +1,13 @@
 """``loftq compare`` on a tiny encoder: equal terms, rows from which it continues, and what does not converge."""
 
+import dataclasses
 import json
+import math
 import time
 
 import pytest
 import torch
+import transformers
 
 import harness
 from loftq.errors import InputError, NumericalError, UsageError
@@ -114,6 +117,55 @@ def test_a_loss_that_is_not_finite_is_a_result(recipe, monkeypatch):
     rows = compare(recipe.changed(compare={"seeds": [0], "arms": [{}]}))
     assert [row["failed"] for row in rows] == ["the training loss is nan at step 3"]
     assert "N.A." in (workflow.Path(recipe.output) / "comparison.md").read_text()
+
+
+def test_a_metric_that_is_not_finite_is_a_result(recipe, monkeypatch):
+    real = workflow.finetune
+
+    def finetune(run, **options):
+        result = real(run, **options)
+        return dataclasses.replace(result, metrics={**result.metrics, "accuracy": math.nan})
+
+    monkeypatch.setattr(workflow, "finetune", finetune)
+    (row,) = compare(recipe.changed(compare={"seeds": [0], "arms": [{"method": "lora"}]}))
+    assert (row["failed"], row["metrics"]["accuracy"]) == ("accuracy is nan", None)
+    assert read_rows(workflow.Path(recipe.output) / "rows.jsonl") == [row]
+
+
+def test_a_run_is_removed_only_when_its_row_is_there(recipe, monkeypatch, tmp_path):
+    removed, real = [], fsio.remove_tree
+
+    def remove_tree(path):
+        removed.append((path.name, len(read_rows(tmp_path / "rows.jsonl"))))
+        real(path)
+
+    monkeypatch.setattr(fsio, "remove_tree", remove_tree)
+    arms = grid(recipe.changed(compare={"seeds": [0], "arms": [{"method": "lora"}]}))
+    (row,) = workflow.run_grids([arms], tmp_path / "rows.jsonl", tmp_path / "work", keep=False)
+    assert removed[-1] == (f"lora-{row['key']}", 1)
+    assert list((tmp_path / "work" / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"quantization.svd": ["exact", "randomized"]},
+        {"quantization.seed": [0, 1]},
+        {"lora.rank_policy": ["refuse", "clamp"]},
+        {"method": "lora", "quantization.bits": ["query=16,2", "key=16,2"]},
+        {"method": "qlora", "quantization.min_coverage": [0.5, 0.1]},
+    ],
+)
+def test_settings_tell_arms_apart(recipe, block):
+    one, other = grid(recipe.changed(compare={"arms": [block]}))
+    assert workflow.settings(one.recipe) != workflow.settings(other.recipe)
+
+
+def test_dense_weights_count_as_they_are_stored(recipe, tmp_path):
+    assert workflow.settings(recipe.changed(method="lora"))["bits"] == "32"
+    half = transformers.AutoModel.from_pretrained(recipe.model, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    assert workflow.settings(recipe.changed(method="lora", model=str(tmp_path / "half")))["bits"] == "16"
 
 
 def test_other_errors_stop_it(recipe, monkeypatch):

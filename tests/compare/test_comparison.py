@@ -13,6 +13,7 @@ def row(method, value, seed=0, rate=0.1, failed=None, bits="16", **more):
     return {
         "task": "sst2",
         "model": "small",
+        "arm": f"{method} {bits}",
         "settings": settings,
         "learning_rate": rate,
         "learning_rates": [0.1, 0.2],
@@ -87,7 +88,7 @@ def test_lower_is_better():
 def test_settings_that_differ_have_columns_and_lead3_a_line():
     metrics = {"rouge2": 3.0, "rouge1": 20.0, "lead3_rouge2": 1.6, "lead3_rouge1": 16.3}
     rows = [row("loftq", None, bits="4", metrics=metrics, metric="rouge2", task="xsum") for _ in range(2)]
-    rows[1]["settings"] = {**rows[1]["settings"], "rank": "16"}
+    rows[1] |= {"arm": "another", "settings": {**rows[1]["settings"], "rank": "16"}}
     headings, body = table(rows)
     assert headings[:5] == ["method", "bits", "rank", "rouge2", "rouge1"]
     assert body[0][:5] == ["Lead-3", "", "", "1.60", "16.3"]
@@ -102,10 +103,21 @@ def test_overview_of_tasks():
     assert overview([*rows, rouge])[1][0] == ["Lead-3", "", "", "", "1.60", ""]
 
 
+def test_arms_that_no_column_tells_apart_stay_apart():
+    rows = [row("loftq", 80.0, bits="4"), row("loftq", 60.0, bits="4", arm="another")]
+    assert [line[2] for line in table(rows)[1]] == ["80.0", "60.0"]
+    assert [line[2] for line in overview(rows)[1]] == ["80.0", "60.0"]
+
+
+def test_a_first_run_that_was_lost_says_nothing_of_the_others():
+    lost = row("lora", None, failed="the training loss is nan at step 1", n=None, train_steps=None)
+    assert "n = 100; 2 steps for every arm" in notes([lost, row("qlora", 60.0, bits="2")])[0]
+
+
 def test_starts_of_loftq_show_what_else_differs():
     rows = [row("qlora", 60.0, bits="2"), row("loftq", 70.0, bits="2"), row("loftq", 80.0, bits="2")]
     own = {"code": "lloyd", "preset": "descent", "calibrate": "texts.txt", "samples": 128}
-    rows[2]["settings"] = {**rows[2]["settings"], **own}
+    rows[2] |= {"arm": "another", "settings": {**rows[2]["settings"], **own}}
     headings, body = table(rows)
     assert headings[:3] == ["method", "bits", "code"]
     assert [line[:3] for line in body[1:]] == [["LoftQ", "2", "nf"], ["LoftQ (descent, calibrated)", "2", "lloyd"]]

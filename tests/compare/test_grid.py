@@ -1,7 +1,10 @@
 """What a section ``compare`` stands for, and the order of its runs."""
 
+import dataclasses
+
 import pytest
 
+from loftq import tasks
 from loftq.errors import UsageError
 from loftq.recipe import parse
 from loftq.workflows.grid import Run, grid, schedule
@@ -38,6 +41,13 @@ def test_arms_that_mean_the_same_are_one():
     assert [a.recipe.method for a in found] == ["full", "lora", "qlora", "qlora"]
     patterns = arms({"method": "lora", "quantization.bits": ["query=16,2", "2", "4"]})
     assert len(patterns) == 2  # the first leaves some modules without an adapter
+
+
+def test_an_arm_in_two_blocks_has_one_set_of_rates():
+    assert len(arms({"method": ["lora", "loftq"]}, {"method": "loftq"})) == 2
+    for other in ({"learning_rates": [1]}, {"seeds": [5]}):
+        with pytest.raises(UsageError, match=r"block 2: an arm of an earlier block again \(loftq\), with other"):
+            arms({"method": ["lora", "loftq"]}, {"method": "loftq", **other})
 
 
 @pytest.mark.parametrize(
@@ -116,3 +126,41 @@ def test_keys_know_files_by_content(tmp_path):
     assert key(tmp_path / "a" / "*.jsonl") == keys[0]
     assert key(tmp_path / "a" / "train.jsonl", rate=0.2) != keys[0]
     assert key(tmp_path / "a" / "train.jsonl", note="other", output="x") == keys[0]
+
+
+def test_keys_know_all_of_a_file_and_only_files_that_are_read(tmp_path):
+    def key(**changes):
+        (arm,) = grid(parse({**BASE, "model": str(model), "data": str(data), "compare": {"arms": [{}]}, **changes}))
+        return arm.key
+
+    model, data = tmp_path / "model", tmp_path / "data"
+    for place in (model, data):
+        place.mkdir()
+    (model / "model.safetensors").write_bytes(bytes(3 << 20))
+    for split in ("train", "validation"):
+        (data / f"{split}.jsonl").write_text("rows")
+    first = key()
+    for stranger in (data / "nohup.out", data / "notes.json", model / "training.log", model / "README.md"):
+        stranger.write_text("something")
+    assert key() == first
+    (model / "model.safetensors").write_bytes(bytes((3 << 20) - 1) + b"1")
+    second = key()
+    assert second != first
+    (data / "validation.jsonl").write_text("wors")
+    assert key() not in (first, second)
+
+
+def test_keys_know_the_version_of_a_task(monkeypatch):
+    before = arms({})[0].key
+    monkeypatch.setitem(tasks._TASKS, "sst2", dataclasses.replace(tasks.get_task("sst2"), version=2))
+    assert arms({})[0].key != before
+
+
+def test_a_file_that_changes_while_the_runs_are_under_way_does_not_change_them(tmp_path):
+    (tmp_path / "train.jsonl").write_text("rows")
+    section = {"data": {"train": str(tmp_path / "train.jsonl")}, "compare": {"arms": [{}]}}
+    (arm,) = grid(parse({**BASE, **section}))
+    before = Run(arm, 0.1, 0).key
+    (tmp_path / "train.jsonl").write_text("more rows")
+    assert Run(arm, 0.1, 0).key == before
+    assert Run(grid(parse({**BASE, **section}))[0], 0.1, 0).key != before

@@ -31,7 +31,7 @@ DESCRIBED = [
     (
         {"kind": "span-qa", "columns": {"context": "passage", "question": "q", "answers": "spans"}},
         {"passage": "the cat", "q": "who?", "spans": [{"text": "cat", "answer_start": 4}]},
-        {"context": "the cat", "question": "who?", "answers": {"text": ["cat"], "answer_start": [4]}, "id": "0"},
+        {"context": "the cat", "question": "who?", "answers": {"text": ["cat"], "answer_start": [4]}},
     ),
     (
         {"kind": "summarization", "columns": {"document": "body", "summary": "title"}},

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+import transformers
 from datasets import Dataset
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
@@ -190,6 +191,38 @@ def test_sampling_repeats_itself_and_leaves_the_random_numbers_alone(letters):
     figures = [score(task, model, letters, rows, generation=options, progress=False) for _ in range(2)]
     assert torch.rand(1) == expected
     assert figures[0] == figures[1]
+
+
+def test_sampling_without_a_seed_repeats_itself_too(letters, monkeypatch):
+    task, rows, model = instruction(answer="text"), Dataset.from_dict(PROMPTS), tiny_models.model("instruction")
+    texts, whole = [], loops.generate
+    monkeypatch.setattr(loops, "generate", lambda *given: texts.append(whole(*given)) or texts[-1])
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        score(task, model, letters, rows, generation={"do_sample": True, "max_new_tokens": 8}, progress=False)
+    assert texts[0] == texts[1]
+
+
+def test_a_text_ends_where_the_positions_do(letters):
+    """GPT-2 has no place for a token beyond them."""
+    config = transformers.GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=24)
+    rows = Dataset.from_dict({"prompt": ["a" * 20, "b"], "response": ["c", "d"]})
+    task = instruction(answer="text").limited(max_length=24)
+    figures = score(task, transformers.GPT2LMHeadModel(config), letters, rows, progress=False)
+    assert figures["n"] == 2
+
+
+def test_perplexity_does_not_depend_on_the_batch_or_the_side_of_padding(letters):
+    """GPT-2 counts positions from the first token of the row, padding or not."""
+    config = transformers.GPT2Config(vocab_size=300, n_embd=16, n_layer=2, n_head=2, n_positions=64)
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config)
+    rows = Dataset.from_dict({"prompt": ["a", "b" * 20, "c" * 9], "response": ["x" * 9, "y", "z" * 5]})
+    tokenizer = tiny_models.letters(padding_side="left")
+    task = instruction().limited(max_length=40)
+    one, *others = (score(task, model, tokenizer, rows, batch_size=n, progress=False) for n in (1, 2, 3))
+    for other in others:
+        assert other["perplexity"] == pytest.approx(one["perplexity"], rel=1e-5)
 
 
 def test_gsm8k_is_sampled_as_in_the_paper_if_asked(letters, monkeypatch, tmp_path):

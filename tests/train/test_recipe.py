@@ -122,6 +122,8 @@ def test_all_mistakes_in_one_line(file):
         ("task=7", "task: wanted a valid string, got 7"),
         ("model=", "model: wanted a valid string, got None"),
         ("generation=warm", "generation.preset: wanted 'greedy' or 'paper', got 'warm'"),
+        ("generation={preset: greedy, num_beams: 4}", "num_beams: given beside preset; wanted a preset, or settings"),
+        ("training.disable_tqdm=true", "not to be given here; say nothing: there is one bar"),
     ],
 )
 def test_every_mistake_names_its_key(file, override, wanted):

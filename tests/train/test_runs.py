@@ -1,10 +1,13 @@
 """A run: stopped and continued, lost, finished, somebody else's; and evaluated again later."""
 
+import dataclasses
 import json
+import math
 import shutil
 
 import pytest
 import tiny
+import transformers
 from safetensors.torch import load_file
 
 import models
@@ -12,6 +15,7 @@ from loftq.errors import ConflictError, InputError, NumericalError, UsageError
 from loftq.train.trainer import LoftQTrainer
 from loftq.workflows.evaluate import evaluate
 from loftq.workflows.finetune import finetune
+from loftq.workflows.run import Run
 
 SAVING = {"training.save_strategy": "steps", "training.save_steps": 2}
 
@@ -65,6 +69,76 @@ def test_a_finished_run_is_read_back(place, monkeypatch):
         finetune(recipe.changed(seed=1))
 
 
+def test_rows_or_weights_that_changed_make_another_run(tmp_path):
+    tiny.source(tmp_path / "model")
+    rows = tiny.data(tmp_path / "data") / "validation.jsonl"
+    recipe = tiny.recipe(tmp_path, "lora")
+    finetune(recipe)
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:7]))
+    with pytest.raises(ConflictError, match="a run from before the recipe's data changed; choose another --output, or"):
+        finetune(recipe)
+    assert finetune(recipe, resume=False).metrics["n"] == 7
+    tiny.source(tmp_path / "model", seed=1)
+    with pytest.raises(ConflictError, match="from before the recipe's model changed"):
+        finetune(recipe)
+    (tmp_path / "lora" / "inputs.json").unlink()  # as a version that did not write it leaves a run
+    assert finetune(recipe).metrics["n"] == 7
+
+
+def test_numbers_that_are_not_finite_do_not_lose_a_run(place, monkeypatch):
+    """A gradient that overflows, as half precision skips it, and a metric that is none."""
+    train = LoftQTrainer.train
+
+    def overflowing(self, *args, **kwargs):
+        train(self, *args, **kwargs)
+        self.state.log_history[0]["grad_norm"] = math.inf
+
+    monkeypatch.setattr(LoftQTrainer, "train", overflowing)
+    recipe = tiny.recipe(place, "lora")
+    first = finetune(recipe)
+    assert first.history[0]["grad_norm"] is None
+    assert finetune(recipe) == first
+    run = Run(place / "lora")
+    run.finish(dataclasses.replace(first, metrics={"pearson": math.nan}))
+    assert math.isnan(run.result().metrics["pearson"])
+
+
+def test_what_a_kill_leaves_of_a_file_is_passed_over(place):
+    run = Run(place / "lora")
+    for step, text in ((2, '{"global_step": 2}'), (4, '{"global_'), (6, "")):
+        (run.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
+        (run.checkpoints / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    assert run.last_checkpoint() == str(run.checkpoints / "checkpoint-2")
+    shutil.rmtree(run.root)
+    run.root.mkdir()
+    (run.root / ".recipe.yaml.0123.tmp").write_text("mod")
+    finetune(tiny.recipe(place, "lora", **{"training.max_steps": 1}))
+    assert not list(run.root.glob(".*.tmp"))
+
+
+def test_a_decoder_without_a_token_for_padding_classifies(tmp_path):
+    family = models.FAMILIES["llama"]
+    family.model_class(getattr(transformers, family.config)(**family.options)).save_pretrained(tmp_path / "model")
+    unpadded = tiny.tokenizer()
+    unpadded.pad_token, unpadded.eos_token = None, "[SEP]"
+    unpadded.save_pretrained(tmp_path / "model")
+    tiny.data(tmp_path / "data")
+    recipe = tiny.recipe(tmp_path, "loftq", **{"training.max_steps": 1, "lora.rank": 2})
+    metrics = finetune(recipe).metrics
+    assert evaluate(str(tmp_path / "loftq")).metrics == metrics
+
+
+def test_a_head_with_its_classes_in_another_order_is_refused(place):
+    finetune(tiny.recipe(place, "full"))
+    columns = {"text": "sentence", "label": "label"}
+    names = ["positive", "negative"]
+    task = {"kind": "text-classification", "columns": columns, "labels": names, "max_length": 16}
+    model, data = str(place / "full" / "model"), str(place / "data")
+    with pytest.raises(InputError, match=r"its head has the classes negative, positive, task .* positive, negative"):
+        evaluate(model, task=task, data=data)
+    assert evaluate(model, task={**task, "labels": names[::-1]}, data=data).metrics["n"] == 30
+
+
 def test_restart_replaces_a_run(place):
     first = finetune(tiny.recipe(place, "loftq"))
     again = finetune(tiny.recipe(place, "loftq", seed=1), resume=False)
@@ -103,7 +177,7 @@ def test_what_a_run_leaves(place):
     result = finetune(tiny.recipe(place, "loftq"))
     run = place / "loftq"
     names = {path.name for path in run.iterdir()}
-    assert names == {"recipe.yaml", "metrics.json", "backbone", "adapter", "logs", "checkpoints"}
+    assert names == {"recipe.yaml", "inputs.json", "metrics.json", "backbone", "adapter", "logs", "checkpoints"}
     assert any((run / "logs").glob("events.out.tfevents.*"))
     assert result.metrics.keys() == {"accuracy", "n"}
     assert result.metrics["n"] == 30
@@ -213,7 +287,7 @@ def test_what_cannot_be_evaluated(place):
         ({"output": None}, UsageError, "no output"),
         ({"task": "sst3"}, UsageError, "'sst3' is not one of"),
         ({"model": "none/such dir"}, InputError, "no such directory"),
-        ({"max_length": 41}, UsageError, "max_length: 41 is more than the 40 positions"),
+        ({"max_length": 41}, UsageError, "max_length: 41 tokens are more than the model's 40 positions"),
         ({"data": {"train": "nothing.jsonl"}}, InputError, "nothing.jsonl"),
         ({"data": {"validation": "DATA/validation.jsonl"}}, InputError, "no train split"),
         ({"lora.rank": 80}, UsageError, "the rank must be below the shorter side"),
@@ -233,6 +307,28 @@ def test_what_cannot_be_trained(place, changes, error, wanted):
     assert wanted in str(caught.value)
     assert "\n" not in str(caught.value)
     finetune(tiny.recipe(place, "loftq", **{"training.max_steps": 1}))  # nothing stands in the way of the mended recipe
+
+
+QUESTIONS = {"kind": "span-qa", "columns": {"context": "c", "question": "q", "answers": "a"}, "doc_stride": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "wanted"),
+    [
+        ({"generation": "paper"}, UsageError, "has no setting named 'paper'"),
+        ({"task": QUESTIONS}, InputError, "row 1: its question of 20 tokens leaves too little of max_length 16"),
+    ],
+)
+def test_what_only_the_evaluation_would_refuse_is_refused_first(place, changes, error, wanted):
+    data = tiny.data(place / "own")
+    answered = {"c": "w1 w2 good w3", "a": {"text": ["good"], "answer_start": [6]}}
+    if "task" in changes:
+        for split, words in (("train", 2), ("validation", 20)):
+            row = {**answered, "q": " ".join(["w4"] * words)}
+            (data / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(error, match=wanted):
+        finetune(tiny.recipe(place, "loftq", **changes, data=str(data)))
+    assert not (place / "loftq" / "backbone").exists()
 
 
 def test_a_quantized_model_wants_its_own_method(place):

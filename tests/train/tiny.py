@@ -27,9 +27,9 @@ def tokenizer() -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
 
 
-def source(directory: Path, dropout: float = 0.1) -> Path:
+def source(directory: Path, dropout: float = 0.1, seed: int = 0) -> Path:
     """A random BERT. It has dropout, so that lost random states are noticed."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = transformers.BertConfig(**{**models.BERT, "hidden_dropout_prob": dropout})
     transformers.BertModel(config).save_pretrained(directory)
     tokenizer().save_pretrained(directory)

@@ -65,6 +65,15 @@ def dumps(obj: Any) -> bytes:
     return text.encode("utf-8") + b"\n"
 
 
+def finite(value: Any) -> Any:
+    """``value`` with None for every number in it that is not finite, which JSON has no way to write."""
+    if isinstance(value, dict):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _refused(where: str, problem: str) -> InputError:
     return InputError(f"{where}: {problem}; repair the file or fetch it again")
 

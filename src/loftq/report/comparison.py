@@ -1,7 +1,7 @@
 """Runs side by side: a table shaped like the paper's, as text and Markdown, and two pictures.
 
-A row is what ``loftq compare`` keeps of a finished run: plain values, one JSON object a line. Rows of one task and
-with equal ``settings`` are one arm, which differ in seed and learning rate.
+A row is what ``loftq compare`` keeps of a finished run: plain values, one JSON object a line. Rows of one ``arm``
+differ in seed and learning rate; its ``settings`` are what a table shows of it.
 """
 
 import math
@@ -80,7 +80,7 @@ def arms(rows: Sequence[Row]) -> list[Arm]:
     """The arms of all tasks, in the order in which their first runs came."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["task"], *sorted(row["settings"].items())), []).append(row)
+        groups.setdefault((row["task"], row["arm"]), []).append(row)
     result = []
     for group in groups.values():
         first = group[0]
@@ -138,8 +138,9 @@ def overview(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     tasks = {arm.task: arm.rows[0]["metric"] for arm in found}
     settings = columns(found)
     lines: dict[tuple, dict[str, Arm]] = {}
-    for arm in found:
-        lines.setdefault(tuple(arm.settings.items()), {})[arm.task] = arm
+    for i, arm in enumerate(found):
+        earlier = sum(other.task == arm.task and other.settings == arm.settings for other in found[:i])
+        lines.setdefault((earlier, *arm.settings.items()), {})[arm.task] = arm
     body = []
     lead3 = {task: _lead3([row for row in rows if row["task"] == task]) for task in tasks}
     if any(lead3.values()):
@@ -156,7 +157,7 @@ def overview(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def notes(rows: Sequence[Row]) -> list[str]:
     """What has to be known beside the table: what was equal for all, and every run that did not converge, and why."""
-    first = rows[0]
+    first = next((row for row in rows if row["train_steps"]), rows[0])  # of a lost run little is known
     found = arms(rows)
     lines = [
         f"{first['model']}, {first['task']}, n = {first['n']}; {first['train_steps']} steps for every arm"

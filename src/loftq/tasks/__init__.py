@@ -21,13 +21,13 @@ from loftq.tasks import (
     xsum,
 )
 from loftq.tasks.base import Limits, Measuring, Task
-from loftq.tasks.batches import check_model
-from loftq.tasks.data import load_data
+from loftq.tasks.batches import check_positions
+from loftq.tasks.data import load_data, named_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["Limits", "Task", "get_task", "load_data", "names", "score"]
+__all__ = ["Limits", "Task", "get_task", "load_data", "named_files", "names", "score"]
 
 _TASKS: dict[str, Task] = {
     module.TASK.name: module.TASK
@@ -92,19 +92,19 @@ def score(
 ) -> dict[str, float]:
     """Every metric of the task for a model, and ``n``, the number of rows. Shares are in percent.
 
-    The model is used where it is, without gradients, and left in the mode it was in. In a distributed run one process
-    calls this, with a model that is whole.
+    The model is used where it is, without gradients, and left in the mode it was in. In a distributed run every process
+    calls this with all of the rows, and gets the same.
 
     Args:
         dataset: one split, as ``load_data`` gave it.
-        batch_size: rows at a time; it may change the last digits, not the meaning.
+        batch_size: rows at a time; it changes the last digits, not the meaning.
         generation: see ``Task.generation_options``; for tasks that generate text.
 
     Raises: NumericalError if what the model puts out is not finite; UsageError if the task's lengths do not fit it.
     """
     import torch
 
-    check_model(task.limits, model)
+    check_positions(task.limits, model.config)
     options = Measuring(batch_size, task.generation_options(generation), progress)
     training = model.training
     model.eval()

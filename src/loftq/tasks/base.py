@@ -73,12 +73,11 @@ class Task(ABC):
     auto_class: ClassVar[str]
     peft_task_type: ClassVar[str]
     label_names: ClassVar[tuple[str, ...]] = ("labels",)
-    optional: ClassVar[frozenset[str]] = frozenset()  # roles that a data set may lack
 
     @property
     @abstractmethod
     def roles(self) -> Mapping[str, str]:
-        """Columns of a loaded split, and what stands in them: text, label, id, answers or messages."""
+        """Columns of a loaded split, and what stands in them: text, label, answers or messages."""
 
     @property
     @abstractmethod

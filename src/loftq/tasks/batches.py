@@ -63,14 +63,21 @@ def check_tokenizer(limits: Limits, tokenizer: Any) -> None:
         )
 
 
-def check_model(limits: Limits, model: Any) -> None:
-    """Refuse inputs that are longer than the positions of the model."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions and limits.max_length > positions:
-        raise UsageError(
-            f"max_length: {limits.max_length} tokens are more than the model's {positions} positions; "
-            f"set max_length: {positions} or less"
-        )
+def positions_of(config: Any) -> int | None:
+    """The tokens that a model's configuration says it can read; None if it sets no end to them."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or None
+
+
+def check_positions(limits: Limits, config: Any) -> None:
+    """Refuse inputs and targets that are longer than the positions of the model: the failure would come late."""
+    positions = positions_of(config)
+    for name in ("max_length", "max_target_length"):
+        length = getattr(limits, name)
+        if positions and length and length > positions:
+            raise UsageError(
+                f"{name}: {length} tokens are more than the model's {positions} positions; "
+                f"set {name}: {positions} or less"
+            )
 
 
 def pad_inputs(tokenizer: Any, limits: Limits, model: Any) -> Any:
@@ -92,4 +99,4 @@ def pad_sequences(tokenizer: Any, limits: Limits, model: Any) -> Any:
 
 def _check(limits: Limits, model: Any) -> None:
     if model is not None:
-        check_model(limits, model)
+        check_positions(limits, model.config)

@@ -31,8 +31,6 @@ def canonical(dataset: "Dataset", task: Task, place: str) -> "Dataset":
     dataset = dataset.select_columns(list(found.values())).rename_columns({v: k for k, v in found.items() if v != k})
     for role, name in found.items():
         dataset = _CONVERT[task.roles[role]](dataset, role, task, f"{place}, column {quoted(name)}")
-    if "id" in task.roles and "id" not in found:
-        dataset = dataset.add_column("id", [str(i) for i in range(len(dataset))])  # type: ignore[call-arg]
     return dataset
 
 
@@ -43,7 +41,7 @@ def _found(dataset: "Dataset", task: Task, place: str) -> dict[str, str]:
         name = next((n for n in accepted if n in dataset.column_names), None)
         if name is not None:
             found[role] = name
-        elif role not in task.optional:
+        else:
             missing.append(" or ".join(map(quoted, accepted)))
     if missing:
         raise InputError(
@@ -64,10 +62,6 @@ def _text(dataset: "Dataset", role: str, task: Task, where: str) -> "Dataset":
         if not isinstance(value, str):
             raise _broken(where, row, value, "text")
     return dataset.cast_column(role, Value("string"))
-
-
-def _id(dataset: "Dataset", role: str, task: Task, where: str) -> "Dataset":
-    return _replaced(dataset, role, [str(value) for value in dataset[role]])
 
 
 def _label(dataset: "Dataset", role: str, task: Task, where: str) -> "Dataset":
@@ -100,7 +94,6 @@ def _messages(dataset: "Dataset", role: str, task: Task, where: str) -> "Dataset
 
 _CONVERT: dict[str, Callable[..., "Dataset"]] = {
     "text": _text,
-    "id": _id,
     "label": _label,
     "answers": _answers,
     "messages": _messages,

@@ -29,13 +29,9 @@ def load_data(
     Raises: UsageError for options that cannot be meant; InputError for a missing file or column, an empty set, a
         broken row or an unknown label, naming all three; StorageError if the hub cannot be reached.
     """
-    options = {"directory": str(data)} if isinstance(data, (str, Path)) else dict(data or {})
+    options = _options(data)
     limits = {name: _count(name, options.pop(name, None)) for name in OPTIONS[1:]}
-    directory = options.pop("directory", None)
-    _check_splits(options, task)
-    named = {split: files.expanded(split, given) for split, given in options.items()}
-    if directory is not None:
-        named = {**files.in_directory(Path(directory).expanduser(), _names(task)), **named}
+    named = named_files(task, options)
     if named:
         available, source = tuple(named), "the data given"
     elif task.hub is not None:
@@ -56,6 +52,24 @@ def load_data(
         limit = limits["max_train_samples" if split == "train" else "max_eval_samples"]
         result[split] = rows if limit is None else rows.select(range(min(limit, len(rows))))
     return result
+
+
+def named_files(task: Task, data: str | Path | Mapping[str, Any] | None) -> dict[str, list[Path]]:
+    """split -> the local files that ``data`` names for it, as :func:`load_data` takes it; nothing for the hub's data.
+
+    Raises: UsageError for splits that the task does not have; InputError for files that are not there.
+    """
+    options = {name: given for name, given in _options(data).items() if name not in OPTIONS[1:]}
+    directory = options.pop("directory", None)
+    _check_splits(options, task)
+    named = {split: files.expanded(split, given) for split, given in options.items()}
+    if directory is not None:
+        named = {**files.in_directory(Path(directory).expanduser(), _names(task)), **named}
+    return named
+
+
+def _options(data: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
+    return {"directory": str(data)} if isinstance(data, (str, Path)) else dict(data or {})
 
 
 def _count(name: str, value: Any) -> int | None:

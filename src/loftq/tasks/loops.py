@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from loftq.errors import NumericalError
 from loftq.tasks.base import Measuring
+from loftq.tasks.batches import positions_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,6 +52,8 @@ def loss(model: Any, prepared: "Dataset", collate: Collate, options: Measuring) 
 def generate(model: Any, tokenizer: Any, prompts: "Dataset", collate: Collate, options: Measuring) -> list[str]:
     """The text that the model adds to every prompt, or, of an encoder and decoder, makes of it.
 
+    A text ends where the model's positions do. Sampling without a ``seed`` has 0, so that it can be repeated.
+
     Raises: NumericalError if a token's score is not a number; the text would be any.
     """
     import torch
@@ -61,17 +64,17 @@ def generate(model: Any, tokenizer: Any, prompts: "Dataset", collate: Collate, o
         return scores
 
     settings = dict(options.generation)
-    seed = settings.pop("seed", None)
+    seed, most = settings.pop("seed", 0), settings.pop("max_new_tokens")
     texts = [""] * len(prompts)
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices, enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
         for rows, batch in _batches(model, prompts, collate, options):
+            start = 0 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
+            settings["max_new_tokens"] = min(most, (positions_of(model.config) or math.inf) - start)
             ids = model.generate(
                 **batch, **settings, use_cache=True, pad_token_id=tokenizer.pad_token_id, logits_processor=[check]
             )
-            start = 0 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
             for row, text in zip(rows, tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True), strict=True):
                 texts[row] = text
     return texts

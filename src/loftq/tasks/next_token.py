@@ -23,7 +23,7 @@ class NextToken(Task):
         return {}
 
     def collator(self, tokenizer: Any, model: Any = None) -> Any:
-        return batches.pad_sequences(batches.padding(tokenizer), self.limits, model)
+        return batches.pad_sequences(batches.padding(tokenizer, "right"), self.limits, model)
 
     def trainer_metrics(self, examples: "Dataset", prepared: "Dataset", tokenizer: Any) -> None:
         return None

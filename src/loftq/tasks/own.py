@@ -72,7 +72,6 @@ class _QAColumns(Strict):
     context: Name
     question: Name
     answers: Name
-    id: Name | None = None
 
 
 class _SpanQA(_Own):

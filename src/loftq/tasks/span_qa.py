@@ -30,11 +30,10 @@ class SpanQA(Task):
     auto_class: ClassVar[str] = "AutoModelForQuestionAnswering"
     peft_task_type: ClassVar[str] = "QUESTION_ANS"
     label_names: ClassVar = ("start_positions", "end_positions")
-    optional: ClassVar = frozenset({"id"})
 
     @property
     def roles(self) -> dict[str, str]:
-        return {"id": "id", "context": "text", "question": "text", "answers": "answers"}
+        return {"context": "text", "question": "text", "answers": "answers"}
 
     @property
     def main_metric(self) -> str:

@@ -7,6 +7,6 @@ TASK = SpanQA(
     name="squad",
     version=1,
     hub=Hub(path="rajpurkar/squad", splits=plain_splits("train", "validation")),
-    columns={"id": ("id",), "context": ("context",), "question": ("question",), "answers": ("answers",)},
+    columns={"context": ("context",), "question": ("question",), "answers": ("answers",)},
     limits=Limits(max_length=384, doc_stride=128),
 )

@@ -38,7 +38,7 @@ def training_arguments(recipe: Recipe, task: Task, checkpoints: Path) -> Seq2Seq
             generation_max_length=task.limits.max_target_length if generating else None,
             disable_tqdm=True,  # our own bar, below
             logging_nan_inf_filter=False,
-            **{k: v for k, v in given.items() if k not in ("disable_tqdm", "logging_nan_inf_filter")},
+            **given,
         )
     except (ValueError, ImportError, TypeError, RuntimeError) as e:
         raise UsageError(f"training: {' '.join(str(e).split())}") from e

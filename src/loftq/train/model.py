@@ -8,13 +8,14 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from loftq.errors import InputError, UsageError, listed, quoted
+from loftq.errors import InputError, listed, quoted
 from loftq.nn.start import load_start, new_adapter
 from loftq.tasks import Task
+from loftq.tasks.batches import check_positions, padding
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -25,12 +26,27 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise InputError(f"{quoted(directory)}: no tokenizer that can be read: {_first_line(e)}") from e
 
 
-def load_model(task: Task, directory: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, list[str]]:
+def load_config(directory: Path) -> PretrainedConfig:
+    """The ``config.json`` of a checkpoint. InputError for one that transformers does not know."""
+    try:
+        return transformers.AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as e:
+        raise InputError(f"{quoted(directory)}: no configuration that can be read: {_first_line(e)}") from e
+
+
+def load_model(
+    task: Task, directory: Path, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedModel, list[str]]:
     """A dense or packed checkpoint in the task's class, and the modules that it has no weights for.
 
-    Raises: InputError if transformers cannot make that class of it.
+    A model that does not know which token is padding is told the tokenizer's, or the one that ends a text.
+
+    Raises: InputError if transformers cannot make that class of it, or its head has the task's classes in another
+        order; UsageError if the task's lengths do not fit it.
     """
     auto: Any = getattr(transformers, task.auto_class)
+    config = load_config(directory)
+    check_positions(task.limits, config)
     try:
         model, found = auto.from_pretrained(directory, dtype=dtype, output_loading_info=True, **task.model_options())
     except (OSError, ValueError, KeyError, RuntimeError) as e:
@@ -38,7 +54,10 @@ def load_model(task: Task, directory: Path, dtype: torch.dtype) -> tuple[PreTrai
             raise
         raise InputError(f"{quoted(directory)}: cannot be loaded as {task.auto_class}: {_first_line(e)}") from e
     new = {name.rpartition(".")[0] for name in (*found["missing_keys"], *(k[0] for k in found["mismatched_keys"]))}
-    _check_lengths(model, task)
+    if not new:
+        _check_labels(task, config, directory)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = padding(tokenizer).pad_token_id
     return model, sorted(new)
 
 
@@ -106,15 +125,16 @@ def _trainable_in_float32(model: Any) -> Any:
     return model
 
 
-def _check_lengths(model: nn.Module, task: Task) -> None:
-    """UsageError for texts longer than a table of positions: the failure would come late, and name an index."""
-    limits = {"max_length": task.limits.max_length, "max_target_length": task.limits.max_target_length}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Embedding) or not name.endswith(("position_embeddings", "embed_positions", "wpe")):
-            continue
-        for key, length in limits.items():
-            if length and length > module.num_embeddings:
-                raise UsageError(f"{key}: {length} is more than the {module.num_embeddings} positions of the model")
+def _check_labels(task: Task, config: PretrainedConfig, directory: Path) -> None:
+    """InputError for a trained head whose rows are the task's classes in another order: it would be scored by them."""
+    labels = tuple(getattr(task, "labels", ()))
+    theirs = tuple((config.id2label or {}).values())
+    ours, own = ([name.lower() for name in names] for names in (labels, map(str, theirs)))
+    if own != ours and sorted(own) == sorted(ours):
+        raise InputError(
+            f"{quoted(directory)}: its head has the classes {listed(theirs)}, task {quoted(task.name)} has them as "
+            f"{listed(labels)}; put the rows of the head, and id2label in config.json, in that order"
+        )
 
 
 def _first_line(error: Exception) -> str:

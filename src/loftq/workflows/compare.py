@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,17 +19,23 @@ import torch
 import loftq
 from loftq.errors import ConflictError, InputError, NumericalError, UsageError
 from loftq.formats import fsio, strict_json
-from loftq.recipe import SOLVER, Quantization, Recipe
+from loftq.formats.source import open_checkpoint
+from loftq.formats.tensorfile import DTYPES
+from loftq.recipe import Quantization, Recipe
 from loftq.report.comparison import page
 from loftq.report.comparison_plots import plot_bytes, plot_losses
 from loftq.spec import code_for, default_preset
+from loftq.tasks import Task
 from loftq.train.model import load_tokenizer
-from loftq.workflows.finetune import finetune, read_data, task_of
+from loftq.workflows.finetune import finetune
 from loftq.workflows.grid import Arm, Run, grid, schedule
+from loftq.workflows.inputs import read_data, task_of
 from loftq.workflows.run import Run as PlaceOfRun
 from loftq.workflows.run import RunResult
 from loftq.workflows.source import resolve
 from loftq.workflows.verdict import constant_answer, failure
+
+TOLD = {"bits", "budget", "code", "preset", "steps", "order", "scales", "calibrate", "calibration_samples"}
 
 Row = dict[str, Any]
 Begin = Callable[[int], Callable[[Row], None]]  # given the number of runs; what it returns, the row of every run
@@ -134,31 +141,33 @@ def _taken(
         done = _by_key(file).get(run.key)  # by another process, meanwhile
         if done:
             return done
-        row = {**_row(run, directory, keep), **about}
+        place = directory / "runs" / f"{run.arm.recipe.method}-{run.key}"
+        row = {**_row(run, place, directory / "backbones"), **about}
         locks.enter_context(fsio.DirectoryLock(directory / "rows.lock", wait=True))
         rows = {**_by_key(file), run.key: row}
         places = {other.key: place for place, other in enumerate(schedule(grids, rows))}
         ordered = sorted(rows.values(), key=lambda r: places.get(r["key"], -1))
-        fsio.write_atomic(file, [json.dumps(r).encode() + b"\n" for r in ordered])
+        fsio.write_atomic(file, [json.dumps(r, allow_nan=False).encode() + b"\n" for r in ordered])
+        fsio.remove_tree(place if not keep or not row["metrics"] else place / "checkpoints")
         return row
 
 
-def _row(run: Run, directory: Path, keep: bool) -> Row:
+def _row(run: Run, place: Path, backbones: Path) -> Row:
     """Fine-tune, and say what came out."""
-    place = directory / "runs" / f"{run.arm.recipe.method}-{run.key}"
     recipe = run.recipe.changed(output=str(place))
     task = task_of(recipe)
     began = time.monotonic()
     result: RunResult | None = None
     try:
         resume = not PlaceOfRun(place).is_of_another(recipe)  # which an earlier version, with other defaults, left
-        result = finetune(recipe, backbone_cache=directory / "backbones", resume=resume)
+        result = finetune(recipe, backbone_cache=backbones, resume=resume)
         reason = failure(result.metrics, *_constant_answer(recipe))
     except NumericalError as e:
         reason = str(e)
     metrics = dict(result.metrics) if result else {}
     row = {
         "key": run.key,
+        "arm": run.arm.key,
         "task": task.name,
         "task_version": task.version,
         "model": Path(recipe.model).name,
@@ -169,7 +178,7 @@ def _row(run: Run, directory: Path, keep: bool) -> Row:
         "metric": task.main_metric,
         "greater_is_better": task.greater_is_better,
         "metrics": {name: round(value, 4) for name, value in metrics.items() if name != "n"},
-        "before": _before(result),
+        "before": _before(result, task),
         "n": metrics.get("n"),
         "failed": reason,
         "constant_answer": round(_constant_answer(recipe)[1], 4),
@@ -179,22 +188,24 @@ def _row(run: Run, directory: Path, keep: bool) -> Row:
         "train_seconds": round(result.seconds, 1) if result else None,
         "seconds": round(time.monotonic() - began, 1),
         **origin(),
+        "date": datetime.date.today().isoformat(),
     }
-    fsio.remove_tree(place if not keep or result is None else place / "checkpoints")
-    return row
+    return strict_json.finite(row)
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
-    """What distinguishes the arms of a comparison, as its table names it."""
+    """What distinguishes the arms of a comparison, as its table names it. Dense weights count as they are stored."""
     lora, quantization = recipe.lora, recipe.quantization or Quantization()
     if recipe.method == "full":
-        return {"method": "full", "bits": "16"}
+        return {"method": "full", "bits": "32"}  # trained and saved in float32
     adapter = {"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout, "rslora": lora.rslora}
     adapter["embeddings"] = quantization.embeddings
+    adapter |= lora.model_dump(exclude_defaults=True, include={"rank_policy"})
     if recipe.method == "lora":
-        return {"method": "lora", "bits": "16", **adapter}
+        chosen = {"modules": quantization.bits} if "=" in quantization.bits else {}
+        return {"method": "lora", "bits": str(_dense_bits(recipe.model)), **adapter, **chosen}
     spec = quantization.solver(recipe.method)
-    asked = quantization.model_dump(exclude_defaults=True, exclude={"bits", "budget", "code", *SOLVER})
+    asked = quantization.model_dump(exclude_defaults=True, exclude=TOLD)
     if quantization.calibrate and recipe.method == "loftq":
         asked |= {"calibrate": Path(quantization.calibrate).name, "samples": quantization.calibration_samples}
     bits = f"≤{quantization.budget}" if quantization.budget else quantization.bits
@@ -205,19 +216,28 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     return {"method": recipe.method, **stored, **adapter, **solver}
 
 
+def _dense_bits(model: str) -> int:
+    """Bits of a weight of a dense checkpoint, as most of its weights are stored."""
+    counts: Counter[int] = Counter()
+    for tensor in open_checkpoint(resolve(model)).tensors.values():
+        counts[8 * DTYPES[tensor.dtype].itemsize] += math.prod(tensor.shape)
+    return counts.most_common(1)[0][0]
+
+
 def _codes(quantization: Quantization, scales: str) -> str:
     """The code; both that ``auto`` may stand for, where the widths leave it open."""
     widths = (2,) if quantization.bits == "2" else (4,) if quantization.bits in ("3", "4", "8") else (2, 4)
     return "/".join(dict.fromkeys(code_for(quantization.code, bits, scales) for bits in widths))
 
 
-def _before(result: RunResult | None) -> dict[str, float] | None:
-    """The task's figures before the first step, if ``training.eval_on_start`` had them measured."""
+def _before(result: RunResult | None, task: Task) -> dict[str, float] | None:
+    """The task's figures before the first step, if ``training.eval_on_start`` had them measured on a reported split."""
     first = next((h for h in result.history if h["step"] == 0 and "eval_loss" in h), None) if result else None
-    if first is None:
+    if result is None or first is None or task.dev_split(result.splits) is None:
         return None
-    measured = {k.removeprefix("eval_"): v for k, v in first.items() if isinstance(v, float) and k.startswith("eval_")}
-    return {**measured, "perplexity": math.exp(min(measured["loss"], 700.0))}
+    if "perplexity" in result.metrics:
+        return {"perplexity": math.exp(min(first["eval_loss"], 700.0))}
+    return {name: first[f"eval_{name}"] for name in result.metrics if f"eval_{name}" in first}
 
 
 def _constant_answer(recipe: Recipe) -> tuple[str, float]:
@@ -236,7 +256,7 @@ _constants: dict[str, tuple[str, float]] = {}
 
 @functools.cache
 def origin() -> dict[str, Any]:
-    """Where a row was made: version and commit of this package, device, day."""
+    """Where a row was made: version and commit of this package, device."""
     place = Path(loftq.__file__).parent
     git = ["git", "-C", str(place)]
     try:
@@ -248,5 +268,4 @@ def origin() -> dict[str, Any]:
         commit = "release"
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
-    today = datetime.date.today().isoformat()
-    return {"version": loftq.__version__, "commit": commit, "device": device, "torch": torch.__version__, "date": today}
+    return {"version": loftq.__version__, "commit": commit, "device": device, "torch": torch.__version__}

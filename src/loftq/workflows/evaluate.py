@@ -11,7 +11,8 @@ from loftq.errors import InputError, UsageError, quoted
 from loftq.recipe import Recipe, parse
 from loftq.tasks import Task, names
 from loftq.train.model import add_start, load_adapter, load_model, load_tokenizer, refuse_untrained
-from loftq.workflows.finetune import evaluate_splits, read_data, task_of
+from loftq.workflows.finetune import evaluate_splits
+from loftq.workflows.inputs import read_data, task_of
 from loftq.workflows.places import MANIFEST
 from loftq.workflows.run import Run
 from loftq.workflows.source import resolve
@@ -58,10 +59,10 @@ def evaluate(
     recipe = recipe.changed(**{key: value for key, value in changes.items() if value is not None})
     known = task_of(recipe)
     rows = read_data(recipe, known, list(splits) or None)
-    model, place = _model(known, recipe, run if is_run else None, adapter)
+    model, tokenizer = _model(known, recipe, run if is_run else None, adapter)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     wanted = {split: rows[split] for split in splits or known.eval_splits(rows)}
-    metrics = evaluate_splits(recipe, known, model, load_tokenizer(place), wanted, batch_size)
+    metrics = evaluate_splits(recipe, known, model, tokenizer, wanted, batch_size)
     return Evaluation(target, known.identity, list(wanted), metrics)
 
 
@@ -71,8 +72,8 @@ def _recipe_for(target: str, task: Any) -> Recipe:
     return parse({"model": target, "task": task, "method": "full"})
 
 
-def _model(task: Task, recipe: Recipe, run: Run | None, adapter: Path | None) -> tuple[Any, Path]:
-    """The model, and where its tokenizer is."""
+def _model(task: Task, recipe: Recipe, run: Run | None, adapter: Path | None) -> tuple[Any, Any]:
+    """The model and its tokenizer."""
     if run is not None:
         if adapter is not None:
             raise UsageError("--adapter is for a model; a run has its own")
@@ -83,11 +84,12 @@ def _model(task: Task, recipe: Recipe, run: Run | None, adapter: Path | None) ->
         dtype: Any = torch.bfloat16 if recipe.training.get("bf16") and adapter else torch.float32
     else:
         base, dtype = resolve(recipe.model), "auto"
-    model, new_modules = load_model(task, base, dtype)
+    tokenizer = load_tokenizer(base)
+    model, new_modules = load_model(task, base, dtype, tokenizer)
     if adapter is not None:
-        return load_adapter(model, adapter, new_modules), base
+        return load_adapter(model, adapter, new_modules), tokenizer
     refuse_untrained(new_modules, base)
-    return (add_start(model, base, 0.0) if (base / MANIFEST).is_file() else model), base
+    return (add_start(model, base, 0.0) if (base / MANIFEST).is_file() else model), tokenizer
 
 
 def _base(run: Run, recorded: Path) -> Path:

@@ -16,20 +16,21 @@ from transformers import Seq2SeqTrainingArguments, set_seed
 
 import loftq
 from loftq.errors import InputError, UsageError, quoted
-from loftq.formats import fsio
+from loftq.formats import fsio, strict_json
 from loftq.formats.layouts import LAYOUTS
 from loftq.nn.convert import FIELDS
 from loftq.plan import Policy
 from loftq.recipe import SOLVER, Quantization, Recipe
 from loftq.spec import statistics_kind
-from loftq.tasks import Task, get_task, load_data, score
+from loftq.tasks import Task, score
+from loftq.tasks.batches import check_positions
 from loftq.tasks.next_token import NextToken
 from loftq.train.arguments import training_arguments
-from loftq.train.model import add_lora, add_start, load_model, load_tokenizer, precision, save
+from loftq.train.model import add_lora, add_start, load_config, load_model, load_tokenizer, precision, save
 from loftq.train.trainer import LoftQTrainer, callbacks
 from loftq.workflows.assemble import adapter_of
 from loftq.workflows.check import read_manifest
-from loftq.workflows.grid import contents
+from loftq.workflows.inputs import contents, held, read_data, task_of
 from loftq.workflows.places import MANIFEST
 from loftq.workflows.quantize import Begin, QuantizeOptions, quantize
 from loftq.workflows.run import Run, RunResult
@@ -58,7 +59,7 @@ def finetune(
     task = task_of(recipe)
     arguments = training_arguments(recipe, task, run.checkpoints)
     processes = PartialState()
-    with run.claimed(recipe, resume) if processes.is_main_process else nullcontext():
+    with run.claimed(recipe, held(recipe), resume) if processes.is_main_process else nullcontext():
         processes.wait_for_everyone()
         result = run.result() or _work(recipe, task, arguments, run, backbone_cache, begin)
         processes.wait_for_everyone()
@@ -86,10 +87,14 @@ def _work(
             f"{', '.join(data)}; add one, or leave out training.eval_strategy, eval_on_start and load_best_model_at_end"
         )
     tokenizer = load_tokenizer(source)
+    check_positions(task.limits, load_config(source))
+    task.generation_options(recipe.generation.choice)
+    with arguments.main_process_first():
+        rows = {split: task.prepare(data[split], tokenizer, train=split == "train") for split in ("train", *splits)}
     base = _backbone(recipe, source, run, cache, begin, writing)
     set_seed(recipe.seed)
-    model = _model(recipe, task, base, arguments)
-    trainer = _trainer(task, model, tokenizer, data, arguments, run)
+    model = _model(recipe, task, base, arguments, tokenizer)
+    trainer = _trainer(task, model, tokenizer, data, rows, arguments, run)
     began = time.monotonic()
     trainer.train(resume_from_checkpoint=run.last_checkpoint())
     seconds = time.monotonic() - began
@@ -100,7 +105,7 @@ def _work(
         seed=recipe.seed,
         metrics=evaluate_splits(recipe, task, trainer.model, tokenizer, splits),
         splits=list(splits),
-        history=trainer.state.log_history,
+        history=strict_json.finite(trainer.state.log_history),
         steps=trainer.state.global_step,
         epochs=float(trainer.state.epoch or 0),
         seconds=round(seconds, 3),
@@ -114,20 +119,6 @@ def _work(
     if writing:
         run.finish(result)
     return result
-
-
-def task_of(recipe: Recipe) -> Task:
-    """The task with the recipe's limits."""
-    limits = {k: getattr(recipe, k) for k in ("max_length", "max_target_length", "doc_stride")}
-    return get_task(recipe.task, **limits)
-
-
-def read_data(recipe: Recipe, task: Task, splits: list[str] | None = None) -> dict[str, Dataset]:
-    """Split -> rows, as many of the first as the recipe wants."""
-    limits = recipe.data
-    data = load_data(task, limits.source, splits)
-    most = {name: limits.max_train_samples if name == "train" else limits.max_eval_samples for name in data}
-    return {name: rows.select(range(min(most[name] or len(rows), len(rows)))) for name, rows in data.items()}
 
 
 def evaluate_splits(
@@ -221,10 +212,10 @@ def _digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _model(recipe: Recipe, task: Task, base: Path, arguments: Seq2SeqTrainingArguments) -> Any:
+def _model(recipe: Recipe, task: Task, base: Path, arguments: Seq2SeqTrainingArguments, tokenizer: Any) -> Any:
     """What is trained. A frozen backbone may be held in bfloat16; what is trained is float32."""
     dtype = torch.bfloat16 if arguments.bf16 and recipe.method != "full" else torch.float32
-    model, new_modules = load_model(task, base, dtype)
+    model, new_modules = load_model(task, base, dtype, tokenizer)
     if recipe.method == "full":
         return model
     if recipe.method == "lora":
@@ -236,20 +227,25 @@ def _model(recipe: Recipe, task: Task, base: Path, arguments: Seq2SeqTrainingArg
 
 
 def _trainer(
-    task: Task, model: Any, tokenizer: Any, data: dict[str, Dataset], arguments: Seq2SeqTrainingArguments, run: Run
+    task: Task,
+    model: Any,
+    tokenizer: Any,
+    data: dict[str, Dataset],
+    rows: dict[str, Dataset],
+    arguments: Seq2SeqTrainingArguments,
+    run: Run,
 ) -> LoftQTrainer:
+    """``rows``: the splits of ``data`` that are prepared already."""
     watched = task.dev_split(data) if _watches(arguments) else None
     dev = metrics = None
-    with arguments.main_process_first():
-        rows = task.prepare(data["train"], tokenizer, train=True)
-        if watched is not None:
-            dev = task.prepare(data[watched], tokenizer, train=False)
-            metrics = task.trainer_metrics(data[watched], dev, tokenizer)
+    if watched is not None:
+        dev = rows[watched] if watched in rows else task.prepare(data[watched], tokenizer, train=False)
+        metrics = task.trainer_metrics(data[watched], dev, tokenizer)
     return LoftQTrainer(
         model=model,
         counts_tokens=isinstance(task, NextToken),
         args=arguments,
-        train_dataset=rows,
+        train_dataset=rows["train"],
         eval_dataset=dev,
         data_collator=task.collator(tokenizer, model),
         processing_class=tokenizer,
@@ -264,7 +260,7 @@ def _watches(arguments: Seq2SeqTrainingArguments) -> bool:
 
 
 def _sizes(recipe: Recipe, run: Run, base: Path) -> dict[str, int]:
-    """Bytes of weights on disk."""
+    """Bytes of weights on disk, dense ones in the type they are stored in."""
     place = run.model if recipe.method == "full" else base
     adapter = run.adapter / "adapter_model.safetensors"
     return {

@@ -14,13 +14,11 @@ seeds of its own; data, their order, steps and batch are the recipe's, so they a
 """
 
 import functools
-import glob
 import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -29,8 +27,7 @@ from loftq.errors import UsageError, quoted
 from loftq.recipe import Quantization, Recipe, Strict, section
 from loftq.report.comparison import chosen_rate
 from loftq.spec import BITS, code_for
-
-NOT_ESSENTIAL = {"output", "note", "compare"}
+from loftq.workflows.inputs import NOT_ESSENTIAL, held
 
 
 class Open(Strict):
@@ -50,7 +47,8 @@ class Section(Open):
 class Arm:
     """One way to fine-tune: a recipe whose learning rate and seed are still open.
 
-    The first seed chooses one of the learning rates, the other seeds repeat it.
+    The first seed chooses one of the learning rates, the other seeds repeat it. What the files hold is looked at once,
+    so that one that changes while the runs are under way does not make other runs of them.
     """
 
     recipe: Recipe
@@ -64,7 +62,15 @@ class Arm:
     @functools.cached_property
     def key(self) -> str:
         """Names the arm in the rows; equal for equal arms, whatever the seed and the learning rate."""
-        return digest(self.recipe.changed(**{"seed": 0, "training.learning_rate": 1.0}))
+        return self.digest(seed=0, learning_rate=1.0)
+
+    def digest(self, *, seed: int, learning_rate: float) -> str:
+        """Twelve digits for everything that the result of a run depends on."""
+        return digest(self.recipe.changed(**{"seed": seed, "training.learning_rate": learning_rate}), self._held)
+
+    @functools.cached_property
+    def _held(self) -> dict[str, Any]:
+        return held(self.recipe)
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class Run:
 
     @functools.cached_property
     def key(self) -> str:
-        return digest(self.recipe)
+        return self.arm.digest(seed=self.seed, learning_rate=self.learning_rate)
 
 
 def grid(recipe: Recipe) -> tuple[Arm, ...]:
@@ -95,7 +101,12 @@ def grid(recipe: Recipe) -> tuple[Arm, ...]:
     arms: dict[str, Arm] = {}
     for number, block in enumerate(parsed.arms, 1):
         for arm in _arms(recipe, block, parsed, f"compare.arms, block {number}"):
-            arms.setdefault(arm.key, arm)
+            known = arms.setdefault(arm.key, arm)
+            if (known.learning_rates, known.seeds) != (arm.learning_rates, arm.seeds):
+                raise UsageError(
+                    f"compare.arms, block {number}: an arm of an earlier block again ({arm.recipe.method}), with other "
+                    "learning_rates or seeds; give all of an arm's in one block"
+                )
     return tuple(arms.values())
 
 
@@ -116,42 +127,21 @@ def schedule(grids: Sequence[Sequence[Arm]], rows: Mapping[str, Mapping[str, Any
                 yield Run(arm, rate, arm.seeds[j])
 
 
-def digest(recipe: Recipe) -> str:
-    """Twelve digits for everything that a run's result depends on; of local files their content, not their place.
+def digest(recipe: Recipe, held: Mapping[str, Any]) -> str:
+    """Twelve digits for everything that a run's result depends on; of local files what they hold, not their place.
 
     A value equal to its default does not count, so that rows outlive a new key; a changed default makes them wrong, but
     for the solver's, which all count.
     """
-    values = recipe.model_dump(mode="json", exclude_none=True, exclude_defaults=True, exclude=NOT_ESSENTIAL)
+    values = recipe.model_dump(mode="json", exclude_none=True, exclude_defaults=True, exclude={*NOT_ESSENTIAL, "model"})
     if recipe.method == "loftq":  # the solver as it is, for presets and defaults may change
         given = recipe.quantization or Quantization()
         spec = given.solver("loftq")
         values["solver"] = {**asdict(spec), "codes": [code_for(given.code, bits, spec.scales) for bits in BITS]}
-    values["model"] = contents(recipe.model)
-    if "calibrate" in values.get("quantization", {}):
-        values["quantization"]["calibrate"] = contents(values["quantization"]["calibrate"])
-    data = recipe.to_dict()["data"]
-    values["data"] = {k: contents(v) if isinstance(v, (str, list)) else v for k, v in data.items()}
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    values["data"] = recipe.data.model_dump(include={"max_train_samples", "max_eval_samples"}, exclude_none=True)
+    values.get("quantization", {}).pop("calibrate", None)
+    text = json.dumps({**values, "held": held}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def contents(place: str | list[str]) -> list[Any]:
-    """What a directory, file, glob or list of them holds; a name that is nothing local, as it is."""
-    if isinstance(place, list):
-        return [contents(one) for one in place]
-    found = [Path(p) for p in sorted(glob.glob(str(Path(place).expanduser()), recursive=True))]
-    files = [
-        f for p in found for f in (sorted(p.iterdir()) if p.is_dir() else [p]) if f.suffix != ".md" and f.is_file()
-    ]
-    return [[f.name, *_start(f, f.stat().st_size, f.stat().st_mtime_ns)] for f in files] or [place]
-
-
-@functools.lru_cache(maxsize=1024)
-def _start(file: Path, size: int, changed: int) -> tuple[int, str]:
-    """Size and SHA-256 of the first MiB, by which two models of one shape differ."""
-    with file.open("rb") as opened:
-        return size, hashlib.sha256(opened.read(1 << 20)).hexdigest()
 
 
 def _best(arm: Arm, rows: Mapping[str, Mapping[str, Any]]) -> float | None:
@@ -191,7 +181,8 @@ def essential(recipe: Recipe) -> Recipe:
         return recipe.changed(quantization=None, lora={})
     if recipe.method == "qlora":
         unused = dict.fromkeys(("quantization.order", "quantization.preset", "quantization.calibrate"))
-        return recipe.changed(**{**unused, "quantization.steps": 0, "quantization.calibration_samples": 128})
+        defaults = {"quantization.steps": 0, "quantization.svd": "auto", "quantization.calibration_samples": 128}
+        return recipe.changed(**unused, **defaults)
     if recipe.method == "lora" and recipe.quantization:
         given = recipe.quantization  # decides which modules get an adapter; widths do only where a pattern leaves some
         kept = {"embeddings": given.embeddings, "min_coverage": given.min_coverage}

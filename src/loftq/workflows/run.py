@@ -1,5 +1,7 @@
 """The directory of a run: what lies where, and whose it is."""
 
+import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -10,9 +12,8 @@ from loftq import recipe as recipes
 from loftq.errors import ConflictError, InputError, listed, quoted
 from loftq.formats import fsio, strict_json
 from loftq.recipe import Recipe
+from loftq.workflows.inputs import NOT_ESSENTIAL
 from loftq.workflows.places import differences
-
-NOT_IDENTITY = {"output", "note", "compare"}  # may differ between two recipes of one run
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,11 @@ class RunResult:
 
     Attributes:
         metrics: of the task's first split by their names, of further ones with the split's name before them; shares in
-            percent.
-        history: what the trainer logged, step by step: losses, learning rates, evaluations.
+            percent; NaN where one is not finite.
+        history: what the trainer logged, step by step: losses, learning rates, evaluations; None for numbers that are
+            not finite, such as the norm of a gradient that overflowed.
         bytes: size on disk of ``backbone`` and ``adapter``; of a fully trained model, ``backbone`` alone.
-        seconds: of training alone.
+        seconds: of training alone, since the last start.
     """
 
     task: str
@@ -49,38 +51,52 @@ class Run:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.recipe, self.metrics = root / "recipe.yaml", root / "metrics.json"
+        self.recipe, self.held, self.metrics = root / "recipe.yaml", root / "inputs.json", root / "metrics.json"
         self.backbone, self.checkpoints, self.logs = root / "backbone", root / "checkpoints", root / "logs"
         self.adapter, self.model = root / "adapter", root / "model"
 
     @contextmanager
-    def claimed(self, recipe: Recipe, resume: bool) -> Iterator[None]:
+    def claimed(self, recipe: Recipe, held: dict[str, Any], resume: bool) -> Iterator[None]:
         """Keep others out of the directory, and see to it that what lies there belongs to ``recipe``.
 
         Args:
+            held: what the files that the recipe names hold, of :func:`loftq.workflows.inputs.held`.
             resume: continue what an earlier run of the recipe left; else that is removed first.
 
-        Raises: ConflictError for a directory of another recipe, or of something else.
+        Raises: ConflictError for a directory of another recipe, of other rows or weights, or of something else.
         """
         fsio.make_dirs(self.root)
         with fsio.DirectoryLock(self.root / "lock"):
+            for leftover in self.root.glob(".*.tmp"):
+                fsio.remove(leftover)
             if not self.recipe.exists():
                 strangers = listed(p.name for p in self.root.iterdir() if p.name not in ("lock", "backbone"))
                 if strangers:
                     raise ConflictError(f"{self.root}: no run, and not empty ({strangers}); choose another --output")
             elif resume and self.begun:
-                changed = listed(differences(identity(self.read_recipe()), identity(recipe)))
-                if changed:
-                    raise ConflictError(
-                        f"{self.root}: holds a run of another recipe ({changed}); choose another --output, or "
-                        "--restart to replace it"
-                    )
+                self._check_same(recipe, held)
             else:
                 fsio.remove(self.metrics)
                 for path in (self.checkpoints, self.logs, self.adapter, self.model):
                     fsio.remove_tree(path)
             fsio.write_atomic(self.recipe, [recipes.dump(recipe).encode()])
+            fsio.write_json(self.held, held)
             yield
+
+    def _check_same(self, recipe: Recipe, held: dict[str, Any]) -> None:
+        changed = listed(differences(identity(self.read_recipe()), identity(recipe)))
+        if changed:
+            raise ConflictError(
+                f"{self.root}: holds a run of another recipe ({changed}); choose another --output, or --restart to "
+                "replace it"
+            )
+        before = strict_json.load_object(self.held) if self.held.exists() else held
+        parts = [name for name in {**before, **held} if before.get(name) != held.get(name)]
+        if parts:
+            raise ConflictError(
+                f"{self.root}: holds a run from before the recipe's {listed(parts)} changed; choose another --output, "
+                "or --restart to replace it"
+            )
 
     @property
     def begun(self) -> bool:
@@ -103,15 +119,16 @@ class Run:
         if values.keys() != wanted:
             odd = listed(sorted(values.keys() ^ wanted))
             raise InputError(f"{self.metrics}: {odd} unknown or missing; not written by this loftq")
-        return RunResult(**values)
+        numbers = {name: math.nan if value is None else value for name, value in values["metrics"].items()}
+        return RunResult(**{**values, "metrics": numbers})
 
     def finish(self, result: RunResult) -> None:
         """Written last: a run without it is not finished."""
-        fsio.write_json(self.metrics, asdict(result))
+        fsio.write_json(self.metrics, strict_json.finite(asdict(result)))
 
     def last_checkpoint(self) -> str | None:
         """The newest checkpoint that is whole: the trainer writes its state last."""
-        whole = [p.parent for p in self.checkpoints.glob("checkpoint-*/trainer_state.json")]
+        whole = [p.parent for p in self.checkpoints.glob("checkpoint-*/trainer_state.json") if _is_json(p)]
         numbered = [p for p in whole if p.name.rpartition("-")[2].isdecimal()]
         return str(max(numbered, key=lambda p: int(p.name.rpartition("-")[2]))) if numbered else None
 
@@ -125,5 +142,14 @@ class Run:
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
-    """All of a recipe that the result depends on."""
-    return {key: value for key, value in recipe.to_dict().items() if key not in NOT_IDENTITY}
+    """All of a recipe that the result depends on, beside what its files hold."""
+    return {key: value for key, value in recipe.to_dict().items() if key not in NOT_ESSENTIAL}
+
+
+def _is_json(path: Path) -> bool:
+    """Whether a file that is not written in one piece was written to its end."""
+    try:
+        json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,63 @@
+"""What a recipe names: its task, its rows, its model; and what tells their contents from others'."""
+
+import functools
+import glob
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from loftq.formats import fsio
+from loftq.recipe import Recipe
+from loftq.tasks import Task, get_task, load_data, named_files
+
+NOT_ESSENTIAL = {"output", "note", "compare"}  # of a recipe: what the result of a run does not depend on
+OF_MODEL = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja", ".tiktoken")
+
+
+def task_of(recipe: Recipe) -> Task:
+    """The task with the recipe's limits."""
+    limits = {k: getattr(recipe, k) for k in ("max_length", "max_target_length", "doc_stride")}
+    return get_task(recipe.task, **limits)
+
+
+def read_data(recipe: Recipe, task: Task, splits: list[str] | None = None) -> dict[str, Dataset]:
+    """Split -> rows, as many of the first as the recipe wants."""
+    return load_data(task, recipe.data.model_dump(exclude_none=True), splits)
+
+
+def held(recipe: Recipe) -> dict[str, Any]:
+    """What the files that a recipe names hold, and the version of its task; of names on the hub, the names.
+
+    Places and times are no part of it: a copy holds the same.
+    """
+    task = task_of(recipe)
+    files = named_files(task, recipe.data.model_dump(exclude_none=True))
+    calibrate = recipe.quantization.calibrate if recipe.quantization else None
+    return {
+        "task": task.identity,
+        "model": contents(recipe.model, OF_MODEL),
+        "data": {split: _digests(mine) for split, mine in files.items()} or str(task.hub),
+        **({"calibrate": contents(calibrate)} if calibrate else {}),
+    }
+
+
+def contents(place: str, endings: tuple[str, ...] = ("",)) -> Any:
+    """Name, size and SHA-256 of a file, of the files of a directory with these endings, or of a glob's.
+
+    A name that is nothing local stands for itself.
+    """
+    found = [Path(p) for p in sorted(glob.glob(str(Path(place).expanduser()), recursive=True))]
+    files = [f for p in found for f in (sorted(p.iterdir()) if p.is_dir() else [p])]
+    return _digests(f for f in files if f.is_file() and f.name.endswith(endings)) or place
+
+
+def _digests(files: Iterable[Path]) -> list[list[Any]]:
+    return [[f.name, *_digest(f, f.stat().st_size, f.stat().st_mtime_ns)] for f in files]
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest(file: Path, size: int, changed: int) -> tuple[int, str]:
+    """Size and SHA-256; a file with the size and the time of before is not read again."""
+    return size, fsio.sha256_file(file).sha256
