@@ -188,24 +188,30 @@ class Recipe(Strict):
         return parse(values)
 
 
-def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, with ``key=value`` overrides; dotted keys reach into sections.
 
     Raises: InputError for a file that cannot be read as YAML; UsageError naming everything that is wrong in it.
     """
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{quoted(path)}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
-    values = load(text, str(path))
-    if not isinstance(values, dict):
-        raise InputError(f"{quoted(path)}: wanted a mapping with model, task and method, found {quoted(repr(values))}")
+    values = read_mapping(path, "model, task and method")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise UsageError(f"{quoted(override)}: wanted key=value, such as training.learning_rate=1e-4")
         _put(values, key, load(value, key))
     return parse(values, str(path))
+
+
+def read_mapping(path: str | Path, keys: str) -> dict[str, Any]:
+    """What stands in a YAML file. InputError if it cannot be read, or is no mapping, which should have ``keys``."""
+    try:
+        text = Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{quoted(path)}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
+    values = load(text, str(path))
+    if not isinstance(values, dict):
+        raise InputError(f"{quoted(path)}: wanted a mapping with {keys}, found {quoted(repr(values))}")
+    return values
 
 
 def parse(values: dict[str, Any], name: str = "recipe") -> Recipe:

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import harness
+import models
 from loftq.errors import InputError, NumericalError, UsageError
 from loftq.formats import fsio
 from loftq.recipe import dump, parse
@@ -158,14 +159,28 @@ def test_a_run_is_removed_only_when_its_row_is_there(recipe, monkeypatch, tmp_pa
 )
 def test_settings_tell_arms_apart(recipe, block):
     one, other = grid(recipe.changed(compare={"arms": [block]}))
-    assert workflow.settings(one.recipe) != workflow.settings(other.recipe)
+    said = [workflow.settings(arm.recipe, workflow.Path(recipe.model)) for arm in (one, other)]
+    assert said[0] != said[1]
+
+
+def test_settings_of_a_start_that_is_there_are_what_it_was_made_with(recipe, tmp_path):
+    models.quantize(recipe.model, tmp_path / "packed")
+    said = workflow.settings(recipe.changed(quantization=None, lora={}), tmp_path / "packed")
+    made = {"method": "loftq", "bits": "2", "rank": "4", "code": "lloyd", "scales": "fitted", "steps": 5}
+    assert {name: said[name] for name in made} == made
+
+
+def test_an_arm_that_cannot_be_stops_all_before_the_first_run(recipe, counted):
+    with pytest.raises(UsageError, match="the rank must be below the shorter side"):
+        compare(recipe.changed(compare={"arms": [{"method": "lora"}, {"lora.rank": 5000}]}))
+    assert counted == []
 
 
 def test_dense_weights_count_as_they_are_stored(recipe, tmp_path):
-    assert workflow.settings(recipe.changed(method="lora"))["bits"] == "32"
+    assert workflow.settings(recipe.changed(method="lora"), workflow.Path(recipe.model))["bits"] == "32"
     half = transformers.AutoModel.from_pretrained(recipe.model, dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "half")
-    assert workflow.settings(recipe.changed(method="lora", model=str(tmp_path / "half")))["bits"] == "16"
+    assert workflow.settings(recipe.changed(method="lora"), tmp_path / "half")["bits"] == "16"
 
 
 def test_other_errors_stop_it(recipe, monkeypatch):

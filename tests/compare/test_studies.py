@@ -17,7 +17,13 @@ import study_report
 import study_seq2seq
 
 SQUAD = [{**ROWS["squad"][0][0], "split": split} for split in ("fit", "eval")]
-MODELS = {study_encoder: "bert", study_decoder: "llama", study_seq2seq: "bart"}
+DEEP = {"num_hidden_layers": 4}  # enough for an average of 2.5 bits
+MODELS = {study_encoder: ("bert", DEEP), study_decoder: ("llama", DEEP), study_seq2seq: ("bart", {})}
+
+
+def _source(source, module):
+    name, changes = MODELS[module]
+    return source(name, **changes)
 
 
 @pytest.fixture
@@ -51,7 +57,7 @@ def started(source, data, tmp_path, monkeypatch):
         return real({**values, "training": short, "lora": {"rank": 4}})
 
     def start(module, *options):
-        command = ["study", "--data", data, "--model", source(MODELS[module]), "--name", "tiny", *options]
+        command = ["study", "--data", data, "--model", _source(source, module), "--name", "tiny", *options]
         command += ["--work", tmp_path / "work", "--rows", tmp_path / "rows"]
         monkeypatch.setattr(sys, "argv", list(map(str, command)))
         module.main()
@@ -85,10 +91,10 @@ def test_a_study_stops_and_goes_on(module, started, tmp_path, monkeypatch, capsy
 
 def test_all_recipes_of_the_full_size(data, source, tmp_path):
     """They are read, and stand for more arms than the small ones."""
-    for module, kind in MODELS.items():
+    for module in MODELS:
         tasks = {study_encoder: study_encoder.TASKS, study_decoder: ["wikitext2", "gsm8k"]}.get(module, ["xsum"])
         count = {}
         for size in ("small", "full"):
-            given = study.argparse.Namespace(size=size, data=data, model=source(kind), work=tmp_path)
+            given = study.argparse.Namespace(size=size, data=data, model=_source(source, module), work=tmp_path)
             count[size] = sum(len(study.grid(module.recipe(given, task))) for task in tasks)
         assert count["full"] >= count["small"]

@@ -63,6 +63,18 @@ def test_csv_as_other_programs_write_it(tmp_path):
     assert rows["text"][:] == ['two\nlines, "quoted"', "null"]
 
 
+def test_csv_with_an_index_that_has_no_name(tmp_path):
+    (tmp_path / "a.csv").write_text(",sentence,label\n0,so,1\n1,no,0\n")
+    assert load_data(get_task("sst2"), {"train": str(tmp_path / "a.csv")})["train"]["text"][:] == ["so", "no"]
+
+
+def test_conversations_begin_with_someone_else(tmp_path):
+    task = get_task({"kind": "instruction", "columns": {"messages": "m"}})
+    path = write(tmp_path / "a.jsonl", [{"m": [{"role": "assistant", "content": "hi"}]}])
+    with pytest.raises(InputError, match="of which the last is the assistant's and the first is not"):
+        load_data(task, {"train": str(path)})
+
+
 @pytest.mark.parametrize("name", ["rows [1].jsonl", "rows*.jsonl", "röws.jsonl"])
 def test_odd_names_of_files(name, tmp_path):
     path = write(tmp_path / name, SST2)

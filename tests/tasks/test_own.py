@@ -106,6 +106,15 @@ def test_from_the_hub():
         ({"kind": "causal-lm", "max_length": 0}, "max_length: .* greater than or equal to 2, got 0"),
         ({"kind": "text-classification", "columns": {"text": "a", "label": "b"}}, "give labels, in the order of their"),
         ({"kind": "text-classification", "columns": {"text": "a"}, "labels": ["x", "y"]}, "columns.label: missing"),
+        (
+            {
+                "kind": "text-classification",
+                "columns": {"text": "a", "label": "b"},
+                "regression": True,
+                "metrics": ["f1"],
+            },
+            "metrics are of classes",
+        ),
         ({"kind": "instruction", "columns": {"prompt": "a"}}, "give messages, or prompt and response"),
         ({"kind": "instruction", "columns": {"prompt": "a", "response": "b"}, "template": "Q:"}, r"\{prompt\} in it"),
     ],

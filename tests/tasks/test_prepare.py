@@ -105,7 +105,7 @@ def test_a_prefix(words):
 
 def test_a_decoder_cannot_summarize(words):
     with pytest.raises(UsageError, match="xsum needs a model with an encoder and a decoder"):
-        get_task("xsum").collator(words, tiny_models.model("causal-lm"))
+        get_task("xsum").check(tiny_models.model("causal-lm").config)
 
 
 # prompts and conversations
@@ -161,6 +161,23 @@ def test_templates_that_cannot_be_used():
         task.prepare(rows, tiny_models.letters(chat_template=forgetful), train=True)
 
 
+def test_a_conversation_that_a_template_refuses_is_named():
+    picky = tiny_models.CHAT.replace("{% for", "{% if messages[0].role == 'system' %}{{ 1 / 0 }}{% endif %}{% for", 1)
+    picky = picky.replace("{{ 1 / 0 }}", "{{ raise_exception('no system') }}")
+    task, tokenizer = own("instruction", {"messages": "messages"}), tiny_models.letters(chat_template=picky)
+    rows = Dataset.from_list([{"messages": CHAT}, {"messages": [{"role": "system", "content": "s"}, *CHAT]}])
+    with pytest.raises(InputError, match="row 2: the tokenizer's chat template refuses it: no system"):
+        task.prepare(rows, tokenizer, train=True)
+
+
+def test_answers_that_are_cut_are_told(letters, caplog):
+    rows = Dataset.from_dict({"prompt": ["a", "b"], "response": ["c" * 30, "d"]})
+    for _ in range(2):
+        instruction(name="cutting").limited(max_length=20).prepare(rows, letters, train=True)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "1 of 2 rows are longer than max_length 20 and are cut" in line
+
+
 # measuring
 
 
@@ -172,7 +189,7 @@ def test_generation_does_not_depend_on_the_batch(letters):
     prompts = task.prompts(rows, letters)  # type: ignore[attr-defined]
     from loftq.tasks import batches
 
-    collate = batches.pad_inputs(left, task.limits, model)
+    collate = batches.pad_inputs(left)
     assert collate(list(prompts))["attention_mask"][0].tolist()[0] == 0
     for size in (1, 4):
         options = Measuring(size, {**task.generation_options(), "max_new_tokens": 6}, progress=False)

@@ -52,6 +52,20 @@ def test_quantize_train_evaluate(place):
     assert json.loads(again.out) == trained
 
 
+def test_a_task_of_ones_own_on_any_model(place):
+    """``--task`` takes a recipe; here the same data as a task that the package does not have."""
+    columns = {"text": "sentence", "label": "label"}
+    task = {"kind": "text-classification", "columns": columns, "labels": ["bad", "good"], "max_length": 16}
+    run = cli("train", written(place, "full", task=task, **{"training.max_steps": 1}))
+    assert run.code == 0, run.err
+    model = place / "full" / "model"
+    ended = cli("evaluate", model, "--task", place / "recipe.yaml", "--data", place / "data", "--json")
+    assert ended.code == 0, ended.err
+    trained = json.loads((place / "full" / "metrics.json").read_text())["metrics"]
+    assert json.loads(ended.out)["metrics"] == trained
+    refused(cli("evaluate", model, "--task", place / "no.yaml"), 3, "no.yaml", "cannot be read")
+
+
 def test_training_prints_bars_and_nothing_else(place):
     ended = cli("train", written(place, **{"training.eval_strategy": "steps", "training.eval_steps": 3}))
     assert ended.code == 0, ended.err

@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 import tiny
-import transformers
 from safetensors.torch import load_file
 
 import models
@@ -114,29 +113,6 @@ def test_what_a_kill_leaves_of_a_file_is_passed_over(place):
     (run.root / ".recipe.yaml.0123.tmp").write_text("mod")
     finetune(tiny.recipe(place, "lora", **{"training.max_steps": 1}))
     assert not list(run.root.glob(".*.tmp"))
-
-
-def test_a_decoder_without_a_token_for_padding_classifies(tmp_path):
-    family = models.FAMILIES["llama"]
-    family.model_class(getattr(transformers, family.config)(**family.options)).save_pretrained(tmp_path / "model")
-    unpadded = tiny.tokenizer()
-    unpadded.pad_token, unpadded.eos_token = None, "[SEP]"
-    unpadded.save_pretrained(tmp_path / "model")
-    tiny.data(tmp_path / "data")
-    recipe = tiny.recipe(tmp_path, "loftq", **{"training.max_steps": 1, "lora.rank": 2})
-    metrics = finetune(recipe).metrics
-    assert evaluate(str(tmp_path / "loftq")).metrics == metrics
-
-
-def test_a_head_with_its_classes_in_another_order_is_refused(place):
-    finetune(tiny.recipe(place, "full"))
-    columns = {"text": "sentence", "label": "label"}
-    names = ["positive", "negative"]
-    task = {"kind": "text-classification", "columns": columns, "labels": names, "max_length": 16}
-    model, data = str(place / "full" / "model"), str(place / "data")
-    with pytest.raises(InputError, match=r"its head has the classes negative, positive, task .* positive, negative"):
-        evaluate(model, task=task, data=data)
-    assert evaluate(model, task={**task, "labels": names[::-1]}, data=data).metrics["n"] == 30
 
 
 def test_restart_replaces_a_run(place):

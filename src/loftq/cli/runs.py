@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -57,7 +57,9 @@ def evaluate(
         str,
         typer.Argument(help="A run of `loftq train`, a dense model, or a quantized directory.", show_default=False),
     ],
-    task: Annotated[str | None, typer.Option(help="Name of a task. Default: the run's.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Name of a task, or a recipe with one of your own. Default: the run's.")
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Directory with files named by split. Default: the run's or the task's data.")
     ] = None,
@@ -79,7 +81,7 @@ def evaluate(
     quiet()
     found = run(
         target,
-        task=task,
+        task=_task(task),
         data=None if data is None else str(data),
         splits=split or (),
         adapter=adapter,
@@ -91,6 +93,16 @@ def evaluate(
         print(json.dumps(dataclasses.asdict(found), indent=2))
     else:
         print_metrics(f"{found.task} of {quoted(target, 400)}", found.splits, found.metrics)
+
+
+def _task(given: str | None) -> str | dict[str, Any] | None:
+    """A task's name, or the task in a YAML file: in a recipe under its key, or alone."""
+    if given is None or not given.endswith((".yaml", ".yml")):
+        return given
+    from loftq.recipe import read_mapping
+
+    values = read_mapping(given, "kind and columns, or task")
+    return values.get("task", values)
 
 
 @app.command()

@@ -21,13 +21,12 @@ from loftq.tasks import (
     xsum,
 )
 from loftq.tasks.base import Limits, Measuring, Task
-from loftq.tasks.batches import check_positions
-from loftq.tasks.data import load_data, named_files
+from loftq.tasks.data import available_splits, load_data, named_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["Limits", "Task", "get_task", "load_data", "named_files", "names", "score"]
+__all__ = ["Limits", "Task", "available_splits", "get_task", "load_data", "named_files", "names", "score"]
 
 _TASKS: dict[str, Task] = {
     module.TASK.name: module.TASK
@@ -104,7 +103,7 @@ def score(
     """
     import torch
 
-    check_positions(task.limits, model.config)
+    task.check(model.config)
     options = Measuring(batch_size, task.generation_options(generation), progress)
     training = model.training
     model.eval()

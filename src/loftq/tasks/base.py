@@ -101,6 +101,15 @@ class Task(ABC):
     def identity(self) -> str:
         return f"{self.name}@{self.version}"
 
+    def check(self, config: Any) -> None:
+        """UsageError for a model's configuration that is not of the task's kind, or too short for its lengths."""
+        import transformers
+
+        auto = getattr(transformers, self.auto_class)
+        if type(config) not in auto._model_mapping and self.auto_class not in getattr(config, "auto_map", {}):
+            raise UsageError(f"task {quoted(self.name)} needs {self.auto_class}; there is none of {config.model_type}")
+        check_positions(self.limits, config)
+
     @abstractmethod
     def model_options(self) -> dict[str, Any]:
         """What ``from_pretrained`` must be told about the head."""
@@ -163,6 +172,23 @@ class Task(ABC):
         if isinstance(choice, str):
             raise UsageError(f"generation: {quoted(repr(choice))} is neither 'greedy', 'paper' nor a mapping")
         return {**greedy, **choice}
+
+
+def positions_of(config: Any) -> int | None:
+    """The tokens that a model's configuration says it can read; None if it sets no end to them."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or None
+
+
+def check_positions(limits: Limits, config: Any) -> None:
+    """Refuse inputs and targets that are longer than the positions of the model: the failure would come late."""
+    positions = positions_of(config)
+    for name in ("max_length", "max_target_length"):
+        length = getattr(limits, name)
+        if positions and length and length > positions:
+            raise UsageError(
+                f"{name}: {length} tokens are more than the model's {positions} positions; "
+                f"set {name}: {positions} or less"
+            )
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,18 @@
 
 import contextlib
 import copy
+import functools
+import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from loftq.errors import UsageError
+from loftq.errors import UsageError, quoted
 from loftq.tasks.base import IGNORED, Limits
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 MANY = 10_000  # rows that take long enough for a bar
 
@@ -33,6 +37,16 @@ def tokenized(dataset: "Dataset", function: Callable[..., dict[str, Any]], **opt
     """``dataset.map`` with the columns that ``function`` gives and no others."""
     with no_bars(len(dataset) < MANY):
         return dataset.map(function, remove_columns=dataset.column_names, desc="Tokenizing", **options)  # type: ignore[arg-type]
+
+
+@functools.cache
+def tell_cut(task: str, cut: int, rows: int, max_length: int) -> None:
+    """Warn, once, of rows of which the end is left out, and with it some of what is to be learned or measured."""
+    logger.warning(
+        "task %s: %d of %d rows are longer than max_length %d and are cut, so that the end of their answers is neither "
+        "learned nor measured; raise max_length",
+        *(quoted(task), cut, rows, max_length),
+    )
 
 
 def padding(tokenizer: Any, side: str | None = None) -> Any:
@@ -63,40 +77,16 @@ def check_tokenizer(limits: Limits, tokenizer: Any) -> None:
         )
 
 
-def positions_of(config: Any) -> int | None:
-    """The tokens that a model's configuration says it can read; None if it sets no end to them."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or None
-
-
-def check_positions(limits: Limits, config: Any) -> None:
-    """Refuse inputs and targets that are longer than the positions of the model: the failure would come late."""
-    positions = positions_of(config)
-    for name in ("max_length", "max_target_length"):
-        length = getattr(limits, name)
-        if positions and length and length > positions:
-            raise UsageError(
-                f"{name}: {length} tokens are more than the model's {positions} positions; "
-                f"set {name}: {positions} or less"
-            )
-
-
-def pad_inputs(tokenizer: Any, limits: Limits, model: Any) -> Any:
+def pad_inputs(tokenizer: Any) -> Any:
     """A collator for labels that are one number a row."""
     from transformers import DataCollatorWithPadding
 
-    _check(limits, model)
     return DataCollatorWithPadding(tokenizer)
 
 
-def pad_sequences(tokenizer: Any, limits: Limits, model: Any) -> Any:
+def pad_sequences(tokenizer: Any, model: Any) -> Any:
     """A collator for labels that are a sequence; those of padding are -100."""
     from transformers import DataCollatorForSeq2Seq
 
-    _check(limits, model)
     encoder_decoder = model is not None and model.config.is_encoder_decoder
     return DataCollatorForSeq2Seq(tokenizer, model=model if encoder_decoder else None, label_pad_token_id=IGNORED)
-
-
-def _check(limits: Limits, model: Any) -> None:
-    if model is not None:
-        check_positions(limits, model.config)

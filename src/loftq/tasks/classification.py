@@ -56,7 +56,7 @@ class TextClassification(Task):
         return batches.tokenized(dataset, encoded, batched=True)
 
     def collator(self, tokenizer: Any, model: Any = None) -> Any:
-        return batches.pad_inputs(batches.padding(tokenizer), self.limits, model)
+        return batches.pad_inputs(batches.padding(tokenizer))
 
     def trainer_metrics(
         self, examples: "Dataset", prepared: "Dataset", tokenizer: Any

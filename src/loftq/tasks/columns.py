@@ -88,7 +88,7 @@ def _answers(dataset: "Dataset", role: str, task: Task, where: str) -> "Dataset"
 
 
 def _messages(dataset: "Dataset", role: str, task: Task, where: str) -> "Dataset":
-    wanted = "a list of messages, role and content, of which the last is the assistant's"
+    wanted = "a list of messages, role and content, of which the last is the assistant's and the first is not"
     return _replaced(dataset, role, _each(dataset[role], _conversation, wanted, where))
 
 
@@ -154,4 +154,4 @@ def _conversation(messages: Any) -> list[dict[str, str]] | None:
     except (KeyError, TypeError):
         return None
     usable = result and all(isinstance(part, str) for message in result for part in message.values())
-    return result if usable and result[-1]["role"] == "assistant" else None
+    return result if usable and result[-1]["role"] == "assistant" != result[0]["role"] else None

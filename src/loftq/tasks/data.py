@@ -30,28 +30,29 @@ def load_data(
         broken row or an unknown label, naming all three; StorageError if the hub cannot be reached.
     """
     options = _options(data)
-    limits = {name: _count(name, options.pop(name, None)) for name in OPTIONS[1:]}
-    named = named_files(task, options)
-    if named:
-        available, source = tuple(named), "the data given"
-    elif task.hub is not None:
-        available, source = tuple(task.hub.splits), str(task.hub)
-    else:
-        raise UsageError(
-            f"task {quoted(task.name)} has no data set on the hub; give --data DIR, or data: in the recipe"
-        )
+    limits = {name: _count(name, options.get(name)) for name in OPTIONS[1:]}
+    named, available = named_files(task, options), available_splits(task, options)
     wanted = available if splits is None else tuple(splits)
     missing = [split for split in wanted if split not in available]
     if missing:
-        raise InputError(
-            f"task {quoted(task.name)}: no split {listed(missing)} in {source}; it has {listed(available)}"
-        )
+        place = "the data given" if named else str(task.hub)
+        raise InputError(f"task {quoted(task.name)}: no split {listed(missing)} in {place}; it has {listed(available)}")
     result = {}
     for split in wanted:
         rows = _read_files(task, named[split]) if named else _read_hub(task, task.hub, split)  # type: ignore[arg-type]
         limit = limits["max_train_samples" if split == "train" else "max_eval_samples"]
         result[split] = rows if limit is None else rows.select(range(min(limit, len(rows))))
     return result
+
+
+def available_splits(task: Task, data: str | Path | Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The splits there are, of local files or on the hub; nothing is read. Raises as :func:`named_files`."""
+    named = named_files(task, data)
+    if not named and task.hub is None:
+        raise UsageError(
+            f"task {quoted(task.name)} has no data set on the hub; give --data DIR, or data: in the recipe"
+        )
+    return tuple(named or task.hub.splits)  # type: ignore[union-attr]
 
 
 def named_files(task: Task, data: str | Path | Mapping[str, Any] | None) -> dict[str, list[Path]]:

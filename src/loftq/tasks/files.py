@@ -105,7 +105,8 @@ def _csv_options(path: Path) -> dict[str, Any]:
     if problem:
         raise InputError(f"{quoted(path, 400)}: {problem}")
     with _open(path) as file:
-        header = next(csv.reader(file))
+        names = enumerate(next(csv.reader(file)))
+    header = [name or f"Unnamed: {i}" for i, name in names]  # as pandas calls the index that it wrote
     return {"features": Features({name: Value("string") for name in header}), "keep_default_na": False}
 
 

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from jinja2 import TemplateError
+
 from loftq.errors import InputError, UsageError, quoted
 from loftq.tasks import batches, loops, metrics
 from loftq.tasks.base import IGNORED, Measuring
@@ -49,18 +51,27 @@ class Instruction(NextToken):
         batches.check_tokenizer(self.limits, tokenizer)
         end = tokenizer.convert_tokens_to_ids(batches.end_token(tokenizer))
 
-        def encoded(row: dict[str, Any], index: int) -> dict[str, list[int]]:
-            parts = self._conversation(row, tokenizer) if "messages" in row else self._pair(row, tokenizer, end)
-            ids = [token for part, _ in parts for token in part][: self.limits.max_length]
+        def encoded(row: dict[str, Any], index: int) -> dict[str, Any]:
+            try:
+                parts = self._conversation(row, tokenizer) if "messages" in row else self._pair(row, tokenizer, end)
+            except TemplateError as e:  # of the template itself, for roles that it does not know
+                raise InputError(
+                    f"task {quoted(self.name)}, row {index + 1}: the tokenizer's chat template refuses it: {quoted(e)}"
+                ) from e
+            whole = [token for part, _ in parts for token in part]
+            ids = whole[: self.limits.max_length]
             labels = [t if learned else IGNORED for part, learned in parts for t in part][: self.limits.max_length]
             if all(label == IGNORED for label in labels):
                 raise InputError(
                     f"task {quoted(self.name)}, row {index + 1}: the prompt alone fills max_length "
                     f"{self.limits.max_length}; raise it, or shorten the prompt"
                 )
-            return {"input_ids": ids, "labels": labels}
+            return {"input_ids": ids, "labels": labels, "cut": len(ids) < len(whole)}
 
-        return batches.tokenized(dataset, encoded, with_indices=True)
+        prepared = batches.tokenized(dataset, encoded, with_indices=True)
+        if cut := sum(prepared["cut"]):
+            batches.tell_cut(self.name, cut, len(prepared), self.limits.max_length)
+        return prepared.remove_columns("cut")
 
     def measure(self, model: Any, tokenizer: Any, dataset: "Dataset", options: Measuring) -> dict[str, float]:
         result = super().measure(model, tokenizer, dataset, options)
@@ -68,7 +79,7 @@ class Instruction(NextToken):
             return result
         left = batches.padding(tokenizer, "left")
         prompts = self.prompts(dataset, tokenizer)
-        texts = loops.generate(model, left, prompts, batches.pad_inputs(left, self.limits, model), options)
+        texts = loops.generate(model, left, prompts, batches.pad_inputs(left), options)
         truths = [self.extract(self._answer(row)) for row in dataset]  # type: ignore[arg-type]
         return {"exact_match": metrics.exact_match([self.extract(text) for text in texts], truths), **result}
 

@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loftq.errors import NumericalError
-from loftq.tasks.base import Measuring
-from loftq.tasks.batches import positions_of
+from loftq.tasks.base import Measuring, positions_of
 
 if TYPE_CHECKING:
     import numpy as np

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from loftq.errors import UsageError, quoted
 from loftq.tasks import batches, loops, metrics
 from loftq.tasks.base import Measuring, Task
 
@@ -19,11 +20,21 @@ class NextToken(Task):
     def best_metric(self) -> str:
         return "loss"
 
+    def check(self, config: Any) -> None:
+        from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+        if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not (config.is_decoder or config.is_encoder_decoder):
+            raise UsageError(
+                f"task {quoted(self.name)} needs a model that reads from left to right, as Llama and GPT-2 do; "
+                f"{config.model_type} sees the tokens that it should predict"
+            )
+        super().check(config)
+
     def model_options(self) -> dict[str, Any]:
         return {}
 
     def collator(self, tokenizer: Any, model: Any = None) -> Any:
-        return batches.pad_sequences(batches.padding(tokenizer, "right"), self.limits, model)
+        return batches.pad_sequences(batches.padding(tokenizer, "right"), model)
 
     def trainer_metrics(self, examples: "Dataset", prepared: "Dataset", tokenizer: Any) -> None:
         return None

@@ -59,6 +59,8 @@ class _TextClassification(_Own):
     def _one_target(self) -> "_TextClassification":
         if (self.labels is None) != self.regression:
             raise PydanticCustomError("labels", "give labels, in the order of their ids, or regression: true")
+        if self.regression and "metrics" in self.model_fields_set:
+            raise PydanticCustomError("metrics", "metrics are of classes; a regression has its own, leave them out")
         return self
 
     def task(self) -> Task:

@@ -82,7 +82,7 @@ class SpanQA(Task):
                 )
 
     def collator(self, tokenizer: Any, model: Any = None) -> Any:
-        return batches.pad_inputs(batches.padding(tokenizer, "right"), self.limits, model)
+        return batches.pad_inputs(batches.padding(tokenizer, "right"))
 
     def trainer_metrics(
         self, examples: "Dataset", prepared: "Dataset", tokenizer: Any

@@ -55,8 +55,7 @@ class Summarization(Task):
         return batches.tokenized(dataset, encoded, batched=True)
 
     def collator(self, tokenizer: Any, model: Any = None) -> Any:
-        self._check(model)
-        return batches.pad_sequences(batches.padding(tokenizer), self.limits, model)
+        return batches.pad_sequences(batches.padding(tokenizer), model)
 
     def trainer_metrics(
         self, examples: "Dataset", prepared: "Dataset", tokenizer: Any
@@ -72,18 +71,18 @@ class Summarization(Task):
         return compute
 
     def measure(self, model: Any, tokenizer: Any, dataset: "Dataset", options: Measuring) -> dict[str, float]:
-        self._check(model)
         tokenizer = batches.padding(tokenizer)
-        collate = batches.pad_inputs(tokenizer, self.limits, model)
+        collate = batches.pad_inputs(tokenizer)
         inputs = self.prepare(dataset, tokenizer, train=False).remove_columns("labels")
         texts = loops.generate(model, tokenizer, inputs, collate, options)
         references = list(dataset["summary"])
         baseline = metrics.rouge([metrics.lead3(document) for document in dataset["document"]], references)
         return {**metrics.rouge(texts, references), **{f"lead3_{name}": value for name, value in baseline.items()}}
 
-    def _check(self, model: Any) -> None:
-        if model is not None and not model.config.is_encoder_decoder:
+    def check(self, config: Any) -> None:
+        if not config.is_encoder_decoder:
             raise UsageError(
                 f"task {quoted(self.name)} needs a model with an encoder and a decoder, as BART and T5 are; "
                 "for a decoder alone use kind: instruction"
             )
+        super().check(config)

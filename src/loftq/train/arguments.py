@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from transformers import Seq2SeqTrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from loftq.errors import UsageError
 from loftq.recipe import Recipe
@@ -28,7 +29,7 @@ def training_arguments(recipe: Recipe, task: Task, checkpoints: Path) -> Seq2Seq
     generating = task.kind == "summarization"
     options = task.generation_options(recipe.generation.choice) if generating else {}
     try:
-        return Seq2SeqTrainingArguments(
+        arguments = Seq2SeqTrainingArguments(
             output_dir=str(checkpoints),
             seed=recipe.seed,
             label_names=list(task.label_names),
@@ -40,5 +41,8 @@ def training_arguments(recipe: Recipe, task: Task, checkpoints: Path) -> Seq2Seq
             logging_nan_inf_filter=False,
             **given,
         )
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()  # refuses what is not installed
+        return arguments
     except (ValueError, ImportError, TypeError, RuntimeError) as e:
         raise UsageError(f"training: {' '.join(str(e).split())}") from e

@@ -1,5 +1,6 @@
 """The model of a run: loaded in the class that the task wants, adapted, and written when it is trained."""
 
+import logging
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -15,7 +16,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from loftq.errors import InputError, listed, quoted
 from loftq.nn.start import load_start, new_adapter
 from loftq.tasks import Task
-from loftq.tasks.batches import check_positions, padding
+from loftq.tasks.batches import padding
+
+logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -46,7 +49,7 @@ def load_model(
     """
     auto: Any = getattr(transformers, task.auto_class)
     config = load_config(directory)
-    check_positions(task.limits, config)
+    task.check(config)
     try:
         model, found = auto.from_pretrained(directory, dtype=dtype, output_loading_info=True, **task.model_options())
     except (OSError, ValueError, KeyError, RuntimeError) as e:
@@ -54,6 +57,7 @@ def load_model(
             raise
         raise InputError(f"{quoted(directory)}: cannot be loaded as {task.auto_class}: {_first_line(e)}") from e
     new = {name.rpartition(".")[0] for name in (*found["missing_keys"], *(k[0] for k in found["mismatched_keys"]))}
+    _check_body(model, found["missing_keys"], directory)
     if not new:
         _check_labels(task, config, directory)
     if model.config.pad_token_id is None:
@@ -71,12 +75,18 @@ def add_start(model: PreTrainedModel, directory: Path, dropout: float) -> PeftMo
     return _trainable_in_float32(load_start(model, directory, lora_dropout=dropout))
 
 
-def load_adapter(model: PreTrainedModel, directory: Path, new_modules: Iterable[str]) -> PeftModel:
-    """A trained adapter put on ``model``. InputError if it is none, or leaves a new module of the model untrained."""
+def load_adapter(model: PreTrainedModel, directory: Path, new_modules: Iterable[str], base: Path) -> PeftModel:
+    """A trained adapter put on ``model``, which was loaded from ``base``; a warning if it was trained on another.
+
+    Raises: InputError if it is no adapter for the model, or leaves a new module of it untrained.
+    """
     try:
         adapted = PeftModel.from_pretrained(model, str(directory))
     except (OSError, ValueError, KeyError, RuntimeError) as e:
         raise InputError(f"{quoted(directory)}: no adapter for this model: {_first_line(e)}") from e
+    trained_on = adapted.peft_config["default"].base_model_name_or_path  # type: ignore[union-attr]
+    if trained_on and Path(trained_on).is_dir() and Path(trained_on).resolve() != base.resolve():
+        logger.warning("%s: an adapter of %s, put on %s", quoted(directory), quoted(trained_on), quoted(base))
     brought = adapted.peft_config["default"].modules_to_save or []  # type: ignore[union-attr]
     refuse_untrained([n for n in new_modules if not any(part in brought for part in n.split("."))], directory)
     return adapted
@@ -123,6 +133,18 @@ def _trainable_in_float32(model: Any) -> Any:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
+
+
+def _check_body(model: PreTrainedModel, missing: Iterable[str], directory: Path) -> None:
+    """InputError if most of what is below the head was not found: transformers would go on with random numbers."""
+    prefix = f"{model.base_model_prefix}."
+    sizes = {name: p.numel() for name, p in model.named_parameters() if name.startswith(prefix)}
+    lost = [name for name in missing if name in sizes]
+    if 2 * sum(sizes[name] for name in lost) > sum(sizes.values()):
+        raise InputError(
+            f"{quoted(directory)}: {len(lost)} of {len(sizes)} weights that {type(model).__name__} wants are not there "
+            f"({listed(lost, 2)}); it calls them otherwise than the checkpoint does, and would begin from random ones"
+        )
 
 
 def _check_labels(task: Task, config: PretrainedConfig, directory: Path) -> None:

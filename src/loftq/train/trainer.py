@@ -1,5 +1,7 @@
 """The trainer of transformers with what every run of ours wants: a bar of one line, and an end to a lost run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallba
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
-from loftq.errors import NumericalError
+from loftq.errors import NumericalError, UsageError, listed, quoted
 
 
 class LoftQTrainer(Seq2SeqTrainer):
@@ -37,12 +39,40 @@ class LoftQTrainer(Seq2SeqTrainer):
                 if isinstance(callback, (Bar, TensorBoardCallback)):
                     callback.on_train_end(self.args, self.state, self.control)
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer. UsageError if a package is missing for it, or one of its options."""
+        with _refusing():
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer. UsageError if one of its options is missing."""
+        with _refusing():
+            return super().create_scheduler(*args, **kwargs)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> Any:
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError as e:
+            known = listed(name.removeprefix("eval_") for name in metrics)
+            raise UsageError(
+                f"training.metric_for_best_model: {quoted(repr(self.args.metric_for_best_model))} is none of {known}"
+            ) from e
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One batch. Raises: NumericalError, with what to try, if its loss is NaN or infinite."""
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise NumericalError(_what_to_try(loss.item(), self.state.global_step + 1, self.args))
         return loss
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Errors of transformers over what the recipe's section ``training`` asks for, in one line."""
+    try:
+        yield
+    except (ImportError, ValueError, TypeError) as e:
+        raise UsageError(f"training: {' '.join(str(e).split())}") from e
 
 
 def _what_to_try(loss: float, step: int, arguments: Any) -> str:

@@ -27,9 +27,11 @@ from loftq.report.comparison_plots import plot_bytes, plot_losses
 from loftq.spec import code_for, default_preset
 from loftq.tasks import Task
 from loftq.train.model import load_tokenizer
-from loftq.workflows.finetune import finetune
+from loftq.workflows.check import read_manifest
+from loftq.workflows.finetune import check_recipe, finetune
 from loftq.workflows.grid import Arm, Run, grid, schedule
-from loftq.workflows.inputs import read_data, task_of
+from loftq.workflows.inputs import read_data, splits_of, task_of
+from loftq.workflows.places import MANIFEST
 from loftq.workflows.run import Run as PlaceOfRun
 from loftq.workflows.run import RunResult
 from loftq.workflows.source import resolve
@@ -74,6 +76,8 @@ def run_grids(
 ) -> list[Row]:
     """Run what is missing of several grids, in turn; their rows.
 
+    What can be refused of any arm without reading weights is refused before the first run.
+
     Processes that are given the same ``file`` and ``directory`` share the runs: each takes the next that no other has,
     and at the end waits for the others. The run of one that was killed is free again.
 
@@ -89,6 +93,10 @@ def run_grids(
         )
     fsio.make_dirs(directory)
     planned = sum(len(arm) for arms in grids for arm in arms)
+    there = _by_key(file)
+    for first in (Run(arm, arm.learning_rates[0], arm.seeds[0]) for arms in grids for arm in arms):
+        if first.key not in there:
+            check_recipe(first.recipe)
     advance = begin(planned) if begin else lambda row: None
     told: set[str] = set()
     while True:
@@ -171,7 +179,7 @@ def _row(run: Run, place: Path, backbones: Path) -> Row:
         "task": task.name,
         "task_version": task.version,
         "model": Path(recipe.model).name,
-        "settings": settings(recipe),
+        "settings": settings(recipe, resolve(recipe.model)),
         "learning_rate": run.learning_rate,
         "learning_rates": list(run.arm.learning_rates),
         "seed": run.seed,
@@ -193,9 +201,15 @@ def _row(run: Run, place: Path, backbones: Path) -> Row:
     return strict_json.finite(row)
 
 
-def settings(recipe: Recipe) -> dict[str, Any]:
-    """What distinguishes the arms of a comparison, as its table names it. Dense weights count as they are stored."""
+def settings(recipe: Recipe, source: Path) -> dict[str, Any]:
+    """What distinguishes the arms of a comparison, as its table names it. Dense weights count as they are stored.
+
+    Args:
+        source: the directory of the recipe's model.
+    """
     lora, quantization = recipe.lora, recipe.quantization or Quantization()
+    if (source / MANIFEST).is_file():
+        return _settings_of(source, recipe)
     if recipe.method == "full":
         return {"method": "full", "bits": "32"}  # trained and saved in float32
     adapter = {"rank": lora.rank, "alpha": lora.alpha, "dropout": lora.dropout, "rslora": lora.rslora}
@@ -203,31 +217,43 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     adapter |= lora.model_dump(exclude_defaults=True, include={"rank_policy"})
     if recipe.method == "lora":
         chosen = {"modules": quantization.bits} if "=" in quantization.bits else {}
-        return {"method": "lora", "bits": str(_dense_bits(recipe.model)), **adapter, **chosen}
+        return {"method": "lora", "bits": str(_dense_bits(source)), **adapter, **chosen}
     spec = quantization.solver(recipe.method)
     asked = quantization.model_dump(exclude_defaults=True, exclude=TOLD)
     if quantization.calibrate and recipe.method == "loftq":
         asked |= {"calibrate": Path(quantization.calibrate).name, "samples": quantization.calibration_samples}
     bits = f"≤{quantization.budget}" if quantization.budget else quantization.bits
-    stored = {"bits": bits, "code": _codes(quantization, spec.scales), "scales": spec.scales, **asked}
+    stored = {"bits": bits, "code": _codes(quantization.code, bits, spec.scales), "scales": spec.scales, **asked}
     solver: dict[str, Any] = {"steps": spec.steps, "order": spec.order} if recipe.method == "loftq" else {}
     if recipe.method == "loftq":
         solver["preset"] = quantization.preset or default_preset(quantization.calibrate is not None)
     return {"method": recipe.method, **stored, **adapter, **solver}
 
 
-def _dense_bits(model: str) -> int:
+def _settings_of(packed: Path, recipe: Recipe) -> dict[str, Any]:
+    """The settings of an arm that trains the start in a directory of ``loftq quantize``: what it was made with."""
+    made = read_manifest(packed)["identity"]["options"]
+    solver = made["solve"]
+    bits = f"≤{made['budget']}" if made.get("budget") else made["bits"]
+    codes = _codes(made["code"], bits, solver["scales"])
+    adapter = {"rank": made["rank"], "alpha": made["alpha"], "dropout": recipe.lora.dropout, "rslora": made["rslora"]}
+    own = {"steps": solver["steps"], "order": solver["order"]} if recipe.method == "loftq" else {}
+    stored = {"bits": bits, "code": codes, "scales": solver["scales"]}
+    return {"method": recipe.method, **stored, **adapter, "embeddings": made["embeddings"], **own}
+
+
+def _dense_bits(source: Path) -> int:
     """Bits of a weight of a dense checkpoint, as most of its weights are stored."""
     counts: Counter[int] = Counter()
-    for tensor in open_checkpoint(resolve(model)).tensors.values():
+    for tensor in open_checkpoint(source).tensors.values():
         counts[8 * DTYPES[tensor.dtype].itemsize] += math.prod(tensor.shape)
     return counts.most_common(1)[0][0]
 
 
-def _codes(quantization: Quantization, scales: str) -> str:
+def _codes(code: str, bits: str, scales: str) -> str:
     """The code; both that ``auto`` may stand for, where the widths leave it open."""
-    widths = (2,) if quantization.bits == "2" else (4,) if quantization.bits in ("3", "4", "8") else (2, 4)
-    return "/".join(dict.fromkeys(code_for(quantization.code, bits, scales) for bits in widths))
+    widths = (2,) if bits == "2" else (4,) if bits in ("3", "4", "8") else (2, 4)
+    return "/".join(dict.fromkeys(code_for(code, width, scales) for width in widths))
 
 
 def _before(result: RunResult | None, task: Task) -> dict[str, float] | None:
@@ -245,8 +271,8 @@ def _constant_answer(recipe: Recipe) -> tuple[str, float]:
     task = task_of(recipe)
     key = json.dumps([recipe.model, recipe.to_dict()["data"], repr(task)])
     if key not in _constants:
-        data = read_data(recipe, task)
-        rows = data[task.eval_splits(data)[0]]
+        split = task.eval_splits(splits_of(recipe, task))[0]
+        rows = read_data(recipe, task, [split])[split]
         _constants[key] = constant_answer(task, rows, load_tokenizer(resolve(recipe.model)))
     return _constants[key]
 

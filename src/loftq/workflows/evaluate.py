@@ -12,7 +12,7 @@ from loftq.recipe import Recipe, parse
 from loftq.tasks import Task, names
 from loftq.train.model import add_start, load_adapter, load_model, load_tokenizer, refuse_untrained
 from loftq.workflows.finetune import evaluate_splits
-from loftq.workflows.inputs import read_data, task_of
+from loftq.workflows.inputs import read_data, splits_of, task_of
 from loftq.workflows.places import MANIFEST
 from loftq.workflows.run import Run
 from loftq.workflows.source import resolve
@@ -58,11 +58,11 @@ def evaluate(
     changes: dict[str, Any] = {"task": task, "generation": generation, "data": data, "max_length": max_length}
     recipe = recipe.changed(**{key: value for key, value in changes.items() if value is not None})
     known = task_of(recipe)
-    rows = read_data(recipe, known, list(splits) or None)
+    wanted = tuple(splits) or known.eval_splits(splits_of(recipe, known))
+    rows = read_data(recipe, known, wanted)
     model, tokenizer = _model(known, recipe, run if is_run else None, adapter)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    wanted = {split: rows[split] for split in splits or known.eval_splits(rows)}
-    metrics = evaluate_splits(recipe, known, model, tokenizer, wanted, batch_size)
+    metrics = evaluate_splits(recipe, known, model, tokenizer, rows, batch_size)
     return Evaluation(target, known.identity, list(wanted), metrics)
 
 
@@ -87,7 +87,7 @@ def _model(task: Task, recipe: Recipe, run: Run | None, adapter: Path | None) ->
     tokenizer = load_tokenizer(base)
     model, new_modules = load_model(task, base, dtype, tokenizer)
     if adapter is not None:
-        return load_adapter(model, adapter, new_modules), tokenizer
+        return load_adapter(model, adapter, new_modules, base), tokenizer
     refuse_untrained(new_modules, base)
     return (add_start(model, base, 0.0) if (base / MANIFEST).is_file() else model), tokenizer
 

@@ -23,14 +23,13 @@ from loftq.plan import Policy
 from loftq.recipe import SOLVER, Quantization, Recipe
 from loftq.spec import statistics_kind
 from loftq.tasks import Task, score
-from loftq.tasks.batches import check_positions
 from loftq.tasks.next_token import NextToken
 from loftq.train.arguments import training_arguments
 from loftq.train.model import add_lora, add_start, load_config, load_model, load_tokenizer, precision, save
 from loftq.train.trainer import LoftQTrainer, callbacks
 from loftq.workflows.assemble import adapter_of
 from loftq.workflows.check import read_manifest
-from loftq.workflows.inputs import contents, held, read_data, task_of
+from loftq.workflows.inputs import contents, held, read_data, splits_of, task_of
 from loftq.workflows.places import MANIFEST
 from loftq.workflows.quantize import Begin, QuantizeOptions, quantize
 from loftq.workflows.run import Run, RunResult
@@ -66,6 +65,26 @@ def finetune(
     return result
 
 
+def check_recipe(recipe: Recipe) -> Path:
+    """Refuse what can be refused without reading rows or weights; the directory of the model.
+
+    Raises: UsageError and InputError, as :func:`finetune`.
+    """
+    task, source = task_of(recipe), resolve(recipe.model)
+    training_arguments(recipe, task, Path(recipe.output or "."))
+    task.generation_options(recipe.generation.choice)
+    task.check(load_config(source))
+    quantized = (source / MANIFEST).is_file()
+    if recipe.method not in ("qlora", "loftq"):
+        if quantized:
+            raise UsageError(f"model: {quoted(source)} is quantized; method {recipe.method} wants a dense one")
+    elif quantized:
+        _check_quantized(recipe, source)
+    if recipe.method != "full" and not quantized:
+        open_source(str(source), policy_of(recipe))
+    return source
+
+
 def _work(
     recipe: Recipe,
     task: Task,
@@ -76,25 +95,28 @@ def _work(
 ) -> RunResult:
     """The run itself. What can be refused is refused first."""
     writing = PartialState().is_main_process
-    source = resolve(recipe.model)
-    data = read_data(recipe, task)
-    if "train" not in data:
-        raise InputError(f"task {task.name}: the data has no train split, only {', '.join(data)}")
-    splits = {split: data[split] for split in task.eval_splits(data)}
-    if _watches(arguments) and task.dev_split(data) is None:
-        raise UsageError(
-            f"task {task.name}: nothing to watch while training: the data has no validation split, only "
-            f"{', '.join(data)}; add one, or leave out training.eval_strategy, eval_on_start and load_best_model_at_end"
-        )
+    source = check_recipe(recipe)
+    watched, reported = _splits(recipe, task, arguments)
+    data = read_data(recipe, task, tuple(dict.fromkeys(("train", *reported, *filter(None, [watched])))))
+    splits = {split: data[split] for split in reported}
     tokenizer = load_tokenizer(source)
-    check_positions(task.limits, load_config(source))
-    task.generation_options(recipe.generation.choice)
     with arguments.main_process_first():
-        rows = {split: task.prepare(data[split], tokenizer, train=split == "train") for split in ("train", *splits)}
+        rows = {split: task.prepare(data[split], tokenizer, train=split == "train") for split in data}
     base = _backbone(recipe, source, run, cache, begin, writing)
     set_seed(recipe.seed)
     model = _model(recipe, task, base, arguments, tokenizer)
-    trainer = _trainer(task, model, tokenizer, data, rows, arguments, run)
+    metrics = task.trainer_metrics(data[watched], rows[watched], tokenizer) if watched else None
+    trainer = LoftQTrainer(
+        model=model,
+        counts_tokens=isinstance(task, NextToken),
+        args=arguments,
+        train_dataset=rows["train"],
+        eval_dataset=rows[watched] if watched else None,
+        data_collator=task.collator(tokenizer, model),
+        processing_class=tokenizer,
+        compute_metrics=metrics,
+        callbacks=callbacks(run.logs, PartialState().is_main_process),
+    )
     began = time.monotonic()
     trainer.train(resume_from_checkpoint=run.last_checkpoint())
     seconds = time.monotonic() - began
@@ -152,15 +174,25 @@ def policy_of(recipe: Recipe) -> Policy:
     )
 
 
+def _splits(recipe: Recipe, task: Task, arguments: Seq2SeqTrainingArguments) -> tuple[str | None, tuple[str, ...]]:
+    """The split to watch while training, if one is asked for, and those to report on."""
+    available = splits_of(recipe, task)
+    if "train" not in available:
+        raise InputError(f"task {task.name}: the data has no train split, only {', '.join(available)}")
+    watches = arguments.eval_strategy != "no" or arguments.eval_on_start
+    watched = task.dev_split(available) if watches else None
+    if watches and watched is None:
+        raise UsageError(
+            f"task {task.name}: nothing to watch while training: the data has no validation split, only "
+            f"{', '.join(available)}; add one, or leave out training.eval_strategy, eval_on_start and "
+            "load_best_model_at_end"
+        )
+    return watched, task.eval_splits(available)
+
+
 def _backbone(recipe: Recipe, source: Path, run: Run, cache: Path | None, begin: Begin | None, writing: bool) -> Path:
     """The checkpoint that is trained: ``source``, or for ``qlora`` and ``loftq`` its quantized form."""
-    quantized = (source / MANIFEST).is_file()
-    if recipe.method not in ("qlora", "loftq"):
-        if quantized:
-            raise UsageError(f"model: {quoted(source)} is quantized; method {recipe.method} wants a dense one")
-        return source
-    if quantized:
-        _check_quantized(recipe, source)
+    if recipe.method not in ("qlora", "loftq") or (source / MANIFEST).is_file():
         return source
     policy = policy_of(recipe)
     given = recipe.quantization or Quantization()
@@ -199,6 +231,12 @@ def _check_quantized(recipe: Recipe, source: Path) -> None:
     method = "qlora" if options["solve"]["steps"] == 0 else "loftq"
     if method != recipe.method:
         raise UsageError(f"method: {recipe.method}, but the start in {quoted(source)} was made by {method}")
+    for name in ("rank", "alpha", "rslora"):
+        asked = getattr(recipe.lora, name)
+        if asked not in (options[name], type(recipe.lora).model_fields[name].default):
+            raise UsageError(
+                f"lora.{name}: {asked}, but the start in {quoted(source)} was made with {options[name]}; leave it out"
+            )
 
 
 def _cache_name(source: Path, options: QuantizeOptions) -> str:
@@ -224,39 +262,6 @@ def _model(recipe: Recipe, task: Task, base: Path, arguments: Seq2SeqTrainingArg
         config = LoraConfig(**{k: fields[k] for k in (*FIELDS, "fan_in_fan_out")}, lora_dropout=recipe.lora.dropout)
         return add_lora(model, config, new_modules)
     return add_start(model, base, recipe.lora.dropout)
-
-
-def _trainer(
-    task: Task,
-    model: Any,
-    tokenizer: Any,
-    data: dict[str, Dataset],
-    rows: dict[str, Dataset],
-    arguments: Seq2SeqTrainingArguments,
-    run: Run,
-) -> LoftQTrainer:
-    """``rows``: the splits of ``data`` that are prepared already."""
-    watched = task.dev_split(data) if _watches(arguments) else None
-    dev = metrics = None
-    if watched is not None:
-        dev = rows[watched] if watched in rows else task.prepare(data[watched], tokenizer, train=False)
-        metrics = task.trainer_metrics(data[watched], dev, tokenizer)
-    return LoftQTrainer(
-        model=model,
-        counts_tokens=isinstance(task, NextToken),
-        args=arguments,
-        train_dataset=rows["train"],
-        eval_dataset=dev,
-        data_collator=task.collator(tokenizer, model),
-        processing_class=tokenizer,
-        compute_metrics=metrics,
-        callbacks=callbacks(run.logs, PartialState().is_main_process),
-    )
-
-
-def _watches(arguments: Seq2SeqTrainingArguments) -> bool:
-    """Whether something is evaluated while training."""
-    return arguments.eval_strategy != "no" or arguments.eval_on_start
 
 
 def _sizes(recipe: Recipe, run: Run, base: Path) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 import functools
 import glob
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from loftq.formats import fsio
 from loftq.recipe import Recipe
-from loftq.tasks import Task, get_task, load_data, named_files
+from loftq.tasks import Task, available_splits, get_task, load_data, named_files
 
 NOT_ESSENTIAL = {"output", "note", "compare"}  # of a recipe: what the result of a run does not depend on
 OF_MODEL = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja", ".tiktoken")
@@ -22,8 +22,13 @@ def task_of(recipe: Recipe) -> Task:
     return get_task(recipe.task, **limits)
 
 
-def read_data(recipe: Recipe, task: Task, splits: list[str] | None = None) -> dict[str, Dataset]:
-    """Split -> rows, as many of the first as the recipe wants."""
+def splits_of(recipe: Recipe, task: Task) -> tuple[str, ...]:
+    """The splits that the recipe's data have."""
+    return available_splits(task, recipe.data.model_dump(exclude_none=True))
+
+
+def read_data(recipe: Recipe, task: Task, splits: Sequence[str]) -> dict[str, Dataset]:
+    """Split -> rows, as many of the first as the recipe wants. A split that is not wanted may be as it likes."""
     return load_data(task, recipe.data.model_dump(exclude_none=True), splits)
 
 

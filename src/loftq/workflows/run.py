@@ -79,6 +79,9 @@ class Run:
                 fsio.remove(self.metrics)
                 for path in (self.checkpoints, self.logs, self.adapter, self.model):
                     fsio.remove_tree(path)
+                if not resume:
+                    for unfinished in self.root.glob("backbone*.loftq-partial"):
+                        fsio.remove_tree(unfinished)
             fsio.write_atomic(self.recipe, [recipes.dump(recipe).encode()])
             fsio.write_json(self.held, held)
             yield
@@ -101,7 +104,8 @@ class Run:
     @property
     def begun(self) -> bool:
         """Whether there is something of a training to lose."""
-        return any(path.exists() for path in (self.metrics, self.adapter, self.model, self.checkpoints))
+        written = (self.metrics, self.adapter, self.model, *self.checkpoints.glob("checkpoint-*"))
+        return any(path.exists() for path in written)
 
     def is_of_another(self, recipe: Recipe) -> bool:
         """Whether what is begun here is of another recipe."""
