@@ -102,14 +102,16 @@ def _drop_others(file: Path, grids: Sequence[Sequence[Arm]]) -> None:
         file.write_text("".join(kept), "utf-8")
 
 
-def _bar(minutes: float) -> Callable[[int], Callable[[dict[str, Any]], None]]:
+def _bar(minutes: float) -> Callable[[int], Callable[[dict[str, Any] | None], None]]:
     """A bar over runs that raises TimeoutError after a run when the time is over."""
     began = time.monotonic()
 
     def begin(total: int) -> Callable[[dict[str, Any]], None]:
         bar = tqdm(total=total, unit="run", dynamic_ncols=True)
 
-        def advance(row: dict[str, Any]) -> None:
+        def advance(row: dict[str, Any] | None) -> None:
+            if row is None:
+                return bar.set_postfix_str("waiting for runs of other processes")
             value = "N.A." if row["failed"] else f"{row['metrics'][row['metric']]:.4g}"
             s = row["settings"]
             bar.set_postfix_str(f"{row['task']} {s['method']} {s['bits']}: {value}", refresh=False)

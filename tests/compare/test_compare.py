@@ -204,8 +204,10 @@ def test_processes_share_the_runs(recipe, tmp_path):
             assert not any(map(harness.Child.has_ended, children))
             time.sleep(0.1)
         assert held.key not in {row["key"] for row in read_rows(file)}
+        time.sleep(2)
     first, second = (child.ended() for child in children)
     assert first.code == second.code == 0, first.err + second.err
+    assert all("waiting for runs of other processes" in child.err for child in (first, second))
     rows = read_rows(file)
     assert json.loads(first.out) == json.loads(second.out) == rows
     assert [row["key"] for row in rows] == [run.key for run in schedule([grid(recipe)], {r["key"]: r for r in rows})]

@@ -62,7 +62,9 @@ class RunBar(_Bar):
         self._open(total, "run", "compare")
         return self._advance
 
-    def _advance(self, row: dict[str, Any]) -> None:
+    def _advance(self, row: dict[str, Any] | None) -> None:
+        if row is None:
+            return self._bar.set_postfix_str("waiting for runs of other processes")
         metric = row["metric"]
         result = "N.A." if row["failed"] else f"{metric} {row['metrics'][metric]:.4g}"
         self._step(f"{row['settings']['method']} {row['settings']['bits']} bits: {result}")

@@ -40,7 +40,8 @@ from loftq.workflows.verdict import constant_answer, failure
 TOLD = {"bits", "budget", "code", "preset", "steps", "order", "scales", "calibrate", "calibration_samples"}
 
 Row = dict[str, Any]
-Begin = Callable[[int], Callable[[Row], None]]  # given the number of runs; what it returns, the row of every run
+# Given the number of runs; what it returns, the row of every run, and None while it waits for other processes.
+Begin = Callable[[int], Callable[[Row | None], None]]
 
 
 def compare(recipe: Recipe, begin: Begin | None = None) -> list[Row]:
@@ -109,8 +110,9 @@ def run_grids(
                 advance(row)
         if len(told) == planned:
             return finished(grids, file)[0]
-        if idle:
-            time.sleep(1)  # others are at what is left
+        if idle:  # others are at what is left
+            advance(None)
+            time.sleep(1)
 
 
 def finished(grids: Sequence[Sequence[Arm]], file: Path) -> tuple[list[Row], int]:
