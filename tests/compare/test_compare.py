@@ -11,7 +11,7 @@ import transformers
 
 import harness
 import models
-from loftq.errors import InputError, NumericalError, UsageError
+from loftq.errors import ConflictError, InputError, NumericalError, UsageError
 from loftq.formats import fsio
 from loftq.recipe import dump, parse
 from loftq.tasks import get_task
@@ -131,6 +131,21 @@ def test_a_metric_that_is_not_finite_is_a_result(recipe, monkeypatch):
     (row,) = compare(recipe.changed(compare={"seeds": [0], "arms": [{"method": "lora"}]}))
     assert (row["failed"], row["metrics"]["accuracy"]) == ("accuracy is nan", None)
     assert read_rows(workflow.Path(recipe.output) / "rows.jsonl") == [row]
+
+
+def test_rows_that_change_under_a_comparison_stop_it(recipe, counted, monkeypatch, tmp_path):
+    """What a run has read of them is not known: it leaves no row under the key of the old ones."""
+    real, file = workflow.finetune, tmp_path / "validation.jsonl"
+
+    def finetune(run, **options):
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+        return real(run, **options)
+
+    monkeypatch.setattr(workflow, "finetune", finetune)
+    with pytest.raises(ConflictError, match="changed while the comparison ran; put the files back, or run the"):
+        compare(recipe)
+    assert len(counted) == 1
+    assert read_rows(tmp_path / "out" / "rows.jsonl") == []
 
 
 def test_a_run_is_removed_only_when_its_row_is_there(recipe, monkeypatch, tmp_path):

@@ -1,13 +1,16 @@
 """What a section ``compare`` stands for, and the order of its runs."""
 
 import dataclasses
+import hashlib
 
 import pytest
 
+import models
 from loftq import tasks
 from loftq.errors import UsageError
 from loftq.recipe import parse
 from loftq.workflows.grid import Run, grid, schedule
+from loftq.workflows.inputs import contents
 
 BASE = {
     "model": "org/model",
@@ -140,7 +143,7 @@ def test_keys_know_all_of_a_file_and_only_files_that_are_read(tmp_path):
     for split in ("train", "validation"):
         (data / f"{split}.jsonl").write_text("rows")
     first = key()
-    for stranger in (data / "nohup.out", data / "notes.json", model / "training.log", model / "README.md"):
+    for stranger in (data / "nohup.out", data / "notes.json", model / "notes.txt", model / "README.md"):
         stranger.write_text("something")
     assert key() == first
     (model / "model.safetensors").write_bytes(bytes((3 << 20) - 1) + b"1")
@@ -156,11 +159,21 @@ def test_keys_know_the_version_of_a_task(monkeypatch):
     assert arms({})[0].key != before
 
 
-def test_a_file_that_changes_while_the_runs_are_under_way_does_not_change_them(tmp_path):
-    (tmp_path / "train.jsonl").write_text("rows")
-    section = {"data": {"train": str(tmp_path / "train.jsonl")}, "compare": {"arms": [{}]}}
-    (arm,) = grid(parse({**BASE, **section}))
-    before = Run(arm, 0.1, 0).key
-    (tmp_path / "train.jsonl").write_text("more rows")
-    assert Run(arm, 0.1, 0).key == before
-    assert Run(grid(parse({**BASE, **section}))[0], 0.1, 0).key != before
+def test_keys_of_a_start_know_its_adapter_and_how_it_was_made_but_not_its_name(source, tmp_path):
+    def key(place):
+        changes = {"model": str(place), "quantization": None, "compare": {"arms": [{}]}}
+        return grid(parse({**BASE, **changes}))[0].key
+
+    for name in ("one", "other"):
+        models.quantize(source("bert"), tmp_path / name)
+    models.quantize(source("bert"), tmp_path / "alpha", alpha=1)
+    assert key(tmp_path / "one") == key(tmp_path / "other") != key(tmp_path / "alpha")
+    adapter = tmp_path / "other" / "loftq_init" / "adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-1] + b"1")
+    assert key(tmp_path / "one") != key(tmp_path / "other")
+
+
+def test_a_place_with_brackets_is_a_place(tmp_path):
+    (tmp_path / "model[v2]").mkdir()
+    (tmp_path / "model[v2]" / "config.json").write_text("{}")
+    assert contents(str(tmp_path / "model[v2]")) == [["config.json", 2, hashlib.sha256(b"{}").hexdigest()]]

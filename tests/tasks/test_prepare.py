@@ -170,6 +170,16 @@ def test_a_conversation_that_a_template_refuses_is_named():
         task.prepare(rows, tokenizer, train=True)
 
 
+def test_a_last_prompt_that_leaves_no_room_for_an_answer_is_refused():
+    """A conversation has answers before it, which are learned; generated is only the last."""
+    tokenizer = tiny_models.letters(chat_template=tiny_models.CHAT)
+    rows = Dataset.from_list([{"messages": [*CHAT, {"role": "user", "content": "a" * 40}, CHAT[1]]}])
+    task = own("instruction", {"messages": "messages"}, answer="text", max_length=40)
+    assert len(task.prepare(rows, tokenizer, train=True)) == 1
+    with pytest.raises(InputError, match="row 1: the prompt alone fills max_length 40"):
+        task.prepare(rows, tokenizer, train=False)
+
+
 def test_answers_that_are_cut_are_told(letters, caplog):
     rows = Dataset.from_dict({"prompt": ["a", "b"], "response": ["c" * 30, "d"]})
     for _ in range(2):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 
 import pytest
 import tiny
@@ -11,6 +12,7 @@ import transformers
 import models
 from loftq.errors import ConflictError, InputError, NumericalError, UsageError
 from loftq.recipe import read
+from loftq.tasks import get_task
 from loftq.workflows.evaluate import evaluate
 from loftq.workflows.finetune import finetune
 
@@ -66,6 +68,64 @@ def test_an_encoder_cannot_write(place, task, wanted):
     assert not (place / "loftq" / "backbone").exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes", "wanted"),
+    [
+        ("DistilBertConfig", {}, "needs AutoModelForCausalLM; there is none of distilbert"),
+        ("DebertaV2Config", {}, "there is none of deberta-v2"),
+        ("RobertaConfig", {}, "reads from left to right"),
+        ("RobertaConfig", {"is_decoder": True}, None),
+        ("XLMConfig", {}, "reads from left to right"),
+        ("XLMConfig", {"causal": True}, None),
+        ("BartConfig", {}, None),
+        ("Gemma3TextConfig", {}, None),
+        ("CodeGenConfig", {}, None),
+    ],
+)
+def test_who_reads_from_left_to_right(kind, changes, wanted):
+    task, config = get_task({**TEXTS, "max_length": 16}), getattr(transformers, kind)(**changes)
+    if wanted is None:
+        task.check(config)
+    else:
+        with pytest.raises(UsageError, match=wanted):
+            task.check(config)
+
+
+def test_classes_are_compared_by_their_numbers():
+    """Not by the order in which a file has them, which may be that of text."""
+    names = [f"c{i}" for i in range(12)]
+    columns = {"text": "sentence", "label": "label"}
+    task = get_task({"kind": "text-classification", "columns": columns, "labels": names, "max_length": 16})
+    labels = {i: names[i] for i in sorted(range(12), key=str)}
+    architectures = ["BertForSequenceClassification"]
+    task.check(transformers.BertConfig(id2label=labels, architectures=architectures))
+    swapped = {**labels, 0: "c1", 1: "c0"}
+    with pytest.raises(UsageError, match="in the task's order"):
+        task.check(transformers.BertConfig(id2label=swapped, architectures=architectures))
+    task.check(transformers.BertConfig(id2label=swapped, architectures=["BertModel"]))
+
+
+GEMMA3 = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+CODEGEN = {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [("Gemma3TextConfig", {**GEMMA3, "hidden_size": 32, "intermediate_size": 32}), ("CodeGenConfig", CODEGEN)],
+)
+def test_configurations_without_a_word_on_padding(place, kind, sizes):
+    torch.manual_seed(0)
+    config = getattr(transformers, kind)(**{"vocab_size": 80, **sizes})
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(place / "other")
+    tiny.tokenizer().save_pretrained(place / "other")
+    file = place / "other" / "config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in settings.items() if name != "pad_token_id"}))
+    task = {**TEXTS, "max_length": 16}
+    recipe = tiny.recipe(place, "full", model=str(file.parent), task=task, **{"training.max_steps": 1})
+    assert math.isfinite(finetune(recipe).metrics["perplexity"])
+
+
 def test_a_class_that_there_is_none_of(place):
     config = transformers.ViTConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     transformers.ViTModel(config).save_pretrained(place / "pictures")
@@ -80,8 +140,12 @@ def test_a_head_with_its_classes_in_another_order(place):
     names = ["positive", "negative"]
     task = {"kind": "text-classification", "columns": columns, "labels": names, "max_length": 16}
     model, data = str(place / "full" / "model"), str(place / "data")
-    with pytest.raises(InputError, match=r"its head has the classes negative, positive, task .* positive, negative"):
+    wanted = "has the classes positive, negative, the model's head has them as negative, positive"
+    with pytest.raises(UsageError, match=wanted):
         evaluate(model, task=task, data=data)
+    with pytest.raises(UsageError, match=wanted):
+        finetune(tiny.recipe(place, "loftq", model=model, task=task))
+    assert not (place / "loftq" / "backbone").exists()
     assert evaluate(model, task={**task, "labels": names[::-1]}, data=data).metrics["n"] == 30
 
 

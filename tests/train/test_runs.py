@@ -84,6 +84,20 @@ def test_rows_or_weights_that_changed_make_another_run(tmp_path):
     assert finetune(recipe).metrics["n"] == 7
 
 
+def test_a_finished_run_is_read_back_when_its_inputs_are_gone(tmp_path):
+    tiny.source(tmp_path / "model")
+    tiny.data(tmp_path / "data")
+    recipe = tiny.recipe(tmp_path, "lora", **{"training.max_steps": 1})
+    first = finetune(recipe)
+    for name in ("data", "model"):
+        (tmp_path / name).rename(tmp_path / f"{name} moved")
+        assert finetune(recipe) == first
+        with pytest.raises(InputError, match=r"no such directory|not a directory"):
+            finetune(recipe, resume=False)
+        with pytest.raises(InputError, match=r"no such directory|not a directory"):
+            finetune(recipe.changed(seed=1))
+
+
 def test_numbers_that_are_not_finite_do_not_lose_a_run(place, monkeypatch):
     """A gradient that overflows, as half precision skips it, and a metric that is none."""
     train = LoftQTrainer.train
@@ -111,6 +125,11 @@ def test_what_a_kill_leaves_of_a_file_is_passed_over(place):
     shutil.rmtree(run.root)
     run.root.mkdir()
     (run.root / ".recipe.yaml.0123.tmp").write_text("mod")
+    (run.root / ".precious.tmp").write_text("not ours")
+    with pytest.raises(ConflictError, match=r"no run, and not empty \(\.precious\.tmp\)"):
+        finetune(tiny.recipe(place, "lora"))
+    assert {p.name for p in run.root.iterdir()} >= {".recipe.yaml.0123.tmp", ".precious.tmp"}
+    (run.root / ".precious.tmp").unlink()
     finetune(tiny.recipe(place, "lora", **{"training.max_steps": 1}))
     assert not list(run.root.glob(".*.tmp"))
 

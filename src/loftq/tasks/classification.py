@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from loftq.errors import UsageError, listed, quoted
 from loftq.tasks import batches, loops, metrics
 from loftq.tasks.base import Measuring, Task
 
@@ -34,6 +35,17 @@ class TextClassification(Task):
     @property
     def main_metric(self) -> str:
         return self.metrics[0]
+
+    def check(self, config: Any) -> None:
+        super().check(config)
+        trained = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+        theirs = [config.id2label[i] for i in sorted(config.id2label or {})]
+        ours, own = ([str(name).lower() for name in names] for names in (self.labels, theirs))
+        if trained and ours != own and sorted(ours) == sorted(own):
+            raise UsageError(
+                f"task {quoted(self.name)} has the classes {listed(self.labels)}, the model's head has them as "
+                f"{listed(theirs)}; put the rows of the head, and id2label in config.json, in the task's order"
+            )
 
     def model_options(self) -> dict[str, Any]:
         if not self.labels:

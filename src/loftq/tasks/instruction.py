@@ -61,7 +61,9 @@ class Instruction(NextToken):
             whole = [token for part, _ in parts for token in part]
             ids = whole[: self.limits.max_length]
             labels = [t if learned else IGNORED for part, learned in parts for t in part][: self.limits.max_length]
-            if all(label == IGNORED for label in labels):
+            prompt = len(whole) - len(parts[-1][0])  # of the response that is generated, where one is
+            unanswered = not train and self.extract is not None and prompt >= self.limits.max_length
+            if unanswered or all(label == IGNORED for label in labels):
                 raise InputError(
                     f"task {quoted(self.name)}, row {index + 1}: the prompt alone fills max_length "
                     f"{self.limits.max_length}; raise it, or shorten the prompt"

@@ -70,7 +70,7 @@ def generate(model: Any, tokenizer: Any, prompts: "Dataset", collate: Collate, o
         torch.manual_seed(seed)
         for rows, batch in _batches(model, prompts, collate, options):
             start = 0 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
-            settings["max_new_tokens"] = min(most, (positions_of(model.config) or math.inf) - start)
+            settings["max_new_tokens"] = max(1, min(most, (positions_of(model.config) or math.inf) - start))
             ids = model.generate(
                 **batch, **settings, use_cache=True, pad_token_id=tokenizer.pad_token_id, logits_processor=[check]
             )

@@ -23,12 +23,13 @@ class NextToken(Task):
     def check(self, config: Any) -> None:
         from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
-        if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not (config.is_decoder or config.is_encoder_decoder):
+        super().check(config)
+        causal = any(getattr(config, name, False) for name in ("is_decoder", "is_encoder_decoder", "causal"))
+        if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not causal:
             raise UsageError(
                 f"task {quoted(self.name)} needs a model that reads from left to right, as Llama and GPT-2 do; "
                 f"{config.model_type} sees the tokens that it should predict"
             )
-        super().check(config)
 
     def model_options(self) -> dict[str, Any]:
         return {}

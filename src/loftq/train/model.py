@@ -44,12 +44,11 @@ def load_model(
 
     A model that does not know which token is padding is told the tokenizer's, or the one that ends a text.
 
-    Raises: InputError if transformers cannot make that class of it, or its head has the task's classes in another
-        order; UsageError if the task's lengths do not fit it.
+    Raises: InputError if transformers cannot make that class of it, or only with random numbers in its body; UsageError
+        if the task does not fit it.
     """
     auto: Any = getattr(transformers, task.auto_class)
-    config = load_config(directory)
-    task.check(config)
+    task.check(load_config(directory))
     try:
         model, found = auto.from_pretrained(directory, dtype=dtype, output_loading_info=True, **task.model_options())
     except (OSError, ValueError, KeyError, RuntimeError) as e:
@@ -58,10 +57,9 @@ def load_model(
         raise InputError(f"{quoted(directory)}: cannot be loaded as {task.auto_class}: {_first_line(e)}") from e
     new = {name.rpartition(".")[0] for name in (*found["missing_keys"], *(k[0] for k in found["mismatched_keys"]))}
     _check_body(model, found["missing_keys"], directory)
-    if not new:
-        _check_labels(task, config, directory)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = padding(tokenizer).pad_token_id
+    text = model.config.get_text_config()
+    if getattr(text, "pad_token_id", None) is None:
+        text.pad_token_id = padding(tokenizer).pad_token_id
     return model, sorted(new)
 
 
@@ -144,18 +142,6 @@ def _check_body(model: PreTrainedModel, missing: Iterable[str], directory: Path)
         raise InputError(
             f"{quoted(directory)}: {len(lost)} of {len(sizes)} weights that {type(model).__name__} wants are not there "
             f"({listed(lost, 2)}); it calls them otherwise than the checkpoint does, and would begin from random ones"
-        )
-
-
-def _check_labels(task: Task, config: PretrainedConfig, directory: Path) -> None:
-    """InputError for a trained head whose rows are the task's classes in another order: it would be scored by them."""
-    labels = tuple(getattr(task, "labels", ()))
-    theirs = tuple((config.id2label or {}).values())
-    ours, own = ([name.lower() for name in names] for names in (labels, map(str, theirs)))
-    if own != ours and sorted(own) == sorted(ours):
-        raise InputError(
-            f"{quoted(directory)}: its head has the classes {listed(theirs)}, task {quoted(task.name)} has them as "
-            f"{listed(labels)}; put the rows of the head, and id2label in config.json, in that order"
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import loftq
-from loftq.errors import ConflictError, InputError, NumericalError, UsageError
+from loftq.errors import ConflictError, InputError, NumericalError, UsageError, quoted
 from loftq.formats import fsio, strict_json
 from loftq.formats.source import open_checkpoint
 from loftq.formats.tensorfile import DTYPES
@@ -30,7 +30,7 @@ from loftq.train.model import load_tokenizer
 from loftq.workflows.check import read_manifest
 from loftq.workflows.finetune import check_recipe, finetune
 from loftq.workflows.grid import Arm, Run, grid, schedule
-from loftq.workflows.inputs import read_data, splits_of, task_of
+from loftq.workflows.inputs import held, read_data, splits_of, task_of
 from loftq.workflows.places import MANIFEST
 from loftq.workflows.run import Run as PlaceOfRun
 from loftq.workflows.run import RunResult
@@ -152,7 +152,9 @@ def _taken(
         if done:
             return done
         place = directory / "runs" / f"{run.arm.recipe.method}-{run.key}"
+        _check_unchanged(run.arm)
         row = {**_row(run, place, directory / "backbones"), **about}
+        _check_unchanged(run.arm)
         locks.enter_context(fsio.DirectoryLock(directory / "rows.lock", wait=True))
         rows = {**_by_key(file), run.key: row}
         places = {other.key: place for place, other in enumerate(schedule(grids, rows))}
@@ -160,6 +162,15 @@ def _taken(
         fsio.write_atomic(file, [json.dumps(r, allow_nan=False).encode() + b"\n" for r in ordered])
         fsio.remove_tree(place if not keep or not row["metrics"] else place / "checkpoints")
         return row
+
+
+def _check_unchanged(arm: Arm) -> None:
+    """ConflictError if files of an arm are others by now than those that the comparison began with."""
+    if held(arm.recipe) != arm.held:
+        raise ConflictError(
+            f"{quoted(arm.recipe.model)} or the data changed while the comparison ran; put the files back, or run the "
+            "same command again to compare on the new ones"
+        )
 
 
 def _row(run: Run, place: Path, backbones: Path) -> Row:

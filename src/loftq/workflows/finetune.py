@@ -15,7 +15,7 @@ from peft import LoraConfig
 from transformers import Seq2SeqTrainingArguments, set_seed
 
 import loftq
-from loftq.errors import InputError, UsageError, quoted
+from loftq.errors import InputError, LoftqError, UsageError, quoted
 from loftq.formats import fsio, strict_json
 from loftq.formats.layouts import LAYOUTS
 from loftq.nn.convert import FIELDS
@@ -58,15 +58,22 @@ def finetune(
     task = task_of(recipe)
     arguments = training_arguments(recipe, task, run.checkpoints)
     processes = PartialState()
-    with run.claimed(recipe, held(recipe), resume) if processes.is_main_process else nullcontext():
+    inputs = None
+    try:
+        check_recipe(recipe)
+        inputs = held(recipe)  # in every process: the others would wait too long for one that reads a large model
+    except LoftqError:
+        if not (resume and run.is_finished(recipe)):  # then they may be gone
+            raise
+    with run.claimed(recipe, inputs, resume) if processes.is_main_process else nullcontext():
         processes.wait_for_everyone()
         result = run.result() or _work(recipe, task, arguments, run, backbone_cache, begin)
         processes.wait_for_everyone()
     return result
 
 
-def check_recipe(recipe: Recipe) -> Path:
-    """Refuse what can be refused without reading rows or weights; the directory of the model.
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse what can be refused without reading rows or weights.
 
     Raises: UsageError and InputError, as :func:`finetune`.
     """
@@ -82,7 +89,6 @@ def check_recipe(recipe: Recipe) -> Path:
         _check_quantized(recipe, source)
     if recipe.method != "full" and not quantized:
         open_source(str(source), policy_of(recipe))
-    return source
 
 
 def _work(
@@ -95,7 +101,7 @@ def _work(
 ) -> RunResult:
     """The run itself. What can be refused is refused first."""
     writing = PartialState().is_main_process
-    source = check_recipe(recipe)
+    source = resolve(recipe.model)
     watched, reported = _splits(recipe, task, arguments)
     data = read_data(recipe, task, tuple(dict.fromkeys(("train", *reported, *filter(None, [watched])))))
     splits = {split: data[split] for split in reported}

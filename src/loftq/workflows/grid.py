@@ -47,8 +47,7 @@ class Section(Open):
 class Arm:
     """One way to fine-tune: a recipe whose learning rate and seed are still open.
 
-    The first seed chooses one of the learning rates, the other seeds repeat it. What the files hold is looked at once,
-    so that one that changes while the runs are under way does not make other runs of them.
+    The first seed chooses one of the learning rates, the other seeds repeat it.
     """
 
     recipe: Recipe
@@ -66,10 +65,11 @@ class Arm:
 
     def digest(self, *, seed: int, learning_rate: float) -> str:
         """Twelve digits for everything that the result of a run depends on."""
-        return digest(self.recipe.changed(**{"seed": seed, "training.learning_rate": learning_rate}), self._held)
+        return digest(self.recipe.changed(**{"seed": seed, "training.learning_rate": learning_rate}), self.held)
 
     @functools.cached_property
-    def _held(self) -> dict[str, Any]:
+    def held(self) -> dict[str, Any]:
+        """What the files of model and data held when this was first asked."""
         return held(self.recipe)
 
 

@@ -11,9 +11,14 @@ from datasets import Dataset
 from loftq.formats import fsio
 from loftq.recipe import Recipe
 from loftq.tasks import Task, available_splits, get_task, load_data, named_files
+from loftq.workflows.assemble import ADAPTER
+from loftq.workflows.check import read_manifest
+from loftq.workflows.places import MANIFEST
 
 NOT_ESSENTIAL = {"output", "note", "compare"}  # of a recipe: what the result of a run does not depend on
-OF_MODEL = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja", ".tiktoken")
+# Files of a model's directory that are read, beside weights.
+OF_MODEL = ("config.json", "generation_config.json", "tokenizer", "vocab", "merges", "spiece", "sentencepiece",
+            "special_tokens_map", "added_tokens", "chat_template")  # fmt: skip
 
 
 def task_of(recipe: Recipe) -> Task:
@@ -42,20 +47,33 @@ def held(recipe: Recipe) -> dict[str, Any]:
     calibrate = recipe.quantization.calibrate if recipe.quantization else None
     return {
         "task": task.identity,
-        "model": contents(recipe.model, OF_MODEL),
+        "model": _model(Path(recipe.model).expanduser()) or recipe.model,
         "data": {split: _digests(mine) for split, mine in files.items()} or str(task.hub),
         **({"calibrate": contents(calibrate)} if calibrate else {}),
     }
 
 
-def contents(place: str, endings: tuple[str, ...] = ("",)) -> Any:
-    """Name, size and SHA-256 of a file, of the files of a directory with these endings, or of a glob's.
+def contents(place: str) -> Any:
+    """Name, size and SHA-256 of a file, of every file of a directory, or of a glob's.
 
     A name that is nothing local stands for itself.
     """
-    found = [Path(p) for p in sorted(glob.glob(str(Path(place).expanduser()), recursive=True))]
+    path = Path(place).expanduser()
+    found = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
     files = [f for p in found for f in (sorted(p.iterdir()) if p.is_dir() else [p])]
-    return _digests(f for f in files if f.is_file() and f.name.endswith(endings)) or place
+    return _digests(f for f in files if f.is_file()) or place
+
+
+def _model(directory: Path) -> list[Any]:
+    """The files of a local model that are read. Of a start, how it was made, which holds no paths, and its adapter."""
+    if not directory.is_dir():
+        return []
+    weights = (".safetensors", ".bin")
+    files = [f for f in sorted(directory.iterdir()) if f.name.startswith(OF_MODEL) or f.suffix in weights]
+    if not (directory / MANIFEST).is_file():
+        return _digests(files)
+    made = read_manifest(directory)["identity"]
+    return [*_digests([*files, *sorted((directory / ADAPTER).glob("*.safetensors"))]), made["options"], made["plan"]]
 
 
 def _digests(files: Iterable[Path]) -> list[list[Any]]:

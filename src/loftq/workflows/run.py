@@ -56,21 +56,23 @@ class Run:
         self.adapter, self.model = root / "adapter", root / "model"
 
     @contextmanager
-    def claimed(self, recipe: Recipe, held: dict[str, Any], resume: bool) -> Iterator[None]:
+    def claimed(self, recipe: Recipe, held: dict[str, Any] | None, resume: bool) -> Iterator[None]:
         """Keep others out of the directory, and see to it that what lies there belongs to ``recipe``.
 
         Args:
-            held: what the files that the recipe names hold, of :func:`loftq.workflows.inputs.held`.
+            held: what the files that the recipe names hold, of :func:`loftq.workflows.inputs.held`; None if they are
+                gone, and the run is finished.
             resume: continue what an earlier run of the recipe left; else that is removed first.
 
         Raises: ConflictError for a directory of another recipe, of other rows or weights, or of something else.
         """
         fsio.make_dirs(self.root)
         with fsio.DirectoryLock(self.root / "lock"):
-            for leftover in self.root.glob(".*.tmp"):
-                fsio.remove(leftover)
+            own = (self.recipe, self.held, self.metrics)
+            torn = [path for file in own for path in self.root.glob(f".{file.name}.*.tmp")]  # as a kill leaves them
             if not self.recipe.exists():
-                strangers = listed(p.name for p in self.root.iterdir() if p.name not in ("lock", "backbone"))
+                known = {"lock", "backbone", *(path.name for path in torn)}
+                strangers = listed(p.name for p in self.root.iterdir() if p.name not in known)
                 if strangers:
                     raise ConflictError(f"{self.root}: no run, and not empty ({strangers}); choose another --output")
             elif resume and self.begun:
@@ -82,18 +84,23 @@ class Run:
                 if not resume:
                     for unfinished in self.root.glob("backbone*.loftq-partial"):
                         fsio.remove_tree(unfinished)
+            for path in torn:
+                fsio.remove(path)
             fsio.write_atomic(self.recipe, [recipes.dump(recipe).encode()])
-            fsio.write_json(self.held, held)
+            if held is not None:
+                fsio.write_json(self.held, held)
             yield
 
-    def _check_same(self, recipe: Recipe, held: dict[str, Any]) -> None:
+    def _check_same(self, recipe: Recipe, held: dict[str, Any] | None) -> None:
         changed = listed(differences(identity(self.read_recipe()), identity(recipe)))
         if changed:
             raise ConflictError(
                 f"{self.root}: holds a run of another recipe ({changed}); choose another --output, or --restart to "
                 "replace it"
             )
-        before = strict_json.load_object(self.held) if self.held.exists() else held
+        if held is None or not self.held.exists():
+            return
+        before = strict_json.load_object(self.held)
         parts = [name for name in {**before, **held} if before.get(name) != held.get(name)]
         if parts:
             raise ConflictError(
@@ -106,6 +113,10 @@ class Run:
         """Whether there is something of a training to lose."""
         written = (self.metrics, self.adapter, self.model, *self.checkpoints.glob("checkpoint-*"))
         return any(path.exists() for path in written)
+
+    def is_finished(self, recipe: Recipe) -> bool:
+        """Whether a result of this very recipe is here."""
+        return self.metrics.exists() and self.recipe.exists() and not self.is_of_another(recipe)
 
     def is_of_another(self, recipe: Recipe) -> bool:
         """Whether what is begun here is of another recipe."""
