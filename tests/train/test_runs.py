@@ -84,6 +84,17 @@ def test_rows_or_weights_that_changed_make_another_run(tmp_path):
     assert finetune(recipe).metrics["n"] == 7
 
 
+def test_a_run_is_evaluated_from_anywhere(place, monkeypatch):
+    monkeypatch.chdir(place)
+    changes = {"model": "model", "data": "data", "output": "out", "training.max_steps": 1}
+    metrics = finetune(tiny.recipe(place, "lora", **changes)).metrics
+    assert not Run(place / "out").is_of_another(tiny.recipe(place, "lora", **changes))
+    monkeypatch.chdir("/")
+    assert evaluate(str(place / "out")).metrics == metrics
+    whole = {name: str(place / changes[name]) for name in ("model", "data", "output")}
+    assert finetune(tiny.recipe(place, "lora", **{**changes, **whole})).metrics == metrics
+
+
 def test_a_finished_run_is_read_back_when_its_inputs_are_gone(tmp_path):
     tiny.source(tmp_path / "model")
     tiny.data(tmp_path / "data")

@@ -29,7 +29,7 @@ from loftq.train.model import add_lora, add_start, load_config, load_model, load
 from loftq.train.trainer import LoftQTrainer, callbacks
 from loftq.workflows.assemble import adapter_of
 from loftq.workflows.check import read_manifest
-from loftq.workflows.inputs import contents, held, read_data, splits_of, task_of
+from loftq.workflows.inputs import contents, held, located, read_data, splits_of, task_of
 from loftq.workflows.places import MANIFEST
 from loftq.workflows.quantize import Begin, QuantizeOptions, quantize
 from loftq.workflows.run import Run, RunResult
@@ -54,7 +54,7 @@ def finetune(
     """
     if recipe.output is None:
         raise UsageError("no output: say where the run goes, with `output:` in the recipe or --output")
-    run = Run(Path(recipe.output).expanduser().absolute())
+    run, recipe = Run(Path(recipe.output).expanduser().absolute()), located(recipe)
     task = task_of(recipe)
     arguments = training_arguments(recipe, task, run.checkpoints)
     processes = PartialState()

@@ -27,6 +27,22 @@ def task_of(recipe: Recipe) -> Task:
     return get_task(recipe.task, **limits)
 
 
+def located(recipe: Recipe) -> Recipe:
+    """The recipe with whole paths for what is local, so that it means the same from every directory."""
+
+    def whole(place: Any) -> Any:
+        if isinstance(place, list):
+            return [whole(one) for one in place]
+        return str(Path(place).expanduser().absolute()) if isinstance(place, str) else place
+
+    changes = {"data": {name: whole(place) for name, place in recipe.data.model_dump(exclude_none=True).items()}}
+    calibrate = recipe.quantization.calibrate if recipe.quantization else None
+    for key, place in (("model", recipe.model), ("quantization.calibrate", calibrate)):
+        if place and Path(place).expanduser().exists():  # else it is a name on the hub
+            changes[key] = whole(place)
+    return recipe.changed(**changes)
+
+
 def splits_of(recipe: Recipe, task: Task) -> tuple[str, ...]:
     """The splits that the recipe's data have."""
     return available_splits(task, recipe.data.model_dump(exclude_none=True))

@@ -12,7 +12,7 @@ from loftq import recipe as recipes
 from loftq.errors import ConflictError, InputError, listed, quoted
 from loftq.formats import fsio, strict_json
 from loftq.recipe import Recipe
-from loftq.workflows.inputs import NOT_ESSENTIAL
+from loftq.workflows.inputs import NOT_ESSENTIAL, located
 from loftq.workflows.places import differences
 
 
@@ -158,7 +158,7 @@ class Run:
 
 def identity(recipe: Recipe) -> dict[str, Any]:
     """All of a recipe that the result depends on, beside what its files hold."""
-    return {key: value for key, value in recipe.to_dict().items() if key not in NOT_ESSENTIAL}
+    return {key: value for key, value in located(recipe).to_dict().items() if key not in NOT_ESSENTIAL}
 
 
 def _is_json(path: Path) -> bool:
