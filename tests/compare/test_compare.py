@@ -146,6 +146,7 @@ def test_rows_that_change_under_a_comparison_stop_it(recipe, counted, monkeypatc
         compare(recipe)
     assert len(counted) == 1
     assert read_rows(tmp_path / "out" / "rows.jsonl") == []
+    assert list((tmp_path / "out" / "runs").iterdir()) == []
 
 
 def test_a_run_is_removed_only_when_its_row_is_there(recipe, monkeypatch, tmp_path):

@@ -31,7 +31,8 @@ def load_data(
     """
     options = _options(data)
     limits = {name: _count(name, options.get(name)) for name in OPTIONS[1:]}
-    named, available = named_files(task, options), available_splits(task, options)
+    named = named_files(task, options)
+    available = _available(task, named)
     wanted = available if splits is None else tuple(splits)
     missing = [split for split in wanted if split not in available]
     if missing:
@@ -47,7 +48,10 @@ def load_data(
 
 def available_splits(task: Task, data: str | Path | Mapping[str, Any] | None) -> tuple[str, ...]:
     """The splits there are, of local files or on the hub; nothing is read. Raises as :func:`named_files`."""
-    named = named_files(task, data)
+    return _available(task, named_files(task, data))
+
+
+def _available(task: Task, named: Mapping[str, list[Path]]) -> tuple[str, ...]:
     if not named and task.hub is None:
         raise UsageError(
             f"task {quoted(task.name)} has no data set on the hub; give --data DIR, or data: in the recipe"

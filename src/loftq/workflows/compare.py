@@ -37,6 +37,7 @@ from loftq.workflows.run import RunResult
 from loftq.workflows.source import resolve
 from loftq.workflows.verdict import constant_answer, failure
 
+# Of a quantization, what settings() tells in words of its own; of the rest, all that is not the default.
 TOLD = {"bits", "budget", "code", "preset", "steps", "order", "scales", "calibrate", "calibration_samples"}
 
 Row = dict[str, Any]
@@ -154,7 +155,11 @@ def _taken(
         place = directory / "runs" / f"{run.arm.recipe.method}-{run.key}"
         _check_unchanged(run.arm)
         row = {**_row(run, place, directory / "backbones"), **about}
-        _check_unchanged(run.arm)
+        try:
+            _check_unchanged(run.arm)
+        except ConflictError:
+            fsio.remove_tree(place)  # of which files it is, is not known
+            raise
         locks.enter_context(fsio.DirectoryLock(directory / "rows.lock", wait=True))
         rows = {**_by_key(file), run.key: row}
         places = {other.key: place for place, other in enumerate(schedule(grids, rows))}

@@ -73,12 +73,11 @@ def finetune(
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Refuse what can be refused without reading rows or weights.
+    """Refuse what model, method and task make impossible, without reading rows or weights.
 
     Raises: UsageError and InputError, as :func:`finetune`.
     """
     task, source = task_of(recipe), resolve(recipe.model)
-    training_arguments(recipe, task, Path(recipe.output or "."))
     task.generation_options(recipe.generation.choice)
     task.check(load_config(source))
     quantized = (source / MANIFEST).is_file()

@@ -35,7 +35,7 @@ def located(recipe: Recipe) -> Recipe:
             return [whole(one) for one in place]
         return str(Path(place).expanduser().absolute()) if isinstance(place, str) else place
 
-    changes = {"data": {name: whole(place) for name, place in recipe.data.model_dump(exclude_none=True).items()}}
+    changes = {"data": {name: whole(place) for name, place in _data(recipe).items()}}
     calibrate = recipe.quantization.calibrate if recipe.quantization else None
     for key, place in (("model", recipe.model), ("quantization.calibrate", calibrate)):
         if place and Path(place).expanduser().exists():  # else it is a name on the hub
@@ -45,12 +45,12 @@ def located(recipe: Recipe) -> Recipe:
 
 def splits_of(recipe: Recipe, task: Task) -> tuple[str, ...]:
     """The splits that the recipe's data have."""
-    return available_splits(task, recipe.data.model_dump(exclude_none=True))
+    return available_splits(task, _data(recipe))
 
 
 def read_data(recipe: Recipe, task: Task, splits: Sequence[str]) -> dict[str, Dataset]:
     """Split -> rows, as many of the first as the recipe wants. A split that is not wanted may be as it likes."""
-    return load_data(task, recipe.data.model_dump(exclude_none=True), splits)
+    return load_data(task, _data(recipe), splits)
 
 
 def held(recipe: Recipe) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def held(recipe: Recipe) -> dict[str, Any]:
     Places and times are no part of it: a copy holds the same.
     """
     task = task_of(recipe)
-    files = named_files(task, recipe.data.model_dump(exclude_none=True))
+    files = named_files(task, _data(recipe))
     calibrate = recipe.quantization.calibrate if recipe.quantization else None
     return {
         "task": task.identity,
@@ -78,6 +78,11 @@ def contents(place: str) -> Any:
     found = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
     files = [f for p in found for f in (sorted(p.iterdir()) if p.is_dir() else [p])]
     return _digests(f for f in files if f.is_file()) or place
+
+
+def _data(recipe: Recipe) -> dict[str, Any]:
+    """As the tasks take it."""
+    return recipe.data.model_dump(exclude_none=True)
 
 
 def _model(directory: Path) -> list[Any]:
