@@ -122,7 +122,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qera-full": {"steps": 1, "metric": "full"},
     "eora": {"steps": 1, "metric": "full"},
     "cloq": {"steps": 1, "metric": "full", "rounding": "feedback"},
-    "projq": {"steps": 3, "metric": "full", "rounding": "shaped"},
+    "projq": {"steps": 6, "metric": "full", "rounding": "shaped"},
     "srr": {"steps": 1, "metric": "full", "start": "preserved"},
     "lq-lora": {"steps": 10, "metric": "fisher", "order": "svd-first"},
     "descent": {"steps": 6, "metric": "full", "rounding": "descent", "scales": "fitted"},
