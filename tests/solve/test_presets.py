@@ -9,7 +9,7 @@ from torch import Tensor
 from loftq.errors import UsageError
 from loftq.kernels import reference
 from loftq.numerics import Metric, Moments, best_factors, beyond, dequantize, feedback, quantize
-from loftq.solve import Solution, solve
+from loftq.solve import Solution, rounding, solve
 from loftq.solve.loftq import preserved, tensor_seed
 from loftq.spec import PRESETS, QuantSpec, SolveSpec, check_statistics, solve_spec
 
@@ -131,6 +131,14 @@ def test_projq_quantizes_the_weight_against_what_the_adapter_leaves() -> None:
         quantized = feedback(weight(), beyond(a, h), QUANT)
     solution = solved("projq", moments_for("projq", same=True))
     assert solution.output_errors[1:] == pytest.approx(trace, rel=1e-3)
+
+
+def test_projq_projects_as_often_as_its_authors_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five times, after a first quantization without: the README of their code says ``--iteration 5``."""
+    projected = []
+    monkeypatch.setattr(rounding, "beyond", lambda a, h: projected.append(a) or beyond(a, h))
+    solved("projq", moments_for("projq"))
+    assert len(projected) == 5
 
 
 def test_lq_lora_begins_with_the_weight_and_alternates_in_fisher_weights() -> None:
