@@ -4,12 +4,27 @@ The layer that knows the file or tensor puts its name into the message; the mess
 wanted and what to do. The command line prints one line and exits with ``exit_code``.
 """
 
+import itertools
+import re
+from collections.abc import Iterable
+
+# What Python counts as printable and no screen shows: of Unicode's Default_Ignorable_Code_Point; the Braille blank.
+_UNSEEN = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
+
 
 class LoftqError(Exception):
-    """Base of every error raised on purpose. Anything else that escapes is a bug of ours (exit 70)."""
+    """Base of every error raised on purpose. Anything else that escapes is a bug of ours (exit 70).
+
+    Whatever names are in its message, they are shown as they are: see :func:`visible`.
+    """
 
     exit_code = 70
     label = "internal"
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(visible(a) if isinstance(a, str) else a for a in arguments))
 
 
 class UsageError(LoftqError, ValueError):
@@ -54,15 +69,28 @@ class Interrupted(LoftqError):
     label = "stopped"
 
 
+def visible(text: str) -> str:
+    """``text`` with every character escaped that cannot be seen, or that moves others (bidi), but for line ends."""
+    if text.isprintable() and not _UNSEEN.search(text):
+        return text
+    return "".join(c if c == "\n" or (c.isprintable() and not _UNSEEN.match(c)) else _escaped(c) for c in text)
+
+
 def quoted(name: object, limit: int = 120) -> str:
-    """``name`` as it may stand in a message: control characters escaped, cut at ``limit`` characters."""
+    """``name`` as it may stand in a message: on one line, :func:`visible`, cut at ``limit`` characters."""
     text = str(name)
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    cut = text if len(text) <= limit else text[:limit]  # nothing gets shorter: what is longer is not looked at
+    shown = visible(cut).replace("\n", "\\n")
+    return shown if len(shown) <= limit and cut is text else shown[: limit - 1] + "…"
 
 
-def listed(names: object, limit: int = 10) -> str:
+def listed(names: Iterable[object], limit: int = 10) -> str:
     """At most ``limit`` names, then how many more."""
-    items = [quoted(n) for n in names]  # type: ignore[attr-defined]
-    more = len(items) - limit
-    return ", ".join(items[:limit]) + (f" and {more} more" if more > 0 else "")
+    rest = iter(names)
+    shown = ", ".join(quoted(name) for name in itertools.islice(rest, limit))
+    more = sum(1 for _ in rest)
+    return shown + (f" and {more} more" if more else "")
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "replace").decode()

@@ -5,9 +5,10 @@ together is found out by the workflow that uses it.
 """
 
 import difflib
+import itertools
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -17,11 +18,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from pydantic_core import PydanticCustomError
 
 from loftq.errors import InputError, UsageError, listed, quoted
+from loftq.formats import strict_yaml
 from loftq.spec import CODES, ORDERS, PRESETS, SCALE_DTYPES, SCALES, SVDS, SolveSpec, solve_spec
 
 METHODS = ("full", "lora", "qlora", "loftq")
 # What of a quantization is not the plan's, but the solver's or the calibration's.
 SOLVER = ("preset", "steps", "order", "svd", "scales", "seed", "calibrate", "calibration_samples", "device")
+MOST_TOLD = 20  # mistakes of one recipe
+DEEPEST_KEY = 8  # parts of a dotted key
 SPLIT = re.compile(r"(train|validation|test)(_\w+)?")
 
 # Fields of TrainingArguments that a recipe says elsewhere.
@@ -198,17 +202,13 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise UsageError(f"{quoted(override)}: wanted key=value, such as training.learning_rate=1e-4")
-        _put(values, key, load(value, key))
+        _put(values, key, strict_yaml.loads(value, quoted(key)))
     return parse(values, str(path))
 
 
 def read_mapping(path: str | Path, keys: str) -> dict[str, Any]:
     """What stands in a YAML file. InputError if it cannot be read, or is no mapping, which should have ``keys``."""
-    try:
-        text = Path(path).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{quoted(path)}: cannot be read: {getattr(e, 'strerror', None) or e}") from e
-    values = load(text, str(path))
+    values = strict_yaml.load_file(Path(path))
     if not isinstance(values, dict):
         raise InputError(f"{quoted(path)}: wanted a mapping with {keys}, found {quoted(repr(values))}")
     return values
@@ -216,13 +216,14 @@ def read_mapping(path: str | Path, keys: str) -> dict[str, Any]:
 
 def parse(values: dict[str, Any], name: str = "recipe") -> Recipe:
     """A recipe out of plain values. UsageError, of one line, with all that is wrong, each with its key."""
-    problems = list(_training_problems(values.get("training")))
+    problems = _training_problems(values.get("training"))
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as e:
-        problems = [*_told(e, Recipe), *problems]
-    if problems:
-        raise UsageError(f"{quoted(name)}: {'; '.join(dict.fromkeys(problems))}")
+        problems = itertools.chain(_told(e, Recipe), problems)
+    told = _together(problems)
+    if told:
+        raise UsageError(f"{quoted(name)}: {told}")
     return recipe  # type: ignore[possibly-undefined]
 
 
@@ -231,44 +232,18 @@ def section(model: type[_Section], values: dict[str, Any], name: str) -> _Sectio
     try:
         return model.model_validate(values)
     except ValidationError as e:
-        raise UsageError(f"{quoted(name)}: {'; '.join(dict.fromkeys(_told(e, model)))}") from e
+        raise UsageError(f"{quoted(name)}: {_together(_told(e, model))}") from e
+
+
+def _together(problems: Iterable[str]) -> str:
+    """Mistakes in one line, each once; of a file that is made of them, the first ones."""
+    found = list(dict.fromkeys(itertools.islice(problems, MOST_TOLD + 1)))
+    return "; ".join([*found[:MOST_TOLD], "and more"] if len(found) > MOST_TOLD else found)
 
 
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML that :func:`read` reads back."""
     return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True, width=120)
-
-
-def load(text: str, name: str) -> Any:
-    """YAML of the 1.2 core schema: ``1e-4`` is a number, ``no`` a word; a key given twice is refused."""
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as e:
-        raise InputError(f"{quoted(name)}: not YAML: {' '.join(str(e).split())}") from e
-
-
-class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: typing.ClassVar[dict] = {}
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise yaml.MarkedYAMLError(problem=f"key {twice[0]!r} is given twice", problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 
 # A word in the place of a section stands for this key of it: ``data: DIR`` is ``data: {directory: DIR}``.
@@ -282,6 +257,8 @@ def _spelled_out(values: dict[str, Any]) -> dict[str, Any]:
 
 def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
     *sections, key = dotted.split(".")
+    if len(sections) >= DEEPEST_KEY:
+        raise UsageError(f"{quoted(dotted)}: {len(sections)} sections; a recipe has no key as deep as that")
     for i, section in enumerate(sections):
         inner = _spelled_out(values).get(section) or {}
         if not isinstance(inner, dict):

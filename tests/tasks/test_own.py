@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from loftq.errors import InputError, UsageError
-from loftq.recipe import load
+from loftq.formats.strict_yaml import loads
 from loftq.tasks import get_task, load_data
 
 # description, a row, what it becomes
@@ -67,7 +67,7 @@ def test_rows_of_ones_own(description, row, loaded, tmp_path):
 
 def test_the_examples_of_the_documentation():
     text = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text()
-    blocks = [load(block, "docs/tasks.md") for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    blocks = [loads(block, "docs/tasks.md") for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
     kinds = [get_task(block["task"]).kind for block in blocks if "task" in block]
     assert kinds == ["text-classification", "span-qa", "summarization", "causal-lm", "instruction", "instruction"]
 

@@ -63,7 +63,7 @@ def test_a_task_of_ones_own_on_any_model(place):
     assert ended.code == 0, ended.err
     trained = json.loads((place / "full" / "metrics.json").read_text())["metrics"]
     assert json.loads(ended.out)["metrics"] == trained
-    refused(cli("evaluate", model, "--task", place / "no.yaml"), 3, "no.yaml", "cannot be read")
+    refused(cli("evaluate", model, "--task", place / "no.yaml"), 3, "no.yaml", "no such file")
 
 
 def test_training_prints_bars_and_nothing_else(place):
@@ -104,7 +104,7 @@ def test_one_line_for_what_cannot_be_evaluated(place):
     refused(cli("evaluate", place / "model", "--task", "sst2", "--sampling", "warm"), 2, "--sampling", "greedy, paper")
     refused(cli("evaluate", place / "model", "--task", "sst2", "--batch-size", "-1"), 2, "--batch-size")
     refused(cli("evaluate", place / "none here", "--task", "sst2", "--data", place / "data"), 3, "no such directory")
-    refused(cli("train", place / "none.yaml"), 3, "none.yaml: cannot be read")
+    refused(cli("train", place / "none.yaml"), 3, "none.yaml: no such file")
 
 
 def test_the_extra_is_named(place):

@@ -13,6 +13,13 @@ from loftq.cli.app import app
 from loftq.errors import Interrupted, LoftqError, StorageError, UsageError, quoted
 
 
+class _Quoting(logging.Formatter):
+    """One line for every record, whatever names are in it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return quoted(super().format(record), 4000)
+
+
 def _stop(number: int, _: object) -> NoReturn:
     """End at once, with nothing cleaned up: whatever a killed run leaves, the same command continues from it."""
     with contextlib.suppress(OSError):
@@ -24,7 +31,7 @@ def _stop(number: int, _: object) -> NoReturn:
 def main() -> NoReturn:
     """Run the command line: for every error one line on stderr and an exit code; a traceback if LOFTQ_DEBUG is set."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("loftq: %(levelname)s: %(message)s"))
+    handler.setFormatter(_Quoting("loftq: %(levelname)s: %(message)s"))
     logging.getLogger("loftq").addHandler(handler)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; its advice would cut the bar in two
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

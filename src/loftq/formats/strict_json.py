@@ -5,11 +5,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from loftq.errors import InputError, quoted
-from loftq.formats.regular import open_regular, shown
-
-MAX_BYTES = 64 << 20
-MAX_DEPTH = 100
+from loftq.errors import quoted
+from loftq.formats import text as texts
+from loftq.formats.regular import shown
+from loftq.formats.text import MAX_BYTES, MAX_DEPTH, MAX_VALUES
 
 
 def loads(raw: bytes, where: str, *, max_bytes: int = MAX_BYTES) -> Any:
@@ -20,42 +19,38 @@ def loads(raw: bytes, where: str, *, max_bytes: int = MAX_BYTES) -> Any:
         max_bytes: longer texts are refused unparsed.
     Raises:
         InputError: not UTF-8, a byte order mark, a duplicate name, NaN or Infinity, a number out of range, a
-            lone surrogate, more than 100 levels, or no JSON at all.
+            lone surrogate, more than 100 levels or two million values, or no JSON at all.
     """
-    if len(raw) > max_bytes:
-        raise _refused(where, f"{len(raw)} bytes of JSON, at most {max_bytes} are read")
+    texts.check_size(len(raw), where, "JSON", max_bytes)
+    if raw.count(b",") + raw.count(b"[") + raw.count(b"{") > MAX_VALUES:
+        raise texts.refused(where, f"more than {MAX_VALUES} values in one JSON text")
     try:
-        text = raw.decode("utf-8")
-        if text.startswith("\ufeff"):
-            raise ValueError("a byte order mark at the start")
+        text = texts.decoded(raw)
         value = json.loads(
             text,
             object_pairs_hook=_unique,
             parse_constant=_no_constant,
             parse_float=_finite,
-            parse_int=_whole if b"-0" in raw else int,
+            parse_int=_whole,
         )
         if b"\\u" in raw:
             _check_surrogates(value)
     except RecursionError as e:
-        raise _refused(where, f"more than {MAX_DEPTH} levels of nesting") from e
+        raise texts.too_deep(where) from e
     except ValueError as e:
-        raise _refused(where, f"not strict JSON: {quoted(e)}") from e
+        raise texts.refused(where, f"not strict JSON: {quoted(e)}") from e
     if isinstance(value, (dict, list)) and _deeper_than(value, MAX_DEPTH):
-        raise _refused(where, f"more than {MAX_DEPTH} levels of nesting")
+        raise texts.too_deep(where)
     return value
 
 
 def load_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """The JSON object in the regular file ``path``; its size is checked before it is read."""
     where = shown(path)
-    with open_regular(path) as file:
-        if file.stamp.size > max_bytes:
-            raise _refused(where, f"{file.stamp.size} bytes of JSON, at most {max_bytes} are read")
-        raw = file.read_at(0, file.stamp.size)
+    raw = texts.read(path, "JSON", max_bytes)
     value = loads(raw, where, max_bytes=max_bytes)
     if not isinstance(value, dict):
-        raise _refused(where, f"wanted a JSON object, got {type(value).__name__}")
+        raise texts.refused(where, f"wanted a JSON object, got {type(value).__name__}")
     return value
 
 
@@ -72,10 +67,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _refused(where: str, problem: str) -> InputError:
-    return InputError(f"{where}: {problem}; repair the file or fetch it again")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -102,7 +93,7 @@ def _finite(digits: str) -> float:
 
 def _whole(digits: str) -> int | float:
     """An integer; ``-0`` is the float that every other JSON reader takes it for."""
-    return -0.0 if digits == "-0" else int(digits)
+    return -0.0 if digits == "-0" else texts.whole(digits)
 
 
 def _check_surrogates(value: Any) -> None:

@@ -7,8 +7,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from loftq.errors import quoted
+from loftq.errors import quoted, visible
 from loftq.report.inspect import judged, warnings
+
+MOST_OF_A_CELL = 2000  # characters; a tensor's name has half of that at most
 
 
 def console() -> Console:
@@ -17,9 +19,22 @@ def console() -> Console:
     return out if out.is_terminal else Console(highlight=False, markup=False, width=160)
 
 
+class _Table(Table):
+    """Names in it are shown with what cannot be seen of them escaped."""
+
+    def add_row(self, *cells: Any, **style: Any) -> None:
+        super().add_row(*(_cell(cell) for cell in cells), **style)
+
+
+def _cell(cell: Any) -> Any:
+    if isinstance(cell, Text):
+        return Text(quoted(cell.plain, MOST_OF_A_CELL), cell.style)
+    return quoted(cell, MOST_OF_A_CELL) if isinstance(cell, str) else cell
+
+
 def plain_table(*columns: tuple[str, str]) -> Table:
     """A table without lines; a column is its heading and its side, left or right."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = _Table(box=None, pad_edge=False, header_style="bold")
     for name, side in columns:
         table.add_column(name, justify=side, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
     return table
@@ -35,9 +50,9 @@ def print_plan(rows: list[dict[str, Any]], coverage: float) -> None:
         ("bytes", "right"),
     )
     table = plain_table(*columns)
-    vectors = [r for r in rows if r["action"] == "keep" and len(r["shape"]) < 2]
+    vectors = [r for r in rows if _is_vector(r)]
     for row in rows:
-        if row in vectors:
+        if _is_vector(row):
             continue
         shape = "x".join(map(str, row["shape"]))
         if row["action"] == "quantize":
@@ -57,6 +72,10 @@ def print_plan(rows: list[dict[str, Any]], coverage: float) -> None:
         f"\n{len(quantized)} of {len(rows)} tensors are quantized: {weights:,} weights, {coverage:.1%} of those in the "
         f"layers, at {8 * packed / weights:.3f} bits; the backbone takes {total / 1e6:,.1f} MB."
     )
+
+
+def _is_vector(row: dict[str, Any]) -> bool:
+    return row["action"] == "keep" and len(row["shape"]) < 2
 
 
 def print_inspection(inspected: dict[str, Any]) -> None:
@@ -92,7 +111,7 @@ def print_inspection(inspected: dict[str, Any]) -> None:
     out.print()
     out.print(_totals(inspected["totals"]))
     for line in inspected["warnings"]:
-        out.print(Text("warning:", "yellow"), line)
+        out.print(Text("warning:", "yellow"), visible(line))
 
 
 def print_summary(output: Path, manifest: dict[str, Any], made: bool) -> None:
