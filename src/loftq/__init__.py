@@ -60,11 +60,41 @@ def _register_quantizer(_: Any) -> None:
     import loftq.nn.hf  # noqa: F401
 
 
+def _extend_models(modeling: Any) -> None:
+    from loftq.nn.counts import count_weights
+
+    count_weights(modeling)
+
+
 def _install_lora_layers(_: Any) -> None:
     from loftq.nn.peft import install
 
     install()
 
 
+def _extend_peft_models(peft_model: Any) -> None:
+    from loftq.nn.counts import count_weights_under
+    from loftq.nn.placement import check_loading
+
+    count_weights_under(peft_model.PeftModel)
+    check_loading(peft_model.PeftModel)
+
+
+def _extend_mixed_models(mixed_model: Any) -> None:
+    from loftq.nn.counts import count_weights_under
+
+    count_weights_under(mixed_model.PeftMixedModel)
+
+
+def _keep_real_targets(conversion: Any) -> None:
+    from loftq.nn.placement import keep_real_targets
+
+    keep_real_targets(conversion)
+
+
 wrapt.register_post_import_hook(_register_quantizer, "transformers.quantizers.auto")
 wrapt.register_post_import_hook(_install_lora_layers, "peft.tuners.lora.model")
+wrapt.register_post_import_hook(_keep_real_targets, "peft.utils.transformers_weight_conversion")
+wrapt.register_post_import_hook(_extend_models, "transformers.modeling_utils")
+wrapt.register_post_import_hook(_extend_peft_models, "peft.peft_model")
+wrapt.register_post_import_hook(_extend_mixed_models, "peft.mixed_model")

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from loftq.errors import InputError, UsageError
-from loftq.plan import Policy, Role, Stack, make, natural, nominal_bits, target_suffixes, task_type
+from loftq.plan import Policy, Role, Stack, make, natural, nominal_bits, target_suffixes
 from loftq.spec import QuantSpec, SolveSpec, stored_bytes
 
 PROJECTIONS = {
@@ -295,12 +295,6 @@ def test_a_module_named_like_the_end_of_a_kept_one_is_refused():
     """``fc`` is packed and ``head.fc`` is not: no ending tells them apart, and PEFT knows only endings."""
     with pytest.raises(InputError, match=r"fc is the ending of head\.fc, which is not quantized"):
         target_suffixes(["fc"], ["head.fc"])
-
-
-def test_task_types():
-    assert task_type("LlamaForCausalLM") == task_type("GPT2LMHeadModel") == "CAUSAL_LM"
-    assert task_type("T5ForConditionalGeneration") == "SEQ_2_SEQ_LM"
-    assert task_type("BertModel") is task_type("BertForSequenceClassification") is None
 
 
 def test_natural_order():

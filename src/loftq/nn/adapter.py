@@ -1,10 +1,42 @@
 """The LoftQ start as a plain PEFT adapter: its configuration, and the names and shapes of its tensors."""
 
+import inspect
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from loftq.plan import Matrix, Plan, target_suffixes
+
+# What PEFT's model of a task hands on by name, whether the user gave it or not, and the class must know.
+HANDED_ON = {
+    "CAUSAL_LM": ("input_ids", "attention_mask", "inputs_embeds", "labels"),
+    "SEQ_2_SEQ_LM": (
+        *("input_ids", "attention_mask", "inputs_embeds", "labels"),
+        *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"),
+    ),
+}
+FLAGS = ("output_attentions", "output_hidden_states", "return_dict")  # handed on too; ``**kwargs`` may take them
+
+
+def task_type(model: nn.Module) -> str | None:
+    """PEFT's task type of a model that generates from text; None for any other, which PEFT then calls as it is.
+
+    PEFT's models of these tasks have a signature of their own. They fit where the model's first input is text and its
+    ``forward`` names all that they hand on: a speech model without ``input_ids`` passes an empty one down to its
+    decoder, beside the decoder's own.
+    """
+    config: Any = model.config
+    if getattr(model, "main_input_name", None) != "input_ids" or not _generates(model):
+        return None
+    task = "SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) else "CAUSAL_LM"
+    known = inspect.signature(model.forward).parameters
+    swallows = any(parameter.kind == parameter.VAR_KEYWORD for parameter in known.values())
+    fits = known.keys() >= set(HANDED_ON[task]) and (swallows or known.keys() >= set(FLAGS))
+    return task if fits else None
+
+
+def _generates(model: Any) -> bool:
+    return hasattr(model, "can_generate") and bool(model.can_generate())
 
 
 def adapter_config(plan: Plan, others: list[str], prefix: str, base: str, task_type: str | None) -> dict[str, Any]:

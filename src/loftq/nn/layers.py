@@ -69,6 +69,16 @@ class PackedWeight(nn.Module):
                 )
         return [self._parameters[name] for name in self._stored_dtypes]  # type: ignore[misc]
 
+    @property
+    def weight_count(self) -> int:
+        """Number of weights that this layer stands for."""
+        return self._rows * self._columns
+
+    @property
+    def stored_count(self) -> int:
+        """Number of elements of the stored tensors."""
+        return sum(self._parameters[name].numel() for name in self._stored_dtypes)  # type: ignore[union-attr]
+
     def load_stored(self, tensors: dict[str, Tensor]) -> None:
         """Take over freshly encoded tensors (see :func:`loftq.numerics.encode`)."""
         for name in self._stored_dtypes:

@@ -9,8 +9,9 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
 from loftq.errors import InputError, UsageError, listed, quoted
+from loftq.nn.adapter import task_type
 from loftq.nn.layers import PackedWeight
-from loftq.plan import task_type
+from loftq.nn.placement import check_placed, filled_from_elsewhere
 
 # Tasks whose heads are seldom part of a checkpoint: PEFT trains and saves them with the adapter.
 HEADED_TASKS = {
@@ -57,11 +58,13 @@ def load_start(
 
 def wrap(model: Any, config: LoraConfig, factors: dict[str, Tensor]) -> PeftModel:
     """:func:`new_adapter` over a packed model, filled with ``factors``; a head keeps the values it has."""
-    wrapped: Any = new_adapter(model, config, model.hf_quantizer.new_modules)
+    with filled_from_elsewhere():
+        wrapped: Any = new_adapter(model, config, model.hf_quantizer.new_modules)
     fresh = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     missing = [name for name in fresh if ".lora_" in name and name not in factors]
     if missing:
         raise InputError(f"no LoftQ start for {listed(missing)}; is it of another model?")
+    check_placed(model, "the LoftQ start", [], [name for name in factors if name not in fresh])
     set_peft_model_state_dict(wrapped, {**fresh, **{name: t for name, t in factors.items() if name in fresh}})
     return wrapped
 
@@ -78,7 +81,7 @@ def new_adapter(model: Any, config: LoraConfig, new_modules: Iterable[str]) -> P
         heads = _heads(model) if headed else []
         new = [n for n in new_modules if not n.startswith(tuple(f"{head}." for head in heads))]
         config.modules_to_save = sorted({*heads, *new}) or None
-    config.task_type, config.inference_mode = headed or task_type(architecture), False  # type: ignore[assignment]
+    config.task_type, config.inference_mode = headed or task_type(model), False  # type: ignore[assignment]
     wrapped: Any = get_peft_model(model, config)
     return wrapped
 

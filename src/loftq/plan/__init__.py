@@ -16,7 +16,6 @@ from loftq.plan.plan import (
     natural,
     nominal_bits,
     target_suffixes,
-    task_type,
 )
 
 __all__ = [
@@ -46,5 +45,4 @@ __all__ = [
     "parse_rules",
     "parse_size",
     "target_suffixes",
-    "task_type",
 ]

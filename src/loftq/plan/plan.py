@@ -368,16 +368,6 @@ def target_suffixes(chosen: Iterable[str], others: Iterable[str]) -> list[str]:
     return sorted(suffixes, key=natural)
 
 
-def task_type(architecture: str) -> str | None:
-    """PEFT's task type of a transformers class that needs no head beside the checkpoint's own; else None."""
-    endings = {
-        "ForCausalLM": "CAUSAL_LM",
-        "LMHeadModel": "CAUSAL_LM",
-        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    }
-    return next((task for ending, task in endings.items() if architecture.endswith(ending)), None)
-
-
 def natural(name: str) -> list[tuple[int, int, str]]:
     """Sort key that counts: layer 2 comes before layer 10."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(".")]

@@ -88,7 +88,7 @@ def adapter_of(source: Source, layout: Layout, output: Path, task_type: str | No
     """``adapter_config.json``, made first of all: PEFT must be there, and take the options."""
     chosen = {m.module for m in source.plan.matrices}
     others = [m for m in source.adaptable if m not in chosen]
-    task = task_type or planning.task_type(source.architecture)
+    task = task_type or source.task_type
     try:
         config = adapter_config(source.plan, others, source.prefix, str(output), task)
     except ValueError as e:

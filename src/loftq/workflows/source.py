@@ -26,6 +26,7 @@ class Source:
     roles: dict[str, Role]
     prefix: str  # of the base model
     architecture: str
+    task_type: str | None  # PEFT's
     adaptable: list[str]  # every module that an adapter could wrap
     kept_modules: list[str]  # those of them that are not quantized
 
@@ -33,6 +34,7 @@ class Source:
 def open_source(model: str, policy: Policy, revision: str | None = None) -> Source:
     """Headers, skeleton and plan of a local directory or a hub id. Reads no weights, so a budget is not spent yet."""
     from loftq.nn import skeleton
+    from loftq.nn.adapter import task_type
 
     directory = resolve(model, revision)
     checkpoint = open_checkpoint(directory)
@@ -55,6 +57,7 @@ def open_source(model: str, policy: Policy, revision: str | None = None) -> Sour
         roles=roles,
         prefix=str(built.base_model_prefix),
         architecture=type(built).__name__,
+        task_type=task_type(built),
         adaptable=adaptable,
         kept_modules=[m for m in adaptable if m not in chosen],
     )

@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 import loftq
-from loftq import plan as planning
 from loftq.errors import ConflictError, InputError, UsageError, quoted
 from loftq.formats import fsio
 from loftq.formats.tensorfile import Entry, dtype_name, encode_header, tensor_bytes
@@ -105,11 +104,11 @@ def _adapter_config(plan: Plan, source: Source, model: Any, base: str, options: 
     from transformers.pytorch_utils import Conv1D
 
     from loftq.nn import skeleton
-    from loftq.nn.adapter import adapter_config
+    from loftq.nn.adapter import adapter_config, task_type
 
     chosen = {m.module for m in plan.matrices}
     others = [m for m in skeleton.adaptable(model) if m not in chosen]
-    task = options.task_type or planning.task_type(type(model).__name__)
+    task = options.task_type or task_type(model)
     prefix = str(model.base_model_prefix)
     try:
         config = adapter_config(plan, [*others, *source.kept_modules], prefix, base, task)

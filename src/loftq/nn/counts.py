@@ -1,0 +1,53 @@
+"""Parameter counts of a model with packed layers: of the weights that these stand for, not of the bytes they hold."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from loftq.nn.layers import LoftQEmbedding, PackedWeight
+
+
+def surplus(model: nn.Module, *, exclude_embeddings: bool = False) -> int:
+    """What a count of all stored elements lacks: rows times columns of every packed layer, less what it stores.
+
+    Args:
+        exclude_embeddings: the count left out ``weight`` of every embedding, so its scales are all that is too much.
+    """
+    total = 0
+    for layer in {id(m.weight): m for m in model.modules() if isinstance(m, PackedWeight)}.values():  # shared: once
+        stored = layer.stored_count
+        if exclude_embeddings and isinstance(layer, LoftQEmbedding):
+            total -= stored - layer.weight.numel()
+        else:
+            total += layer.weight_count - stored
+    return total
+
+
+def count_weights(modeling: Any) -> None:
+    """``num_parameters`` of transformers' models, which Trainer takes its FLOPs from.
+
+    Args:
+        modeling: the module ``transformers.modeling_utils``.
+    """
+    count = modeling.PreTrainedModel.num_parameters
+
+    @functools.wraps(count)
+    def num_parameters(self: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        counted = count(self, only_trainable, exclude_embeddings)
+        return counted if only_trainable else counted + surplus(self, exclude_embeddings=exclude_embeddings)
+
+    modeling.PreTrainedModel.num_parameters = num_parameters
+
+
+def count_weights_under(model_class: Any) -> None:
+    """``get_nb_trainable_parameters`` of a class of PEFT, which it prints and reports."""
+    count: Callable[[Any], tuple[int, int]] = model_class.get_nb_trainable_parameters
+
+    @functools.wraps(count)
+    def get_nb_trainable_parameters(self: Any) -> tuple[int, int]:
+        trainable, everything = count(self)
+        return trainable, everything + surplus(self)
+
+    model_class.get_nb_trainable_parameters = get_nb_trainable_parameters

@@ -1,0 +1,114 @@
+"""Where an adapter sits: on every module that it was made for, or an error."""
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+from torch import nn
+
+from loftq.errors import InputError, listed, quoted
+from loftq.nn.layers import PackedWeight
+
+_filled: ContextVar[bool] = ContextVar("filled", default=False)
+
+
+def keep_real_targets(conversion: Any) -> None:
+    """Let PEFT rename only those targets that name no linear layer.
+
+    For models with fused experts, PEFT takes every target that ends in ``gate_proj``, ``up_proj`` or ``down_proj`` for
+    an expert of old and turns it into a target parameter. Shared experts and dense layers have linear layers of these
+    names. A target of several parts (``mlp.gate_proj``) that ends the name of a linear layer means that layer.
+
+    Args:
+        conversion: the module ``peft.utils.transformers_weight_conversion``.
+    """
+    convert = conversion.convert_peft_config_for_transformers
+
+    @functools.wraps(convert)
+    def convert_the_others(peft_config: Any, model: nn.Module, conversions: Any) -> None:
+        targets = getattr(peft_config, "target_modules", None)
+        real = set() if targets is None or isinstance(targets, str) else _real(targets, model)
+        if not real:
+            return convert(peft_config, model, conversions)
+        peft_config.target_modules = set(targets) - real
+        convert(peft_config, model, conversions)
+        peft_config.target_modules = real | set(peft_config.target_modules)
+
+    conversion.convert_peft_config_for_transformers = convert_the_others
+
+
+def _real(targets: Iterable[str], model: nn.Module) -> set[str]:
+    """The targets of several parts that end the name of a linear layer, one with an adapter included."""
+    dotted = {target for target in targets if "." in target}
+    found: set[str] = set()
+    for name, module in model.named_modules() if dotted else ():
+        if isinstance(getattr(module, "base_layer", module), nn.Linear):
+            parts = name.split(".")
+            found.update(dotted.intersection(".".join(parts[i:]) for i in range(len(parts))))
+    return found
+
+
+@contextlib.contextmanager
+def filled_from_elsewhere() -> Iterator[None]:
+    """While an adapter is made whose values come from a file, or from the solver: it needs no start of its own."""
+    token = _filled.set(True)
+    try:
+        yield
+    finally:
+        _filled.reset(token)
+
+
+def is_filled_from_elsewhere() -> bool:
+    return _filled.get()
+
+
+def check_loading(model_class: Any) -> None:
+    """Let ``PeftModel`` refuse LoRA weights that are not all there, or not all placed, on a packed model.
+
+    PEFT warns of the first, and says nothing of the second; either way the model is another one than was meant.
+
+    Args:
+        model_class: ``PeftModel``.
+    """
+    from_pretrained, load_adapter = model_class.from_pretrained.__func__, model_class.load_adapter
+
+    @functools.wraps(from_pretrained)
+    def from_pretrained_in_full(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        with filled_from_elsewhere():
+            return from_pretrained(cls, *args, **kwargs)
+
+    @functools.wraps(load_adapter)
+    def load_adapter_in_full(self: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        with filled_from_elsewhere():
+            result = load_adapter(self, model_id, *args, **kwargs)
+        check_placed(self.get_base_model(), model_id, result.missing_keys, result.unexpected_keys)
+        return result
+
+    model_class.from_pretrained = classmethod(from_pretrained_in_full)
+    model_class.load_adapter = load_adapter_in_full
+
+
+def check_placed(model: nn.Module, source: object, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """InputError if LoRA layers of a packed model got no weights, or weights of modules that it has got no layer.
+
+    Weights of modules that the model does not have are no error: those of a head that this class lacks.
+    """
+    if not any(isinstance(module, PackedWeight) for module in model.modules()):
+        return
+    empty = sorted({_module(key) for key in missing if ".lora_" in key})
+    there = {name for name, _ in model.named_modules()}
+    left = sorted({_module(key) for key in unexpected if ".lora_" in key} & there)
+    if empty or left:
+        what = [f"no weights for the adapter on {listed(empty, 3)}"] if empty else []
+        what += [f"no adapter on {listed(left, 3)} for its weights"] if left else []
+        raise InputError(
+            f"{quoted(source)}: {' and '.join(what)}; is it of another model? "
+            "Load the model again, and the adapter that was made or trained for it"
+        )
+
+
+def _module(key: str) -> str:
+    """The module of a tensor of an adapter, by its name in the model under PEFT."""
+    return key.removeprefix("base_model.model.").partition(".lora_")[0]

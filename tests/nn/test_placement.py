@@ -1,0 +1,118 @@
+"""A start sits on every module that it was made for, or loading it is an error."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import loftq
+from loftq.errors import InputError
+from loftq.nn.peft import LoftQLoraLinear
+from models import outputs, packed, quantize, substituted, written
+
+TEXT = {
+    "vocab_size": 101,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+ROUTED = {**EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+ATTENTION = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+SHARED = {"num_experts": 4, "shared_expert_intermediate_size": 32, "head_dim": 16}
+MIXTURES = {  # with shared experts, or with layers that are dense
+    "DeepseekV3": {**TEXT, **ROUTED, **ATTENTION, "n_group": 1, "topk_group": 1},
+    "Dots1": {**TEXT, **ROUTED, "head_dim": 16, "n_group": 1, "topk_group": 1},
+    "Qwen3Next": {**TEXT, **EXPERTS, **SHARED, **LINEAR},
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_shared_experts_and_dense_layers_get_theirs(name, tmp_path):
+    """PEFT would take ``mlp.up_proj`` for the experts', which are fused and dense here."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**MIXTURES[name])
+    dense = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    dense.save_pretrained(tmp_path / "dense")
+    output = tmp_path / "quantized"
+    quantize(tmp_path / "dense", output, bits=4, min_coverage=0.0)
+    load = type(dense).from_pretrained
+    starts = [
+        PeftModel.from_pretrained(load(output), output, subfolder="loftq_init", is_trainable=True),
+        loftq.load_start(load(output), output),
+        loftq.get_peft_model(load(tmp_path / "dense"), bits=4, rank=4, progress=False, min_coverage=0.0),
+    ]
+    wanted = substituted(dense, {module: q + ba for module, (q, ba) in written(output).items()})
+    shared = next(module for module in written(output) if "shared_expert" in module and "down_proj" in module)
+    for start in starts:
+        wrapped = {n for n, m in start.get_base_model().named_modules() if isinstance(m, LoftQLoraLinear)}
+        trained = {n.split(".lora_")[0] for n, p in start.get_base_model().named_parameters() if p.requires_grad}
+        assert trained == wrapped == packed(start).keys() == written(output).keys()
+        with torch.no_grad():
+            torch.testing.assert_close(outputs(start), outputs(wanted), rtol=1e-4, atol=1e-5)
+    starts[0].add_adapter("second", LoraConfig(r=2, target_modules=[".".join(shared.split(".")[-2:])]))
+    assert any(f"{shared}.lora_A.second" in name for name, _ in starts[0].named_parameters())
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")  # PEFT's own targets
+def test_targets_that_name_experts_are_left_to_peft():
+    config = transformers.MixtralConfig(**{**TEXT, "num_local_experts": 4, "num_experts_per_tok": 2})
+    model = get_peft_model(transformers.MixtralForCausalLM(config), LoraConfig(r=2, target_modules=["w1", "w2", "w3"]))
+    assert {n for n, _ in model.named_parameters() if "experts.lora_A" in n}
+
+
+def changed(made, tmp_path, change):
+    """A copy of a start whose tensors went through ``change``, and its checkpoint."""
+    checkpoint = made("llama")
+    shutil.copytree(checkpoint.output / "loftq_init", tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file(change(tensors), tmp_path / "adapter_model.safetensors")
+    return checkpoint
+
+
+def test_a_start_without_some_of_its_weights_is_refused(made, tmp_path):
+    def without(tensors):
+        return {n: t for n, t in tensors.items() if "layers.1.mlp.up_proj" not in n}
+
+    checkpoint = changed(made, tmp_path, without)
+    with pytest.raises(InputError, match=r"no weights for the adapter on model\.layers\.1\.mlp\.up_proj; is it of"):
+        PeftModel.from_pretrained(checkpoint.load(), tmp_path)
+    model = checkpoint.start()
+    with pytest.raises(InputError, match=r"no weights for the adapter on model\.layers\.1\.mlp\.up_proj"):
+        model.load_adapter(tmp_path, "second")
+
+
+def test_weights_that_find_no_adapter_are_refused(made, tmp_path):
+    checkpoint = changed(made, tmp_path, dict)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["target_modules"] = [t for t in config["target_modules"] if "down_proj" not in t]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    for load in (PeftModel.from_pretrained, lambda *args: loftq.load_start(*args, subfolder=".")):
+        with pytest.raises(InputError, match=r"no adapter on model\.layers\.0\.mlp\.down_proj, .*for its weights"):
+            load(checkpoint.load(), tmp_path)
+
+
+def test_what_a_user_trained_on_fewer_modules_loads(made, tmp_path):
+    checkpoint = made("llama")
+    model = get_peft_model(checkpoint.load(), LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(checkpoint.load(), tmp_path)
+    assert torch.equal(outputs(again), outputs(model.eval()))
+    again.load_adapter(checkpoint.output, "start", subfolder="loftq_init")
+    again.set_adapter("start")
+    assert torch.equal(outputs(again), outputs(checkpoint.start().eval()))
