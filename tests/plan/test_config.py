@@ -8,7 +8,7 @@ import transformers
 
 import loftq
 from loftq.errors import InputError
-from loftq.nn import skeleton
+from loftq.nn import presence, skeleton
 from models import BERT, LLAMA, MOE, quantize, tiny
 
 CANARY = """
@@ -197,10 +197,9 @@ def test_weights_of_another_size_than_the_config_says_are_refused(made, tmp_path
     (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(InputError):
         loftq.quantize(tmp_path, tmp_path.with_name("out"), bits=2)
-    tensors = {n: tuple(t.shape) for n, t in made("llama").dense.state_dict().items()}
-    built = skeleton.build(tmp_path)
+    tensors = {n: ("F32", tuple(t.shape)) for n, t in made("llama").dense.state_dict().items()}
     with pytest.raises(InputError, match=f"the weights do not fit config.json: .*{message}"):
-        skeleton.check_shapes(built, tensors, skeleton.roles(built, tensors))
+        presence.check_weights(skeleton.build(tmp_path), tensors, tmp_path)
 
 
 def test_roles_come_from_modules_not_names(tmp_path):

@@ -7,6 +7,7 @@ never become paths before they are known to be plain file names; links may not l
 import logging
 import math
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from typing import Any
 
 import torch
 
-from loftq.errors import InputError, StorageError, listed, quoted
+from loftq.errors import InputError, listed, quoted
 from loftq.formats import fsio, strict_json
+from loftq.formats.lookalikes import described, refuse_pointer
 from loftq.formats.picklefile import read_pickle_tensors
 from loftq.formats.regular import CHUNK, FileStamp, open_regular, shown
 from loftq.formats.tensorfile import (
@@ -114,8 +116,7 @@ def open_checkpoint(directory: Path, *, allow_external_symlinks: bool = False) -
     safetensors are preferred to ``.bin``. All missing, doubled and unlisted tensors are reported at once.
 
     Args:
-        allow_external_symlinks: follow links that leave the directory. Links into the blobs of the Hugging
-            Face cache are always followed.
+        allow_external_symlinks: follow links that leave the directory to whatever file; see :func:`check_link`.
     Raises: InputError, StorageError.
     """
     kind, index, single = _find(directory)
@@ -178,6 +179,7 @@ class _LoadedShard:
 
 
 def _open_safetensors(path: Path) -> _Shard:
+    refuse_pointer(path)
     file = read_header(path)
     stamp = file.stamp
     identity = FileIdentity(path.name, stamp.size, stamp.mtime_ns, file.header_sha256)
@@ -185,6 +187,7 @@ def _open_safetensors(path: Path) -> _Shard:
 
 
 def _open_pickle(path: Path) -> _Shard:
+    refuse_pointer(path)
     with open_regular(path) as file:
         stamp = file.stamp
         digest = fsio.sha256_file(path).sha256
@@ -209,24 +212,11 @@ def _find(directory: Path) -> tuple[str, Path | None, Path]:
         if os.path.lexists(path) or os.path.lexists(index):
             found.append((kind, index if os.path.lexists(index) else None, path))
     if not found:
-        what = f"no checkpoint; looked for {_LOOKED_FOR}, {_instead(directory)}"
+        what = f"no checkpoint; looked for {_LOOKED_FOR}, {described(directory)}"
         raise InputError(f"{shown(directory)}: {what}")
     if len(found) > 1:
         logger.info("%s: using safetensors, not the .bin files beside them", shown(directory))
     return found[0]
-
-
-def _instead(directory: Path) -> str:
-    """What an unusable directory holds instead, and what to do about it."""
-    try:
-        endings = {Path(name).suffix for name in os.listdir(directory)}
-    except OSError as e:
-        raise StorageError(f"{shown(directory)}: cannot be listed ({e.strerror}); check permissions") from e
-    if endings & {".safetensors", ".bin"}:
-        return "found shards without an index; fetch the index as well"
-    if ".gguf" in endings:
-        return "found GGUF only; start from the original checkpoint in safetensors"
-    return "found none of them; fetch the weights or check the path"
 
 
 def _read_index(index: Path, ending: str) -> tuple[dict[str, str], Any]:
@@ -272,7 +262,11 @@ def _check_case_twins(files: Iterable[str], where: str) -> None:
 
 
 def check_link(path: Path, directory: Path, allow_external: bool = False) -> None:
-    """Refuse a symbolic link that leads nowhere, or out of the checkpoint unless allowed."""
+    """Refuse a symbolic link that leads nowhere, or out of the checkpoint to what is no part of a model.
+
+    Followed are links inside ``directory``; into the blobs of the hub's cache; and to a file of the same name in
+    another model's directory, as in a folder of links. No other file can so get into an output that is published.
+    """
     if not path.is_symlink():
         return
     try:
@@ -281,10 +275,29 @@ def check_link(path: Path, directory: Path, allow_external: bool = False) -> Non
         why = f"a symbolic link that leads nowhere ({e.strerror})"
         raise InputError(f"{shown(path)}: {why}; fetch the file again") from e
     home = Path(os.path.realpath(directory))
-    in_cache = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
-    if not (allow_external or in_cache or home in target.parents):
+    if not (allow_external or home in target.parents or _is_blob(target, home) or _is_of_a_model(target, path.name)):
         why = f"a symbolic link out of the checkpoint, to {quoted(target, 400)}"
-        raise InputError(f"{shown(path)}: {why}; copy the file or allow external symlinks")
+        cure = "copy what belongs to the model into one directory (`cp -RL` follows links) and name that"
+        raise InputError(f"{shown(path)}: {why}; {cure}")
+
+
+def _is_blob(target: Path, home: Path) -> bool:
+    """Whether ``target`` lies in the hub's cache: of the same model, or under a hash, as older versions linked it."""
+    repository = target.parent.parent
+    hashed = repository.name.startswith("models--") and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", target.name)
+    snapshots = repository / "snapshots"
+    return target.parent.name == "blobs" and (snapshots in home.parents or bool(hashed))
+
+
+def _is_of_a_model(target: Path, name: str) -> bool:
+    """Whether ``target`` is called ``name`` and lies beside weights and their configuration."""
+    beside = target.parent
+    weights = (file for file, _ in _KINDS.values())
+    return (
+        target.name == name
+        and (beside / "config.json").is_file()
+        and any((beside / f).is_file() or (beside / f"{f}.index.json").is_file() for f in weights)
+    )
 
 
 def _check_agreement(index: Path, weight_map: Mapping[str, str], missing: list[str], shards: list[_Shard]) -> None:

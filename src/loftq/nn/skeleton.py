@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loftq.errors import InputError, listed, quoted
+from loftq.errors import InputError, quoted
 from loftq.formats import strict_json
 from loftq.plan import Role, Stack
 
@@ -255,15 +255,3 @@ def output_head(model: nn.Module) -> nn.Module | None:
         return model.get_output_embeddings()  # type: ignore[operator]
     except (NotImplementedError, AttributeError):
         return None
-
-
-def check_shapes(model: nn.Module, shapes: dict[str, tuple[int, ...]], roles_: dict[str, Role]) -> None:
-    """InputError if a matrix of the checkpoint has another shape than the model of ``config.json`` has."""
-    wrong = []
-    for tensor, role in roles_.items():
-        if role.kind in ("linear", "conv1d", "embedding") and not role.keep:
-            wanted = tuple(model.get_parameter(f"{role.module}.weight").shape)
-            if wanted != shapes[tensor]:
-                wrong.append(f"{tensor} is {shapes[tensor]}, config.json asks for {wanted}")
-    if wrong:
-        raise InputError(f"the weights do not fit config.json: {listed(wrong)}; one of the two was changed")

@@ -5,6 +5,7 @@ from loftq.plan.candidates import Candidate, candidates, curve, factor_bytes, fi
 from loftq.plan.patterns import Rules, parse_rules
 from loftq.plan.plan import (
     FLOATS,
+    HEADS,
     Kept,
     Matrix,
     Plan,
@@ -20,6 +21,7 @@ from loftq.plan.plan import (
 
 __all__ = [
     "FLOATS",
+    "HEADS",
     "Allocation",
     "Candidate",
     "Choice",

@@ -22,14 +22,13 @@ from loftq.formats import fsio
 from loftq.formats.regular import open_regular
 from loftq.formats.source import Checkpoint, open_checkpoint
 from loftq.formats.statistics import FORMAT_VERSION, KINDS, Group, Statistics, write_groups
-from loftq.nn import skeleton
 from loftq.nn.blocks import load, load_offloaded
 from loftq.nn.collect import HELD_EVERY, Begin, Row, collect
 from loftq.nn.fisher import collect_fisher, labeler
 from loftq.numerics.device import check_device
 from loftq.workflows import sealed, texts
 from loftq.workflows.places import differences
-from loftq.workflows.source import resolve
+from loftq.workflows.source import open_dense, resolve
 
 logger = logging.getLogger("loftq")
 
@@ -76,7 +75,7 @@ def calibrate(model: str, output: Path, options: CalibrateOptions, begin: Begin 
     output = Path(os.path.realpath(output.expanduser()))
     directory = resolve(model, options.revision)
     _check_place(output, directory)
-    built = skeleton.build(directory)
+    checkpoint, built = open_dense(directory)
     tokenizer = _tokenizer(directory)
     if options.kind == "fisher":
         labeler(built, tokenizer.mask_token_id)  # refuses before anything is loaded
@@ -84,7 +83,7 @@ def calibrate(model: str, output: Path, options: CalibrateOptions, begin: Begin 
     place, rows = _rows(options, tokenizer, length)
     _check_tokens(rows, tokenizer, built)
     identity = {
-        "model": model_identity(directory, open_checkpoint(directory)),
+        "model": model_identity(directory, checkpoint),
         "data": {"name": place, "column": options.column, "sha256": _hash(rows)},
         "options": {"kind": options.kind, "samples": options.samples, "max_length": length},
         "versions": {"loftq": loftq.__version__, "torch": torch.__version__},

@@ -7,6 +7,7 @@ from typing import Any
 
 from loftq import plan as planning
 from loftq.errors import InputError, StorageError, quoted
+from loftq.formats.lookalikes import refuse_adapter
 from loftq.formats.source import Checkpoint, is_quantized_source, open_checkpoint
 from loftq.plan import Plan, Policy, Role
 
@@ -37,14 +38,9 @@ def open_source(model: str, policy: Policy, revision: str | None = None) -> Sour
     from loftq.nn.adapter import task_type
 
     directory = resolve(model, revision)
-    checkpoint = open_checkpoint(directory)
-    method = is_quantized_source(checkpoint.tensors)
-    if method:
-        raise InputError(f"{directory}: already quantized with {method}; start from the full-precision checkpoint")
-    built = skeleton.build(directory)
+    checkpoint, built = open_dense(directory)
     tensors = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
     roles = skeleton.roles(built, tensors)
-    skeleton.check_shapes(built, {n: shape for n, (_, shape) in tensors.items()}, roles)
     plan = planning.make(tensors, roles, policy)
     adaptable = skeleton.adaptable(built)
     chosen = {m.module for m in plan.matrices}
@@ -61,6 +57,20 @@ def open_source(model: str, policy: Policy, revision: str | None = None) -> Sour
         adaptable=adaptable,
         kept_modules=[m for m in adaptable if m not in chosen],
     )
+
+
+def open_dense(directory: Path) -> tuple[Checkpoint, Any]:
+    """Headers and skeleton of a full-precision model, which fit each other: nothing of the backbone is missing."""
+    from loftq.nn import presence, skeleton
+
+    checkpoint = open_checkpoint(directory)
+    refuse_adapter(directory)
+    method = is_quantized_source(checkpoint.tensors)
+    if method:
+        raise InputError(f"{directory}: already quantized with {method}; start from the full-precision checkpoint")
+    built = skeleton.build(directory)
+    presence.check_weights(built, {n: (t.dtype, t.shape) for n, t in checkpoint.tensors.items()}, directory)
+    return checkpoint, built
 
 
 def resolve(model: str, revision: str | None = None) -> Path:
