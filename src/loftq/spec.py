@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from loftq.errors import UsageError, quoted
+from loftq.errors import UsageError, listed, quoted
 
 BITS = (2, 3, 4, 8)
 CODES = ("nf", "lloyd", "uniform", "uniform-tensor", "affine")
@@ -217,7 +217,7 @@ def from_dict(kind: type[S], values: dict[str, Any]) -> S:
     known = {f.name for f in dataclasses.fields(kind)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise UsageError(f"unknown field(s) {unknown} in {kind.__name__}; written by a newer loftq?")
+        raise UsageError(f"unknown field(s) {listed(unknown)} in {kind.__name__}; written by a newer loftq?")
     return kind(**values)
 
 

@@ -297,6 +297,21 @@ def test_inspect_plot(out, tmp_path):
     assert os.listdir(tmp_path) == ["errors.png"]
 
 
+def test_a_plot_replaces_files_alone(out, tmp_path):
+    pytest.importorskip("matplotlib")
+    for make in (os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/null")):
+        make(tmp_path / "x.png")
+        before = os.lstat(tmp_path / "x.png")
+        refused(cli("inspect", out, "--plot", tmp_path / "x.png"), 2, "x.png: exists and is not a file")
+        assert os.lstat(tmp_path / "x.png") == before
+        (tmp_path / "x.png").rename(tmp_path / f"was{before.st_mode}")
+    (tmp_path / "link.png").symlink_to("errors.png")
+    (tmp_path / "errors.png").write_bytes(b"")
+    assert cli("inspect", out, "--plot", tmp_path / "link.png").code == 0
+    assert (tmp_path / "link.png").is_symlink()
+    assert (tmp_path / "errors.png").stat().st_size
+
+
 def test_warnings_do_not_reach_stdout(source, out):
     """A low rank at many bits hardly helps: that is said, and the JSON stays pure."""
     ended = cli("quantize", source, "-o", out.parent / "eight", "--bits", "8", "--rank", "1", "--steps", "1")

@@ -147,15 +147,19 @@ def test_file_then_directory_are_really_synced(tmp_path, monkeypatch):
 
 
 def test_directories_that_cannot_be_synced_are_let_pass(tmp_path, monkeypatch):
-    real = os.fsync
+    real, refused = os.fsync, []
 
     def fsync(fd):
         if os.path.isdir(f"/proc/self/fd/{fd}"):
+            refused.append(os.readlink(f"/proc/self/fd/{fd}"))
             raise OSError(errno.EINVAL, "Invalid argument")
         real(fd)
 
     monkeypatch.setattr(fsio.os, "fsync", fsync)
-    fsio.write_atomic(tmp_path / "f", [NEW])
+    digest = fsio.write_atomic(tmp_path / "f", [NEW])
+    assert refused == [str(tmp_path)]
+    assert (tmp_path / "f").read_bytes() == NEW
+    assert digest == fsio.FileDigest(len(NEW), hashlib.sha256(NEW).hexdigest())
 
 
 def test_a_failed_directory_sync_is_told(tmp_path, monkeypatch):
@@ -263,6 +267,19 @@ def test_over_a_directory(tmp_path):
     assert os.listdir(tmp_path) == ["d"]
 
 
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda path: path.symlink_to("/dev/null"), lambda path: path.symlink_to("other")]
+)
+def test_what_is_no_file_is_not_replaced(tmp_path, make):
+    """Root could put a file in the place of a device."""
+    make(tmp_path / "f")
+    before = os.lstat(tmp_path / "f")
+    with pytest.raises(StorageError, match=r"f: a (link|device, pipe or socket), which no file is put in the place of"):
+        fsio.write_atomic(tmp_path / "f", [NEW])
+    assert os.lstat(tmp_path / "f") == before
+    assert os.listdir(tmp_path) == ["f"]
+
+
 def test_descriptors_are_closed_after_faults(tmp_path, monkeypatch):
     before = len(os.listdir("/proc/self/fd"))
     for at in range(len(WRITE_OPS)):
@@ -332,8 +349,18 @@ def test_make_dirs_over_a_file(tmp_path):
 
 
 def test_make_dirs_lost_race(tmp_path, monkeypatch):
-    monkeypatch.setattr(fsio, "step", lambda op, path: op == "mkdir" and os.mkdir(path))
+    """Another process makes the directory just before we do."""
+    calls = []
+
+    def step(op, path):
+        calls.append(op)
+        if op == "mkdir":
+            os.mkdir(path)
+
+    monkeypatch.setattr(fsio, "step", step)
     fsio.make_dirs(tmp_path / "a")
+    assert (tmp_path / "a").is_dir()
+    assert calls == ["mkdir", "fsync-dir"]
 
 
 def test_rename_syncs_both_directories(tmp_path, trace):

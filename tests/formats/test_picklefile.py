@@ -322,6 +322,42 @@ def test_other_shapes_of_content(tmp_path, obj, why):
         read_pickle_tensors(put(tmp_path / "x.bin", saved(obj)))
 
 
+def data_starts(raw):
+    """Where each record's bytes begin, and how many they are."""
+    with zipfile.ZipFile(io.BytesIO(raw)) as members:
+        for member in members.infolist():
+            start = member.header_offset
+            name_size, extra_size = struct.unpack("<HH", raw[start + 26 : start + 30])
+            yield member.filename, start + 30 + name_size + extra_size, member.file_size
+
+
+def test_damage_in_any_record_is_noticed(tmp_path):
+    """Every bit that a record holds counts in its CRC-32; PyTorch does not look at it."""
+    for name, start, size in data_starts(SOUND):
+        for at in {start, start + size // 2, start + size - 1}:
+            raw = bytearray(SOUND)
+            raw[at] ^= 1
+            with pytest.raises(InputError, match=rf"zip record {re.escape(name)} is damaged: its CRC-32 is "):
+                read_pickle_tensors(put(tmp_path / "x.bin", bytes(raw)))
+
+
+def test_a_file_that_was_checked_is_not_checked_again(tmp_path):
+    raw = bytearray(SOUND)
+    start = next(start for name, start, _ in data_starts(SOUND) if "/data/" in name)
+    raw[start] ^= 1
+    assert read_pickle_tensors(put(tmp_path / "x.bin", bytes(raw)), checked=True)
+
+
+def test_files_without_checksums_are_read_with_a_word(tmp_path, caplog):
+    torch.serialization.set_crc32_options(False)
+    try:
+        raw = saved({"w": torch.arange(4.0)})
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(read_pickle_tensors(put(tmp_path / "x.bin", raw))["w"], torch.arange(4.0))
+    assert "saved without checksums" in caplog.text
+
+
 def test_size_bound(tmp_path):
     with pytest.raises(InputError, match=r"x.bin: file has \d+ bytes, at most 100 are read"):
         read_pickle_tensors(put(tmp_path / "x.bin", SOUND), max_bytes=100)

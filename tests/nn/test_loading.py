@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import loftq
 from loftq.errors import InputError, LoftqError, UsageError
+from loftq.formats.config import read_groups
 from loftq.nn.hf import LoftQQuantizationConfig
 from models import close, inputs, outputs, packed, same, tensors
 
@@ -85,6 +86,25 @@ def test_a_config_that_cannot_be_meant_is_refused(copied, change, message):
     with pytest.raises(LoftqError, match=message) as refused:
         AutoModelForCausalLM.from_pretrained(copied)
     assert isinstance(refused.value, InputError)
+
+
+@pytest.mark.timeout(20)
+def test_many_modules_in_two_groups():
+    """The time grows with their number, not with its square."""
+    group = {"bits": 2, "modules": [f"layers.{i}" for i in range(100_000)]}
+    with pytest.raises(InputError, match=r"in two groups: layers\.0, .* and 99990 more"):
+        read_groups({"format_version": 1, "groups": [group, {**group, "bits": 4}]})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("options", [{"scale_dtype": "float32"}, {"double_quant": True}, {"code": "affine"}], ids=str)
+def test_scales_keep_the_dtype_of_the_file(made, dtype, options):
+    """Rounded to the dtype of the model, they would decode to another backbone."""
+    checkpoint = made("llama", **options)
+    stored = {n: t for n, t in tensors(checkpoint.output).items() if ".weight_" in n}
+    loaded = {n: t for n, t in checkpoint.load(dtype=dtype).state_dict().items() if ".weight_" in n}
+    assert stored
+    assert same(loaded, stored)
 
 
 @pytest.mark.parametrize("config", [LoftQQuantizationConfig(bits=2), {"quant_method": "loftq"}], ids=["object", "dict"])

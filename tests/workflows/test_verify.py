@@ -1,6 +1,7 @@
 """``loftq verify`` and the reading side of ``inspect``: every kind of change is noticed, hostile manifests refused."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from harness import POLICY, cli, refused, run, tiny_source
 from loftq.errors import InputError
+from loftq.formats import fsio
 from loftq.workflows import sealed
 from loftq.workflows.check import read_manifest, verify
 
@@ -147,8 +149,6 @@ def resealed(out, change):
 
 
 def rehash(out, *files):
-    from loftq.formats import fsio
-
     def change(manifest):
         for file in files:
             digest = fsio.sha256_file(out / file)
@@ -229,15 +229,110 @@ def test_a_hostile_manifest(out, change):
     resealed(out, change)
     with pytest.raises((InputError, ValueError)) as caught:
         verify(out)
-    assert getattr(caught.value, "exit_code", None) in (2, 3), repr(caught.value)
+    assert getattr(caught.value, "exit_code", None) == 3, repr(caught.value)
     assert "\x1b" not in str(caught.value)
 
 
 def test_a_link_for_a_file_is_read(out, tmp_path):
     """As in the cache of the Hugging Face hub."""
-    (out / FILES[0]).rename(tmp_path / "blob")
-    (out / FILES[0]).symlink_to(tmp_path / "blob")
-    assert cli("verify", out).code == 0
+    snapshot = tmp_path / "models--x" / "snapshots" / "main"
+    blobs = tmp_path / "models--x" / "blobs"
+    snapshot.parent.mkdir(parents=True)
+    blobs.mkdir()
+    out.rename(snapshot)
+    for i, name in enumerate((FILES[0], FILES[2])):
+        (snapshot / name).rename(blobs / str(i))
+        (snapshot / name).symlink_to(blobs / str(i))
+    ended = cli("verify", snapshot)
+    assert ended.code == 0, ended.err
+
+
+def test_a_link_that_leads_out(out, tmp_path):
+    """Whoever owns its target may change it after this."""
+    (out / FILES[0]).rename(tmp_path / "elsewhere")
+    (out / FILES[0]).symlink_to(tmp_path / "elsewhere")
+    refused(cli("verify", out), 3, FILES[0], "a symbolic link out of the checkpoint")
+
+
+def test_a_directory_that_is_linked(out, tmp_path):
+    (out / "loftq_init").rename(tmp_path / "elsewhere")
+    (out / "loftq_init").symlink_to(tmp_path / "elsewhere")
+    refused(cli("verify", out), 3, "loftq_init: a link, and not in the manifest")
+
+
+@pytest.mark.parametrize("name", ["1_Pooling/sub/modeling.py", "a/b/c/model.safetensors", "loftq_init/extra/vocab.txt"])
+def test_an_added_file_at_any_depth(out, name):
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    (out / name).write_bytes(b"")
+    refused(cli("verify", out), 3, f"{name}: not in the manifest")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (os.mkdir, "a directory where a file should be"),
+        (os.mkfifo, "a pipe, device or socket where a file should be"),
+        (lambda path: path.symlink_to("/dev/zero"), "a symbolic link out of the checkpoint"),
+        (lambda path: path.symlink_to("nowhere"), "a symbolic link that leads nowhere"),
+        (lambda path: path.symlink_to("1_Pooling"), "a link where a file should be"),
+    ],
+    ids=["directory", "pipe", "device", "dangling", "link-to-directory"],
+)
+def test_no_file_where_one_should_be(out, make, word):
+    (out / "config.json").unlink()
+    make(out / "config.json")
+    refused(cli("verify", out), 3, "config.json", word)
+
+
+@pytest.mark.timeout(20)
+def test_an_added_pipe(out):
+    os.mkfifo(out / "1_Pooling" / "notes.md")
+    refused(cli("verify", out), 3, "1_Pooling/notes.md: a pipe, device or socket")
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_manifest_that_names_files_elsewhere(out, tmp_path, absolute):
+    """Their bytes are as the manifest says; they are not looked at."""
+    (tmp_path / "secret").write_text("x")
+    digest = fsio.sha256_file(tmp_path / "secret")
+    name = str(tmp_path / "secret") if absolute else "../secret"
+    resealed(out, put("files", name, value={"size": digest.size, "sha256": digest.sha256}))
+    refused(cli("verify", out), 3, "secret: not a name inside the directory")
+
+
+@pytest.mark.parametrize("verb", ["verify", "inspect"])
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        (put("matrices", 0, "errors", value=[0.5] * 2_000), ""),
+        (put("matrices", 0, "errors", value=[0.5] * 20_000), "matrices.0.errors"),
+        (put("matrices", 1, "bytes", value=-1), "matrices.1.bytes"),
+        (put("matrices", 1, "rank", value=True), "matrices.1.rank"),
+        (put("plan", "matrices", 0, "quant", "bits", value=5), "plan.matrices.0.quant"),
+        (put("totals", "disk_bytes", value=10**90), "totals.disk_bytes"),
+        (put("files", "config.json", "size", value=-5), "files.config.json.size"),
+        (put("files", "a\0b", value={"size": 1, "sha256": "0" * 64}), "control character"),
+        (put("identity", "options", "solve", value=[]), "identity.options.solve"),
+    ],
+    ids=["long", "longer", "negative", "boolean", "quant", "huge", "size", "nul", "options"],
+)
+def test_manifests_that_every_verb_refuses(out, verb, change, place):
+    resealed(out, change)
+    ended = cli(verb, out)
+    if place:
+        refused(ended, 3, "loftq_manifest.json", place)
+    else:
+        assert ended.code == 0, ended.err
+
+
+@pytest.mark.parametrize("value", [None, [], {"groups": 3}, {"format_version": 1, "groups": [[]]}])
+def test_a_hostile_quantization_config(out, value):
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"] = value
+    (out / "config.json").write_text(json.dumps(config))
+    rehash(out, "config.json")
+    refused(cli("verify", out), 3, "config.json", "quantization_config")
 
 
 def test_a_seal(tmp_path):

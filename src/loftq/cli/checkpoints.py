@@ -140,11 +140,14 @@ def inspect(
     plot: Annotated[Path | None, typer.Option(help="Save a picture of the errors: errors.png.")] = None,
 ) -> None:
     """Show, per matrix, bits, rank, bytes, error per step and the step kept; and what the whole costs."""
+    from loftq.report.figures import check_place
     from loftq.report.inspect import inspection
     from loftq.report.inspect import plot as draw
     from loftq.report.tables import print_inspection
-    from loftq.workflows.check import read_manifest
+    from loftq.workflows.manifest import read_manifest
 
+    if plot:
+        check_place(plot)
     inspected = inspection(read_manifest(directory))
     if plot:
         draw(inspected, plot)

@@ -1,5 +1,6 @@
 """``quantization_config`` in ``config.json``: which modules are packed, and how."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -31,22 +32,25 @@ def quantization_config(modules: Iterable[tuple[str, QuantSpec]], bits: float) -
     }
 
 
-def read_groups(config: dict[str, Any]) -> list[Group]:
+def read_groups(config: Any) -> list[Group]:
     """Groups of a ``quantization_config``. InputError for a newer format or fields that are not known."""
+    if not isinstance(config, dict):
+        raise InputError(f"quantization_config: wanted an object, got {quoted(repr(config))}")
     version = config.get("format_version")
     if version != FORMAT_VERSION:
         raise InputError(
-            f"quantization_config: format_version is {version!r}, this loftq reads {FORMAT_VERSION}; upgrade loftq"
+            f"quantization_config: format_version is {quoted(repr(version))}, this loftq reads {FORMAT_VERSION}; "
+            "upgrade loftq"
         )
     unknown = sorted(set(config) - {"quant_method", "format_version", "bits", "groups"})
     if unknown:
-        raise InputError(f"quantization_config: unknown field(s) {unknown}; written by a newer loftq?")
+        raise InputError(f"quantization_config: unknown field(s) {listed(unknown)}; written by a newer loftq?")
     written = config.get("groups")
     if not isinstance(written, list) or not written:
         raise InputError(f"quantization_config: 'groups' must be a list that is not empty, got {quoted(repr(written))}")
     groups = [_group(fields) for fields in written]
-    names = [name for group in groups for name in group.modules]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    counts = Counter(name for group in groups for name in group.modules)
+    twice = sorted(name for name, count in counts.items() if count > 1)
     if twice:
         raise InputError(f"quantization_config: in two groups: {listed(twice)}")
     return groups

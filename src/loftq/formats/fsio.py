@@ -72,8 +72,9 @@ def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> FileDigest
     An error of ``chunks`` itself passes through unchanged. Whatever goes wrong, the temporary sibling is
     removed; after a kill it stays and is named ``.{name}.{random}.tmp``.
 
-    Raises: StorageError naming ``path`` and what to do.
+    Raises: StorageError naming ``path`` and what to do, also for a device, pipe or link there, which is not replaced.
     """
+    check_replaceable(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     with _mutation("create", temporary, path):
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -87,6 +88,20 @@ def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> FileDigest
         raise
     _sync_directory(path.parent)
     return digest
+
+
+def check_replaceable(path: Path) -> None:
+    """Refuse to put a file in the place of what is none: root's rename would take a device away from everybody.
+
+    A directory is left to the rename, which cannot replace it.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:  # nothing there, or the writing will say what it is
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        what = "a link" if stat.S_ISLNK(mode) else "a device, pipe or socket"
+        raise StorageError(f"{shown(path)}: {what}, which no file is put in the place of; choose another name")
 
 
 def write_json(path: Path, obj: Any) -> FileDigest:

@@ -9,6 +9,7 @@ import logging
 import math
 import re
 import zipfile
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 from typing import IO, Any
@@ -17,7 +18,7 @@ import torch
 from torch.torch_version import TorchVersion
 
 from loftq.errors import InputError, StorageError, UsageError, quoted
-from loftq.formats.regular import FileStamp, RegularFile, open_regular, shown
+from loftq.formats.regular import CHUNK, FileStamp, RegularFile, open_regular, shown
 from loftq.formats.tensorfile import DTYPES, check_name
 
 logger = logging.getLogger("loftq")
@@ -32,16 +33,17 @@ _GLOBAL = re.compile(r"GLOBAL ([\w.]+)|function ([\w.]+)|Can not set ([\w.]+)|in
 
 
 def read_pickle_tensors(
-    path: Path, max_bytes: int | None = None, expected: FileStamp | None = None
+    path: Path, max_bytes: int | None = None, expected: FileStamp | None = None, *, checked: bool = False
 ) -> dict[str, torch.Tensor]:
     """The tensors of one ``.bin`` file, dense, contiguous, on the CPU.
 
     Args:
         max_bytes: larger files are refused unread.
         expected: the stamp of an earlier opening, which the file must still have.
+        checked: whether that opening compared the records with their checksums, which is not done again then.
     Raises:
-        InputError: not a plain PyTorch zip archive, or anything in it but ``name -> tensor`` (one level of
-            ``state_dict`` is looked through).
+        InputError: a record that is not what its CRC-32 says; not a plain PyTorch zip archive, or anything in it but
+            ``name -> tensor`` (one level of ``state_dict`` is looked through).
         UsageError: PyTorch older than 2.10, whose restricted unpickler has a known hole (CVE-2026-24747).
     """
     _check_torch()
@@ -50,7 +52,7 @@ def read_pickle_tensors(
         if max_bytes is not None and file.stamp.size > max_bytes:
             raise _refused(where, f"file has {file.stamp.size} bytes, at most {max_bytes} are read")
         with open(file.fd, "rb", closefd=False) as stream:
-            stored = _check_archive(file, stream, where)
+            stored = _check_archive(file, stream, where, checked)
             stream.seek(0)
             loaded = _loaded(stream, where)
     found = _named_tensors(loaded, where)
@@ -69,8 +71,8 @@ def _refused(where: str, problem: str) -> InputError:
     return InputError(f"{where}: {problem}; {_ADVICE}")
 
 
-def _check_archive(file: RegularFile, stream: IO[bytes], where: str) -> int:
-    """Check the zip directory against the file; the bytes that its tensor records hold."""
+def _check_archive(file: RegularFile, stream: IO[bytes], where: str, checked: bool) -> int:
+    """Check the zip directory against the file, and the records; the bytes that its tensor records hold."""
     if file.stamp.size < 4 or file.read_at(0, 4) != b"PK\x03\x04":
         raise _refused(where, "not a PyTorch zip archive (a legacy or raw pickle, a tar, or no checkpoint)")
     try:
@@ -85,7 +87,9 @@ def _check_archive(file: RegularFile, stream: IO[bytes], where: str) -> int:
     _check_names([member.filename for member in members], where)
     for member in members:
         _check_member(member, where)
-    _check_spans(file, members, end, where)
+    starts = _check_spans(file, members, end, where)
+    if not checked:
+        _check_sums(file, members, starts, where)
     return sum(member.file_size for member in members if "/data/" in member.filename)
 
 
@@ -113,9 +117,9 @@ def _check_member(member: zipfile.ZipInfo, where: str) -> None:
         raise _refused(where, f"{name} has {member.file_size} bytes, at most {MAX_PICKLE_BYTES} are read")
 
 
-def _check_spans(file: RegularFile, members: list[zipfile.ZipInfo], end: int, where: str) -> None:
-    """Records must lie one after the other from byte 0, under the directory's names and before it."""
-    position = 0
+def _check_spans(file: RegularFile, members: list[zipfile.ZipInfo], end: int, where: str) -> dict[str, int]:
+    """Records must lie one after the other from byte 0, under the directory's names and before it; their starts."""
+    position, starts = 0, {}
     members = sorted(members, key=lambda m: m.header_offset)
     if members[0].header_offset:
         raise _refused(where, f"{members[0].header_offset} bytes before the zip archive")
@@ -130,6 +134,25 @@ def _check_spans(file: RegularFile, members: list[zipfile.ZipInfo], end: int, wh
             raise _refused(where, f"zip record {name} overlaps another or leaves the file")
         if file.read_at(start + 30, name_size) != member.orig_filename.encode():
             raise _refused(where, f"zip record {name} has another name in its own header")
+        starts[member.filename] = position - member.file_size
+    return starts
+
+
+def _check_sums(file: RegularFile, members: list[zipfile.ZipInfo], starts: dict[str, int], where: str) -> None:
+    """Compare every record with its CRC-32, which PyTorch does not do; a file may have been saved without any."""
+    if not any(member.CRC for member in members):
+        logger.warning("%s: saved without checksums; damage in it cannot be noticed", where)
+        return
+    buffer = memoryview(bytearray(min(CHUNK, max(member.file_size for member in members))))
+    for member in members:
+        found, position, stop = 0, starts[member.filename], starts[member.filename] + member.file_size
+        while position < stop:
+            part = buffer[: min(len(buffer), stop - position)]
+            file.read_into(part, position)
+            found, position = zlib.crc32(part, found), position + len(part)
+        if found != member.CRC:
+            sums = f"its CRC-32 is {found:08x}, the archive says {member.CRC:08x}"
+            raise InputError(f"{where}: zip record {quoted(member.filename)} is damaged: {sums}; fetch the file again")
 
 
 def _loaded(stream: IO[bytes], where: str) -> Any:

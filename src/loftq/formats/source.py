@@ -127,7 +127,7 @@ def open_checkpoint(directory: Path, *, allow_external_symlinks: bool = False) -
     check_link(index, directory, allow_external_symlinks)
     weight_map, total_size = _read_index(index, single.suffix)
     paths = [directory / name for name in sorted(set(weight_map.values()))]
-    missing = [path.name for path in paths if not os.path.lexists(path)]
+    missing = {path.name for path in paths if not os.path.lexists(path)}
     present = [path for path in paths if path.name not in missing]
     for path in present:
         check_link(path, directory, allow_external_symlinks)
@@ -173,7 +173,7 @@ class _LoadedShard:
         with self._lock:
             if self._path != info.file:
                 self._path, self._tensors = None, {}
-                self._tensors = read_pickle_tensors(info.file, expected=stamp)
+                self._tensors = read_pickle_tensors(info.file, expected=stamp, checked=True)
                 self._path = info.file
             return self._tensors[info.name].clone()
 
@@ -300,14 +300,13 @@ def _is_of_a_model(target: Path, name: str) -> bool:
     )
 
 
-def _check_agreement(index: Path, weight_map: Mapping[str, str], missing: list[str], shards: list[_Shard]) -> None:
+def _check_agreement(index: Path, weight_map: Mapping[str, str], missing: set[str], shards: list[_Shard]) -> None:
     """Index and shards must name the same tensors, each once; everything wrong is told in one message."""
     homes: dict[str, list[str]] = {}
     for shard in shards:
         for name in shard.tensors:
             homes.setdefault(name, []).append(shard.path.name)
-    gone = set(missing)
-    astray = [n for n, f in weight_map.items() if f not in gone and f not in homes.get(n, ())]
+    astray = [n for n, f in weight_map.items() if f not in missing and f not in homes.get(n, ())]
     doubled = [f"{n} ({listed(files)})" for n, files in homes.items() if len(files) > 1]
     unlisted = [n for n in homes if n not in weight_map]
     problems = [

@@ -1,6 +1,7 @@
 """Matplotlib, imported only when a picture is wanted."""
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ def check_place(file: Path) -> None:
         raise UsageError(f"--plot {file}: {ending!r} is no format of a picture; use .png, .pdf or .svg")
     if not file.parent.is_dir():
         raise StorageError(f"--plot {file}: its directory does not exist; create it and run again")
+    if os.path.lexists(file) and not file.is_file():
+        raise UsageError(f"--plot {file}: exists and is not a file; choose another name")
 
 
 def save(figure: Any, file: Path) -> None:
@@ -41,4 +44,4 @@ def save(figure: Any, file: Path) -> None:
         raise UsageError(f"{file}: {e}") from e
     finally:
         pyplot().close(figure)
-    fsio.write_atomic(file, [picture.getvalue()])
+    fsio.write_atomic(Path(os.path.realpath(file)), [picture.getvalue()])

@@ -17,7 +17,7 @@ from loftq.nn.skeleton import without_internal_keys
 from loftq.report.card import model_card
 from loftq.report.totals import totals
 from loftq.workflows import sealed
-from loftq.workflows.places import MANIFEST
+from loftq.workflows.manifest import MANIFEST
 from loftq.workflows.source import Source
 from loftq.workflows.units import Unit, Workspace
 

@@ -27,11 +27,10 @@ from loftq.report.comparison_plots import plot_bytes, plot_losses
 from loftq.spec import code_for, default_preset
 from loftq.tasks import Task
 from loftq.train.model import load_tokenizer
-from loftq.workflows.check import read_manifest
 from loftq.workflows.finetune import check_recipe, finetune
 from loftq.workflows.grid import Arm, Run, grid, schedule
 from loftq.workflows.inputs import held, read_data, splits_of, task_of
-from loftq.workflows.places import MANIFEST
+from loftq.workflows.manifest import MANIFEST, read_manifest
 from loftq.workflows.run import Run as PlaceOfRun
 from loftq.workflows.run import RunResult
 from loftq.workflows.source import resolve

@@ -13,7 +13,7 @@ from loftq.tasks import Task, names
 from loftq.train.model import add_start, load_adapter, load_model, load_tokenizer, refuse_untrained
 from loftq.workflows.finetune import evaluate_splits
 from loftq.workflows.inputs import read_data, splits_of, task_of
-from loftq.workflows.places import MANIFEST
+from loftq.workflows.manifest import MANIFEST
 from loftq.workflows.run import Run
 from loftq.workflows.source import resolve
 

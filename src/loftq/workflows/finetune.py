@@ -28,9 +28,8 @@ from loftq.train.arguments import training_arguments
 from loftq.train.model import add_lora, add_start, load_config, load_model, load_tokenizer, precision, save
 from loftq.train.trainer import LoftQTrainer, callbacks
 from loftq.workflows.assemble import adapter_of
-from loftq.workflows.check import read_manifest
 from loftq.workflows.inputs import contents, held, located, read_data, splits_of, task_of
-from loftq.workflows.places import MANIFEST
+from loftq.workflows.manifest import MANIFEST, read_manifest
 from loftq.workflows.quantize import Begin, QuantizeOptions, quantize
 from loftq.workflows.run import Run, RunResult
 from loftq.workflows.source import open_source, resolve

@@ -12,8 +12,7 @@ from loftq.formats import fsio
 from loftq.recipe import Recipe
 from loftq.tasks import Task, available_splits, get_task, load_data, named_files
 from loftq.workflows.assemble import ADAPTER
-from loftq.workflows.check import read_manifest
-from loftq.workflows.places import MANIFEST
+from loftq.workflows.manifest import MANIFEST, read_manifest
 
 NOT_ESSENTIAL = {"output", "note", "compare"}  # of a recipe: what the result of a run does not depend on
 # Files of a model's directory that are read, beside weights.

@@ -9,9 +9,9 @@ from typing import Any
 from loftq.errors import ConflictError, InputError, LoftqError, StorageError, UsageError, listed, quoted
 from loftq.formats import fsio, strict_json
 from loftq.workflows import sealed
+from loftq.workflows.manifest import MANIFEST, checked
 from loftq.workflows.units import Workspace
 
-MANIFEST = "loftq_manifest.json"
 _TAKEN = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
 
 
@@ -33,7 +33,7 @@ def already_done(output: Path, identity: dict[str, Any], overwrite: bool) -> dic
         kind = "a directory that loftq did not make" if output.is_dir() else "not a directory"
         raise ConflictError(f"{output}: exists and is {kind}; choose another --output")
     try:
-        found = sealed.load(output / MANIFEST)
+        found = checked(sealed.load(output / MANIFEST), output / MANIFEST)
         changed = listed(differences(found["identity"], identity))
         damaged = listed(n for n, digest in found["files"].items() if _size(output / n) != digest["size"])
     except InputError as e:
