@@ -132,7 +132,7 @@ def test_what_a_kill_leaves_of_a_file_is_passed_over(place):
     for step, text in ((2, '{"global_step": 2}'), (4, '{"global_'), (6, "")):
         (run.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
         (run.checkpoints / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
-    assert run.last_checkpoint() == str(run.checkpoints / "checkpoint-2")
+    assert run.last_checkpoint() == run.checkpoints / "checkpoint-2"
     shutil.rmtree(run.root)
     run.root.mkdir()
     (run.root / ".recipe.yaml.0123.tmp").write_text("mod")

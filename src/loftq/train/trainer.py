@@ -14,10 +14,16 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
 from loftq.errors import NumericalError, UsageError, listed, quoted
+from loftq.train import checkpoints
 
 
 class LoftQTrainer(Seq2SeqTrainer):
-    """``Seq2SeqTrainer``, for tasks that generate nothing the same as ``Trainer``; a lost run stops at once."""
+    """``Seq2SeqTrainer``, for tasks that generate nothing the same as ``Trainer``.
+
+    A lost run stops at once. A run that was stopped continues to what it would have been: a checkpoint at the end of
+    an epoch waits for what is evaluated and logged there, losses that are not logged yet are kept, what was evaluated
+    at the start is not evaluated again, and nothing is trained beyond the last step.
+    """
 
     def __init__(self, *args: Any, counts_tokens: bool, **kwargs: Any) -> None:
         """``counts_tokens``: the model's loss is a mean over the tokens of all micro-batches and processes.
@@ -29,11 +35,14 @@ class LoftQTrainer(Seq2SeqTrainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and counts_tokens
         self.remove_callback(PrinterCallback)
+        self.epoch_ends, self.postponed = False, False
+        self.add_callback(Continuing(self))
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train. Whatever stops it, no bar and no open log stays behind."""
+    def train(self, resume_from_checkpoint: Path | None = None) -> Any:  # type: ignore[override]
+        """Train, from a checkpoint if one is given. Whatever stops it, no bar and no open log stays behind."""
+        self.args.eval_on_start = self.args.eval_on_start and resume_from_checkpoint is None
         try:
-            return super().train(*args, **kwargs)
+            return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None)
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, (Bar, TensorBoardCallback)):
@@ -48,6 +57,44 @@ class LoftQTrainer(Seq2SeqTrainer):
         """As the Trainer. UsageError if one of its options is missing."""
         with _refusing():
             return super().create_scheduler(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer; the mean loss at the end is of all steps, not of those since the last start."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        super().log(logs, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        self._list_files(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self._list_files(output_dir)
+
+    def _list_files(self, output_dir: str | None) -> None:
+        if output_dir is not None and self.args.should_save:
+            states: Any = self.state.stateful_callbacks
+            states.setdefault(checkpoints.KEPT, {})["files"] = checkpoints.files_in(Path(output_dir))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        state = self.state
+        if not self.epoch_ends and (float(state.epoch or 0).is_integer() or state.global_step >= state.max_steps):
+            self.postponed = True
+            return
+        self.postponed = False
+        states: Any = state.stateful_callbacks
+        states[checkpoints.KEPT] = {
+            "unlogged": self.accelerator.gather(self._tr_loss).mean().item(),  # type: ignore[union-attr]
+            "logged_at": self._globalstep_last_logged,
+            "total": self._total_loss_scalar,
+        }
+        super()._save_checkpoint(model, trial)
+
+    def _init_training_state(self, max_steps: int, updates: int, epochs: int, *args: Any) -> tuple[int, int]:
+        """The epoch and the batch to continue with; after the last step there is none."""
+        trained, skipped = super()._init_training_state(max_steps, updates, epochs, *args)
+        return (epochs, 0) if self.state.global_step >= max_steps else (trained, skipped)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> Any:
         try:
@@ -64,6 +111,29 @@ class LoftQTrainer(Seq2SeqTrainer):
         if not torch.isfinite(loss):
             raise NumericalError(_what_to_try(loss.item(), self.state.global_step + 1, self.args))
         return loss
+
+
+class Continuing(TrainerCallback):
+    """Gives a trainer that continues what its checkpoint kept, and tells it when an epoch ends."""
+
+    def __init__(self, trainer: LoftQTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer, kept = self._trainer, checkpoints.kept({"stateful_callbacks": state.stateful_callbacks})
+        if "unlogged" in kept:
+            trainer._tr_loss = torch.tensor(kept["unlogged"], device=args.device)
+            trainer._globalstep_last_logged, trainer._total_loss_scalar = kept["logged_at"], kept["total"]
+        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+        if best.is_dir():  # the run may have been moved
+            state.best_model_checkpoint = str(best)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.epoch_ends = False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.epoch_ends = True
+        control.should_save = control.should_save or self._trainer.postponed
 
 
 @contextmanager

@@ -122,7 +122,7 @@ def _work(
         callbacks=callbacks(run.logs, PartialState().is_main_process),
     )
     began = time.monotonic()
-    trainer.train(resume_from_checkpoint=run.last_checkpoint())
+    trainer.train(run.last_checkpoint(resumable=not arguments.save_only_model))
     seconds = time.monotonic() - began
     save(trainer.model, run.model if recipe.method == "full" else run.adapter, tokenizer, writing)
     result = RunResult(

@@ -1,6 +1,5 @@
 """The directory of a run: what lies where, and whose it is."""
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from loftq import recipe as recipes
 from loftq.errors import ConflictError, InputError, listed, quoted
 from loftq.formats import fsio, strict_json
 from loftq.recipe import Recipe
+from loftq.train import checkpoints
 from loftq.workflows.inputs import NOT_ESSENTIAL, located
 from loftq.workflows.places import differences
 
@@ -141,11 +141,14 @@ class Run:
         """Written last: a run without it is not finished."""
         fsio.write_json(self.metrics, strict_json.finite(asdict(result)))
 
-    def last_checkpoint(self) -> str | None:
-        """The newest checkpoint that is whole: the trainer writes its state last."""
-        whole = [p.parent for p in self.checkpoints.glob("checkpoint-*/trainer_state.json") if _is_json(p)]
-        numbered = [p for p in whole if p.name.rpartition("-")[2].isdecimal()]
-        return str(max(numbered, key=lambda p: int(p.name.rpartition("-")[2]))) if numbered else None
+    def last_checkpoint(self, *, resumable: bool = True) -> Path | None:
+        """The newest checkpoint that is whole.
+
+        Args:
+            resumable: whether checkpoints hold more than weights; else one is of use only at the end of training.
+        """
+        newest = checkpoints.newest(self.checkpoints)
+        return newest if newest and (resumable or checkpoints.is_at_end(newest)) else None
 
     @property
     def trained(self) -> Path:
@@ -159,12 +162,3 @@ class Run:
 def identity(recipe: Recipe) -> dict[str, Any]:
     """All of a recipe that the result depends on, beside what its files hold."""
     return {key: value for key, value in located(recipe).to_dict().items() if key not in NOT_ESSENTIAL}
-
-
-def _is_json(path: Path) -> bool:
-    """Whether a file that is not written in one piece was written to its end."""
-    try:
-        json.loads(path.read_bytes())
-    except ValueError:
-        return False
-    return True
