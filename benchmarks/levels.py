@@ -1,7 +1,7 @@
 """Which levels leave Gaussian blocks the least squared error, if every block's scale and its sign are fitted?
 
 Lloyd's algorithm one storey up: fit the scale ``s`` of every block of 64, then put every level at ``Σ w s / Σ s²`` over
-the weights that have it, and divide by the largest. Made :data:`loftq.numerics.codebooks.LLOYD`. Printed beside it, on
+the weights that have it, and divide by the largest. Made :data:`loftq.codes.Lloyd.TABLE`. Printed beside it, on
 other blocks: the symmetric Lloyd-Max levels of the Gaussian, equally spaced ones, and NormalFloat's.
 
     python benchmarks/levels.py

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from loftq import codes
 from loftq.kernels import reference
 from loftq.numerics import Quantized
-from loftq.spec import BITS, CODES, QuantSpec
+from loftq.spec import QuantSpec
 
-WIDTHS = [(code, bits) for code in CODES for bits in BITS if (code, bits) != ("lloyd", 8)]  # all that there are
+WIDTHS = [(code, bits) for code in codes.names() for bits in codes.get(code).widths]  # all that there are
 
 
 @dataclass(frozen=True, kw_only=True)

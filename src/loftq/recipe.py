@@ -17,9 +17,10 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from loftq import codes
 from loftq.errors import InputError, UsageError, listed, quoted
 from loftq.formats import strict_yaml
-from loftq.spec import CODES, ORDERS, PRESETS, SCALE_DTYPES, SCALES, SVDS, SolveSpec, solve_spec
+from loftq.spec import ORDERS, PRESETS, SCALE_DTYPES, SCALES, SVDS, SolveSpec, solve_spec
 
 METHODS = ("full", "lora", "qlora", "loftq")
 # What of a quantization is not the plan's, but the solver's or the calibration's.
@@ -96,7 +97,7 @@ class Quantization(Strict):
     budget: Rules | None = None
     budget_ranks: Rules | None = None
     budget_solver: Literal["greedy", "milp"] | None = None
-    code: Literal[("auto", *CODES)] = "auto"  # type: ignore[valid-type]
+    code: Literal[("auto", *codes.names())] = "auto"  # type: ignore[valid-type]
     block_size: Count = 64
     scale_dtype: Literal[SCALE_DTYPES] = "bfloat16"  # type: ignore[valid-type]
     double_quant: bool = False

@@ -4,10 +4,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from loftq import codes
+from loftq.codes import BITS, Code
 from loftq.errors import UsageError, listed, quoted
 
-BITS = (2, 3, 4, 8)
-CODES = ("nf", "lloyd", "uniform", "uniform-tensor", "affine")
 SCALE_DTYPES = ("float32", "bfloat16", "float16")
 SVDS = ("auto", "exact", "randomized")
 ORDERS = ("quantize-first", "svd-first")
@@ -36,13 +36,9 @@ class QuantSpec:
 
     Attributes:
         bits: width of a code: 2, 3, 4 or 8.
-        code: ``nf`` NormalFloat with absmax scales (QLoRA, LoftQ); ``lloyd`` the levels that leave Gaussian blocks the
-            least squared error if scale and sign are fitted (2 to 4 bits); ``uniform`` the block uniform of LoftQ's
-            released quantizer (scale = mean + 2.5 sigma of the block); ``uniform-tensor`` the per-tensor
-            uniform of LoftQ's GLUE code (clip at mean ± 2 sigma, one scale and offset); ``affine`` integers
-            with a scale and an integer zero point per block (the GPTQ and AWQ family).
+        code: name of a :class:`loftq.codes.Code`: what a code's integers stand for, and the rule for its scales.
         block_size: consecutive input features of one row that share a scale; a row's last block may be short.
-            ``uniform-tensor`` ignores it.
+            A code with one scale for the matrix ignores it.
         scale_dtype: stored type of the scales. The codes are chosen against the *stored* scales.
         double_quant: store the scales as bitsandbytes' 8-bit dynamic code with one float32 absmax per 256
             scales and one float32 mean. ``scale_dtype`` is then ignored.
@@ -56,15 +52,24 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         _choice("bits", self.bits, BITS)
-        _choice("code", self.code, CODES)
-        if self.code == "lloyd" and self.bits == 8:
-            raise UsageError("code lloyd has 2, 3 or 4 bits; use code nf for 8")
+        widths = codes.get(self.code).widths
+        if self.bits not in widths:
+            have = " or ".join(filter(None, (", ".join(map(str, widths[:-1])), str(widths[-1]))))
+            raise UsageError(f"code {self.code} has {have} bits; use code nf for {self.bits}")
         _whole("block_size", self.block_size, 1)
         _choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
         if not isinstance(self.double_quant, bool):
             raise UsageError(f"double_quant must be true or false, got {quoted(repr(self.double_quant))}")
-        if self.double_quant and self.code == "uniform-tensor":
-            raise UsageError("double_quant has nothing to do for code uniform-tensor: it stores one scale")
+        if self.double_quant and self.codebook.per_tensor:
+            raise UsageError(f"double_quant has nothing to do for code {self.code}: it stores one scale")
+
+    @property
+    def codebook(self) -> Code:
+        return codes.get(self.code)
+
+    def block(self, columns: int) -> int:
+        """Weights of a row of ``columns`` that share a scale; all of them if one scale serves the matrix."""
+        return columns if self.codebook.per_tensor else min(self.block_size, columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +148,8 @@ def solve_spec(preset: str | None = None, *, calibrated: bool = False, code: str
     given = {k: v for k, v in given.items() if v is not None}
     if preset is None:
         preset = default_preset(calibrated)
-        given = {"scales": "formula", **given} if code == "uniform-tensor" else given
+        per_tensor = code != "auto" and codes.get(code).per_tensor
+        given = {"scales": "formula", **given} if per_tensor else given
     _choice("preset", preset, tuple(PRESETS))
     own = PRESETS[preset]
     if preset in ("qlora", "svd") and given.get("steps", own["steps"]) != own["steps"]:
@@ -198,8 +204,8 @@ def code_for(code: str, bits: int, scales: str) -> str:
 
 def check_scales(quant: QuantSpec, scales: str) -> None:
     """Refuse a choice of scales that a code does not have."""
-    if scales == "fitted" and quant.code == "uniform-tensor":
-        raise UsageError("scales are fitted to blocks, and code uniform-tensor has none; use code uniform, or affine")
+    if scales == "fitted" and quant.codebook.per_tensor:
+        raise UsageError(f"scales are fitted to blocks, and code {quant.code} has none; use code uniform, or affine")
 
 
 def scaling(lora_alpha: float, rank: int, use_rslora: bool) -> float:
@@ -237,8 +243,8 @@ def stored_tensors(spec: QuantSpec, rows: int, columns: int) -> dict[str, tuple[
 
     The suffix follows the module's name: ``model.layers.0.mlp.up_proj.`` + ``weight_scale``.
     """
-    per_tensor = spec.code == "uniform-tensor"
-    scales = (1, 1) if per_tensor else (rows, -(-columns // spec.block_size))
+    code = spec.codebook
+    scales = (1, 1) if code.per_tensor else (rows, -(-columns // spec.block_size))
     tensors = {"weight": ("I8", packed_shape(rows, columns, spec.bits))}
     if spec.double_quant:
         blocks = -(-scales[0] * scales[1] // NESTED_BLOCK)
@@ -247,10 +253,8 @@ def stored_tensors(spec: QuantSpec, rows: int, columns: int) -> dict[str, tuple[
         tensors["weight_scale_mean"] = ("F32", (1,))
     else:
         tensors["weight_scale"] = (_STORED[spec.scale_dtype], scales)
-    if spec.code == "affine":
-        tensors["weight_zero"] = ("U8", scales)
-    elif per_tensor:
-        tensors["weight_zero"] = ("F32", scales)
+    if code.zero:
+        tensors["weight_zero"] = (code.zero, scales)
     return tensors
 
 

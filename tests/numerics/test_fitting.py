@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from loftq import codes
 from loftq.errors import UsageError
 from loftq.numerics import Quantized, dequantize, encode, fitted_scales, levels, nearest, normal_float, quantize
 from loftq.numerics.codebooks import halfway
@@ -14,10 +15,10 @@ SPECS = {
     f"{code}{bits}{'-double' * double}": QuantSpec(bits=bits, code=code, double_quant=double)
     for code, bits in WIDTHS
     for double in (False, True)
-    if code != "uniform-tensor"
+    if not codes.get(code).per_tensor
 }
 specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-LOPSIDED = [spec for spec in SPECS.values() if spec.code in ("nf", "lloyd") and not spec.double_quant]
+LOPSIDED = [spec for spec in SPECS.values() if spec.codebook.lopsided(spec.bits) and not spec.double_quant]
 
 
 def weight(seed: int = 0) -> Tensor:

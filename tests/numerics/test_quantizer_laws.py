@@ -12,14 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from loftq import codes
 from loftq.errors import NumericalError
 from loftq.numerics import Quantized, blockwise, decode, dequantize, encode, levels, scale_and_zero, unpack
-from loftq.spec import BITS, SCALE_DTYPES, QuantSpec, packed_shape, stored_bytes, stored_tensors
+from loftq.spec import SCALE_DTYPES, QuantSpec, packed_shape, stored_bytes, stored_tensors
 from quantizers import WIDTHS, Fitted, quantize
 
 BLOCKS = (64, 32, 7, 4096)  # whole blocks and a short last one; 7 leaves a last block of one value; larger than the row
 STORED = [*((d, False) for d in SCALE_DTYPES), ("float32", True)]
-BLOCKWISE = [(code, bits) for code, bits in WIDTHS if code != "uniform-tensor"]
+BLOCKWISE = [(code, bits) for code, bits in WIDTHS if not codes.get(code).per_tensor]
+PER_TENSOR = [(code, bits) for code, bits in WIDTHS if codes.get(code).per_tensor]
 ROWS = [
     *(
         QuantSpec(bits=bits, code=code, block_size=block, scale_dtype=dtype, double_quant=double)
@@ -34,8 +36,8 @@ ROWS = [
         for dtype, double in [STORED[(turn + i // 4) % 4]]
     ),
     *(
-        QuantSpec(bits=bits, code="uniform-tensor", block_size=block, scale_dtype=dtype)
-        for bits in BITS
+        QuantSpec(bits=bits, code=code, block_size=block, scale_dtype=dtype)
+        for code, bits in PER_TENSOR
         for block in (64, 7)
         for dtype in SCALE_DTYPES
     ),
@@ -86,7 +88,7 @@ def law_half_a_gap(spec: QuantSpec) -> None:
     widths[-1] = 148 - widths[:-1].sum()
     bound = scale.repeat_interleave(widths, 1) * table.diff().max() / 2
     # affine: an integer zero point moves the grid by up to half a gap more
-    bound *= 2 if spec.code == "affine" else 1
+    bound *= 2 if spec.codebook.zero else 1
     error = (weight().double() - dequantize(quantized, spec).double()).abs()
     assert (error <= bound * (1 + 1e-5)).all()
 
@@ -197,7 +199,9 @@ def law_denormal(spec: QuantSpec) -> None:
 def law_huge(spec: QuantSpec) -> None:
     """Near float32's end the result is finite, or an error says what to do."""
     w = weight() / weight().abs().max() * 3e38
-    if spec.code in ("nf", "lloyd") and spec.scale_dtype != "float16" and not spec.double_quant:
+    table, code = levels(spec.code, spec.bits), spec.codebook
+    no_larger = not code.clips and code.zero is None  # no scale is above the largest weight
+    if no_larger and spec.scale_dtype != "float16" and (not spec.double_quant or table.max() > 1):
         assert values(w, spec).isfinite().all()
         return
     with pytest.raises(NumericalError, match=r"use --scale-dtype|use code nf|leave out --double-quant"):
@@ -227,31 +231,32 @@ LAWS: list[Law] = [law for key, law in sorted(globals().items()) if key.startswi
 
 def excuse(law: Law, spec: QuantSpec) -> str | None:
     """Why ``law`` does not hold for ``spec``; None if it must."""
-    tensor, double = spec.code == "uniform-tensor", spec.double_quant
+    code, table = spec.codebook, levels(spec.code, spec.bits)
+    tensor, double = code.per_tensor, spec.double_quant
     if law is law_half_a_gap:
         if isinstance(spec, Fitted):
             return "a fitted scale clips the largest weights"
-        if spec.code == "lloyd":
+        if code.zero is None and table[0] != -table[-1]:
             return "the levels of one side reach less far, and a weight as large there is clipped"
-        if spec.code == "uniform" or tensor:
+        if code.clips:
             return "a scale from mean and sigma clips the largest weights"
         if double or spec.scale_dtype != "float32":
             return "a scale rounded down does not reach the largest weight"
     if law is law_idempotent:
-        if spec.code == "uniform" or tensor:
+        if code.clips:
             return "mean and sigma of the quantized block are not those of the block"
         if double:
             return "the mean and absmax of the decoded scales are not those of the scales"
         if isinstance(spec, Fitted) and (spec.scale_dtype == "float32" or spec.bits == 8):
             return "the search for a scale ends in one that is as good, up to rounding"
-        if spec.code == "affine":
+        if code.zero:
             return "after rounding of scale and zero point a block need not use its outer codes, so its range shrinks"
     if law is law_power_of_two and tensor:
         return "the 1e-8 in the scale does not scale"
     if law is law_zero_block:
         if tensor:
             return "one scale and zero point for all: zero is not on the grid"
-        if spec.code in ("uniform", "lloyd") and double:
+        if code.zero is None and table.all() and double:
             return "no level is zero, and the 8-bit code does not keep a scale of zero"
     if law is law_rows_are_independent or law is law_short_last_block_stands_alone:
         if tensor:

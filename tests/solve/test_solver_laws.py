@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import loftq.solve
+from loftq import codes
 from loftq.errors import NumericalError, UsageError
 from loftq.numerics import Metric, best_factors, dequantize
 from loftq.solve import Solution
@@ -134,7 +135,7 @@ FITTED = [
     Fitted(bits=bits, code=code, block_size=block, scale_dtype=dtype, double_quant=double)
     for code, bits in WIDTHS
     for block, dtype, double in ((64, "bfloat16", False), (24, "float32", bits != 3))
-    if code != "uniform-tensor"
+    if not codes.get(code).per_tensor
 ]
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from loftq import codes
 from loftq.errors import InputError, UsageError
 from loftq.formats.strict_yaml import loads
 from loftq.recipe import dump, parse, read
@@ -100,7 +101,8 @@ def test_all_mistakes_in_one_line(file):
         "training.num_train_epochs: wanted a valid number, got 'x'",
         "training.output_dir: not to be given here; say output",
         "training.lr_scheduler_type: wanted one of linear, cosine",
-        "quantization.code: wanted 'auto', 'nf', 'lloyd', 'uniform', 'uniform-tensor' or 'affine', got 'nq'",
+        f"quantization.code: wanted {', '.join(map(repr, ('auto', *codes.names()[:-1])))} or ",
+        f"{codes.names()[-1]!r}, got 'nq'",
         "metod: unknown key; did you mean method?",
     ):
         assert part in line, part

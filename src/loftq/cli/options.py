@@ -102,6 +102,7 @@ OF_POLICY = (
 
 def policy(given: dict[str, Any], **more: Any) -> "Policy":
     """The policy of a verb's options, checked. What it leaves open is what its format, if it has one, can hold."""
+    from loftq import codes
     from loftq.plan import Policy
     from loftq.spec import QuantSpec
 
@@ -118,7 +119,8 @@ def policy(given: dict[str, Any], **more: Any) -> "Policy":
     if options["alpha"] is not None and not math.isfinite(options["alpha"]):
         raise UsageError(f"--alpha: {options['alpha']} is not a number to scale by")
     stored = {k: options[k] for k in ("code", "block_size", "scale_dtype", "double_quant") if k in options}
-    QuantSpec(bits=2, **{k: v for k, v in stored.items() if v != "auto"})
+    widths = codes.get(stored["code"]).widths if stored.get("code", "auto") != "auto" else codes.BITS
+    QuantSpec(bits=widths[0], **{k: v for k, v in stored.items() if v != "auto"})
     return Policy(**options)
 
 

@@ -17,10 +17,11 @@ from numba import njit
 from torch import Tensor
 
 from loftq import numerics
+from loftq.codes import HOST, Absmax, levels
 from loftq.kernels import fitting, rounding
 from loftq.kernels.threads import over_rows
-from loftq.numerics import Quantized, decode_rows, fit_scales, fitted_scales, levels, scale_and_zero, store_scales
-from loftq.numerics.codebooks import HOST, midpoints
+from loftq.numerics import Quantized, decode_rows, fit_scales, fitted_scales, scale_and_zero, store_scales
+from loftq.numerics.codebooks import midpoints
 from loftq.numerics.fitting import AROUND, ROUNDS, start_parts
 from loftq.spec import QuantSpec, packed_shape
 
@@ -48,7 +49,7 @@ def quantize_residual(
     if fitted:
         scales = fitted_scales(target, spec, earlier and earlier.scales, _search, _block_errors)
     else:
-        scales = _absmax_scales(target, spec) if spec.code == "nf" else fit_scales(target, spec)
+        scales = _absmax_scales(target, spec) if isinstance(spec.codebook, Absmax) else fit_scales(target, spec)
     scale, zero, block = _expanded(scales, spec, target.shape)
     codes, residual = torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target) if out is None else out
     gaps, table = midpoints(spec.code, spec.bits), levels(spec.code, spec.bits)
@@ -99,7 +100,7 @@ def _search(target: Tensor, spec: QuantSpec, near: tuple[Tensor, Tensor] | None)
     start = target.new_empty(2, 0, 0) if near is None else torch.stack(near)
     factors = torch.tensor(start_parts(spec.code, spec.bits) if near is None else AROUND, **HOST)
     gaps, table = midpoints(spec.code, spec.bits), levels(spec.code, spec.bits)
-    args = target, start, factors, ROUNDS, gaps, table, spec.code == "affine", block, result
+    args = target, start, factors, ROUNDS, gaps, table, spec.codebook.zero is not None, block, result
     _over_rows(fitting.search, len(target), *args)
     return result[0], result[1]
 
@@ -116,7 +117,7 @@ def _absmax_scales(target: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
     block = min(spec.block_size, target.shape[1])
     absmax = target.new_empty(len(target), -(-target.shape[1] // block))
     _over_rows(_absmax, len(target), target, block, absmax)
-    return store_scales(absmax, spec)
+    return store_scales(absmax.div_(spec.codebook.reach(spec.bits)), spec)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -219,7 +220,7 @@ def _expanded(stored: dict[str, Tensor], spec: QuantSpec, shape: Any) -> tuple[T
     """Scales and zero points as float32 ``(rows, blocks)``, and the block size: one block a row if per tensor."""
     scale, zero = scale_and_zero({k: v.detach() for k, v in stored.items()})
     rows, columns = shape
-    block = columns if spec.code == "uniform-tensor" else min(spec.block_size, columns)
+    block = spec.block(columns)
     scale = scale.expand(rows, -1).contiguous()
     zeros = torch.zeros_like(scale) if zero is None else zero.expand(rows, -1).contiguous()
     return scale, zeros, block

@@ -114,7 +114,7 @@ def _weight(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> tuple[W
         blocks=scale.shape[1] if scale.shape[0] > 1 else 0,
     )
     codes, n_bytes = GROUPS[spec.bits]
-    block = 0 if spec.code == "uniform-tensor" or spec.block_size >= columns else spec.block_size
+    block = 0 if spec.block(columns) == columns else spec.block_size
     scaled = 1 if block % codes == 0 else codes
     tile = {"R": ROWS, "G": COLUMNS // codes, "C": COLUMNS}
     return weight, {"BITS": spec.bits, "CODES": codes, "BYTES": n_bytes, "BLOCK": block, "SCALED": scaled, **tile}

@@ -3,6 +3,7 @@
 Plain torch, written to be read: this is the oracle that every faster path is compared with.
 """
 
+from loftq.codes import levels, normal_float
 from loftq.numerics.blockwise import (
     Quantized,
     decode,
@@ -15,7 +16,7 @@ from loftq.numerics.blockwise import (
     scale_and_zero,
     store_scales,
 )
-from loftq.numerics.codebooks import dynamic_8bit, levels, normal_float
+from loftq.numerics.codebooks import dynamic_8bit
 from loftq.numerics.fitting import fitted_scales
 from loftq.numerics.lowrank import truncated_svd
 from loftq.numerics.metric import Metric, Moments, best_factors, beyond

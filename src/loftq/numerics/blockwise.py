@@ -5,6 +5,7 @@ form in which they are stored (rounded, or quantized themselves), and only then 
 solver optimises is what a reader of the file gets.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,8 +13,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from loftq.codes import Absmax, levels
 from loftq.errors import NumericalError
-from loftq.numerics.codebooks import dynamic_8bit, halfway, levels, midpoints
+from loftq.numerics.codebooks import dynamic_8bit, halfway, midpoints
 from loftq.numerics.packing import pack, unpack
 from loftq.spec import NESTED_BLOCK, QuantSpec
 
@@ -115,49 +117,26 @@ def fit_scales(weight: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
     scale, zero = _fit(weight, spec)
     scales = store_scales(scale, spec)
     if zero is not None:
-        scales["weight_zero"] = zero.to(torch.uint8) if spec.code == "affine" else zero
+        scales["weight_zero"] = zero.to(torch.uint8) if spec.codebook.zero == "U8" else zero
     return scales
 
 
 def _fit(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
     """Scales and zero points of every block, float32, before they are stored."""
-    top = 2**spec.bits - 1
-    if spec.code == "uniform-tensor":
-        # LoftQ's GLUE code: clip at mean ± 2 sigma, then min-max. Its 1e-8 keeps a constant tensor finite.
-        # The zero point belongs to the stored scale, so that `low` is met exactly even where the scale is coarse.
-        mean, sigma = weight.mean(), _sigma(weight.flatten())
-        low = weight.min().clamp(min=mean - 2 * sigma)
-        high = weight.max().clamp(max=mean + 2 * sigma)
-        scale = _rounded(((high - low + 1e-8) / top).reshape(1, 1), spec)
-        smallest = torch.finfo(scale.dtype).tiny * torch.finfo(scale.dtype).eps
-        scale = torch.where(scale == 0, smallest, scale).float()
-        return scale, -low / scale
-    scales, zeros = [], []
-    for _, block in in_blocks(weight, spec):
-        if spec.code == "nf":
-            scales.append(block.abs().amax(-1))
-        elif spec.code == "lloyd":  # the weight of largest magnitude, with its sign: the level 1 meets it
-            low, high = block.amin(-1), block.amax(-1)
-            scales.append(torch.where(high >= -low, high, low))
-        elif spec.code == "uniform":
-            scales.append(block.mean(-1) + 2.5 * _sigma(block))
-        else:
-            low, high = block.amin(-1).clamp(max=0), block.amax(-1).clamp(min=0)
-            scale = (high - low) / top
-            scales.append(scale)
-            zeros.append((-low / torch.where(scale == 0, 1, scale)).round().clamp(0, top))
-    return torch.cat(scales, 1), torch.cat(zeros, 1) if zeros else None
-
-
-def _sigma(values: Tensor) -> Tensor:
-    """Sample standard deviation over the last axis; 0 for a single value."""
-    return values.std(-1) if values.shape[-1] > 1 else torch.zeros_like(values[..., 0])
+    code, stored = spec.codebook, functools.partial(_rounded, spec=spec)
+    if code.per_tensor:
+        return code.scale(weight.reshape(1, 1, -1), spec.bits, stored)
+    found = [code.scale(block, spec.bits, stored) for _, block in in_blocks(weight, spec)]
+    zeros = [zero for _, zero in found if zero is not None]
+    return torch.cat([scale for scale, _ in found], 1), torch.cat(zeros, 1) if zeros else None
 
 
 def _rounded(scale: Tensor, spec: QuantSpec) -> Tensor:
     """Scales in ``scale_dtype``, or float32 before double quantization. NumericalError if they do not fit."""
     if not scale.isfinite().all():
-        cure = "scale the weights down" if spec.code == "nf" else "use code nf, or scale the weights down"
+        cure = (
+            "scale the weights down" if isinstance(spec.codebook, Absmax) else "use code nf, or scale the weights down"
+        )
         raise NumericalError(f"a scale of code {spec.code} is beyond float32: the weights are too large; {cure}")
     dtype = torch.float32 if spec.double_quant else getattr(torch, spec.scale_dtype)
     stored = scale.to(dtype)
@@ -211,7 +190,7 @@ def _undo_double(codes: Tensor, absmax: Tensor, mean: Tensor) -> Tensor:
 def in_blocks(values: Tensor, spec: QuantSpec) -> Iterator[tuple[slice, Tensor]]:
     """Views of the whole blocks ``(out, n, block)`` and of the short last one ``(out, 1, rest)``, with their places."""
     columns = values.shape[1]
-    size = columns if spec.code == "uniform-tensor" else min(spec.block_size, columns)
+    size = spec.block(columns)
     whole = columns // size
     yield slice(0, whole), values[:, : whole * size].unflatten(1, (whole, size))
     if columns % size:

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loftq.codes import get, levels
 from loftq.numerics.blockwise import (
     dequantize,
     fit_scales,
@@ -28,7 +29,7 @@ from loftq.numerics.blockwise import (
     scale_and_zero,
     store_scales,
 )
-from loftq.numerics.codebooks import levels, midpoints
+from loftq.numerics.codebooks import midpoints
 from loftq.spec import QuantSpec
 
 LOWEST = {2: 0.3, 3: 0.45, 4: 0.6, 8: 0.9}  # bits: first of the starts, as a part of the scale that reaches all weights
@@ -54,7 +55,7 @@ def search(weight: Float[Tensor, "out in"], spec: QuantSpec, near: Raw | None = 
             unit = _unit(block)
             block = block / unit[..., None]
             given = None if near is None else (near[0][rows, at] / unit, near[1][rows, at])
-            scale, zero = _best(block, list(_starts(block, spec, given)), table, gaps, spec.code == "affine")
+            scale, zero = _best(block, list(_starts(block, spec, given)), table, gaps, spec.codebook.zero is not None)
             result[0, rows, at], result[1, rows, at] = scale * unit, zero
     return result[0], result[1]
 
@@ -93,7 +94,7 @@ def fitted_scales(
     other = fit_scales(weight, spec) if earlier is None else earlier
     scale, zero = search(weight, spec, None if earlier is None else _raw(earlier))
     found = store_scales(scale, spec)
-    if spec.code == "affine":
+    if spec.codebook.zero is not None:
         found["weight_zero"] = zero.to(torch.uint8)
     least = _unit(weight.flatten()).item() if spec.double_quant else TINY
     ours, theirs = (block_errors(weight, scales, spec, least) for scales in (found, other))
@@ -118,7 +119,7 @@ def _starts(block: Tensor, spec: QuantSpec, near: Raw | None) -> Iterator[Raw]:
         yield from ((near[0] * factor, near[1]) for factor in AROUND)
         return
     parts, table = start_parts(spec.code, spec.bits), levels(spec.code, spec.bits)
-    if spec.code == "affine":
+    if spec.codebook.zero is not None:
         low, high = block.amin(-1).clamp(max=0), block.amax(-1).clamp(min=0)
         reach = (high - low) / table[-1].item()
         zero = (-low / torch.where(reach == 0, 1, reach)).round()
@@ -131,9 +132,7 @@ def _starts(block: Tensor, spec: QuantSpec, near: Raw | None) -> Iterator[Raw]:
 def start_parts(code: str, bits: int) -> list[float]:
     """The starts, as parts of the scale that reaches all weights; of both signs for levels that are lopsided."""
     parts = torch.linspace(LOWEST[bits], HIGHEST, STARTS, dtype=torch.float32, device="cpu").tolist()
-    table = levels(code, bits)
-    lopsided = code != "affine" and not torch.equal(table, -table.flip(0))
-    return [*parts, *(-part for part in parts)] if lopsided else parts
+    return [*parts, *(-part for part in parts)] if get(code).lopsided(bits) else parts
 
 
 def _best(block: Tensor, starts: list[Raw], table: Tensor, gaps: Tensor, affine: bool) -> Raw:

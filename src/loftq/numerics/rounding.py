@@ -19,9 +19,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from loftq.codes import levels
 from loftq.errors import NumericalError
 from loftq.numerics.blockwise import Quantized, dequantize, fit_scales, scale_and_zero, store_scales
-from loftq.numerics.codebooks import dynamic_8bit, halfway, levels, midpoints
+from loftq.numerics.codebooks import dynamic_8bit, halfway, midpoints
 from loftq.numerics.fitting import fitted_scales
 from loftq.numerics.metric import cholesky
 from loftq.spec import NESTED_BLOCK, QuantSpec
@@ -111,7 +112,7 @@ def feedback(
     """
     choose = fit if fitted else fit_scales
     upper = _inverse_factor(columns).float()
-    if spec.code == "uniform-tensor":
+    if spec.codebook.per_tensor:
         return _one_pass(target, upper, spec, fit_scales(target, spec), choose, round_block)
     if spec.double_quant:
         single = replace(spec, double_quant=False, scale_dtype="float32")
@@ -146,7 +147,7 @@ def descend(
     for index, block in _blocks(target.shape[1], spec):
         own, held = h[block, block], pull[:, block].contiguous()
         moved = torch.zeros_like(held)
-        if fitted and spec.code != "uniform-tensor":
+        if fitted and not spec.codebook.per_tensor:
             level = table[codes[:, block].int()] - zero[:, index, None]
             step = grid.step(index, scale[:, index], (level * held).sum(1), ((level @ own) * level).sum(1))
             moved = step[:, None] * level
@@ -229,7 +230,7 @@ def _each_row(scales: Scales, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(columns: int, spec: QuantSpec) -> Iterator[tuple[int, slice]]:
-    size = columns if spec.code == "uniform-tensor" else min(spec.block_size, columns)
+    size = spec.block(columns)
     for index, first in enumerate(range(0, columns, size)):
         yield index, slice(first, min(first + size, columns))
 

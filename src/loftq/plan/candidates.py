@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from loftq import codes
 from loftq.errors import UsageError, quoted
 from loftq.plan.budget import Choice, parse_budget
 from loftq.plan.patterns import matches
@@ -24,8 +25,8 @@ class Candidate:
 def candidates(plan: Plan, policy: Policy) -> dict[str, list[Candidate]]:
     """Module -> widths, with half, once and twice the block, and with the ranks of ``--budget-ranks``.
 
-    8 bits are among the widths if the budget is more than all matrices take at 4: below, they cannot pay, and fitting
-    their scales takes the longest by far.
+    8 bits are among the widths if the budget is more than all matrices take at the width below: with less they cannot
+    pay, and fitting their scales takes the longest by far.
 
     A module that a pattern of ``--bits`` names keeps its width and block; one that a pattern of ``--rank`` names, its
     rank. The rank of the plan is always among the ranks.
@@ -33,9 +34,11 @@ def candidates(plan: Plan, policy: Policy) -> dict[str, list[Candidate]]:
     Args:
         plan: of the policy, without the budget.
     """
-    four = sum(bytes_of(m, replace(m.quant, bits=4), m.rank) for m in plan.matrices)
-    wide = policy.code != "lloyd" and _allowed(plan, policy) > four
-    widths = [bits for bits in BITS if bits < 8 or wide]
+    widths = [bits for bits in _widths(policy) if bits < 8]
+    if 8 in _widths(policy):
+        widest = [replace(m.quant, bits=max(widths)) for m in plan.matrices] if widths else []
+        below = sum(bytes_of(m, quant, m.rank) for m, quant in zip(plan.matrices, widest, strict=False))
+        widths += [8] if _allowed(plan, policy) > below else []
     return {
         m.module: [Candidate(quant, _ranks(m, policy)) for quant in _quants(m, policy, widths)] for m in plan.matrices
     }
@@ -90,8 +93,11 @@ def first_layers(
 ) -> list[Plan]:
     """The plans of the paper's rule, the first layers at 4 bits and the rest at 2, for every number of layers.
 
-    None if the matrices of ``plan``, which is the policy's without the budget, are in no stack of layers.
+    None if the matrices of ``plan``, which is the policy's without the budget, are in no stack of layers, or if the
+    code does not have both widths.
     """
+    if not {2, 4} <= set(_widths(policy)):
+        return []
     stacks = [roles[m.name].stack for m in plan.matrices]
     deepest = max((stack.length for stack in stacks if stack), default=0)
     plain = replace(policy, budget="", budget_ranks="", budget_solver="greedy")
@@ -116,13 +122,18 @@ def _quants(matrix: Matrix, policy: Policy, widths: list[int]) -> list[QuantSpec
     if _pinned(policy.bits, matrix.module):
         return [matrix.quant]
     size = policy.block_size
-    blocks = [size] if policy.code == "uniform-tensor" else sorted({max(size // 2, 1), size, 2 * size})
+    blocks = [size] if matrix.quant.codebook.per_tensor else sorted({max(size // 2, 1), size, 2 * size})
     scales = policy.solve.scales
     return [
         replace(matrix.quant, bits=bits, block_size=block, code=code_for(policy.code, bits, scales))
         for bits in widths
         for block in blocks
     ]
+
+
+def _widths(policy: Policy) -> tuple[int, ...]:
+    """The widths of the policy's code; of all codes that ``auto`` may stand for."""
+    return BITS if policy.code == "auto" else codes.get(policy.code).widths
 
 
 def _ranks(matrix: Matrix, policy: Policy) -> tuple[int, ...]:
