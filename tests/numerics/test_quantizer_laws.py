@@ -5,6 +5,7 @@ the law really fails there.
 """
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -199,13 +200,17 @@ def law_denormal(spec: QuantSpec) -> None:
 def law_huge(spec: QuantSpec) -> None:
     """Near float32's end the result is finite, or an error says what to do."""
     w = weight() / weight().abs().max() * 3e38
-    table, code = levels(spec.code, spec.bits), spec.codebook
+    code, below = spec.codebook, levels(spec.code, spec.bits).max() > 1
     no_larger = not code.clips and code.zero is None  # no scale is above the largest weight
-    if no_larger and spec.scale_dtype != "float16" and (not spec.double_quant or table.max() > 1):
+    if no_larger and spec.scale_dtype != "float16" and not spec.double_quant:
         assert values(w, spec).isfinite().all()
         return
-    with pytest.raises(NumericalError, match=r"use --scale-dtype|use code nf|leave out --double-quant"):
-        values(w, spec)
+    try:
+        got = values(w, spec)
+    except NumericalError as e:
+        assert re.search(r"use --scale-dtype|use code nf|leave out --double-quant", str(e))
+    else:  # only scales well below the largest weight may fit, or have a sum that does
+        assert no_larger and below and got.isfinite().all()  # noqa: PT018
 
 
 def law_constant(spec: QuantSpec) -> None:
