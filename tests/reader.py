@@ -41,6 +41,9 @@ def levels(code: str, bits: int) -> np.ndarray:
         left = [-quantile(p) for p in np.linspace(QUANTILE, 0.5, half)[:-1]]
         values = np.array(sorted([*left, 0.0, *right]))
         return values / values.max()
+    if code == "fp4":
+        half = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+        return np.array([-v for v in reversed(half)] + half)
     return np.linspace(-1, 1, 2**bits) if code == "uniform" else np.arange(2.0**bits)
 
 

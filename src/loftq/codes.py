@@ -257,6 +257,22 @@ class UniformTensor(Code):
 
 
 @register
+class FloatingPoint(Absmax):
+    """4-bit floating point E2M1, the elements of MXFP4 and NVFP4, with absmax scales.
+
+    One sign, two exponent and one mantissa bits (OCP Microscaling Formats v1.0, section 5.3.3): 0, 0.5, 1, 1.5, 2, 3,
+    4, 6 of either sign. Zero has both signs. A code is the place among the sorted values, not the bits of E2M1.
+    """
+
+    name = "fp4"
+    widths = (4,)
+
+    def levels(self, bits: int) -> Tensor:
+        half = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], **HOST)
+        return torch.cat([-half.flip(0), half])
+
+
+@register
 class Affine(Code):
     """Whole numbers with a scale and a whole zero point per block (the GPTQ and AWQ family)."""
 

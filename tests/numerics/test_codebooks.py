@@ -63,6 +63,16 @@ def test_uniform_levels() -> None:
     assert levels("affine", 3).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
+def test_fp4_levels_are_all_values_of_e2m1() -> None:
+    """By the format's definition: sign, two exponent bits with bias 1, a mantissa bit; exponent 0 is subnormal."""
+    values = []
+    for byte in range(16):
+        sign, exponent, mantissa = byte >> 3, byte >> 1 & 3, byte & 1
+        magnitude = 2.0 ** (exponent - 1) * (1 + mantissa / 2) if exponent else mantissa / 2
+        values.append(-magnitude if sign else magnitude)
+    assert levels("fp4", 4).tolist() == sorted(values)
+
+
 def test_dynamic_code_covers_seven_decades() -> None:
     table = dynamic_8bit()
     assert table.shape == (256,)
