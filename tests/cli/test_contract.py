@@ -105,7 +105,7 @@ BAD = [
     (("--alpha", "-1"), "alpha must be positive"),
     (("--alpha", "nan"), "--alpha"),
     (("--alpha", "inf"), "--alpha"),
-    (("--code", "fp4"), "code must be one of"),
+    (("--code", "nq"), "code must be one of"),
     (("--block-size", "0"), "block_size"),
     (("--block-size", "many"), "--block-size"),
     (("--scale-dtype", "int8"), "scale_dtype"),
