@@ -92,9 +92,25 @@ def _keep_real_targets(conversion: Any) -> None:
     keep_real_targets(conversion)
 
 
+def _read_relative_bases(module: Any) -> None:
+    from loftq.nn import bases
+
+    if module.__name__ == "peft.config":
+        bases.read_config(module.PeftConfigMixin)
+    elif module.__name__ == "peft.auto":
+        bases.load_from_subfolder(module._BaseAutoPeftModel)
+    else:
+        module.find_adapter_config_file = bases.find_config(module.find_adapter_config_file)
+
+
 wrapt.register_post_import_hook(_register_quantizer, "transformers.quantizers.auto")
 wrapt.register_post_import_hook(_install_lora_layers, "peft.tuners.lora.model")
 wrapt.register_post_import_hook(_keep_real_targets, "peft.utils.transformers_weight_conversion")
 wrapt.register_post_import_hook(_extend_models, "transformers.modeling_utils")
 wrapt.register_post_import_hook(_extend_peft_models, "peft.peft_model")
 wrapt.register_post_import_hook(_extend_mixed_models, "peft.mixed_model")
+for _module in (
+    *("peft.config", "peft.auto", "transformers.utils.peft_utils", "transformers.integrations.peft"),
+    *("transformers.models.auto.auto_factory", "transformers.pipelines"),
+):
+    wrapt.register_post_import_hook(_read_relative_bases, _module)

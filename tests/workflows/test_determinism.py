@@ -110,6 +110,16 @@ def test_environment(source, tmp_path):
     assert tree(tmp_path / "out") == first
 
 
+def test_places(source, tmp_path, monkeypatch):
+    """Neither the output's path and name nor the source's are in any file."""
+    first = made(source, tmp_path / "out")
+    (tmp_path / "elsewhere").symlink_to(source)
+    monkeypatch.chdir(tmp_path)
+    assert made(Path("elsewhere"), tmp_path / "deep" / "other name") == first
+    for raw in first.values():
+        assert not any(str(place).encode() in raw for place in (tmp_path, source, Path.home()))
+
+
 def test_a_fork_changes_nothing(source, tmp_path):
     """What all the other tests in forked children rest on."""
     first = made(source, tmp_path / "out")

@@ -206,13 +206,23 @@ def test_disk_bytes_are_the_files(source, tmp_path):
     assert manifest["totals"]["disk_bytes"] == sum(sizes[n] for n in files if n != "README.md")
 
 
+def test_no_place_of_the_source_is_kept(source, tmp_path):
+    """transformers 4 wrote into every configuration where it had loaded it from."""
+    shutil.copytree(source, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    old = {**config, "_name_or_path": "/home/me/model", "vision": {"_name_or_path": "/home/me/model/vision"}}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(old))
+    run(tmp_path / "source", tmp_path / "out", policy=policy())
+    assert "/home/me" not in (tmp_path / "out" / "config.json").read_text()
+
+
 def test_the_card_loads_the_model(source, tmp_path, monkeypatch):
     """The commands of README.md work as they stand."""
     run(source, tmp_path / "mine", policy=policy())
     card = Path(tmp_path / "mine" / "README.md").read_text()
     assert "base_model:" not in card, "a local directory is no hub id"
     code = card.split("```python\n")[1].split("```")[0]
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path / "mine")
     scope: dict = {}
     exec(code, scope)
     assert scope["model"].print_trainable_parameters() is None

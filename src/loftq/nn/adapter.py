@@ -45,7 +45,7 @@ def adapter_config(plan: Plan, others: list[str], prefix: str, base: str, task_t
     Args:
         others: modules that an adapter could wrap and that are not quantized.
         prefix: the base model's prefix; dropped from names, so that a model without a head finds them too.
-        base: where the quantized backbone will be.
+        base: where the frozen model is; what begins with ``..`` is seen from the adapter (:mod:`loftq.nn.bases`).
         task_type: PEFT's name of the task, or None.
     """
     from peft import LoraConfig

@@ -117,8 +117,17 @@ def save(model: Any, directory: Path, tokenizer: PreTrainedTokenizerBase, writin
     if not writing:
         return
     options = {"save_embedding_layers": False} if adapted else {}
+    for config in model.peft_config.values() if adapted else ():
+        config.base_model_name_or_path = _seen_from(directory, config.base_model_name_or_path)
     model.save_pretrained(directory, state_dict=state, **options)
     tokenizer.save_pretrained(directory)
+
+
+def _seen_from(directory: Path, base: str | None) -> str | None:
+    """``../backbone`` for a base that lies beside the adapter, as in a run, which can then be moved; else as it is."""
+    place = Path(base).resolve() if base else None
+    beside = place is not None and place.is_dir() and place.parent == directory.resolve().parent
+    return f"../{place.name}" if place is not None and beside else base
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from loftq.formats import fsio, strict_json
 from loftq.formats.layouts import Layout
 from loftq.formats.source import check_link
 from loftq.formats.tensorfile import encode_header, read_chunks, read_header
+from loftq.nn import bases
 from loftq.nn.adapter import adapter_config
 from loftq.nn.skeleton import without_internal_keys
 from loftq.report.card import model_card
@@ -41,12 +42,13 @@ class Job:
     budget: dict[str, Any] | None = None  # how its budget was spent
 
 
-def assemble(job: Job, work: Workspace, records: list[dict[str, Any]], name: str) -> dict[str, Any]:
+def assemble(job: Job, work: Workspace, records: list[dict[str, Any]]) -> dict[str, Any]:
     """Write it all into the workspace, the manifest last. Returns the manifest.
+
+    Nothing that is written depends on where it is: not on the source's place, nor on the output's.
 
     Args:
         records: of all units, in order.
-        name: of the directory to be, for the card.
     """
     files = {unit.file_name: record["shard"] for unit, record in zip(job.units, records, strict=True)}
 
@@ -67,7 +69,7 @@ def assemble(job: Job, work: Workspace, records: list[dict[str, Any]], name: str
     summary = totals(job.source.plan, matrices, {n: d["size"] for n, d in files.items()})
     calibration = job.identity.get("statistics", {}).get("identity", {}).get("data", {})
     card = model_card(
-        *(job.source.hub_id, job.source.architecture, job.layout.name, name, job.source.plan, summary),
+        *(job.source.hub_id, job.source.architecture, job.layout.name, job.source.plan, summary),
         calibration.get("name"),
     )
     write("README.md", fsio.write_atomic(work.output / "README.md", [card.encode()]))
@@ -84,13 +86,13 @@ def assemble(job: Job, work: Workspace, records: list[dict[str, Any]], name: str
     return sealed.write(work.output / MANIFEST, manifest)
 
 
-def adapter_of(source: Source, layout: Layout, output: Path, task_type: str | None) -> dict[str, Any]:
+def adapter_of(source: Source, layout: Layout, task_type: str | None) -> dict[str, Any]:
     """``adapter_config.json``, made first of all: PEFT must be there, and take the options."""
     chosen = {m.module for m in source.plan.matrices}
     others = [m for m in source.adaptable if m not in chosen]
     task = task_type or source.task_type
     try:
-        config = adapter_config(source.plan, others, source.prefix, str(output), task)
+        config = adapter_config(source.plan, others, source.prefix, bases.PARENT, task)
     except ValueError as e:
         raise UsageError(f"--task-type {task!r}: {e}") from e
     config["fan_in_fan_out"] = layout.name != "loftq" and any(m.kind == "conv1d" for m in source.plan.matrices)
@@ -158,7 +160,7 @@ def _write_config(job: Job, work: Workspace) -> fsio.FileDigest:
     """The source's configuration with ours added, without keys that would select or run code."""
     plan = job.source.plan
     config = strict_json.load_object(job.source.directory / "config.json")
-    config = without_internal_keys(config)
+    config = _without_places(without_internal_keys(config))
     modules = [(m.module, m.quant) for m in plan.matrices]
     bits = planning.mean_bits(plan) if job.budget else planning.nominal_bits(job.identity["options"]["bits"], plan)
     ours = job.layout.quantization_config(modules, bits, job.source.kept_modules)
@@ -166,3 +168,12 @@ def _write_config(job: Job, work: Workspace) -> fsio.FileDigest:
     if ours is not None:
         config["quantization_config"] = ours
     return fsio.write_json(work.output / "config.json", config)
+
+
+def _without_places(config: dict[str, Any]) -> dict[str, Any]:
+    """Without the paths from which older versions of transformers say that they loaded a model, or a part of it."""
+    return {
+        key: _without_places(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key != "_name_or_path"
+    }

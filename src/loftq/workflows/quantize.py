@@ -95,7 +95,7 @@ def quantize(
         raise UsageError("--curves is of a budget; give one: --budget 2.5")
     already_done(output, {}, overwrite=True)  # refuses what is no result of ours, before the texts are run
     statistics = _statistics(model, output, options, begin_calibration)
-    job = _job(source, layout, _identity(source, layout, options, statistics), output, options)
+    job = _job(source, layout, _identity(source, layout, options, statistics), options)
     done = already_done(output, job.identity, options.overwrite)
     if done and not (work.root.exists() and is_ours(work, job.identity)):  # nothing to clean away
         return done
@@ -107,9 +107,9 @@ def quantize(
             if not done:
                 claim(work, job.identity)
                 if options.policy.budget:
-                    job = _spend(job, work, output, options, statistics, begin)
+                    job = _spend(job, work, options, statistics, begin)
                 _check_space(job, work)
-                done = assemble(job, work, _make_units(job, work, options, statistics, begin), output.name)
+                done = assemble(job, work, _make_units(job, work, options, statistics, begin))
                 publish(work, output, done["files"], options.overwrite)
         except LoftqError as e:
             done = already_done(output, job.identity, False) if was_taken(e) else None
@@ -120,17 +120,14 @@ def quantize(
     return done
 
 
-def _job(
-    source: Source, layout: Layout, identity: dict[str, Any], output: Path, options: QuantizeOptions, **found: Any
-) -> Job:
+def _job(source: Source, layout: Layout, identity: dict[str, Any], options: QuantizeOptions, **found: Any) -> Job:
     units = split(source.plan, layout, options.max_shard_bytes, _in_order(source))
-    return Job(source, layout, units, identity, adapter_of(source, layout, output, options.task_type), **found)
+    return Job(source, layout, units, identity, adapter_of(source, layout, options.task_type), **found)
 
 
 def _spend(
     job: Job,
     work: Workspace,
-    output: Path,
     options: QuantizeOptions,
     statistics: Statistics | None,
     begin: Begin | None,
@@ -140,7 +137,7 @@ def _spend(
     source, report = within_budget(
         job.source, options.policy, keep, statistics, workers=options.workers, device=options.device, begin=begin
     )
-    return _job(source, job.layout, job.identity, output, options, budget=report)
+    return _job(source, job.layout, job.identity, options, budget=report)
 
 
 def _in_order(source: Source) -> list[str]:

@@ -1,0 +1,132 @@
+"""Adapters that name their base by where it lies from them, so that both can be moved and uploaded together.
+
+The start in ``loftq_init`` says ``base_model_name_or_path: ".."``. PEFT and transformers would take that for a place
+seen from the current directory; here they are given the directory that holds the adapter's, or the hub's repository.
+"""
+
+import functools
+import hashlib
+import inspect
+import json
+import os
+import posixpath
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from loftq.errors import InputError, StorageError
+from loftq.formats import fsio, strict_json
+
+PARENT = ".."
+KEY = "base_model_name_or_path"
+
+
+def resolved(base: Any, place: str | os.PathLike, subfolder: str | None = None) -> Any:
+    """Where the base of an adapter is; ``base`` itself if it is no place seen from the adapter.
+
+    Any ``..`` at the beginning counts, unless it leads to a directory from the current one, as PEFT writes such names.
+
+    Args:
+        base: ``base_model_name_or_path`` of the adapter.
+        place: the adapter's directory or id on the hub, as a user gives it.
+        subfolder: of ``place``, where the adapter is.
+
+    Returns: a whole path; for an adapter of the hub the id of its repository.
+    """
+    if not is_relative(base):
+        return base
+    if os.path.isdir(place):
+        found = os.path.abspath(os.path.join(place, subfolder or "", base))
+        return found if os.path.isfile(os.path.join(found, "config.json")) else base
+    in_repository = posixpath.normpath(posixpath.join(subfolder or "", base))
+    return str(place) if in_repository == "." else base
+
+
+def is_relative(base: Any) -> bool:
+    """Whether ``base`` is a place seen from the adapter."""
+    return isinstance(base, str) and (base == PARENT or (base.startswith("../") and not os.path.isdir(base)))
+
+
+def read_config(config_class: Any) -> None:
+    """Let ``PeftConfig.from_pretrained`` give whole names of bases; what is trained then keeps one that is found."""
+    read = config_class.from_pretrained.__func__
+
+    @functools.wraps(read)
+    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):  # type: ignore[no-untyped-def]
+        config = read(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        base = getattr(config, KEY, None)
+        setattr(config, KEY, resolved(base, pretrained_model_name_or_path, subfolder))
+        return config
+
+    config_class.from_pretrained = classmethod(from_pretrained)
+
+
+def load_from_subfolder(auto_class: Any) -> None:
+    """Let ``AutoPeftModel…from_pretrained(DIR, subfolder="loftq_init")`` look for the base beside the subfolder.
+
+    PEFT looks for both in it. An adapter on the hub is fetched together with its base, which is the same repository.
+    """
+    load = auto_class.from_pretrained.__func__
+
+    @functools.wraps(load)
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, subfolder=None, **kwargs):  # type: ignore[no-untyped-def]
+        place = pretrained_model_name_or_path
+        if subfolder:
+            place = _below(place, subfolder, kwargs)
+            subfolder = None if place != pretrained_model_name_or_path else subfolder
+        options = {"subfolder": subfolder} if subfolder else {}
+        return load(cls, place, *args, **options, **kwargs)
+
+    auto_class.from_pretrained = classmethod(from_pretrained)
+
+
+def _below(place: str | os.PathLike, subfolder: str, kwargs: dict[str, Any]) -> str | os.PathLike:
+    """The adapter's directory, with its base beside it; ``place`` for one of the hub that has its base elsewhere."""
+    from huggingface_hub import snapshot_download
+    from peft import PeftConfig
+
+    if not os.path.isdir(place):
+        config = PeftConfig.from_pretrained(place, subfolder=subfolder, **kwargs)
+        if config.base_model_name_or_path != str(place):
+            return place
+        known = inspect.signature(snapshot_download).parameters
+        place = snapshot_download(str(place), **{k: v for k, v in kwargs.items() if k in known})
+    return os.path.join(place, subfolder)
+
+
+def find_config(find: Callable[..., str | None]) -> Callable[..., str | None]:
+    """transformers' ``find_adapter_config_file``, giving a file in which the base has a whole name.
+
+    ``AutoModel`` and ``pipeline`` read the base's name from that file, and nothing else.
+    """
+    if getattr(find, "_names_bases", False):
+        return find
+
+    @functools.wraps(find)
+    def found(model_id: Any, *args: Any, **kwargs: Any) -> str | None:
+        path = find(model_id, *args, **kwargs)
+        if path is None:
+            return None
+        try:
+            config = strict_json.load_object(Path(path))
+            base = resolved(config.get(KEY), model_id, kwargs.get("subfolder"))
+            return path if base == config.get(KEY) else _copy({**config, KEY: base})
+        except (InputError, StorageError):
+            return path  # whoever reads it says what is wrong
+
+    found._names_bases = True  # type: ignore[attr-defined]
+    return found
+
+
+def _copy(config: dict[str, Any]) -> str:
+    """A file with ``config`` that is gone when the process ends."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    path = Path(_copies().name) / f"{digest}.json"
+    fsio.write_json(path, config)
+    return str(path)
+
+
+@functools.cache
+def _copies() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="loftq-")
