@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import tiny
+from peft import AutoPeftModelForSequenceClassification, PeftConfig
 from safetensors.torch import load_file
 
 import models
@@ -210,6 +211,9 @@ def test_a_run_is_evaluated_to_its_own_metrics(place, method):
     moved = place / "moved"
     (place / method).rename(moved)
     assert evaluate(str(moved), splits=["train"], batch_size=3).metrics["n"] == 64
+    if method in ("qlora", "loftq"):
+        assert PeftConfig.from_pretrained(moved / "adapter").base_model_name_or_path == str(moved / "backbone")
+        assert AutoPeftModelForSequenceClassification.from_pretrained(moved / "adapter").active_adapter == "default"
 
 
 def test_a_model_with_an_adapter_is_evaluated(place):

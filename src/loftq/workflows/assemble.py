@@ -86,13 +86,13 @@ def assemble(job: Job, work: Workspace, records: list[dict[str, Any]]) -> dict[s
     return sealed.write(work.output / MANIFEST, manifest)
 
 
-def adapter_of(source: Source, layout: Layout, task_type: str | None) -> dict[str, Any]:
+def adapter_of(source: Source, layout: Layout, task_type: str | None, base: str = bases.PARENT) -> dict[str, Any]:
     """``adapter_config.json``, made first of all: PEFT must be there, and take the options."""
     chosen = {m.module for m in source.plan.matrices}
     others = [m for m in source.adaptable if m not in chosen]
     task = task_type or source.task_type
     try:
-        config = adapter_config(source.plan, others, source.prefix, bases.PARENT, task)
+        config = adapter_config(source.plan, others, source.prefix, base, task)
     except ValueError as e:
         raise UsageError(f"--task-type {task!r}: {e}") from e
     config["fan_in_fan_out"] = layout.name != "loftq" and any(m.kind == "conv1d" for m in source.plan.matrices)

@@ -262,7 +262,7 @@ def _model(recipe: Recipe, task: Task, base: Path, arguments: Seq2SeqTrainingArg
         return model
     if recipe.method == "lora":
         source = open_source(str(base), policy_of(recipe))
-        fields = adapter_of(source, LAYOUTS["dense"], base, task.peft_task_type)
+        fields = adapter_of(source, LAYOUTS["dense"], task.peft_task_type, str(base))
         config = LoraConfig(**{k: fields[k] for k in (*FIELDS, "fan_in_fan_out")}, lora_dropout=recipe.lora.dropout)
         return add_lora(model, config, new_modules)
     return add_start(model, base, recipe.lora.dropout)
