@@ -158,8 +158,16 @@ def test_an_output_that_exists(packed, source, tmp_path):
     (tmp_path / "out").mkdir()
     assert start(packed, source, tmp_path / "out").code == 0, "an empty directory is free"
     before = tree(tmp_path / "out")
-    refused(start(packed, source, tmp_path / "out"), 5, "exists")
+    again = start(packed, source, tmp_path / "out")
+    assert again.code == 0, "the same command has nothing to do"
+    assert "LoftQ:" not in again.err
+    refused(start(packed, source, tmp_path / "out", "--alpha", "3"), 5, "made by another command", "options.alpha")
     assert tree(tmp_path / "out") == before
+    (tmp_path / "out" / FILES[1]).write_bytes(b"")
+    refused(start(packed, source, tmp_path / "out"), 5, "damaged")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine").touch()
+    refused(start(packed, source, tmp_path / "other"), 5, "exists and is a directory that loftq did not make")
 
 
 def test_a_workspace_of_another_command_is_not_touched(packed, source, tmp_path):
@@ -170,7 +178,7 @@ def test_a_workspace_of_another_command_is_not_touched(packed, source, tmp_path)
     assert (work / "identity.json").exists()
 
 
-def test_a_failure_while_writing_leaves_nothing(packed, source, tmp_path):
+def test_a_failure_while_writing_loses_nothing(packed, source, tmp_path):
     def fail():
         write = fsio.write_json
 
@@ -182,7 +190,11 @@ def test_a_failure_while_writing_leaves_nothing(packed, source, tmp_path):
         fsio.write_json = full
 
     refused(start(packed, source, tmp_path / "out", setup=fail), 4, "no space left")
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ["out.loftq-partial"]
+    ended = start(packed, source, tmp_path / "out")
+    assert ended.code == 0, ended.err
+    assert f"{PROJECTIONS}/{PROJECTIONS}" in ended.err
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_a_killed_run_is_made_again(packed, source, tmp_path):

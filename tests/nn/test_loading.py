@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import loftq
 from loftq.errors import InputError, LoftqError, UsageError
 from loftq.formats.config import read_groups
-from loftq.nn.hf import LoftQQuantizationConfig
+from loftq.nn.hf import LoftQHfQuantizer, LoftQQuantizationConfig
 from models import close, inputs, outputs, packed, same, tensors
 
 WEIGHTS = "model.safetensors"
@@ -105,6 +106,15 @@ def test_scales_keep_the_dtype_of_the_file(made, dtype, options):
     loaded = {n: t for n, t in checkpoint.load(dtype=dtype).state_dict().items() if ".weight_" in n}
     assert stored
     assert same(loaded, stored)
+
+
+@pytest.mark.parametrize("suffix", ["weight_scale", "weight_scale_absmax", "weight_scale_mean", "weight_zero"])
+def test_transformers_is_told_to_leave_the_dtype_of_scales(suffix):
+    """The hook that casts what is loaded: other float tensors take the model's dtype."""
+    quantizer = LoftQHfQuantizer(LoftQQuantizationConfig())
+    for name, wanted in ((f"{LAYER}.{suffix}", None), ("model.norm.weight", torch.float16)):
+        converter = types.SimpleNamespace(source_patterns=[name], operations=[])
+        assert quantizer.get_new_dtype(converter, torch.ones(1), torch.float16) == wanted
 
 
 @pytest.mark.parametrize("config", [LoftQQuantizationConfig(bits=2), {"quant_method": "loftq"}], ids=["object", "dict"])

@@ -125,12 +125,16 @@ def source_identity(source: Source) -> dict[str, Any]:
 
 def check_unchanged(job: Job) -> None:
     """Refuse to finish if the source is not what it was at the beginning."""
+    if not is_unchanged(job.source, job.identity["source"]):
+        raise InputError(f"{job.source.directory}: source changed while reading")
+
+
+def is_unchanged(source: Source, identity: dict[str, Any]) -> bool:
+    """Whether the files of a source are what they were when ``identity`` was made of them."""
     try:
-        same = source_identity(job.source) == job.identity["source"]
-    except OSError:
-        same = False
-    if not same:
-        raise InputError(f"{job.source.directory}: source changed while reading; leave it alone and run again")
+        return source_identity(source) == identity
+    except (OSError, InputError):
+        return False
 
 
 def _write_index(job: Job, work: Workspace) -> fsio.FileDigest:

@@ -15,7 +15,9 @@ from loftq.workflows import sealed
 MANIFEST = "loftq_manifest.json"
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
+    """A part of a file of ours: types are exact, and what an earlier or later version adds is left alone."""
+
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
@@ -39,12 +41,12 @@ Shape = Annotated[list[Annotated[int, Field(ge=1, le=MAX_DIM)]], Field(min_lengt
 Trace = Annotated[list[Number], Field(min_length=1, max_length=10_000)]  # the solver has some ten steps
 
 
-class FileRow(_Part):
+class FileRow(Part):
     size: Count
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class MatrixRow(_Part):
+class MatrixRow(Part):
     """The report on a matrix."""
 
     name: Name
@@ -66,7 +68,7 @@ class MatrixRow(_Part):
         return self
 
 
-class PlanRow(_Part):
+class PlanRow(Part):
     """The decision about a matrix."""
 
     name: Name
@@ -77,7 +79,7 @@ class PlanRow(_Part):
     quant: Annotated[dict[str, Any], AfterValidator(_spec)]
 
 
-class Totals(_Part):
+class Totals(Part):
     matrices: Count
     quantized_weights: Count
     parameters: Count
@@ -92,13 +94,13 @@ class Totals(_Part):
     qlora_output_error: Number | None = None
 
 
-class Solve(_Part):
+class Solve(Part):
     steps: Count
     order: str
     scales: str
 
 
-class Options(_Part):
+class Options(Part):
     format: str
     bits: str
     code: str
@@ -109,7 +111,7 @@ class Options(_Part):
     solve: Solve
 
 
-class Identity(_Part):
+class Identity(Part):
     """What a result depends on."""
 
     options: Options

@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from loftq.workflows import sealed
 from loftq.workflows.manifest import MANIFEST, checked
 from loftq.workflows.units import Workspace
 
+PLACE = "source_directory"  # in the identity of a workspace alone: no output holds a path
+OF_SOURCE = ("source.", "base.", "plan:", "statistics.")  # of an identity: the sources, and what follows from them
 _TAKEN = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
 
 
@@ -25,15 +27,26 @@ def check_places(source: Path, work: Workspace, output: Path) -> None:
         raise UsageError(f"{output}: a mount point, where no rename can put the result; choose a directory in it")
 
 
-def already_done(output: Path, identity: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """The manifest of an output that this very command made earlier; ConflictError for anything else there."""
+def already_done(
+    output: Path,
+    identity: dict[str, Any],
+    overwrite: bool,
+    mark: str = MANIFEST,
+    check: Callable[[dict[str, Any], Path], dict[str, Any]] = checked,
+) -> dict[str, Any] | None:
+    """What is written last of an output that this very command made earlier; ConflictError for anything else there.
+
+    Args:
+        mark: the name of that file.
+        check: returns its content, or raises InputError.
+    """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
-    if not (output / MANIFEST).is_file():
+    if not (output / mark).is_file():
         kind = "a directory that loftq did not make" if output.is_dir() else "not a directory"
         raise ConflictError(f"{output}: exists and is {kind}; choose another --output")
     try:
-        found = checked(sealed.load(output / MANIFEST), output / MANIFEST)
+        found = check(sealed.load(output / mark), output / mark)
         changed = listed(differences(found["identity"], identity))
         damaged = listed(n for n, digest in found["files"].items() if _size(output / n) != digest["size"])
     except InputError as e:
@@ -44,7 +57,8 @@ def already_done(output: Path, identity: dict[str, Any], overwrite: bool) -> dic
     if overwrite:
         return None
     problem = f"made by another command ({changed})" if changed else f"damaged ({damaged})"
-    raise ConflictError(f"{output}: {problem}; choose another --output, or --overwrite")
+    cure = "--overwrite" if mark == MANIFEST else "remove it"
+    raise ConflictError(f"{output}: {problem}; choose another --output, or {cure}")
 
 
 def differences(old: Any, new: dict[str, Any], path: str = "") -> Iterator[str]:
@@ -60,16 +74,22 @@ def differences(old: Any, new: dict[str, Any], path: str = "") -> Iterator[str]:
 
 def is_ours(work: Workspace, identity: dict[str, Any]) -> bool:
     """Whether what is in the workspace belongs to this command, or to none any more."""
-    return not work.identity.exists() or not list(differences(_left_identity(work), identity))
+    return not work.identity.exists() or not list(differences(_left(work)[0], identity))
 
 
-def claim(work: Workspace, identity: dict[str, Any]) -> None:
-    """Make the workspace, or accept one that an earlier run with the same identity left."""
+def claim(work: Workspace, identity: dict[str, Any], source: Path) -> None:
+    """Make the workspace, or accept one that an earlier run with the same identity left. ConflictError for others."""
     if work.identity.exists():
-        changed = listed(differences(_left_identity(work), identity))
+        left, place = _left(work)
+        changed = list(differences(left, identity))
+        if changed and place == str(source.resolve()) and all(change.startswith(OF_SOURCE) for change in changed):
+            raise ConflictError(
+                f"{work.root}: holds unfinished work from before {source} changed ({listed(changed)}); "
+                "put that back to finish it, or delete the directory to begin anew"
+            )
         if changed:
             raise ConflictError(
-                f"{work.root}: holds unfinished work of another command ({changed}); "
+                f"{work.root}: holds unfinished work of another command ({listed(changed)}); "
                 "run that command again to finish it, or delete the directory"
             )
     for directory in (work.output, work.units):
@@ -78,7 +98,7 @@ def claim(work: Workspace, identity: dict[str, Any]) -> None:
         for leftover in directory.glob(".*.tmp"):
             fsio.remove(leftover)
     if not work.identity.exists():
-        fsio.write_json(work.identity, identity)
+        fsio.write_json(work.identity, {**identity, PLACE: str(source.resolve())})
 
 
 def publish(work: Workspace, output: Path, files: dict[str, Any], overwrite: bool) -> None:
@@ -110,11 +130,14 @@ def was_taken(error: LoftqError) -> bool:
     return isinstance(error.__cause__, OSError) and error.__cause__.errno in _TAKEN
 
 
-def _left_identity(work: Workspace) -> Any:
+def _left(work: Workspace) -> tuple[dict[str, Any], Any]:
+    """The identity of the work that was left, and where its source lay; both empty if they cannot be read."""
     try:
-        return strict_json.load_object(work.identity)
+        left = strict_json.load_object(work.identity)
     except LoftqError:
-        return None
+        return {}, None
+    place = left.pop(PLACE, None)
+    return left, place
 
 
 def _size(path: Path) -> int:

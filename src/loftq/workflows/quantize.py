@@ -17,7 +17,7 @@ import torch
 
 import loftq
 from loftq import plan as planning
-from loftq.errors import ConflictError, LoftqError, StorageError, UsageError
+from loftq.errors import ConflictError, InputError, LoftqError, StorageError, UsageError
 from loftq.formats import fsio
 from loftq.formats.layouts import LAYOUTS, Layout
 from loftq.formats.statistics import Statistics
@@ -27,7 +27,7 @@ from loftq.numerics.device import check_device
 from loftq.plan import Matrix, Policy
 from loftq.solve import ordered_map
 from loftq.spec import check_statistics, statistics_kind
-from loftq.workflows.assemble import Job, adapter_of, assemble, source_identity
+from loftq.workflows.assemble import Job, adapter_of, assemble, is_unchanged, source_identity
 from loftq.workflows.budget import check_budget, within_budget
 from loftq.workflows.calibrate import STATISTICS, CalibrateOptions, open_or_collect
 from loftq.workflows.places import already_done, check_places, claim, is_ours, publish, put_back, was_taken
@@ -105,7 +105,7 @@ def quantize(
             put_back(work, output)
             done = already_done(output, job.identity, options.overwrite)  # another process may have finished meanwhile
             if not done:
-                claim(work, job.identity)
+                claim(work, job.identity, source.directory)
                 if options.policy.budget:
                     job = _spend(job, work, options, statistics, begin)
                 _check_space(job, work)
@@ -114,6 +114,7 @@ def quantize(
         except LoftqError as e:
             done = already_done(output, job.identity, False) if was_taken(e) else None
             if not done:
+                _forget_if_changed(job, work, e)
                 raise
         if is_ours(work, job.identity):
             _clean(work)
@@ -228,6 +229,17 @@ def _make_units(
     for unit in missing:
         records[unit.index] = work.make(unit, solved, source.checkpoint, layout)
     return [r for r in records if r is not None]
+
+
+def _forget_if_changed(job: Job, work: Workspace, error: LoftqError) -> None:
+    """Remove the work on a source that was changed under our hands, which no command can finish, and say so."""
+    if isinstance(error, InputError) and not is_unchanged(job.source, job.identity["source"]):
+        if is_ours(work, job.identity):
+            fsio.remove_tree(work.root)
+        raise InputError(
+            f"{job.source.directory}: source changed while reading ({error}); leave it alone and run the same command "
+            "again: the work begun is removed, and it begins anew"
+        ) from error
 
 
 def _clean(work: Workspace) -> None:

@@ -1,28 +1,53 @@
 """``loftq start``: an adapter directory for a model that is quantized already, from the original weights on disk.
 
-The base is loaded, the original read matrix by matrix. The files are collected in ``OUTPUT.loftq-partial``; one rename
-then makes them ``OUTPUT``, which is absent or complete whatever happens.
+The base is loaded, the original read matrix by matrix. Every layer's factors are put into ``OUTPUT.loftq-partial`` once
+they are known, and the same command continues from there. One rename then makes ``OUTPUT`` of all of them, which is
+absent or complete whatever happens.
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from torch import Tensor
+import torch
+from pydantic import Field, ValidationError
 
 import loftq
-from loftq.errors import ConflictError, InputError, UsageError, quoted
+from loftq.errors import InputError, LoftqError, StorageError, UsageError, quoted
 from loftq.formats import fsio
-from loftq.formats.tensorfile import Entry, dtype_name, encode_header, tensor_bytes
+from loftq.formats.regular import shown
+from loftq.formats.tensorfile import Entry, dtype_name, encode_header, read_chunks, read_header, tensor_bytes
 from loftq.numerics.device import check_device
-from loftq.plan import Plan, Policy
+from loftq.plan import Matrix, Plan, Policy
+from loftq.workflows import sealed
+from loftq.workflows.assemble import source_identity
 from loftq.workflows.frozen import Begin, FitOptions, Layer, Original, fit, summary
-from loftq.workflows.places import check_places, claim, publish
+from loftq.workflows.manifest import Count, FileRow, Name, Number, Part, Shape
+from loftq.workflows.places import already_done, check_places, claim, is_ours, publish
 from loftq.workflows.source import Source, open_source, resolve
 from loftq.workflows.units import Workspace
 
 REPORT = "loftq_start.json"
+
+
+class _LayerRow(Part):
+    name: Name
+    shape: Shape
+    rank: Count
+    errors: Annotated[list[Number], Field(min_length=2, max_length=2)]
+    reason: str
+
+
+class _Report(Part):
+    identity: dict[str, Any]
+    files: dict[str, FileRow]
+    layers: list[_LayerRow]
+    error_before: Number
+    error: Number
+    output_error_before: Number | None = None
+    output_error: Number | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,29 +84,50 @@ def start(base: str, weights: str, output: Path, options: StartOptions, begin: B
     source, directory = open_source(weights, options.policy, options.revision), resolve(base, options.base_revision)
     for place in (source.directory, directory):
         check_places(place, work, output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ConflictError(f"{output}: exists; choose another --output, or remove it")
-    model = load(directory, options.device)
-    plan = _located(source, model)
-    name = str(directory.resolve()) if Path(base).expanduser().exists() else base
-    config = _adapter_config(plan, source, model, name, options)
-    identity = {
-        "base": str(directory.resolve()),
-        "weights": str(source.directory.resolve()),
-        "plan": plan.digest(),
-        "fit": {"svd": options.fit.svd, "seed": options.fit.seed},
-        **({"statistics": options.fit.statistics.identity} if options.fit.statistics else {}),
-    }
+    identity = _identity(source, directory, options)
+    done = already_done(output, identity, False, REPORT, _checked)
+    if done and not (work.root.exists() and is_ours(work, identity)):  # nothing to clean away
+        return done
+    if not done:
+        model = load(directory, options.device)
+        plan = _located(source, model)
+        name = str(directory.resolve()) if Path(base).expanduser().exists() else base
+        config = _adapter_config(plan, source, model, name, options)
     fsio.make_dirs(work.root)
     with fsio.DirectoryLock(work.lock):
-        claim(work, identity)
-        try:
-            tensors, found = _solve(plan, source, model, options.fit, begin)
-            report = {"format_version": 1, "loftq": loftq.__version__, **identity, **found}
-            publish(work, output, _write(work.output, tensors, config, report), overwrite=False)
-        finally:
+        done = done or already_done(output, identity, False, REPORT, _checked)  # another process may have finished
+        if not done:
+            claim(work, identity, source.directory)
+            try:
+                found = _solve(plan, source, model, options.fit, work, begin)  # type: ignore[possibly-undefined]
+            except LoftqError as e:
+                if not isinstance(e, StorageError):  # else the same command continues
+                    fsio.remove_tree(work.root)
+                raise
+            done = _publish(work, output, plan, config, {"identity": identity, **found})  # type: ignore[possibly-undefined]
+        if is_ours(work, identity):
             fsio.remove_tree(work.root)
-    return report
+    return done
+
+
+def _identity(source: Source, base: Path, options: StartOptions) -> dict[str, Any]:
+    """Everything that the bytes of the result depend on."""
+    files = sorted(p for p in base.iterdir() if p.suffix in (".safetensors", ".bin", ".json") and p.is_file())
+    return {
+        "source": source_identity(source),
+        "base": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
+        "plan": source.plan.digest(),
+        "options": {
+            **options.policy.to_dict(),
+            "svd": options.fit.svd,
+            "seed": options.fit.seed,
+            "device": options.device.partition(":")[0],
+            "task_type": options.task_type,
+        },
+        **({"statistics": options.fit.statistics.identity} if options.fit.statistics else {}),
+        "loftq": loftq.__version__,
+        "torch": torch.__version__,
+    }
 
 
 def _located(source: Source, model: Any) -> Plan:
@@ -119,36 +165,74 @@ def _adapter_config(plan: Plan, source: Source, model: Any, base: str, options: 
 
 
 def _solve(
-    plan: Plan, source: Source, model: Any, options: FitOptions, begin: Begin
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The adapter's tensors, and the summary of how they were found."""
+    plan: Plan, source: Source, model: Any, options: FitOptions, work: Workspace, begin: Begin
+) -> dict[str, Any]:
+    """Put every layer's factors into a file of its own, where they are not there yet; the summary of all layers."""
     from loftq.nn.adapter import adapter_tensors
 
-    advance = begin(len(plan.matrices), 0)
-    tensors: dict[str, Tensor] = {}
-    reports = []
+    records = [_finished(work, i, matrix) for i, matrix in enumerate(plan.matrices)]
+    advance = begin(len(records), sum(record is not None for record in records))
     modules = {m.name: m.module for m in source.plan.matrices}  # as the original calls them
-    for matrix in plan.matrices:
+    for i, matrix in enumerate(plan.matrices):
+        if records[i] is not None:
+            continue
         original = Original(matrix.name, modules[matrix.name], matrix.dtype, matrix.shape, matrix.kind == "conv1d", "")
         base = model.get_submodule(matrix.module)
-        fitted = fit(
-            Layer(matrix.module, base, original, matrix.rank, plan.scaling(matrix)), source.checkpoint, options
-        )
-        tensors.update(adapter_tensors(matrix, fitted.b.cpu(), fitted.a.cpu()))
-        reports.append(fitted.report)
+        layer = Layer(matrix.module, base, original, matrix.rank, plan.scaling(matrix))
+        fitted = fit(layer, source.checkpoint, options)
+        tensors = adapter_tensors(matrix, fitted.b.cpu(), fitted.a.cpu())
+        entries = [Entry(name, dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()]
+        piece = fsio.write_atomic(_piece(work, i), [encode_header(entries), *map(tensor_bytes, tensors.values())])
+        records[i] = sealed.write(_record(work, i), {"piece": asdict(piece), "report": fitted.report})
         advance(fitted.report)
-    return tensors, summary(reports, {})
+    return summary([record["report"] for record in records if record], {})
 
 
-def _write(
-    directory: Path, tensors: dict[str, Tensor], config: dict[str, Any], report: dict[str, Any]
+def _piece(work: Workspace, index: int) -> Path:
+    return work.units / f"{index:05d}.safetensors"
+
+
+def _record(work: Workspace, index: int) -> Path:
+    return work.units / f"{index:05d}.json"
+
+
+def _finished(work: Workspace, index: int, matrix: Matrix) -> dict[str, Any] | None:
+    """The record of a layer that is done; None if it, or what it is of, is missing or was changed."""
+    if not _record(work, index).exists():
+        return None
+    try:
+        record = sealed.load(_record(work, index))
+        whole = record["piece"] == asdict(fsio.sha256_file(_piece(work, index)))
+        return record if whole and record["report"]["name"] == matrix.module else None
+    except InputError:
+        return None
+
+
+def _publish(
+    work: Workspace, output: Path, plan: Plan, config: dict[str, Any], report: dict[str, Any]
 ) -> dict[str, Any]:
-    """The files of the adapter; name -> digest."""
-    entries = [Entry(name, dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()]
-    contents = [encode_header(entries, {"format": "pt"}), *map(tensor_bytes, tensors.values())]
-    written = {
-        "adapter_model.safetensors": fsio.write_atomic(directory / "adapter_model.safetensors", contents),
-        "adapter_config.json": fsio.write_json(directory / "adapter_config.json", config),
-        REPORT: fsio.write_json(directory / REPORT, report),
+    """Make the adapter's files, the report last, and put them into their place; the report."""
+    pieces = [read_header(_piece(work, i)) for i in range(len(plan.matrices))]
+    infos = [(info, piece.stamp) for piece in pieces for info in piece.tensors.values()]
+
+    def contents() -> Iterator[bytes | memoryview]:
+        yield encode_header([Entry(info.name, info.dtype, info.shape) for info, _ in infos], {"format": "pt"})
+        for info, stamp in infos:
+            yield from read_chunks(info, stamp)
+
+    files = {
+        "adapter_model.safetensors": asdict(fsio.write_atomic(work.output / "adapter_model.safetensors", contents())),
+        "adapter_config.json": asdict(fsio.write_json(work.output / "adapter_config.json", config)),
     }
-    return {name: asdict(digest) for name, digest in written.items()}
+    made = sealed.write(work.output / REPORT, {"format_version": 1, **report, "files": files})
+    publish(work, output, {**files, REPORT: asdict(fsio.sha256_file(work.output / REPORT))}, overwrite=False)
+    return made
+
+
+def _checked(report: dict[str, Any], path: Path) -> dict[str, Any]:
+    """``report``, read from ``path``. InputError for one that ``loftq start`` did not write."""
+    try:
+        _Report.model_validate(report)
+    except ValidationError as e:
+        raise InputError(f"{shown(path)}: {e.error_count()} fields missing or not what they should be") from e
+    return report
