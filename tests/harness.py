@@ -214,9 +214,9 @@ def one_skeleton() -> Iterator[None]:
     """Build the skeleton of a source only once: it has nothing to do with files, and takes half of a tiny run."""
     build, built = skeleton.build, {}
 
-    def cached(directory: Path) -> Any:
+    def cached(directory: Path, *rest: Any) -> Any:
         if directory not in built:
-            built[directory] = build(directory)
+            built[directory] = build(directory, *rest)
         return built[directory]
 
     skeleton.build = cached

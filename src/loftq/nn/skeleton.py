@@ -9,6 +9,7 @@ from torch import nn
 
 from loftq.errors import InputError, quoted
 from loftq.formats import strict_json
+from loftq.nn import bounds
 from loftq.plan import Role, Stack
 
 # Keys that steer transformers from inside a config file (CVE-2026-4372), with and without the underscore of their
@@ -42,6 +43,7 @@ def read_config(directory: Path, *, quantized: bool = False) -> dict[str, Any]:
     if method and not quantized:
         raise InputError(f"{path}: already quantized with {method}; start from the full-precision checkpoint")
     _check_numbers(path, config)
+    bounds.check_labels(path, config)
     return without_internal_keys(config)
 
 
@@ -80,16 +82,22 @@ def _check_numbers(path: Path, config: dict[str, Any]) -> None:
                 raise InputError(f"{path}: {quoted(key)} is {quoted(number)}; wanted a number from 0 to {largest}")
 
 
-def build(directory: Path) -> nn.Module:
+def build(directory: Path, tensors: int | None = None) -> nn.Module:
     """The model of ``config.json`` on the meta device: all its modules, none of its weights.
 
     The class is the one named under ``architectures``, else the base model. Code shipped with the checkpoint is
     never run.
+
+    Args:
+        tensors: how many the checkpoint has; a model that they could not fill is refused unbuilt.
     """
     path = directory / "config.json"
     values = read_config(directory)
+    if tensors is not None:
+        bounds.check_layers(path, values, tensors)
     model_class, config_class = classes(path, values)
-    count = torch.nn.modules.module.register_module_module_registration_hook(_count_modules())
+    most = MOST_MODULES if tensors is None else min(MOST_MODULES, bounds.most_modules(tensors))
+    count = torch.nn.modules.module.register_module_module_registration_hook(_count_modules(most))
     try:
         config = config_class.from_dict(values)
         with torch.device("meta"):
@@ -128,15 +136,15 @@ def spellings(name: str, prefix: str) -> tuple[str, str, str]:
     return name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")
 
 
-def _count_modules() -> Callable[[nn.Module, str, nn.Module | None], None]:
+def _count_modules(most: int) -> Callable[[nn.Module, str, nn.Module | None], None]:
     """A hook that stops a skeleton without end: experts and layers are multiplied in more keys than can be listed."""
     registered = 0
 
     def count(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
         nonlocal registered
         registered += 1
-        if registered > MOST_MODULES:
-            raise InputError(f"more than {MOST_MODULES} modules")
+        if registered > most:
+            raise InputError(f"more than {most} modules")
 
     return count
 

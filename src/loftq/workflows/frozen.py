@@ -142,7 +142,7 @@ def open_originals(weights: str, revision: str | None) -> Originals:
     method = is_quantized_source(checkpoint.tensors)
     if method:
         raise InputError(f"{directory}: quantized with {method}; give the full-precision checkpoint")
-    built = skeleton.build(directory)
+    built = skeleton.build(directory, len(checkpoint.tensors))
     modules: dict[str, Original] = {}
     for tensor, role in skeleton.roles(built, checkpoint.tensors).items():
         info = checkpoint.tensors[tensor]

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from loftq import plan as planning
-from loftq.errors import InputError, StorageError, quoted
+from loftq.errors import InputError, StorageError, listed, quoted
 from loftq.formats.lookalikes import refuse_adapter
+from loftq.formats.regular import shown
 from loftq.formats.source import Checkpoint, is_quantized_source, open_checkpoint
 from loftq.plan import Plan, Policy, Role
 
@@ -68,7 +69,7 @@ def open_dense(directory: Path) -> tuple[Checkpoint, Any]:
     method = is_quantized_source(checkpoint.tensors)
     if method:
         raise InputError(f"{directory}: already quantized with {method}; start from the full-precision checkpoint")
-    built = skeleton.build(directory)
+    built = skeleton.build(directory, len(checkpoint.tensors))
     presence.check_weights(built, {n: (t.dtype, t.shape) for n, t in checkpoint.tensors.items()}, directory)
     return checkpoint, built
 
@@ -77,6 +78,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
     """A local directory as it is; else a hub id, downloaded to the usual cache. A local path never uses the network."""
     path = Path(model).expanduser()
     if path.exists():
+        refuse_no_files(path)
         return path
     if not HUB_ID.fullmatch(model):
         raise InputError(f"{quoted(model)}: no such directory, and not a hub id like 'org/name'")
@@ -96,6 +98,14 @@ def resolve(model: str, revision: str | None = None) -> Path:
             "check the spelling, the network, or `hf auth login`"
         ) from e
     return directory
+
+
+def refuse_no_files(directory: Path) -> None:
+    """InputError for a pipe or a device in a directory: transformers would open it by its name, and never return."""
+    names = sorted(directory.iterdir()) if directory.is_dir() else []
+    odd = [path.name for path in names if path.exists() and not (path.is_file() or path.is_dir())]
+    if odd:
+        raise InputError(f"{shown(directory)}: {listed(odd)}: not a regular file; remove it")
 
 
 def plan_table(plan: Plan) -> list[dict[str, Any]]:
