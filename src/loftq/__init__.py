@@ -62,14 +62,30 @@ def _register_quantizer(_: Any) -> None:
 
 def _extend_models(modeling: Any) -> None:
     from loftq.nn.counts import count_weights
+    from loftq.nn.dense import resize_dense_tables
+    from loftq.nn.hf import pack_from_config
 
     count_weights(modeling)
+    resize_dense_tables(modeling)
+    pack_from_config(modeling)
 
 
 def _install_lora_layers(_: Any) -> None:
     from loftq.nn.peft import install
 
     install()
+
+
+def _extend_trained_modules(other: Any) -> None:
+    from loftq.nn.dense import train_dense_copies
+
+    train_dense_copies(other)
+
+
+def _extend_trained_tokens(layer: Any) -> None:
+    from loftq.nn.dense import train_tokens_of_dense_tables
+
+    train_tokens_of_dense_tables(layer)
 
 
 def _extend_peft_models(peft_model: Any) -> None:
@@ -109,6 +125,8 @@ wrapt.register_post_import_hook(_keep_real_targets, "peft.utils.transformers_wei
 wrapt.register_post_import_hook(_extend_models, "transformers.modeling_utils")
 wrapt.register_post_import_hook(_extend_peft_models, "peft.peft_model")
 wrapt.register_post_import_hook(_extend_mixed_models, "peft.mixed_model")
+wrapt.register_post_import_hook(_extend_trained_modules, "peft.utils.other")
+wrapt.register_post_import_hook(_extend_trained_tokens, "peft.tuners.trainable_tokens.layer")
 for _module in (
     *("peft.config", "peft.auto", "transformers.utils.peft_utils", "transformers.integrations.peft"),
     *("transformers.models.auto.auto_factory", "transformers.pipelines"),

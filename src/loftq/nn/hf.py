@@ -21,6 +21,7 @@ from loftq.formats.config import Group, quantization_config, read_groups
 from loftq.formats.tensorfile import read_header
 from loftq.nn.layers import LoftQEmbedding, LoftQLinear, PackedWeight, can_pack, pack_like, replace_module
 from loftq.nn.skeleton import renamer, spellings
+from loftq.numerics import encode, quantize
 from loftq.plan import natural
 from loftq.spec import QuantSpec
 
@@ -143,12 +144,56 @@ def mark_quantized(model: Any, bits: float) -> None:
     model.is_quantized, model.quantization_method = True, "loftq"
 
 
+def pack_from_config(modeling: Any) -> None:
+    """``from_config`` of a packed configuration gives packed layers: their codes are those of the random weights.
+
+    Args:
+        modeling: the module ``transformers.modeling_utils``.
+    """
+    make = modeling.PreTrainedModel._from_config.__func__
+
+    @functools.wraps(make)
+    def from_config(cls: Any, config: Any, **kwargs: Any) -> Any:
+        model = make(cls, config, **kwargs)
+        given = getattr(config, "quantization_config", None) or {}
+        values = given if isinstance(given, dict) else given.to_dict()
+        if values.get("quant_method") == "loftq":
+            _pack_random(model, LoftQQuantizationConfig(**values))
+        return model
+
+    modeling.PreTrainedModel._from_config = classmethod(from_config)
+
+
+def _pack_random(model: Any, config: Any) -> None:
+    for name, (_, spec) in resolve(model, config.specs).items():
+        dense: Any = model.get_submodule(name)
+        packed = pack_like(dense, spec, device=dense.weight.device)
+        if dense.weight.device.type != "meta":
+            rows = dense.weight.detach().float()
+            packed.load_stored(encode(quantize(rows.T if getattr(packed, "conv1d", False) else rows, spec), spec))
+        if getattr(dense, "bias", None) is not None:
+            packed.bias = dense.bias
+        replace_module(model, name, packed)
+    mark_quantized(model, config.bits or 0)
+
+
 def unpack_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every packed layer by a dense one, in ``dtype`` or that of the model around it."""
     for name, module in list(model.named_modules()):
         if isinstance(module, (LoftQLinear, LoftQEmbedding)):
             replace_module(model, name, module.to_dense(dtype or module.compute_dtype))
     return model
+
+
+def forget_unpacked(model: Any) -> None:
+    """``model``'s quantization_config lists what is packed still, or is gone if nothing is."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or quantizer.quantization_config.quant_method != "loftq":
+        return
+    bits = quantizer.quantization_config.bits
+    quantizer.remove_quantization_config(model)
+    if any(isinstance(m, PackedWeight) for m in model.modules()):
+        mark_quantized(model, bits)
 
 
 def resolve(model: nn.Module, specs: dict[str, QuantSpec]) -> dict[str, tuple[str, QuantSpec]]:

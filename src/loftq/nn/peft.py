@@ -15,10 +15,11 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from loftq.errors import UsageError
-from loftq.nn.hf import mark_quantized
+from loftq.nn import guard
+from loftq.nn.hf import forget_unpacked
 from loftq.nn.layers import LoftQEmbedding, LoftQLinear, PackedWeight
 
-READ_NO_WEIGHT = (True, False, "gaussian")  # initialisations that need no dense weight
+READ_NO_WEIGHT = (True, False, "gaussian", "eva")  # initialisations that need no dense weight
 
 
 class MergesDense:
@@ -92,10 +93,8 @@ def _refuse(config: LoraConfig, target: nn.Module, parameter_name: str | None) -
 
 
 def _refuse_merging(tuner: BaseTuner) -> None:
-    """UsageError for a tuner other than LoRA over packed layers: IA3 would multiply 8-bit codes, others fail."""
-    if isinstance(tuner, LoraModel):
-        return
-    layers = (m for m in tuner.model.modules() if isinstance(m, BaseTunerLayer))
+    """UsageError for layers over packed ones that are not ours: IA3 would multiply 8-bit codes, others fail."""
+    layers = (m for m in tuner.model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, MergesDense))
     if any(isinstance(layer.get_base_layer(), PackedWeight) for layer in layers):
         raise UsageError(
             f"{type(tuner).__name__} cannot be merged into packed layers; only LoRA can. "
@@ -103,21 +102,11 @@ def _refuse_merging(tuner: BaseTuner) -> None:
         )
 
 
-def _forget_unpacked(model: Any) -> None:
-    """After merging, ``model``'s quantization_config lists what is packed still, or is gone if nothing is."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None or quantizer.quantization_config.quant_method != "loftq":
-        return
-    bits = quantizer.quantization_config.bits
-    quantizer.remove_quantization_config(model)
-    if any(isinstance(m, PackedWeight) for m in model.modules()):
-        mark_quantized(model, bits)
-
-
 def install() -> None:
     """Let PEFT's LoRA make our layers, refuse what cannot work on them, and forget merged ones."""
     replace, create = LoraModel._create_and_replace, LoraModel._create_new_module
-    unload, check = LoraModel._unload_and_optionally_merge, BaseTuner._check_merge_allowed
+    unload, check = BaseTuner._unload_and_optionally_merge, BaseTuner._check_merge_allowed
+    guard.install()
 
     @functools.wraps(replace)
     def create_and_replace(self, lora_config, adapter_name, target, *args, parameter_name=None, **kwargs):  # type: ignore[no-untyped-def]
@@ -132,7 +121,7 @@ def install() -> None:
     @functools.wraps(unload)
     def unload_and_optionally_merge(self, *args, **kwargs):  # type: ignore[no-untyped-def]
         model = unload(self, *args, **kwargs)
-        _forget_unpacked(model)
+        forget_unpacked(model)
         return model
 
     @functools.wraps(check)
@@ -142,5 +131,5 @@ def install() -> None:
 
     LoraModel._create_and_replace = create_and_replace
     LoraModel._create_new_module = staticmethod(create_new_module)
-    LoraModel._unload_and_optionally_merge = unload_and_optionally_merge
+    BaseTuner._unload_and_optionally_merge = unload_and_optionally_merge
     BaseTuner._check_merge_allowed = check_merge_allowed

@@ -28,7 +28,7 @@ def keep_real_targets(conversion: Any) -> None:
 
     @functools.wraps(convert)
     def convert_the_others(peft_config: Any, model: nn.Module, conversions: Any) -> None:
-        targets = getattr(peft_config, "target_modules", None)
+        targets: Any = getattr(peft_config, "target_modules", None)
         real = set() if targets is None or isinstance(targets, str) else _real(targets, model)
         if not real:
             return convert(peft_config, model, conversions)

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
@@ -65,8 +66,19 @@ def wrap(model: Any, config: LoraConfig, factors: dict[str, Tensor]) -> PeftMode
     if missing:
         raise InputError(f"no LoftQ start for {listed(missing)}; is it of another model?")
     check_placed(model, "the LoftQ start", [], [name for name in factors if name not in fresh])
-    set_peft_model_state_dict(wrapped, {**fresh, **{name: t for name, t in factors.items() if name in fresh}})
+    filled = {name: _resized(name, t, fresh[name]) for name, t in factors.items() if name in fresh}
+    set_peft_model_state_dict(wrapped, {**fresh, **filled})
     return wrapped
+
+
+def _resized(name: str, factor: Tensor, place: Tensor) -> Tensor:
+    """An embedding's factor for a table that was resized since: new rows need no correction, removed ones have none."""
+    if ".lora_embedding_A" not in name or factor.shape[0] != place.shape[0]:
+        return factor
+    resized = torch.zeros_like(place)
+    columns = min(factor.shape[1], place.shape[1])
+    resized[:, :columns] = factor[:, :columns]
+    return resized
 
 
 def new_adapter(model: Any, config: LoraConfig, new_modules: Iterable[str]) -> PeftModel:

@@ -1,0 +1,95 @@
+"""Where a dense weight is needed for good: what is trained whole, a table that is resized, tokens that are trained."""
+
+import copy
+import functools
+from typing import Any
+
+from torch import nn
+
+from loftq.errors import UsageError
+from loftq.nn.hf import forget_unpacked, unpack_model
+from loftq.nn.layers import LoftQEmbedding, LoftQLinear, PackedWeight, replace_module
+
+
+def train_dense_copies(other: Any) -> None:
+    """``modules_to_save`` trains a dense copy of what is packed.
+
+    Args:
+        other: the module ``peft.utils.other``.
+    """
+    wrapper = other.ModulesToSaveWrapper
+    update = wrapper.update
+
+    @functools.wraps(update)
+    def update_with_dense_copy(self: Any, adapter_name: str, tied_module: Any = None, **kwargs: Any) -> None:
+        original = self.original_module
+        if tied_module is None and adapter_name not in self.modules_to_save and _holds_packed(original):
+            self.modules_to_save[adapter_name] = _dense_copy(original)
+        update(self, adapter_name, tied_module=tied_module, **kwargs)
+
+    wrapper.update = update_with_dense_copy
+
+
+def train_tokens_of_dense_tables(layer: Any) -> None:
+    """A table some of whose tokens are trained becomes dense: PEFT writes their rows into the weight on every call.
+
+    Args:
+        layer: the module ``peft.tuners.trainable_tokens.layer``.
+    """
+    make = layer.TrainableTokensLayer.__init__
+
+    @functools.wraps(make)
+    def over_dense(self: Any, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        dense = _dense_copy(base_layer) if isinstance(base_layer, PackedWeight) else base_layer
+        make(self, dense, *args, **kwargs)
+
+    layer.TrainableTokensLayer.__init__ = over_dense
+
+
+def resize_dense_tables(modeling: Any) -> None:
+    """``resize_token_embeddings`` of a model whose table or head is packed makes it dense first.
+
+    Args:
+        modeling: the module ``transformers.modeling_utils``.
+    """
+    resize = modeling.PreTrainedModel.resize_token_embeddings
+
+    @functools.wraps(resize)
+    def resize_token_embeddings(
+        self: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if new_num_tokens is not None or pad_to_multiple_of is not None:
+            _unpack_tables(self)
+        return resize(self, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+
+    modeling.PreTrainedModel.resize_token_embeddings = resize_token_embeddings
+
+
+def _unpack_tables(model: Any) -> None:
+    """UsageError if an adapter sits on a table: it was made for the rows that there are."""
+    tables = [table for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table is not None]
+    if any(not isinstance(table, PackedWeight) and _holds_packed(table) for table in tables):
+        raise UsageError("resize_token_embeddings: a packed table has an adapter; resize first, then add the adapter")
+    names = [name for name, module in model.named_modules() if any(module is table for table in tables)]
+    for name in names:
+        table = model.get_submodule(name)
+        if isinstance(table, (LoftQEmbedding, LoftQLinear)):
+            replace_module(model, name, _dense_copy(table))
+    forget_unpacked(model)
+
+
+def _holds_packed(module: nn.Module) -> bool:
+    return any(isinstance(m, PackedWeight) for m in module.modules())
+
+
+def _dense_copy(module: nn.Module) -> Any:
+    """A copy with dense weights, in the mode and behind the hook of accelerate that the packed one has."""
+    if not isinstance(module, (LoftQLinear, LoftQEmbedding)):
+        return unpack_model(copy.deepcopy(module))
+    dense = module.to_dense(module.compute_dtype).train(module.training)
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(dense, copy.copy(hook))
+    return dense
