@@ -75,7 +75,7 @@ class Calibrated:
 
     def __init__(self, name: str, directory: str, fit: Path, test: Path) -> None:
         self.name, self.model = name, Model(directory, test)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         self.seconds = {"": 0.0}
         self.statistics: dict[str, Statistics | None] = {"": None}
         for which in COLLECTED if self.model.decoder else ("full", "half"):

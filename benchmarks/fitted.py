@@ -80,16 +80,16 @@ class Model:
     """A model in full precision, and what its outputs are measured on."""
 
     def __init__(self, directory: str, data: Path | None) -> None:
-        architecture = AutoConfig.from_pretrained(directory).architectures[0]
+        architecture = AutoConfig.from_pretrained(directory, trust_remote_code=False).architectures[0]
         self.decoder = architecture.endswith("ForCausalLM")
         auto = AutoModelForCausalLM if self.decoder else AutoModel
-        self.dense: nn.Module = auto.from_pretrained(directory, dtype=torch.float32).eval()
+        self.dense: nn.Module = auto.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False).eval()
         self.weights = {
             name: module.weight.detach()
             for name, module in self.dense.named_modules()
             if isinstance(module, nn.Linear) and not {"lm_head", "pooler"} & set(name.split("."))
         }
-        tokenizer, words = AutoTokenizer.from_pretrained(directory), text(data)
+        tokenizer, words = AutoTokenizer.from_pretrained(directory, trust_remote_code=False), text(data)
         if self.decoder:
             ids = tokenizer(words[: WINDOWS * TOKENS * 8], return_tensors="pt").input_ids[0]
             self.inputs: dict[str, Tensor] = {

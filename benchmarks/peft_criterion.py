@@ -43,14 +43,14 @@ PROMPTS = [
 
 def load(directory: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """The model in float32 and the prompts as one padded batch."""
-    architecture = AutoConfig.from_pretrained(directory).architectures[0]
+    architecture = AutoConfig.from_pretrained(directory, trust_remote_code=False).architectures[0]
     auto = AutoModelForCausalLM if architecture.endswith("ForCausalLM") else AutoModel
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    return auto.from_pretrained(directory, dtype=torch.float32).eval(), inputs
+    return auto.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False).eval(), inputs
 
 
 def matrices(model: Any) -> dict[str, Tensor]:

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loftq.errors import InputError, UsageError, quoted
+from loftq.errors import UsageError
 from loftq.nn import skeleton
+from loftq.nn.loading import load_config, load_weights
 
 Output = Any  # of a block: a tensor, or tensors in tuples, lists and mappings
 
@@ -191,16 +192,11 @@ def load_offloaded(directory: Path, offload: Path, device: str = "cpu") -> nn.Mo
 
 def load(directory: Path, **options: Any) -> nn.Module:
     """The model of a checkpoint in float32, in its own class. No code that comes with it is run."""
-    values = skeleton.read_config(directory)
-    model_class, config_class = skeleton.classes(directory / "config.json", values)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # buffers are no modules, says accelerate
-            config = config_class.from_dict(values)
-            return model_class.from_pretrained(directory, config=config, dtype=torch.float32, **options).eval()
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
-        line = skeleton.first_line(e)
-        raise InputError(f"{quoted(directory, 400)}: cannot be loaded by transformers: {line}") from e
+    model_class, _ = skeleton.classes(directory / "config.json", skeleton.read_config(directory))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # buffers are no modules, says accelerate
+        config = load_config(directory)
+        return load_weights(model_class, directory, config, dtype=torch.float32, **options).eval()
 
 
 def _places(model: nn.Module, device: str) -> dict[str, str]:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loftq.errors import InputError, LoftqError, UsageError, listed
+from loftq.errors import InputError, UsageError, listed
 from loftq.nn import skeleton
 from loftq.nn.layers import PackedWeight
+from loftq.nn.loading import load_config, load_weights
 
 ROWS = 1024  # inputs in one probe of a forward
 PROBED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes in which a layer may be asked
@@ -24,18 +25,9 @@ def load(directory: Path, device: str = "cpu") -> Any:
         that quantized it is missing.
     """
     values = skeleton.read_config(directory, quantized=True)
-    model_class, config_class = skeleton.classes(directory / "config.json", values)
-    try:
-        config = config_class.from_dict(values)
-        model, found = model_class.from_pretrained(
-            directory, config=config, device_map=device, output_loading_info=True, local_files_only=True
-        )
-    except LoftqError:
-        raise
-    except ImportError as e:
-        raise UsageError(f"{directory}: {skeleton.first_line(e)}") from e
-    except Exception as e:  # whatever transformers and the quantizers raise for files that they cannot take
-        raise InputError(f"{directory}: transformers cannot load this model: {skeleton.first_line(e)}") from e
+    model_class, _ = skeleton.classes(directory / "config.json", values)
+    config = load_config(directory)
+    model, found = load_weights(model_class, directory, config, device_map=device, output_loading_info=True)
     absent = sorted(found["missing_keys"])
     if absent:
         raise InputError(f"{directory}: no weights for {listed(absent)}; fetch the directory again")

@@ -47,13 +47,13 @@ def read_config(directory: Path, *, quantized: bool = False) -> dict[str, Any]:
     return without_internal_keys(config)
 
 
-def without_internal_keys(config: dict[str, Any]) -> dict[str, Any]:
+def without_internal_keys(config: Any) -> Any:
     """``config`` and the configs nested in it, without :data:`INTERNAL_KEYS` and anything that begins like them."""
-    return {
-        key: without_internal_keys(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if not key.startswith(INTERNAL_KEYS)
-    }
+    if isinstance(config, list):
+        return [without_internal_keys(one) for one in config]
+    if not isinstance(config, dict):
+        return config
+    return {key: without_internal_keys(one) for key, one in config.items() if not key.startswith(INTERNAL_KEYS)}
 
 
 def _quantized_with(config: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """The LoftQ start put on a model of any class, also one whose head is new and is to be trained beside it."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from loftq.errors import InputError, UsageError, listed, quoted
 from loftq.nn.adapter import task_type
 from loftq.nn.layers import PackedWeight
+from loftq.nn.loading import guarded
 from loftq.nn.placement import check_placed, filled_from_elsewhere
 
 # Tasks whose heads are seldom part of a checkpoint: PEFT trains and saves them with the adapter.
@@ -48,11 +50,14 @@ def load_start(
         raise UsageError(f"{type(model).__name__} has no packed layers; load the directory with from_pretrained first")
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise UsageError("a part of the model is offloaded; an adapter is trained on a model in memory, load all of it")
-    config = PeftConfig.from_pretrained(str(directory), subfolder=subfolder)
+    local = Path(directory).is_dir()
+    with guarded() if local else nullcontext():
+        config = PeftConfig.from_pretrained(str(directory), subfolder=subfolder)
     if not isinstance(config, LoraConfig):
         raise InputError(f"{quoted(directory)}/{quoted(subfolder)}: not a LoRA adapter")
     mapping: dict[str, str] | None = model.__dict__.get("_checkpoint_conversion_mapping")
-    factors = load_peft_weights(str(directory), device="cpu", key_mapping=mapping, subfolder=subfolder)
+    with guarded() if local else nullcontext():
+        factors = load_peft_weights(str(directory), device="cpu", key_mapping=mapping, subfolder=subfolder)
     config.base_model_name_or_path, config.lora_dropout, config.modules_to_save = None, lora_dropout, modules_to_save
     return wrap(model, config, factors)
 

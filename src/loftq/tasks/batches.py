@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from loftq.errors import UsageError, quoted
+from loftq.tasks import bounds
 from loftq.tasks.base import IGNORED, Limits
 
 if TYPE_CHECKING:
@@ -36,7 +37,13 @@ def no_bars(hidden: bool = True) -> Iterator[None]:
 def tokenized(dataset: "Dataset", function: Callable[..., dict[str, Any]], **options: bool) -> "Dataset":
     """``dataset.map`` with the columns that ``function`` gives and no others."""
     with no_bars(len(dataset) < MANY):
-        return dataset.map(function, remove_columns=dataset.column_names, desc="Tokenizing", **options)  # type: ignore[arg-type]
+        return dataset.map(
+            function,
+            remove_columns=dataset.column_names,
+            desc="Tokenizing",
+            batch_size=bounds.batch_size(dataset),
+            **options,  # type: ignore[arg-type]
+        )
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from loftq.errors import InputError, UsageError, listed, quoted
+from loftq.tasks import bounds
 from loftq.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -56,12 +57,13 @@ def _found(dataset: "Dataset", task: Task, place: str) -> dict[str, str]:
 def _text(dataset: "Dataset", role: str, task: Task, where: str) -> "Dataset":
     from datasets import Value
 
-    if dataset.features[role] == Value("string") and not dataset.data.column(role).null_count:
-        return dataset
-    for row, value in enumerate(dataset[role], 1):
-        if not isinstance(value, str):
-            raise _broken(where, row, value, "text")
-    return dataset.cast_column(role, Value("string"))
+    if dataset.features[role] != Value("string") or dataset.data.column(role).null_count:
+        for row, value in enumerate(dataset[role], 1):
+            if not isinstance(value, str):
+                raise _broken(where, row, value, "text")
+        dataset = dataset.cast_column(role, Value("string"))
+    bounds.check_texts(dataset, role, where)
+    return dataset
 
 
 def _label(dataset: "Dataset", role: str, task: Task, where: str) -> "Dataset":
@@ -107,6 +109,8 @@ def _each(values: Iterable[Any], convert: Callable[[Any], Any], wanted: str, whe
         converted = convert(value)
         if converted is None:
             raise _broken(where, row, value[0] if isinstance(value, tuple) else value, wanted)
+        if isinstance(converted, list) and (size := sum(len(m["content"]) for m in converted)) > bounds.MAX_ROW:
+            raise InputError(f"{where}, row {row}: {bounds.long_text(size)}")
         result.append(converted)
     return result
 

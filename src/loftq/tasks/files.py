@@ -6,11 +6,12 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from loftq.errors import InputError, StorageError, UsageError, listed, quoted
+from loftq.errors import InputError, LoftqError, StorageError, UsageError, listed, quoted
+from loftq.tasks import bounds
 from loftq.tasks.batches import no_bars
 
 if TYPE_CHECKING:
@@ -84,10 +85,14 @@ def read(path: Path) -> "Dataset":
     try:
         if not path.stat().st_size:
             raise InputError(f"{quoted(path, 400)}: {EMPTY}")
+        try:
+            bounds.check_file(path, kind)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+            raise InputError(f"{quoted(path, 400)}: not a whole gzip file ({e}); fetch it again") from e
         options = _csv_options(path) if kind == "csv" else {}
         with no_bars():
             return datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)  # type: ignore[return-value]
-    except InputError:
+    except LoftqError:
         raise
     except Exception as e:
         cause = _cause(e)
@@ -135,16 +140,11 @@ def _open(path: Path) -> TextIO:
 
 def _problem(path: Path, kind: str) -> str | None:
     """What is wrong with a file that could not be read, if it can be told."""
-    find: Callable[[TextIO], str | None] | None = {"json": _json_problem, "csv": _csv_problem, "text": _drain}.get(kind)
+    find = {"json": _json_problem, "csv": _csv_problem}.get(kind)
     if find is None:
         return None
-    try:
-        with _open(path) as file:
-            return find(file)
-    except UnicodeDecodeError as e:
-        return f"not UTF-8 ({e.reason} at byte {e.start} of a block); convert it"
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        return f"not a whole gzip file ({e}); fetch it again"
+    with _open(path) as file:
+        return find(file)
 
 
 def _json_problem(file: TextIO) -> str | None:
@@ -160,7 +160,10 @@ def _json_problem(file: TextIO) -> str | None:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_unique)
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return f"line {number} has half a surrogate pair, which is no character"
         except ValueError as e:
             return f"line {number} is not JSON: {e}"
         if not isinstance(row, dict):
@@ -174,7 +177,17 @@ def _json_problem(file: TextIO) -> str | None:
     return None if columns else EMPTY
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{quoted(repr(name))} stands there twice")
+        found[name] = value
+    return found
+
+
 def _csv_problem(file: TextIO) -> str | None:
+    csv.field_size_limit(bounds.MAX_ROW)
     rows = csv.reader(file, strict=True)
     try:
         header, count = next(rows, []), 0
@@ -185,11 +198,6 @@ def _csv_problem(file: TextIO) -> str | None:
     except csv.Error as e:
         return f"line {rows.line_num} is not CSV: {e}"
     return None if count else EMPTY
-
-
-def _drain(file: TextIO) -> None:
-    while file.read(1 << 20):
-        pass
 
 
 def _cause(e: BaseException) -> BaseException:

@@ -11,30 +11,17 @@ import transformers
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loftq.errors import InputError, listed, quoted
+from loftq.errors import InputError, LoftqError, listed, quoted
+from loftq.formats import strict_json
+from loftq.nn.loading import guarded, load_config, load_weights
+from loftq.nn.skeleton import first_line
 from loftq.nn.start import load_start, new_adapter
 from loftq.tasks import Task
 from loftq.tasks.batches import padding
 
 logger = logging.getLogger(__name__)
-
-
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a checkpoint. InputError if there is none."""
-    try:
-        return transformers.AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        raise InputError(f"{quoted(directory)}: no tokenizer that can be read: {_first_line(e)}") from e
-
-
-def load_config(directory: Path) -> PretrainedConfig:
-    """The ``config.json`` of a checkpoint. InputError for one that transformers does not know."""
-    try:
-        return transformers.AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as e:
-        raise InputError(f"{quoted(directory)}: no configuration that can be read: {_first_line(e)}") from e
 
 
 def load_model(
@@ -49,12 +36,8 @@ def load_model(
     """
     auto: Any = getattr(transformers, task.auto_class)
     task.check(load_config(directory))
-    try:
-        model, found = auto.from_pretrained(directory, dtype=dtype, output_loading_info=True, **task.model_options())
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
-        if isinstance(e, InputError):
-            raise
-        raise InputError(f"{quoted(directory)}: cannot be loaded as {task.auto_class}: {_first_line(e)}") from e
+    config = load_config(directory, **task.model_options())
+    model, found = load_weights(auto, directory, config, dtype=dtype, output_loading_info=True)
     new = {name.rpartition(".")[0] for name in (*found["missing_keys"], *(k[0] for k in found["mismatched_keys"]))}
     _check_body(model, found["missing_keys"], directory)
     text = model.config.get_text_config()
@@ -78,10 +61,18 @@ def load_adapter(model: PreTrainedModel, directory: Path, new_modules: Iterable[
 
     Raises: InputError if it is no adapter for the model, or leaves a new module of it untrained.
     """
+    file = directory / "adapter_config.json"
+    if not file.is_file():
+        raise InputError(f"{quoted(directory)}: no adapter for this model: there is no adapter_config.json")
+    if strict_json.load_object(file).get("megatron_config"):
+        raise InputError(f"{quoted(directory)}: its megatron_config has PEFT import modules; take it out")
     try:
-        adapted = PeftModel.from_pretrained(model, str(directory))
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
-        raise InputError(f"{quoted(directory)}: no adapter for this model: {_first_line(e)}") from e
+        with guarded():
+            adapted = PeftModel.from_pretrained(model, str(directory))
+    except LoftqError:
+        raise
+    except Exception as e:  # whatever PEFT raises for files that it cannot take
+        raise InputError(f"{quoted(directory)}: no adapter for this model: {first_line(e)}") from e
     trained_on = adapted.peft_config["default"].base_model_name_or_path  # type: ignore[union-attr]
     if trained_on and Path(trained_on).is_dir() and Path(trained_on).resolve() != base.resolve():
         logger.warning("%s: an adapter of %s, put on %s", quoted(directory), quoted(trained_on), quoted(base))
@@ -152,7 +143,3 @@ def _check_body(model: PreTrainedModel, missing: Iterable[str], directory: Path)
             f"{quoted(directory)}: {len(lost)} of {len(sizes)} weights that {type(model).__name__} wants are not there "
             f"({listed(lost, 2)}); it calls them otherwise than the checkpoint does, and would begin from random ones"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return quoted(str(error).strip().partition("\n")[0] or type(error).__name__, 300)

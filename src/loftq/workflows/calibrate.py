@@ -25,6 +25,7 @@ from loftq.formats.statistics import FORMAT_VERSION, KINDS, Group, Statistics, w
 from loftq.nn.blocks import load, load_offloaded
 from loftq.nn.collect import HELD_EVERY, Begin, Row, collect
 from loftq.nn.fisher import collect_fisher, labeler
+from loftq.nn.loading import load_tokenizer
 from loftq.numerics.device import check_device
 from loftq.workflows import sealed, texts
 from loftq.workflows.places import differences
@@ -76,7 +77,7 @@ def calibrate(model: str, output: Path, options: CalibrateOptions, begin: Begin 
     directory = resolve(model, options.revision)
     _check_place(output, directory)
     checkpoint, built = open_dense(directory)
-    tokenizer = _tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
     if options.kind == "fisher":
         labeler(built, tokenizer.mask_token_id)  # refuses before anything is loaded
     length = length_for(built, tokenizer, options.max_length)
@@ -224,12 +225,6 @@ def length_for(model: Any, tokenizer: Any, asked: int) -> int:
     if asked > limit:
         raise UsageError(f"--max-length: {asked} tokens are more than the {limit} that the model takes")
     return asked or min(DEFAULT_LENGTH, limit)
-
-
-def _tokenizer(directory: Path) -> Any:
-    from loftq.train.model import load_tokenizer
-
-    return load_tokenizer(directory)
 
 
 def _rows(options: CalibrateOptions, tokenizer: Any, length: int) -> tuple[str, list[Row]]:

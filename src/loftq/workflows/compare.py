@@ -21,12 +21,12 @@ from loftq.errors import ConflictError, InputError, NumericalError, UsageError, 
 from loftq.formats import fsio, strict_json
 from loftq.formats.source import open_checkpoint
 from loftq.formats.tensorfile import DTYPES
+from loftq.nn.loading import load_tokenizer
 from loftq.recipe import Quantization, Recipe
 from loftq.report.comparison import page
 from loftq.report.comparison_plots import plot_bytes, plot_losses
 from loftq.spec import code_for, default_preset
 from loftq.tasks import Task
-from loftq.train.model import load_tokenizer
 from loftq.workflows.finetune import check_recipe, finetune
 from loftq.workflows.grid import Arm, Run, grid, schedule
 from loftq.workflows.inputs import held, read_data, splits_of, task_of

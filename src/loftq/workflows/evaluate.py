@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from loftq.errors import InputError, UsageError, quoted
+from loftq.nn.loading import load_tokenizer
 from loftq.recipe import Recipe, parse
 from loftq.tasks import Task, names
-from loftq.train.model import add_start, load_adapter, load_model, load_tokenizer, refuse_untrained
+from loftq.train.model import add_start, load_adapter, load_model, refuse_untrained
 from loftq.workflows.finetune import evaluate_splits
 from loftq.workflows.inputs import read_data, splits_of, task_of
 from loftq.workflows.manifest import MANIFEST

@@ -19,13 +19,14 @@ from loftq.errors import InputError, LoftqError, UsageError, quoted
 from loftq.formats import fsio, strict_json
 from loftq.formats.layouts import LAYOUTS
 from loftq.nn.convert import FIELDS
+from loftq.nn.loading import load_config, load_tokenizer
 from loftq.plan import Policy
 from loftq.recipe import SOLVER, Quantization, Recipe
 from loftq.spec import statistics_kind
 from loftq.tasks import Task, score
 from loftq.tasks.next_token import NextToken
 from loftq.train.arguments import training_arguments
-from loftq.train.model import add_lora, add_start, load_config, load_model, load_tokenizer, precision, save
+from loftq.train.model import add_lora, add_start, load_model, precision, save
 from loftq.train.trainer import LoftQTrainer, callbacks
 from loftq.workflows.assemble import adapter_of
 from loftq.workflows.inputs import contents, held, located, read_data, splits_of, task_of

@@ -89,10 +89,12 @@ def rows_of_texts(texts: Sequence[tuple[str, ...]], tokenizer: Any, samples: int
     around, rows = _around(tokenizer), []
     for text in texts:
         if len(text) == 2:
-            pair = tokenizer(*text, truncation="longest_first", max_length=max_length, verbose=False)
+            parts = (part[: CHARACTERS * max_length] for part in text)
+            pair = tokenizer(*parts, truncation="longest_first", max_length=max_length, verbose=False)
             rows.append({name: list(pair[name]) for name in ("input_ids", "token_type_ids") if name in pair})
         elif text[0].strip():
-            ids = tokenizer(text[0], add_special_tokens=False, verbose=False)["input_ids"]
+            enough = text[0][: CHARACTERS * max_length * samples]
+            ids = tokenizer(enough, add_special_tokens=False, verbose=False)["input_ids"]
             rows += _cut(list(ids), around, max_length)
     return [rows[i] for i in spread(len(rows), samples)]
 
@@ -154,7 +156,7 @@ def _thinned(dataset: "Dataset", samples: int, max_length: int) -> Iterator[str]
         for first in range(start, end, LINES):
             for line in dataset[first : min(first + LINES, end)][TEXT]:
                 if left > 0:
-                    yield line or ""
+                    yield (line or "")[: CHARACTERS * max_length * samples]
                     left -= len(line or "") + 1
             if left <= 0:
                 break
