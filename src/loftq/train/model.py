@@ -96,11 +96,14 @@ def precision(model: Any, arguments: Any) -> AbstractContextManager:
     return torch.autocast(model.device.type, dtype) if dtype else nullcontext()
 
 
-def save(model: Any, directory: Path, tokenizer: PreTrainedTokenizerBase, writing: bool) -> None:
+def save(
+    model: Any, directory: Path, tokenizer: PreTrainedTokenizerBase, writing: bool, hub_id: str | None = None
+) -> None:
     """What was trained: an adapter with its head, or a whole model. Every process calls it, one writes.
 
     Args:
         writing: whether this process is the one.
+        hub_id: of an adapter's base, if it came from the hub.
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     adapted = isinstance(model, PeftModel)
@@ -109,7 +112,7 @@ def save(model: Any, directory: Path, tokenizer: PreTrainedTokenizerBase, writin
         return
     options = {"save_embedding_layers": False} if adapted else {}
     for config in model.peft_config.values() if adapted else ():
-        config.base_model_name_or_path = _seen_from(directory, config.base_model_name_or_path)
+        config.base_model_name_or_path = hub_id or _seen_from(directory, config.base_model_name_or_path)
     model.save_pretrained(directory, state_dict=state, **options)
     tokenizer.save_pretrained(directory)
 

@@ -22,6 +22,7 @@ from loftq.nn.convert import FIELDS
 from loftq.nn.loading import load_config, load_tokenizer
 from loftq.plan import Policy
 from loftq.recipe import SOLVER, Quantization, Recipe
+from loftq.report.trained_card import trained_card
 from loftq.spec import statistics_kind
 from loftq.tasks import Task, score
 from loftq.tasks.next_token import NextToken
@@ -125,7 +126,9 @@ def _work(
     began = time.monotonic()
     trainer.train(run.last_checkpoint(resumable=not arguments.save_only_model))
     seconds = time.monotonic() - began
-    save(trainer.model, run.model if recipe.method == "full" else run.adapter, tokenizer, writing)
+    hub_id = None if Path(recipe.model).expanduser().exists() else recipe.model
+    place = run.model if recipe.method == "full" else run.adapter
+    save(trainer.model, place, tokenizer, writing, hub_id if base == source else None)
     result = RunResult(
         task=task.identity,
         method=recipe.method,
@@ -144,6 +147,8 @@ def _work(
         versions=_versions(),
     )
     if writing:
+        card = _card(recipe, task, result, trainer.model, hub_id)
+        fsio.write_atomic(place / "README.md", [card.encode()])
         run.finish(result)
     return result
 
@@ -267,6 +272,21 @@ def _model(recipe: Recipe, task: Task, base: Path, arguments: Seq2SeqTrainingArg
         config = LoraConfig(**{k: fields[k] for k in (*FIELDS, "fan_in_fan_out")}, lora_dropout=recipe.lora.dropout)
         return add_lora(model, config, new_modules)
     return add_start(model, base, recipe.lora.dropout)
+
+
+def _card(recipe: Recipe, task: Task, result: RunResult, model: Any, hub_id: str | None) -> str:
+    """README.md of what was trained."""
+    config = model.peft_config["default"] if recipe.method != "full" else None
+    labels = task.model_options().get("num_labels", 2)
+    return trained_card(
+        result,
+        auto_class=task.auto_class,
+        base=config and config.base_model_name_or_path,
+        hub_id=hub_id,
+        adapter=config and {"rank": config.r, "alpha": f"{config.lora_alpha:g}"},
+        labels=None if labels == 2 else labels,
+        training=recipe.training,
+    )
 
 
 def _sizes(recipe: Recipe, run: Run, base: Path) -> dict[str, int]:
