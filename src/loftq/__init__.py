@@ -90,9 +90,11 @@ def _extend_trained_tokens(layer: Any) -> None:
 
 def _extend_peft_models(peft_model: Any) -> None:
     from loftq.nn.counts import count_weights_under
+    from loftq.nn.initialization import warn_of_unused_starts
     from loftq.nn.placement import check_loading
 
     count_weights_under(peft_model.PeftModel)
+    warn_of_unused_starts(peft_model.PeftModel)
     check_loading(peft_model.PeftModel)
 
 

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from loftq.errors import UsageError
-from loftq.nn import guard
+from loftq.nn import guard, initialization
 from loftq.nn.hf import forget_unpacked
 from loftq.nn.layers import LoftQEmbedding, LoftQLinear, PackedWeight
 
@@ -87,8 +87,8 @@ def _refuse(config: LoraConfig, target: nn.Module, parameter_name: str | None) -
         raise UsageError("KaSA truncates a dense weight and does not work on a packed one; kasa_config=None")
     if config.init_lora_weights not in READ_NO_WEIGHT:
         raise UsageError(
-            f"init_lora_weights={config.init_lora_weights!r} reads a dense weight, and this one is packed; use True "
-            "(the LoftQ start is loaded from the checkpoint's loftq_init folder)"
+            f"init_lora_weights={config.init_lora_weights!r} reads a dense weight, and this one is packed; use "
+            "'loftq', the start in the checkpoint's loftq_init folder, or True"
         )
 
 
@@ -107,6 +107,7 @@ def install() -> None:
     replace, create = LoraModel._create_and_replace, LoraModel._create_new_module
     unload, check = BaseTuner._unload_and_optionally_merge, BaseTuner._check_merge_allowed
     guard.install()
+    initialization.install(LoraModel)
 
     @functools.wraps(replace)
     def create_and_replace(self, lora_config, adapter_name, target, *args, parameter_name=None, **kwargs):  # type: ignore[no-untyped-def]

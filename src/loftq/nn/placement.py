@@ -97,9 +97,9 @@ def check_placed(model: nn.Module, source: object, missing: Iterable[str], unexp
     """
     if not any(isinstance(module, PackedWeight) for module in model.modules()):
         return
-    empty = sorted({_module(key) for key in missing if ".lora_" in key})
+    empty = sorted({module_of(key) for key in missing if ".lora_" in key})
     there = {name for name, _ in model.named_modules()}
-    left = sorted({_module(key) for key in unexpected if ".lora_" in key} & there)
+    left = sorted({module_of(key) for key in unexpected if ".lora_" in key} & there)
     if empty or left:
         what = [f"no weights for the adapter on {listed(empty, 3)}"] if empty else []
         what += [f"no adapter on {listed(left, 3)} for its weights"] if left else []
@@ -109,6 +109,6 @@ def check_placed(model: nn.Module, source: object, missing: Iterable[str], unexp
         )
 
 
-def _module(key: str) -> str:
+def module_of(key: str) -> str:
     """The module of a tensor of an adapter, by its name in the model under PEFT."""
     return key.removeprefix("base_model.model.").partition(".lora_")[0]

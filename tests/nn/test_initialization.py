@@ -1,0 +1,116 @@
+"""``LoraConfig(init_lora_weights="loftq")``: PEFT's own call takes the start of the model's directory."""
+
+import shutil
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModel
+
+import loftq
+from loftq.errors import UsageError
+from models import close, outputs
+
+ROWS = [("llama", {"bits": 2}), ("bert", {"bits": 4, "embeddings": True, "rank": "attention=6,4", "alpha": 7})]
+EACH = pytest.mark.parametrize(("name", "options"), ROWS, ids=[name for name, _ in ROWS])
+
+
+def config(**options):
+    return LoraConfig(**{"r": 4, "init_lora_weights": "loftq", **options})
+
+
+@torch.no_grad()
+def result(model):
+    return outputs(model.eval())
+
+
+@EACH
+@pytest.mark.parametrize("scaling", [{}, {"lora_alpha": 32}, {"lora_alpha": 3, "use_rslora": True}])
+def test_it_is_the_start_whatever_the_scaling(made, name, options, scaling, tmp_path):
+    checkpoint = made(name, **options)
+    asked = config(**scaling)
+    model = get_peft_model(checkpoint.load(), asked)
+    assert close(result(model), result(checkpoint.start()))
+    assert close(result(model), result(checkpoint.started()))
+    assert asked.init_lora_weights == "loftq"  # the user's own is left alone, and serves again
+    model.save_pretrained(tmp_path)
+    assert '"init_lora_weights": true' in (tmp_path / "adapter_config.json").read_text()
+    assert torch.equal(result(PeftModel.from_pretrained(checkpoint.load(), tmp_path)), result(model))
+    outputs(model.train()).sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_B" in n and "pooler" not in n)
+
+
+def test_all_linear_is_enough_and_more_modules_may_be_named(made):
+    checkpoint = made("llama")
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
+    for targets in ("all-linear", r".*_proj", names):
+        model = get_peft_model(checkpoint.load(), config(target_modules=targets))
+        assert close(result(model), result(checkpoint.started()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 8}, r"other ranks than LoraConfig: model\.layers\.0\.\S+ \(8, the start has 4\).*; give r=4"),
+        ({"rank_pattern": {"q_proj": 2}}, r"model\.layers\.0\.self_attn\.q_proj \(2, the start has 4\), "),
+        ({"target_modules": ["q_proj", "v_proj"]}, r"target_modules leaves out model\.layers\.0\..* and 7 more"),
+        ({"use_dora": True}, "DoRA needs the norms of a dense weight"),
+        ({"lora_alpha": 0}, "set lora_alpha above 0"),
+    ],
+    ids=["rank", "rank_pattern", "modules", "dora", "alpha"],
+)
+def test_what_disagrees_is_one_error(made, options, message):
+    with pytest.raises(UsageError, match=message) as refused:
+        get_peft_model(made("llama").load(), config(**options))
+    assert "\n" not in str(refused.value)
+
+
+def test_without_a_start_it_is_an_error(made, tmp_path):
+    checkpoint = made("llama")
+    shutil.copytree(checkpoint.output, tmp_path, ignore=lambda *_: ["loftq_init"], dirs_exist_ok=True)
+    packed = type(checkpoint.dense).from_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"no LoftQ start in .*load the model from a directory that `loftq quantize`"):
+        get_peft_model(packed, config())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the LoftQ start")
+        get_peft_model(packed, LoraConfig(r=2, target_modules=["q_proj"]))
+    dense = type(checkpoint.dense).from_pretrained(checkpoint.source)
+    with pytest.raises(
+        UsageError, match=r"this one has no packed layers; load a directory that .* or give a loftq_con"
+    ):
+        get_peft_model(dense, config(target_modules=["q_proj"]))
+
+
+def test_another_class_over_the_same_base(made):
+    checkpoint = made("llama")
+    model = get_peft_model(checkpoint.load(AutoModel), config())
+    assert close(result(model), result(loftq.load_start(checkpoint.load(AutoModel), checkpoint.output)))
+
+
+def test_as_a_second_adapter(made):
+    checkpoint = made("llama")
+    model = get_peft_model(checkpoint.load(), config())
+    model.add_adapter("second", config(lora_alpha=64))
+    first = result(model)
+    model.set_adapter("second")
+    assert close(result(model), first)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian"])
+def test_a_start_that_is_not_used_is_told(made, init):
+    with pytest.warns(UserWarning, match=r"the LoftQ start of .* is not used: .*init_lora_weights='loftq'") as told:
+        get_peft_model(made("llama").load(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=init))
+    assert len([w for w in told if "LoftQ start" in str(w.message)]) == 1
+
+
+def test_a_start_that_is_used_is_not(made, tmp_path):
+    checkpoint = made("llama")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the LoftQ start")
+        model = checkpoint.start()
+        model.save_pretrained(tmp_path)
+        PeftModel.from_pretrained(checkpoint.load(), tmp_path)
+        model.load_adapter(tmp_path, "second")
+        loftq.load_start(checkpoint.load(), checkpoint.output)
+        get_peft_model(checkpoint.load(), config())
