@@ -56,6 +56,10 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_PUBLIC[name]), name)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def _register_quantizer(_: Any) -> None:
     import loftq.nn.hf  # noqa: F401
 

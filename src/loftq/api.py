@@ -1,29 +1,35 @@
 """The calls for people in Python; the command line makes the same ones."""
 
 import dataclasses
+import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from loftq.errors import UsageError
+from loftq.errors import UsageError, check_names, checks_names
 from loftq.formats.statistics import Statistics
 from loftq.nn.convert import convert
 from loftq.numerics import Moments
 from loftq.plan import Matrix, Policy
-from loftq.solve import Solution, solve
-from loftq.spec import QuantSpec, SolveSpec, check_statistics, code_for, solve_spec
+from loftq.solve import Solution, checked, solve
+from loftq.spec import QuantSpec, SolveSpec, check_statistics, check_whole, code_for, solve_spec
 from loftq.workflows.frozen import FitOptions, replace
 from loftq.workflows.quantize import QuantizeOptions
 from loftq.workflows.quantize import quantize as _quantize
 from loftq.workflows.source import resolve
 
+SOLVER = tuple(field.name for field in dataclasses.fields(SolveSpec))
+POLICY = ("preset", *SOLVER, *(field.name for field in dataclasses.fields(Policy) if field.name != "solve"))
+
 
 def quantize_weight(
-    weight: Tensor,
+    weight: Tensor | np.ndarray,
     *,
     bits: int = 4,
     rank: int = 16,
@@ -42,12 +48,17 @@ def quantize_weight(
     True
 
     Args:
+        weight: ``(out_features, in_features)``, of any floating-point type; a numpy array is copied.
         preset: a method by its name, of :data:`loftq.spec.PRESETS`; None: ``fitted``, with moments ``descent``.
         moments: of the matrix's inputs, for presets that are calibrated.
         solver: fields of :class:`loftq.spec.SolveSpec` that are to differ from the preset's: ``steps=10, seed=1``.
 
-    Raises: UsageError for options that do not fit; NumericalError for values that are not finite.
+    Raises: UsageError for options that do not fit, or what is no matrix of floating-point numbers; NumericalError for
+        values that are not finite.
     """
+    check_names("quantize_weight", solver, (*_named(quantize_weight), *SOLVER))
+    if moments is not None and not isinstance(moments, Moments):
+        raise UsageError(f"moments are what statistics.moments(name) gives, got {type(moments).__name__}")
     spec = solve_spec(preset, calibrated=moments is not None, code=code, **solver)
     quant = QuantSpec(
         bits=bits,
@@ -56,8 +67,25 @@ def quantize_weight(
         scale_dtype=scale_dtype,
         double_quant=double_quant,
     )
-    check_statistics(spec, moments and moments.fit.kind)
-    return solve(weight, quant, rank, spec, moments=moments)
+    check_statistics(
+        spec, moments and moments.fit.kind, "moments=loftq.calibrate(model, texts, tokenizer).moments(name)"
+    )
+    return solve(checked(_tensor(weight), rank), quant, rank, spec, moments=moments)
+
+
+def _tensor(weight: Any) -> Any:
+    """A numpy array as a tensor; all else as it is."""
+    if not isinstance(weight, np.ndarray):
+        return weight
+    try:
+        return torch.from_numpy(np.array(weight, dtype=weight.dtype.newbyteorder("=")))
+    except TypeError as e:
+        raise UsageError(f"wanted a matrix of floating-point numbers, got a numpy array of {weight.dtype}") from e
+
+
+def _named(function: Callable[..., Any]) -> list[str]:
+    """The options that a function names in its signature."""
+    return [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
 
 
 def get_peft_model(
@@ -84,6 +112,8 @@ def get_peft_model(
         >>> model = loftq.get_peft_model(model, bits=2, rank=16)
         >>> model.print_trainable_parameters()
     """
+    check_names("get_peft_model", options, (*_named(get_peft_model), *POLICY))
+    check_whole("workers", workers or 0, 0)
     policy, statistics = make_policy(calibrated=calibration is not None, **options), _statistics(calibration)
     errors: list[float] = []
     with tqdm(desc="LoftQ", unit=" matrices", disable=not progress) as bar:
@@ -98,6 +128,7 @@ def get_peft_model(
     return wrapped
 
 
+@checks_names
 def calibrate(
     model: nn.Module,
     data: str | Path | Iterable[str] | Iterable[Mapping[str, Any]],
@@ -148,14 +179,24 @@ def quantize(model: str | Path, output: str | Path, *, format: str = "loftq", **
             ``curves`` (a :class:`pathlib.Path`).
     """
     names = {f.name for f in dataclasses.fields(QuantizeOptions)} - {"policy", "format"}
+    check_names("quantize", options, (*_named(quantize), *sorted(names), *POLICY))
+    if isinstance(model, nn.Module):
+        raise UsageError(
+            "model: wanted a directory or a hub id; a model in memory is quantized by loftq.get_peft_model"
+        )
+    model, output = _path("model", model), Path(_path("output", output))
     own = {k: options.pop(k) for k in names if k in options}
     if isinstance(own.get("calibrate"), Statistics):
-        raise UsageError("calibrate wants texts or a directory of statistics; make one with `loftq calibrate`")
-    own["calibrate"] = None if own.get("calibrate") is None else str(own["calibrate"])
-    policy = make_policy(calibrated=own["calibrate"] is not None, **options)
-    return _quantize(str(model), Path(output), QuantizeOptions(policy=policy, format=format, **own))
+        raise UsageError("calibrate: wanted a file of texts or a directory of statistics, got statistics in memory")
+    paths = {
+        name: _path(name, own[name]) for name in ("calibrate", "curves", "statistics") if own.get(name) is not None
+    }
+    own |= {name: path if name == "calibrate" else Path(path) for name, path in paths.items()}
+    policy = make_policy(calibrated="calibrate" in paths, **options)
+    return _quantize(model, output, QuantizeOptions(policy=policy, format=format, **own))
 
 
+@checks_names
 def replace_lora_weights(
     model: nn.Module,
     weights: str | Path,
@@ -196,7 +237,7 @@ def replace_lora_weights(
         >>> model = peft.get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
         >>> loftq.replace_lora_weights(model, "org/model")["error"]
     """
-    original = resolve(str(weights), revision)
+    original = resolve(_path("weights", weights), revision)
     options = FitOptions(statistics=_statistics(calibration, original), svd=svd, seed=seed)
     with tqdm(desc="LoftQ", unit="matrix", disable=not progress) as bar:
 
@@ -211,20 +252,22 @@ def _statistics(calibration: Statistics | str | Path | None, original: Path | No
     """Statistics as they are, or those of a directory, which then have to be of the model in ``original``."""
     from loftq.workflows.calibrate import open_statistics, statistics_of
 
-    if not isinstance(calibration, (str, Path)):
+    if calibration is None or isinstance(calibration, Statistics):
         return calibration
-    return statistics_of(Path(calibration), original) if original else open_statistics(Path(calibration))
+    directory = Path(_path("calibration", calibration))
+    return statistics_of(directory, original) if original else open_statistics(directory)
+
+
+def _path(what: str, value: Any) -> str:
+    """A path as it was written: a hub id looks like one, and ``./org/name`` is none."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise UsageError(f"{what}: wanted a path, got {type(value).__name__}")
+    return os.fspath(value)
 
 
 def make_policy(*, calibrated: bool = False, **options: Any) -> Policy:
-    """A :class:`Policy` from keywords; numbers may be given as numbers, and the solver's fields beside the others."""
-    names = {f.name for f in dataclasses.fields(SolveSpec)}
-    solver = {k: options.pop(k) for k in ("preset", *names) if k in options}
+    """A :class:`Policy` from keywords, the solver's fields beside the others."""
+    solver = {k: options.pop(k) for k in ("preset", *SOLVER) if k in options}
     options = {key: value for key, value in options.items() if value is not None}
-    if isinstance(options.get("budget_ranks"), (list, tuple)):
-        options["budget_ranks"] = ",".join(map(str, options["budget_ranks"]))
-    for key in ("bits", "rank", "budget", "budget_ranks"):
-        if key in options:
-            options[key] = str(options[key])
     spec = solve_spec(calibrated=calibrated, code=options.get("code", "auto"), **solver)
     return Policy(solve=spec, **options)

@@ -2,11 +2,18 @@
 
 The layer that knows the file or tensor puts its name into the message; the message says what came, what was
 wanted and what to do. The command line prints one line and exits with ``exit_code``.
+
+Messages speak the caller's language: :func:`option` and :func:`command` name things in Python's words, or, where it is
+the command line that runs, in its own.
 """
 
+import difflib
+import functools
+import inspect
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 # What Python counts as printable and no screen shows: of Unicode's Default_Ignorable_Code_Point; the Braille blank.
 _UNSEEN = re.compile(
@@ -67,6 +74,68 @@ class Interrupted(LoftqError):
 
     exit_code = 75
     label = "stopped"
+
+
+_on_command_line = False
+
+
+def speak_as_command_line() -> None:
+    """From now on, messages of this process name options as they are typed in a shell."""
+    global _on_command_line
+    _on_command_line = True
+
+
+def option(name: str, value: object = None) -> str:
+    """An option as the caller writes it: ``rank_policy='clamp'``, on the command line ``--rank-policy clamp``."""
+    if _on_command_line:
+        return f"--{name.replace('_', '-')}" + ("" if value is None or value is True else f" {value}")
+    return name if value is None else f"{name}={_python(value)}"
+
+
+def command(verb: str, *arguments: str, **options: object) -> str:
+    """A call as the caller writes it: ``loftq.calibrate(kind='full')``, or ``loftq calibrate --kind full``."""
+    named = [option(name, value) for name, value in options.items()]
+    if _on_command_line:
+        return f"`{' '.join(['loftq', verb, *arguments, *named])}`"
+    return f"`loftq.{verb}({', '.join([*arguments, *named])})`"
+
+
+def _python(value: object) -> str:
+    """A value as Python has it; a word in capitals stands for what the caller has to put there."""
+    return value if isinstance(value, str) and value.isalpha() and value.isupper() else repr(value)
+
+
+def check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """UsageError, with the nearest of ``known``, for the first given name that is none of them."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            cure = f"did you mean {near[0]!r}?" if near else f"it has {listed(known, len(known))}"
+            raise UsageError(f"{what} has no option {quoted(repr(name))}; {cure}")
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+C = TypeVar("C", bound=type)
+
+
+def checks_names(function: F) -> F:
+    """Decorate a function of named options: another name is a UsageError that says which one may be meant."""
+    names = [name for name in inspect.signature(function).parameters if name != "self"]
+    what = function.__qualname__.removesuffix(".__init__")
+
+    @functools.wraps(function)
+    def checked(*args: Any, **options: Any) -> Any:
+        check_names(what, options, names)
+        return function(*args, **options)
+
+    return checked  # type: ignore[return-value]
+
+
+def checked_fields(cls: C) -> C:
+    """:func:`checks_names` for a dataclass, of the names of its fields."""
+    cls.__init__ = checks_names(cls.__init__)
+    return cls
 
 
 def visible(text: str) -> str:

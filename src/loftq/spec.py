@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from loftq import codes
 from loftq.codes import BITS, Code
-from loftq.errors import UsageError, listed, quoted
+from loftq.errors import UsageError, checked_fields, command, listed, option, quoted
 
 SCALE_DTYPES = ("float32", "bfloat16", "float16")
 SVDS = ("auto", "exact", "randomized")
@@ -17,16 +17,25 @@ ROUNDINGS = ("nearest", "feedback", "shaped", "descent")
 STARTS = ("zero", "preserved")
 
 
-def _choice(what: str, value: object, allowed: tuple) -> None:
-    if value not in allowed or isinstance(value, bool):
+def check_choice(what: str, value: object, allowed: tuple) -> None:
+    """UsageError for what is none of ``allowed``, which are of one type."""
+    if not isinstance(value, type(allowed[0])) or isinstance(value, bool) or value not in allowed:
         raise UsageError(f"{what} must be one of {', '.join(map(str, allowed))}, got {quoted(repr(value))}")
 
 
-def _whole(what: str, value: object, low: int) -> None:
+def check_whole(what: str, value: object, low: int) -> None:
+    """UsageError for what is no ``int`` of at least ``low``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise UsageError(f"{what} must be a whole number of at least {low}, got {quoted(repr(value))}")
 
 
+def check_flag(what: str, value: object) -> None:
+    """UsageError for what is neither true nor false."""
+    if not isinstance(value, bool):
+        raise UsageError(f"{what} must be true or false, got {quoted(repr(value))}")
+
+
+@checked_fields
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
     """How one matrix is stored: all that a reader needs.
@@ -51,15 +60,14 @@ class QuantSpec:
     double_quant: bool = False
 
     def __post_init__(self) -> None:
-        _choice("bits", self.bits, BITS)
+        check_choice("bits", self.bits, BITS)
         widths = codes.get(self.code).widths
         if self.bits not in widths:
             have = " or ".join(filter(None, (", ".join(map(str, widths[:-1])), str(widths[-1]))))
             raise UsageError(f"code {self.code} has {have} bits; use code nf for {self.bits}")
-        _whole("block_size", self.block_size, 1)
-        _choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
-        if not isinstance(self.double_quant, bool):
-            raise UsageError(f"double_quant must be true or false, got {quoted(repr(self.double_quant))}")
+        check_whole("block_size", self.block_size, 1)
+        check_choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
+        check_flag("double_quant", self.double_quant)
         if self.double_quant and self.codebook.per_tensor:
             raise UsageError(f"double_quant has nothing to do for code {self.code}: it stores one scale")
 
@@ -72,6 +80,7 @@ class QuantSpec:
         return columns if self.codebook.per_tensor else min(self.block_size, columns)
 
 
+@checked_fields
 @dataclass(frozen=True, kw_only=True)
 class SolveSpec:
     """How the backbone and the factors of one matrix are found. Without arguments it is the paper's method.
@@ -102,18 +111,18 @@ class SolveSpec:
     start: str = "zero"
 
     def __post_init__(self) -> None:
-        _whole("steps", self.steps, 0)
-        _choice("order", self.order, ORDERS)
-        _choice("svd", self.svd, SVDS)
-        _whole("seed", self.seed, 0)
-        _choice("scales", self.scales, SCALES)
-        _choice("metric", self.metric, METRICS)
-        _choice("rounding", self.rounding, ROUNDINGS)
-        _choice("start", self.start, STARTS)
+        check_whole("steps", self.steps, 0)
+        check_choice("order", self.order, ORDERS)
+        check_choice("svd", self.svd, SVDS)
+        check_whole("seed", self.seed, 0)
+        check_choice("scales", self.scales, SCALES)
+        check_choice("metric", self.metric, METRICS)
+        check_choice("rounding", self.rounding, ROUNDINGS)
+        check_choice("start", self.start, STARTS)
         if self.order == "svd-first" and (self.rounding in ("shaped", "descent") or self.start != "zero"):
             raise UsageError(
                 "order svd-first goes with rounding nearest or feedback, and has a start of its own; "
-                "choose --preset fitted or loftq"
+                f"choose {option('preset', 'fitted')} or {option('preset', 'loftq')}"
             )
 
 
@@ -150,10 +159,13 @@ def solve_spec(preset: str | None = None, *, calibrated: bool = False, code: str
         preset = default_preset(calibrated)
         per_tensor = code != "auto" and codes.get(code).per_tensor
         given = {"scales": "formula", **given} if per_tensor else given
-    _choice("preset", preset, tuple(PRESETS))
+    check_choice("preset", preset, tuple(PRESETS))
     own = PRESETS[preset]
     if preset in ("qlora", "svd") and given.get("steps", own["steps"]) != own["steps"]:
-        raise UsageError(f"preset {preset} has {own['steps']} steps; leave out --steps, or use --preset fitted")
+        raise UsageError(
+            f"preset {preset} has {own['steps']} steps; leave out {option('steps')}, or use "
+            f"{option('preset', 'fitted')}"
+        )
     return SolveSpec(**{**own, **given})
 
 
@@ -166,23 +178,23 @@ def preset_of(spec: SolveSpec) -> str:
     return ", ".join(f"{key} {value}" for key, value in own.items() if key not in ("svd", "seed"))
 
 
-def check_statistics(spec: SolveSpec, kind: str | None) -> None:
+def check_statistics(spec: SolveSpec, kind: str | None, give: str = "") -> None:
     """Refuse a metric that needs other statistics than there are, or any.
 
     Args:
         kind: of the statistics; None if there are none. Descent then goes by the weights.
+        give: how the caller is given some; by default as a checkpoint's are.
     """
     enough = {"diagonal": ("diagonal", "full"), "full": ("full",), "fisher": ("fisher",)}.get(spec.metric)
     if enough is None or kind in enough or (kind is None and spec.rounding == "descent"):
         return
     if kind is None:
-        raise UsageError(
-            f"a preset (metric {spec.metric}) that needs statistics of the matrices' inputs; give --calibrate with a "
-            "file of texts, or a directory made by `loftq calibrate`"
-        )
+        give = give or f"{option('calibrate')}: a file of texts, or a directory of statistics"
+        raise UsageError(f"preset {preset_of(spec)} needs statistics of the matrices' inputs; give {give}")
+    other = option("preset", "lq-lora" if kind == "fisher" else "qera-diag")
     raise UsageError(
         f"metric {spec.metric} needs statistics of kind {enough[0]}, and these are {kind}; make others with "
-        f"`loftq calibrate --kind {enough[0]}`, or choose --preset {'lq-lora' if kind == 'fisher' else 'qera-diag'}"
+        f"{command('calibrate', kind=enough[0])}, or choose {other}"
     )
 
 
@@ -210,7 +222,7 @@ def check_scales(quant: QuantSpec, scales: str) -> None:
 
 def scaling(lora_alpha: float, rank: int, use_rslora: bool) -> float:
     """``s`` in ``W ≈ Q + s · B @ A``: ``alpha / r`` (LoRA) or ``alpha / sqrt(r)`` (rsLoRA, arXiv 2312.03732)."""
-    if lora_alpha <= 0:
+    if not lora_alpha > 0:
         raise UsageError(f"alpha must be positive, got {lora_alpha}: a scaling of 0 would switch the adapter off")
     return lora_alpha / (rank**0.5 if use_rslora else rank)
 

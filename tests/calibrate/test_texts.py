@@ -127,7 +127,7 @@ def test_refusals(tmp_path):
         (lambda: rows(table), InputError, "no column text; it has q, n; name the column"),
         (lambda: rows(table, column="z"), InputError, "no column z; it has q, n$"),
         (lambda: rows(table, column="n"), InputError, "column n: 0 is not a text"),
-        (lambda: rows(table, column="q,n,z"), UsageError, "--column"),
+        (lambda: rows(table, column="q,n,z"), UsageError, "column"),
         (lambda: rows(small.text(tmp_path), max_length=2), UsageError, "no room beside 2 special tokens"),
     ]
     for call, error, words_ in cases:

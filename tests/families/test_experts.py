@@ -10,7 +10,7 @@ from models import MIXTURES, close, outputs, packed, quantize, same, tensors, ti
 @pytest.mark.parametrize("name", MIXTURES)
 def test_experts_kept_below_the_coverage_are_refused_by_name(tmp_path, name):
     tiny(name).save_pretrained(tmp_path / "dense")
-    with pytest.raises(InputError, match=r"--min-coverage 50%.*layers\.0\.\S*experts.*lower --min-coverage") as refused:
+    with pytest.raises(InputError, match=r"min_coverage 50%.*layers\.0\.\S*experts.*lower min_coverage") as refused:
         quantize(tmp_path / "dense", tmp_path / "quantized")
     assert "converted by transformers on loading into" in str(refused.value)
     assert not (tmp_path / "quantized").exists()

@@ -106,7 +106,7 @@ def test_fault_at_each_primitive(tmp_path, monkeypatch, at, number, forever):
         fsio.write_atomic(path, parts())
     message = str(caught.value)
     cure = {
-        errno.EACCES: "not writable (Permission denied); choose another --output",
+        errno.EACCES: "not writable (Permission denied); choose another output",
         errno.EIO: "failed (Input/output error); check the disk, then run the same command again to continue",
     }.get(number, "; free some space and run the same command again to continue")
     assert cure in message
@@ -256,7 +256,7 @@ def test_a_planted_temporary_is_neither_followed_nor_removed(tmp_path, monkeypat
 
 
 def test_name_too_long(tmp_path):
-    with pytest.raises(StorageError, match=r"choose a shorter --output"):
+    with pytest.raises(StorageError, match=r"choose a shorter output"):
         fsio.write_atomic(tmp_path / ("x" * 250), [NEW])
 
 

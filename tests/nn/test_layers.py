@@ -220,7 +220,7 @@ def test_widened_scales_compute_the_same_and_are_saved_as_they_were():
 def test_rounded_or_cast_tensors_are_refused(spec, name, dtype):
     layer, _ = linear(spec)
     layer.get_parameter(name).data = layer.get_parameter(name).data.to(dtype)
-    with pytest.raises(UsageError, match=rf"{name} of a packed layer is {dtype}, stored as .*--scale-dtype bfloat16"):
+    with pytest.raises(UsageError, match=rf"{name} of a packed layer is {dtype}, stored as .*scale_dtype='bfloat16'"):
         layer(torch.randn(2, COLUMNS))
 
 

@@ -119,7 +119,7 @@ def test_transformers_is_told_to_leave_the_dtype_of_scales(suffix):
 
 @pytest.mark.parametrize("config", [LoftQQuantizationConfig(bits=2), {"quant_method": "loftq"}], ids=["object", "dict"])
 def test_a_dense_checkpoint_is_not_quantized_while_it_loads(made, config):
-    with pytest.raises(UsageError, match=r"run `loftq quantize MODEL --output DIR`.*or .*loftq.get_peft_model"):
+    with pytest.raises(UsageError, match=r"`loftq.quantize\(MODEL, output=DIR\)`.*or .*loftq.get_peft_model"):
         AutoModelForCausalLM.from_pretrained(made("llama").source, quantization_config=config)
 
 

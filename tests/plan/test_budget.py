@@ -189,7 +189,7 @@ def test_what_may_be_spent():
 @pytest.mark.parametrize("budget", ["2.0", "25KB"])
 def test_the_least_that_is_named_is_enough(budget):
     plan, _ = chosen_from()
-    with pytest.raises(UsageError, match=f"--budget {budget} is too small") as caught:
+    with pytest.raises(UsageError, match=f"budget {budget} is too small") as caught:
         limit(plan, policy(budget=budget))
     least = str(caught.value).partition(" take ")[2].partition(";")[0].removesuffix(" bits")
     assert limit(plan, policy(budget=least)) > 0
@@ -233,18 +233,18 @@ def test_without_a_budget_nothing_is_new():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budget": "0"}, "--budget: 0 is neither an average of bits per weight"),
+        ({"budget": "0"}, "budget: 0 is neither an average of bits per weight"),
         ({"budget": "17"}, "nor a size, such as 300MB"),
-        ({"budget": "nan"}, "--budget: nan is neither"),
-        ({"budget": "much"}, "--budget: much is neither"),
-        ({"budget": "-3MB"}, "--budget: '-3MB' is not a size"),
-        ({"bits": "2"}, "--bits 2 and --budget 2.5 both say how wide all matrices are"),
-        ({"bits": "2.5"}, "--bits 2.5 and --budget 2.5 both say"),
-        ({"budget_ranks": "8,,16"}, "--budget-ranks: 8,,16 is not a list"),
-        ({"budget_ranks": "0"}, "--budget-ranks: 0 is not a list"),
-        ({"budget_solver": "gurobi"}, "--budget-solver must be one of greedy, milp"),
-        ({"budget": "", "budget_ranks": "8"}, "say how a --budget is spent"),
-        ({"budget": "", "budget_solver": "milp"}, "say how a --budget is spent"),
+        ({"budget": "nan"}, "budget: nan is neither"),
+        ({"budget": "much"}, "budget: much is neither"),
+        ({"budget": "-3MB"}, "budget: '-3MB' is not a size"),
+        ({"bits": "2"}, "bits='2' and budget='2.5' both say how wide all matrices are"),
+        ({"bits": "2.5"}, "bits='2.5' and budget='2.5' both say"),
+        ({"budget_ranks": "8,,16"}, "budget_ranks: 8,,16 is not a list"),
+        ({"budget_ranks": "0"}, "budget_ranks: 0 is not a list"),
+        ({"budget_solver": "gurobi"}, "budget_solver must be one of greedy, milp"),
+        ({"budget": "", "budget_ranks": "8"}, "say how a budget is spent"),
+        ({"budget": "", "budget_solver": "milp"}, "say how a budget is spent"),
     ],
 )
 def test_refusals(options, message):

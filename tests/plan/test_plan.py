@@ -148,17 +148,17 @@ def test_patterns_of_bits():
 @pytest.mark.parametrize(
     ("bits", "message"),
     [
-        ("5", "--bits: 5 is not a width; wanted 2, 3, 4, 8, 16"),
-        ("nf4", "--bits: nf4 is not a width"),
-        ("1.5", r"--bits 1.5: an average must lie between 2.0 and 4.0"),
+        ("5", "bits: 5 is not a width; wanted 2, 3, 4, 8, 16"),
+        ("nf4", "bits: nf4 is not a width"),
+        ("1.5", r"bits 1.5: an average must lie between 2.0 and 4.0"),
         ("4.5", "an average must lie between 2.0 and 4.0"),
         ("2.x", "an average must lie between 2.0 and 4.0"),
-        ("nan", "--bits: nan is not a width"),
+        ("nan", "bits: nan is not a width"),
         ("2.25", r"no stack of layers is long enough for this average .*'model.layers': 2"),
         ("layers.0=4", "needs exactly one value without a pattern"),
-        ("layers.0=2.5,2", "--bits: 2.5 is not a width"),
-        ("layer.0=4,2", "--bits: layer.0 matches no module; the nearest are model.layers.0"),
-        ("lm_head=4,2", "--bits: lm_head matches no module"),
+        ("layers.0=2.5,2", "bits: 2.5 is not a width"),
+        ("layer.0=4,2", "bits: layer.0 matches no module; the nearest are model.layers.0"),
+        ("lm_head=4,2", "bits: lm_head matches no module"),
     ],
 )
 def test_bits_that_cannot_be_meant(bits, message):
@@ -184,17 +184,17 @@ def test_patterns_of_ranks():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": "0"}, "--rank: 0 is not a whole number of at least 1"),
-        ({"rank": "-4"}, "--rank: -4 is not"),
-        ({"rank": "4.0"}, "--rank: 4.0 is not"),
-        ({"rank": "many"}, "--rank: many is not"),
-        ({"rank": "mlpp=4,8"}, "--rank: mlpp matches no module; the nearest are"),
+        ({"rank": "0"}, "rank: 0 is not a whole number of at least 1"),
+        ({"rank": "-4"}, "rank: -4 is not"),
+        ({"rank": "4.0"}, "rank: 4.0 is not"),
+        ({"rank": "many"}, "rank: many is not"),
+        ({"rank": "mlpp=4,8"}, "rank: mlpp matches no module; the nearest are"),
         ({"rank": "16"}, r"below the shorter side .* model.layers.0.self_attn.k_proj.weight 16x64 with rank 16.*clamp"),
         ({"alpha": 0.0}, "alpha must be positive"),
         ({"alpha": -1.0}, "alpha must be positive"),
-        ({"rank_policy": "shrink"}, "--rank-policy must be one of refuse, clamp, got 'shrink'"),
-        ({"min_coverage": 1.5}, "--min-coverage must lie between 0 and 1, got 1.5"),
-        ({"min_coverage": float("nan")}, "--min-coverage must lie between 0 and 1, got nan"),
+        ({"rank_policy": "shrink"}, "rank_policy must be one of refuse, clamp, got 'shrink'"),
+        ({"min_coverage": 1.5}, "min_coverage must lie between 0 and 1, got 1.5"),
+        ({"min_coverage": float("nan")}, "min_coverage must lie between 0 and 1, got nan"),
         ({"code": "nf5"}, "code must be one of nf, lloyd, uniform"),
         ({"block_size": 0}, "block_size must be a whole number of at least 1"),
     ],
@@ -225,8 +225,8 @@ def test_coverage_names_what_is_missed():
     for i in range(5):
         name = f"model.layers.0.experts.{i}"
         tensors[name], roles[name] = ("F32", (4, 64, 64)), Role(name, "experts", True)
-    message = r"only \d+% of the layers' weights .* less than --min-coverage 50%; kept: model.layers.0.experts.0 \(3-D"
-    with pytest.raises(InputError, match=message + r".* and 2 more; lower --min-coverage"):
+    message = r"only \d+% of the layers' weights .* less than min_coverage 50%; kept: model.layers.0.experts.0 \(3-D"
+    with pytest.raises(InputError, match=message + r".* and 2 more; lower min_coverage"):
         make(tensors, roles, policy())
     plan = make(tensors, roles, policy(min_coverage=0.1))
     assert 0.1 < plan.coverage < 0.5

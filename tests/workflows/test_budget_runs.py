@@ -242,12 +242,12 @@ def test_moments_weigh(source):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"format": "dense"}, UsageError, "--budget counts bytes of --format loftq"),
-        ({"policy": dataclasses.replace(BUDGET, budget="2")}, UsageError, "--budget 2 is too small"),
-        ({"policy": dataclasses.replace(BUDGET, budget="1KB")}, UsageError, "--budget 1KB is too small"),
-        ({"policy": POLICY, "curves": "c.json"}, UsageError, "--curves is of a budget"),
+        ({"format": "dense"}, UsageError, "budget counts bytes of format='loftq'"),
+        ({"policy": dataclasses.replace(BUDGET, budget="2")}, UsageError, "budget 2 is too small"),
+        ({"policy": dataclasses.replace(BUDGET, budget="1KB")}, UsageError, "budget 1KB is too small"),
+        ({"policy": POLICY, "curves": "c.json"}, UsageError, "curves is of a budget"),
         ({"curves": "no/where.json"}, StorageError, "its directory does not exist"),
-        ({"curves": "letter.txt"}, ConflictError, "holds no error curves of loftq; choose another --curves"),
+        ({"curves": "letter.txt"}, ConflictError, "holds no error curves of loftq; choose another curves"),
         ({"curves": "other.json"}, ConflictError, "holds no error curves"),
     ],
 )

@@ -1,6 +1,10 @@
 """The application that the verbs register with."""
 
+from typing import Annotated
+
 import typer
+
+import loftq
 
 app = typer.Typer(
     name="loftq",
@@ -10,3 +14,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"loftq {loftq.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and leave.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass

@@ -10,7 +10,7 @@ from typing import NoReturn
 import typer
 
 from loftq.cli.app import app
-from loftq.errors import Interrupted, LoftqError, StorageError, UsageError, quoted
+from loftq.errors import Interrupted, LoftqError, StorageError, UsageError, quoted, speak_as_command_line
 
 
 class _Quoting(logging.Formatter):
@@ -30,6 +30,7 @@ def _stop(number: int, _: object) -> NoReturn:
 
 def main() -> NoReturn:
     """Run the command line: for every error one line on stderr and an exit code; a traceback if LOFTQ_DEBUG is set."""
+    speak_as_command_line()
     handler = logging.StreamHandler()
     handler.setFormatter(_Quoting("loftq: %(levelname)s: %(message)s"))
     logging.getLogger("loftq").addHandler(handler)

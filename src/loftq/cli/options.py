@@ -1,7 +1,6 @@
 """Options that several verbs have, and the checks of their values."""
 
 import contextlib
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -102,9 +101,7 @@ OF_POLICY = (
 
 def policy(given: dict[str, Any], **more: Any) -> "Policy":
     """The policy of a verb's options, checked. What it leaves open is what its format, if it has one, can hold."""
-    from loftq import codes
     from loftq.plan import Policy
-    from loftq.spec import QuantSpec
 
     options = {**{name: given[name] for name in OF_POLICY if name in given}, **more}
     bitsandbytes = given.get("format") == "bnb"
@@ -112,15 +109,6 @@ def policy(given: dict[str, Any], **more: Any) -> "Policy":
         options["scale_dtype"] = options["scale_dtype"] or ("float32" if bitsandbytes else "bfloat16")
     if options.get("code") == "auto" and bitsandbytes:
         options["code"] = "nf"
-
-    choice("--rank-policy", options["rank_policy"], ("refuse", "clamp"))
-    if not 0 <= options["min_coverage"] <= 1:
-        raise UsageError(f"--min-coverage: {options['min_coverage']} is not between 0 and 1")
-    if options["alpha"] is not None and not math.isfinite(options["alpha"]):
-        raise UsageError(f"--alpha: {options['alpha']} is not a number to scale by")
-    stored = {k: options[k] for k in ("code", "block_size", "scale_dtype", "double_quant") if k in options}
-    widths = codes.get(stored["code"]).widths if stored.get("code", "auto") != "auto" else codes.BITS
-    QuantSpec(bits=widths[0], **{k: v for k, v in stored.items() if v != "auto"})
     return Policy(**options)
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq.errors import ConflictError, StorageError, quoted
+from loftq.errors import ConflictError, StorageError, option, quoted
 from loftq.formats import strict_json
 from loftq.formats.regular import RegularFile, open_regular, shown
 
@@ -33,15 +33,15 @@ _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_DIRECTORY_SYNC = (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP)
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 _CURES = {
-    errno.EEXIST: "move it away or choose another --output",
-    errno.EISDIR: "move it away or choose another --output",
-    errno.ENOTDIR: "a file stands where a directory is needed; choose another --output",
-    errno.ENOTEMPTY: "move it away or choose another --output",
+    errno.EEXIST: "move it away or choose another {output}",
+    errno.EISDIR: "move it away or choose another {output}",
+    errno.ENOTDIR: "a file stands where a directory is needed; choose another {output}",
+    errno.ENOTEMPTY: "move it away or choose another {output}",
     errno.ENOENT: "its directory does not exist or was removed; create it and run again",
-    errno.ENAMETOOLONG: "choose a shorter --output",
-    errno.EXDEV: "both must be on one file system; choose another --output",
+    errno.ENAMETOOLONG: "choose a shorter {output}",
+    errno.EXDEV: "both must be on one file system; choose another {output}",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
-    errno.EFBIG: "raise the limit on file sizes (ulimit -f) or choose another --output",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f) or choose another {output}",
 }
 
 
@@ -215,7 +215,7 @@ class DirectoryLock:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX if self.wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
-            why = f"in use by {_holder(fd)}; wait for it or choose another --output"
+            why = f"in use by {_holder(fd)}; wait for it or choose another {option('output')}"
             raise ConflictError(f"{shown(self.path)}: {why}") from e
         except OSError as e:
             if e.errno not in _NO_LOCKS:
@@ -306,6 +306,6 @@ def _explained(op: str, path: Path, e: OSError) -> str:
     if e.errno in _NO_SPACE:
         return f"{where}: no space left ({why}); free some space and run the same command again to continue"
     if e.errno in _NOT_WRITABLE:
-        return f"{where}: not writable ({why}); choose another --output"
+        return f"{where}: not writable ({why}); choose another {option('output')}"
     cure = _CURES.get(e.errno or 0, "check the disk, then run the same command again to continue")
-    return f"{where}: {op} failed ({why}); {cure}"
+    return f"{where}: {op} failed ({why}); {cure.format(output=option('output'))}"

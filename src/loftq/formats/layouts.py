@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from loftq.errors import UsageError
+from loftq.errors import UsageError, option
 from loftq.formats.tensorfile import DTYPES, Entry
 from loftq.numerics import Quantized, decode, dequantize, encode, normal_float
 from loftq.spec import QuantSpec, stored_tensors
@@ -156,13 +156,15 @@ class BitsAndBytesLayout:
             False,
         ) or quant.bits not in (2, 4):
             raise UsageError(
-                f"{matrix.name}: --format bnb holds NF4 (or NF2 in it) with float32 scales; "
-                "use --bits 4 --code nf --scale-dtype float32 without --double-quant"
+                f"{matrix.name}: {option('format', 'bnb')} holds NF4 (or NF2 in it) with float32 scales; use "
+                f"{option('bits', 4)}, {option('code', 'nf')}, {option('scale_dtype', 'float32')}, without "
+                f"{option('double_quant')}"
             )
         if matrix.shape[1] % quant.block_size or matrix.kind == "embedding":
             raise UsageError(
-                f"{matrix.name}: --format bnb needs a Linear whose in_features are a multiple of the block size "
-                f"{quant.block_size}, got {matrix.kind} {matrix.shape}; leave it dense with --bits 'NAME=16,4'"
+                f"{matrix.name}: {option('format', 'bnb')} needs a Linear whose in_features are a multiple of the "
+                f"block size {quant.block_size}, got {matrix.kind} {matrix.shape}; leave it dense with "
+                f"{option('bits', 'NAME=16,4')}"
             )
 
     def _state(self, matrix: MatrixLike) -> bytes:

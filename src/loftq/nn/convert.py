@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from loftq import plan as planning
-from loftq.errors import LoftqError, UsageError, listed, quoted
+from loftq.errors import LoftqError, UsageError, command, listed, quoted
 from loftq.formats.statistics import Statistics
 from loftq.formats.tensorfile import dtype_name
 from loftq.nn import skeleton
 from loftq.nn.adapter import adapter_config, adapter_tensors
 from loftq.nn.hf import mark_quantized
-from loftq.nn.layers import pack_like, replace_module
+from loftq.nn.layers import PackedWeight, pack_like, replace_module
 from loftq.nn.start import wrap
 from loftq.numerics import encode
 from loftq.plan import Matrix, Plan, Policy
@@ -37,7 +37,9 @@ def convert(
         weights that are not finite. ``model`` is then unchanged; not if a matrix cannot be solved.
     """
     _check_model(model)
-    check_statistics(policy.solve, statistics and statistics.kind)
+    check_statistics(
+        policy.solve, statistics and statistics.kind, "calibration=loftq.calibrate(model, texts, tokenizer)"
+    )
     if policy.budget:
         raise UsageError("a budget is spent on checkpoints: use loftq.quantize, and load what it makes")
     roles = skeleton.parameter_roles(model)
@@ -61,22 +63,27 @@ def convert(
 
 
 def _check_model(model: nn.Module) -> None:
+    from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import PreTrainedModel
 
+    if isinstance(model, PeftModel) or (
+        isinstance(model, PreTrainedModel) and any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    ):
+        raise UsageError("the model has an adapter already; merge or unload it first, and give the model under it")
     if not isinstance(model, PreTrainedModel):
-        raise UsageError(f"wanted a model of transformers, got {type(model).__name__}; give it before PEFT wraps it")
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise UsageError("the model has an adapter already; merge or unload it first")
-    if getattr(model, "quantization_method", None) is not None:
+        raise UsageError(f"wanted a model of transformers in memory, got {type(model).__name__}")
+    method = getattr(model, "quantization_method", None)
+    if method is not None or any(isinstance(module, PackedWeight) for module in model.modules()):
         raise UsageError(
-            f"the model is quantized already ({quoted(model.quantization_method)}); load it in full precision"
+            f"the model is quantized already ({quoted(method or 'loftq')}); load it in full precision, or give "
+            "this one an adapter by loftq.replace_lora_weights or loftq.load_start"
         )
     away = [name for name, p in model.named_parameters() if p.device.type == "meta"]
     if away:
         raise UsageError(
             f"the model has parameters on the meta device or on disk ({listed(away, 3)}); load it fully, or use "
-            "`loftq quantize`"
+            f"{command('quantize', 'MODEL', output='DIR')}"
         )
 
 

@@ -16,7 +16,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from loftq.errors import InputError, UsageError, listed, quoted
+from loftq.errors import InputError, UsageError, command, listed, quoted
 from loftq.formats.config import Group, quantization_config, read_groups
 from loftq.formats.tensorfile import read_header
 from loftq.nn.layers import LoftQEmbedding, LoftQLinear, PackedWeight, can_pack, pack_like, replace_module
@@ -76,8 +76,8 @@ class LoftQHfQuantizer(HfQuantizer):
             read_groups(self.quantization_config.to_dict())
         else:
             raise UsageError(
-                "a dense checkpoint is not quantized while it loads: run `loftq quantize MODEL --output DIR` and load "
-                "DIR, or load the model and call loftq.get_peft_model(model, bits=..., rank=...)"
+                f"a dense checkpoint is not quantized while it loads: {command('quantize', 'MODEL', output='DIR')} and "
+                "load DIR, or load the model and call loftq.get_peft_model(model, bits=..., rank=...)"
             )
 
     def is_serializable(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loftq.errors import UsageError
+from loftq.errors import UsageError, option
 from loftq.nn import ops
 from loftq.spec import QuantSpec, stored_tensors
 
@@ -64,7 +64,8 @@ class PackedWeight(nn.Module):
             if got != wanted and not (wanted.is_floating_point and got == torch.float32):
                 raise UsageError(
                     f"{name} of a packed layer is {got}, stored as {wanted}: something rounded it, such as a mixed "
-                    "precision policy of FSDP. Quantize with --scale-dtype bfloat16 and without --double-quant, or "
+                    f"precision policy of FSDP. Quantize with {option('scale_dtype', 'bfloat16')} and without "
+                    f"{option('double_quant')}, or "
                     "switch the policy's param_dtype off"
                 )
         return [self._parameters[name] for name in self._stored_dtypes]  # type: ignore[misc]

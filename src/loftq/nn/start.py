@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_mod
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
-from loftq.errors import InputError, UsageError, listed, quoted
+from loftq.errors import InputError, UsageError, checks_names, listed, quoted
 from loftq.nn.adapter import task_type
 from loftq.nn.layers import PackedWeight
 from loftq.nn.loading import guarded
@@ -24,6 +24,7 @@ HEADED_TASKS = {
 }
 
 
+@checks_names
 def load_start(
     model: nn.Module,
     directory: str | Path,
@@ -46,6 +47,8 @@ def load_start(
 
     Raises: UsageError for a model without packed layers, or offloaded; InputError if a packed layer has no start.
     """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"wanted a packed model, got {type(model).__name__}; load it with from_pretrained first")
     if not any(isinstance(module, PackedWeight) for module in model.modules()):
         raise UsageError(f"{type(model).__name__} has no packed layers; load the directory with from_pretrained first")
     if any(parameter.device.type == "meta" for parameter in model.parameters()):

@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from loftq.codes import Absmax, levels
-from loftq.errors import NumericalError
+from loftq.errors import NumericalError, option
 from loftq.numerics.codebooks import dynamic_8bit, halfway, midpoints
 from loftq.numerics.packing import pack, unpack
 from loftq.spec import NESTED_BLOCK, QuantSpec
@@ -145,7 +145,7 @@ def _rounded(scale: Tensor, spec: QuantSpec) -> Tensor:
         wider = "bfloat16" if dtype == torch.float16 and largest < torch.finfo(torch.bfloat16).max else "float32"
         raise NumericalError(
             f"a scale of {largest:.4g} does not fit {spec.scale_dtype}, which ends at {torch.finfo(dtype).max:.4g}; "
-            f"use --scale-dtype {wider}"
+            f"use {option('scale_dtype', wider)}"
         )
     return stored
 
@@ -159,7 +159,7 @@ def store_scales(scale: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
     mean = flat.mean()
     if not (flat - mean).isfinite().all():
         raise NumericalError(
-            f"scales up to {flat.abs().max():.4g} overflow in double quantization; leave out --double-quant"
+            f"scales up to {flat.abs().max():.4g} overflow in double quantization; leave out {option('double_quant')}"
         )
     centred = torch.nn.functional.pad(flat - mean, (0, -flat.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     absmax = centred.abs().amax(1)

@@ -2,7 +2,7 @@
 
 import torch
 
-from loftq.errors import UsageError
+from loftq.errors import UsageError, option
 
 
 def check_device(device: str) -> None:
@@ -12,5 +12,5 @@ def check_device(device: str) -> None:
     """
     try:
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise UsageError(f"--device {device!r} cannot be used: {str(e).splitlines()[0]}") from e
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as e:
+        raise UsageError(f"{option('device')} {device!r} cannot be used: {str(e).splitlines()[0]}") from e

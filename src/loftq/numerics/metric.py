@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loftq.errors import NumericalError
+from loftq.errors import NumericalError, option
 from loftq.numerics.lowrank import NotConverged, truncated_svd
 from loftq.numerics.norms import frobenius
 
@@ -204,5 +204,5 @@ def cholesky(h: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
                 return factor
     raise NumericalError(
         "the second moments of the inputs are no such: not finite, or far from positive; calibrate on more texts, or "
-        "with --kind diagonal"
+        f"with {option('kind', 'diagonal')}"
     )

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from loftq.errors import UsageError, quoted
+from loftq.errors import UsageError, option, quoted
 
 SOLVERS = ("greedy", "milp")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -54,24 +54,24 @@ class Budget:
 def parse_budget(text: str) -> Budget:
     """``2.5`` is an average of bits, ``300MB`` a number of bytes. UsageError for anything else."""
     if text[-2:].upper() in UNITS:
-        return Budget(bytes=parse_size("--budget", text))
+        return Budget(bytes=parse_size(option("budget"), text))
     try:
         bits = float(text)
     except ValueError:
         bits = math.nan
     if not 0 < bits <= 16:
         raise UsageError(
-            f"--budget: {quoted(text)} is neither an average of bits per weight, such as 2.5 (above 0, at most 16), "
-            "nor a size, such as 300MB"
+            f"{option('budget')}: {quoted(text)} is neither an average of bits per weight, such as 2.5 (above 0, "
+            "at most 16), nor a size, such as 300MB"
         )
     return Budget(bits=bits)
 
 
-def parse_size(option: str, text: str) -> int:
-    """Bytes of a size such as ``500MB`` or ``2GB``. UsageError, naming ``option``, for anything else."""
+def parse_size(what: str, text: str) -> int:
+    """Bytes of a size such as ``500MB`` or ``2GB``. UsageError, naming ``what`` it is of, for anything else."""
     number, unit = text[:-2], text[-2:].upper()
     if unit not in UNITS or not number.replace(".", "", 1).isdecimal() or float(number) <= 0:
-        raise UsageError(f"{option}: {text!r} is not a size like 500MB or 2GB")
+        raise UsageError(f"{what}: {text!r} is not a size like 500MB or 2GB")
     return int(float(number) * UNITS[unit])
 
 
@@ -100,7 +100,7 @@ def allocate(curves: Mapping[str, Sequence[Choice]], limit: int, method: str = "
 def check_solver(method: str) -> None:
     """Refuse a solver that is not there."""
     if method == "milp" and importlib.util.find_spec("scipy") is None:
-        raise UsageError("--budget-solver milp needs SciPy: pip install 'loftq[budget]'")
+        raise UsageError(f"{option('budget_solver', 'milp')} needs SciPy: pip install 'loftq[budget]'")
 
 
 def frontier(curves: Mapping[str, Sequence[Choice]]) -> list[tuple[int, float]]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from loftq import codes
-from loftq.errors import UsageError, quoted
+from loftq.errors import UsageError, option, quoted
 from loftq.plan.budget import Choice, parse_budget
 from loftq.plan.patterns import matches
 from loftq.plan.plan import Matrix, Plan, Policy, Role, make
@@ -62,8 +62,8 @@ def limit(plan: Plan, policy: Policy) -> int:
         in_bits = parse_budget(policy.budget).bytes is None
         needed = f"{math.ceil(1000 * bits) / 1000:.3f} bits" if in_bits else f"{math.ceil(100 * size) / 100:.2f}MB"
         raise UsageError(
-            f"--budget {quoted(policy.budget)} is too small: the narrowest codes, largest blocks and lowest ranks take "
-            f"{needed}; give at least that, or a larger --block-size"
+            f"{option('budget')} {quoted(policy.budget)} is too small: the narrowest codes, largest blocks and lowest "
+            f"ranks take {needed}; give at least that, or a larger {option('block_size')}"
         )
     return allowed
 

@@ -2,14 +2,26 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from loftq.errors import InputError, UsageError, listed, quoted
+from loftq import codes
+from loftq.errors import InputError, UsageError, checked_fields, listed, option, quoted
 from loftq.plan.budget import SOLVERS, Choice, parse_budget
 from loftq.plan.patterns import Rules, parse_rules
-from loftq.spec import BITS, QuantSpec, SolveSpec, check_scales, code_for, scaling, stored_bytes
+from loftq.spec import (
+    BITS,
+    QuantSpec,
+    SolveSpec,
+    check_choice,
+    check_flag,
+    check_scales,
+    code_for,
+    scaling,
+    stored_bytes,
+)
 
 DENSE = 16  # as a number of bits: leave the matrix as it is
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -49,9 +61,13 @@ class Role:
     keep: str = ""
 
 
+@checked_fields
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What the user asks for; ``docs/usage.md`` documents every field under the option of its name."""
+    """What the user asks for; ``docs/usage.md`` documents every field under the option of its name.
+
+    ``bits``, ``rank`` and ``budget`` may be given as numbers, ``budget_ranks`` as a list; they are kept as text.
+    """
 
     bits: str = "4"
     code: str = "auto"
@@ -70,12 +86,27 @@ class Policy:
     budget_solver: str = "greedy"
 
     def __post_init__(self) -> None:
-        if self.rank_policy not in RANK_POLICIES:
+        for name in ("bits", "rank", "budget", "budget_ranks"):
+            object.__setattr__(self, name, _text(name, getattr(self, name)))
+        code = QuantSpec.code if self.code == "auto" else self.code
+        QuantSpec(
+            bits=codes.get(code).widths[0],
+            code=code,
+            block_size=self.block_size,
+            scale_dtype=self.scale_dtype,
+            double_quant=self.double_quant,
+        )
+        check_choice(option("rank_policy"), self.rank_policy, RANK_POLICIES)
+        for name in ("rslora", "embeddings"):
+            check_flag(option(name), getattr(self, name))
+        if self.alpha is not None and not _is_number(self.alpha):
+            raise UsageError(f"{option('alpha')}: {quoted(repr(self.alpha))} is not a number to scale by")
+        if not _is_number(self.min_coverage) or not 0 <= self.min_coverage <= 1:
             raise UsageError(
-                f"--rank-policy must be one of {', '.join(RANK_POLICIES)}, got {quoted(repr(self.rank_policy))}"
+                f"{option('min_coverage')} must lie between 0 and 1, got {quoted(repr(self.min_coverage))}"
             )
-        if not 0 <= self.min_coverage <= 1:
-            raise UsageError(f"--min-coverage must lie between 0 and 1, got {quoted(repr(self.min_coverage))}")
+        if not isinstance(self.solve, SolveSpec):
+            raise UsageError(f"solve must be a SolveSpec, got {type(self.solve).__name__}")
         _check_budget(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,26 +115,40 @@ class Policy:
         return values if self.budget else {k: v for k, v in values.items() if not k.startswith("budget")}
 
 
+def _text(name: str, value: object) -> str:
+    """An option that may be patterns or lists, as the command line has it."""
+    if isinstance(value, (list, tuple)) and name == "budget_ranks":
+        return ",".join(map(str, value))
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise UsageError(f"{option(name)}: wanted a number or text, got {quoted(repr(value))}")
+    return str(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _check_budget(policy: Policy) -> None:
-    if policy.budget_solver not in SOLVERS:
-        raise UsageError(
-            f"--budget-solver must be one of {', '.join(SOLVERS)}, got {quoted(repr(policy.budget_solver))}"
-        )
+    check_choice(option("budget_solver"), policy.budget_solver, SOLVERS)
     for rank in policy.budget_ranks.split(",") if policy.budget_ranks else ():
         if not rank.isdecimal() or int(rank) < 1:
             raise UsageError(
-                f"--budget-ranks: {quoted(policy.budget_ranks)} is not a list of whole numbers of at least 1, "
-                "such as 8,16,32"
+                f"{option('budget_ranks')}: {quoted(policy.budget_ranks)} is not a list of whole numbers of at least "
+                "1, such as 8,16,32"
             )
     if not policy.budget:
         if policy.budget_ranks or policy.budget_solver != SOLVERS[0]:
-            raise UsageError("--budget-ranks and --budget-solver say how a --budget is spent; give one, such as 2.5")
+            raise UsageError(
+                f"{option('budget_ranks')} and {option('budget_solver')} say how a budget is spent; give one: "
+                f"{option('budget', 2.5)}"
+            )
         return
     parse_budget(policy.budget)
     if "=" not in policy.bits and policy.bits not in (Policy.bits, str(DENSE)):
         raise UsageError(
-            f"--bits {quoted(policy.bits)} and --budget {quoted(policy.budget)} both say how wide all matrices are; "
-            "leave one out, or give --bits patterns for those that the budget is not to choose: 'down_proj=4,4'"
+            f"{option('bits', quoted(policy.bits))} and {option('budget', quoted(policy.budget))} both say how wide "
+            "all matrices are; leave one out, or give patterns for those that the budget is not to choose: "
+            f"{option('bits', 'down_proj=4,4')}"
         )
 
 
@@ -190,12 +235,12 @@ def make(
     Raises: UsageError for options that fit no module or a rank that does not fit a matrix; InputError when
         nothing, or less than ``policy.min_coverage`` of the layers' weights, would be quantized.
     """
-    ranks = parse_rules("--rank", policy.rank, _rank_value)
+    ranks = parse_rules(option("rank"), policy.rank, _rank_value)
     wanted = {n: _reason_to_keep(n, *tensors[n], roles[n], policy.embeddings, ranks) for n in tensors}
     modules = [roles[n].module for n, reason in wanted.items() if not reason]
     bits = _bits_rules(policy.bits, [roles[n] for n, reason in wanted.items() if not reason])
-    bits.refuse_unmatched("--bits", modules)
-    ranks.refuse_unmatched("--rank", modules)
+    bits.refuse_unmatched(option("bits"), modules)
+    ranks.refuse_unmatched(option("rank"), modules)
     matrices, kept, refused = [], [], []
     for name in sorted(tensors, key=natural):
         dtype, shape = tensors[name]
@@ -225,7 +270,7 @@ def make(
     if refused:
         raise UsageError(
             f"the rank must be below the shorter side of every matrix, and is not for {listed(refused)}; "
-            "give a smaller --rank, or --rank-policy clamp"
+            f"give a smaller {option('rank')}, or {option('rank_policy', 'clamp')}"
         )
     alpha = float(ranks.default if policy.alpha is None else policy.alpha)
     scaling(alpha, ranks.default, policy.rslora)
@@ -255,8 +300,9 @@ def _check_coverage(plan: Plan, policy: Policy) -> None:
     if plan.coverage < policy.min_coverage:
         missed = [f"{k.name} ({k.reason})" for k in plan.kept if k.missed]
         raise InputError(
-            f"only {plan.coverage:.0%} of the layers' weights would be quantized, less than --min-coverage "
-            f"{policy.min_coverage:.0%}; kept: {listed(missed, 3)}; lower --min-coverage to accept that"
+            f"only {plan.coverage:.0%} of the layers' weights would be quantized, less than "
+            f"{option('min_coverage')} {policy.min_coverage:.0%}; kept: {listed(missed, 3)}; lower "
+            f"{option('min_coverage')} to accept that"
         )
 
 
@@ -304,14 +350,15 @@ def _bits_rules(text: str, roles: list[Role]) -> Rules[int]:
     ``int(L * (a - 2) / 2)`` of a stack's ``L`` layers have 4 bits, everything else 2.
     """
     if "." not in text or "=" in text:
-        return parse_rules("--bits", text, _bits_value)
+        return parse_rules(option("bits"), text, _bits_value)
     try:
         average = float(text)
     except ValueError:
         average = -1.0
     if not 2 <= average <= 4:
         raise UsageError(
-            f"--bits {quoted(text)}: an average must lie between 2.0 and 4.0 (the first layers get 4 bits, the rest 2)"
+            f"{option('bits')} {quoted(text)}: an average must lie between 2.0 and 4.0 (the first layers "
+            "get 4 bits, the rest 2)"
         )
     stacks = {r.stack.name: r.stack.length for r in roles if r.stack}
     rules = []
@@ -321,8 +368,8 @@ def _bits_rules(text: str, roles: list[Role]) -> Rules[int]:
             rules.append((f"{stack}.0-{first - 1}", 4))
     if average > 2 and not rules:
         raise UsageError(
-            f"--bits {text}: no stack of layers is long enough for this average ({stacks or 'no stack found'}); "
-            "give a pattern such as 'layers.0=4,2'"
+            f"{option('bits')} {text}: no stack of layers is long enough for this average "
+            f"({stacks or 'no stack found'}); give a pattern such as 'layers.0=4,2'"
         )
     return Rules(tuple(rules), 2)
 
@@ -330,15 +377,15 @@ def _bits_rules(text: str, roles: list[Role]) -> Rules[int]:
 def _bits_value(text: str) -> int:
     if text not in {str(b) for b in (*BITS, DENSE)}:
         raise UsageError(
-            f"--bits: {quoted(text)} is not a width; wanted 2, 3, 4, 8, 16 (leave dense), an average such as 2.5, "
-            "or patterns such as 'layers.0-3=4,2'"
+            f"{option('bits')}: {quoted(text)} is not a width; wanted 2, 3, 4, 8, 16 (leave dense), an average "
+            "such as 2.5, or patterns such as 'layers.0-3=4,2'"
         )
     return int(text)
 
 
 def _rank_value(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"--rank: {quoted(text)} is not a whole number of at least 1")
+        raise UsageError(f"{option('rank')}: {quoted(text)} is not a whole number of at least 1")
     return int(text)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loftq.kernels import backend
 from loftq.numerics import Metric, frobenius, truncated_svd
-from loftq.solve.loftq import check_matrix, fitting, tensor_seed
+from loftq.solve.loftq import checked, fitting, tensor_seed
 from loftq.spec import QuantSpec, SolveSpec, check_scales
 
 
@@ -38,8 +38,7 @@ def errors_by_rank(
 
     Raises: UsageError for a rank or scales that do not fit; NumericalError for values that are not finite.
     """
-    weight = weight.detach().float()
-    check_matrix(weight, max(ranks))
+    weight = checked(weight, max(ranks))
     metric = Metric() if metric is None else fitting(metric, weight)
     whole = metric.norm(weight) ** 2
     found, residual = {}, None

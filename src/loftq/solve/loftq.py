@@ -18,15 +18,18 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loftq.errors import NumericalError, UsageError
+from loftq.errors import NumericalError, UsageError, option
 from loftq.numerics import Metric, Moments, Quantized, best_factors, frobenius, product_square, truncated_svd
 from loftq.solve.rounding import Rounding
-from loftq.spec import QuantSpec, SolveSpec, check_scales
+from loftq.spec import QuantSpec, SolveSpec, check_scales, check_whole
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,7 @@ def solve(
     """
     spec = spec or SolveSpec()
     check_scales(quant, spec.scales)
-    weight = weight.detach().float()
-    check_matrix(weight, rank)
+    weight = checked(weight, rank)
     generator = torch.Generator("cpu").manual_seed(tensor_seed(spec.seed, name))
     metric = fitting(choose_metric(spec.metric, moments), weight)
     measure = _Measure(weight, fitting(moments.held, weight) if moments else None)
@@ -206,14 +208,34 @@ def preserved(
     return best_factors(weight, k, metric, method=svd, generator=generator)
 
 
-def check_matrix(weight: Tensor, rank: int) -> None:
-    """Refuse what cannot be solved: a rank that does not fit, values that are not finite."""
-    if not 1 <= rank <= min(weight.shape):
+def checked(weight: Any, rank: Any) -> Tensor:
+    """A matrix in float32, without its graph.
+
+    Raises: UsageError for what is no matrix of real numbers in memory, or a rank that does not fit it; NumericalError
+        for values that are not finite.
+    """
+    wanted = "wanted a matrix (out, in) of floating-point numbers"
+    if not isinstance(weight, Tensor):
+        raise UsageError(f"{wanted}, got {type(weight).__name__}")
+    if weight.layout != torch.strided or weight.is_nested:
+        got = "nested" if weight.is_nested else str(weight.layout).removeprefix("torch.")
+        raise UsageError(f"{wanted} in dense form, got a {got} tensor; call to_dense() on it")
+    if weight.dtype not in FLOATS:
+        raise UsageError(f"{wanted}, got {str(weight.dtype).removeprefix('torch.')}; start from full-precision weights")
+    if weight.ndim != 2 or not weight.numel():
+        cure = "; a convolution's is made one by weight.flatten(1)" if weight.ndim > 2 else ""
+        raise UsageError(f"{wanted}, got shape {tuple(weight.shape)}{cure}")
+    if weight.is_meta:
+        raise UsageError(f"{wanted} in memory, got one on the meta device, which has no values")
+    check_whole("rank", rank, 1)
+    if rank > min(weight.shape):
         raise UsageError(
             f"rank {rank} does not fit a matrix of shape {tuple(weight.shape)}; "
-            f"give --rank {min(weight.shape)} or less, or --rank-policy clamp"
+            f"give {option('rank', min(weight.shape))} or less"
         )
+    weight = weight.detach().float()
     check_finite(weight)
+    return weight
 
 
 def check_finite(tensor: Tensor) -> None:
@@ -225,7 +247,7 @@ def check_finite(tensor: Tensor) -> None:
         bad = (~finite).nonzero()
         raise NumericalError(
             f"{len(bad)} of {tensor.numel()} values are NaN or infinite, the first at {bad[0].tolist()}; "
-            "repair the checkpoint"
+            "repair the weights"
         )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq import plan as planning
-from loftq.errors import InputError, UsageError
+from loftq.errors import InputError, UsageError, option
 from loftq.formats import fsio, strict_json
 from loftq.formats.layouts import Layout
 from loftq.formats.source import check_link
@@ -94,7 +94,7 @@ def adapter_of(source: Source, layout: Layout, task_type: str | None, base: str 
     try:
         config = adapter_config(source.plan, others, source.prefix, base, task)
     except ValueError as e:
-        raise UsageError(f"--task-type {task!r}: {e}") from e
+        raise UsageError(f"{option('task_type')} {task!r}: {e}") from e
     config["fan_in_fan_out"] = layout.name != "loftq" and any(m.kind == "conv1d" for m in source.plan.matrices)
     return config
 

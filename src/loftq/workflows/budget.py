@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq import plan as planning
-from loftq.errors import UsageError
+from loftq.errors import UsageError, option
 from loftq.formats.statistics import Statistics
 from loftq.plan import Choice, Plan, Policy
 from loftq.workflows.curves import Curves, check_place, measured
@@ -20,7 +20,8 @@ def check_budget(source: Source, policy: Policy, layout: str, keep: Path | None)
     """Refuse, before anything is measured or written, what a budget cannot be spent on."""
     if layout != "loftq":
         raise UsageError(
-            f"--budget counts bytes of --format loftq, and --format {layout} takes others; leave one of them out"
+            f"{option('budget')} counts bytes of {option('format', 'loftq')}, and {option('format', layout)} takes "
+            "others; leave one of them out"
         )
     planning.limit(source.plan, policy)
     planning.check_solver(policy.budget_solver)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import loftq
-from loftq.errors import ConflictError, InputError, UsageError, listed, quoted
+from loftq.errors import ConflictError, InputError, UsageError, listed, option, quoted
 from loftq.formats import fsio
 from loftq.formats.regular import open_regular
 from loftq.formats.source import Checkpoint, open_checkpoint
@@ -27,6 +27,7 @@ from loftq.nn.collect import HELD_EVERY, Begin, Row, collect
 from loftq.nn.fisher import collect_fisher, labeler
 from loftq.nn.loading import load_tokenizer
 from loftq.numerics.device import check_device
+from loftq.spec import check_whole
 from loftq.workflows import sealed, texts
 from loftq.workflows.places import differences
 from loftq.workflows.source import open_dense, resolve
@@ -115,13 +116,22 @@ def calibrate_loaded(
         tokenizer: for all but batches; for ``fisher`` of a masked language model, for these too.
         options: ``data`` in it is not looked at.
     """
+    from transformers import PreTrainedModel
+
     check_options(options)
+    if not isinstance(model, PreTrainedModel):
+        raise UsageError(f"wanted a model of transformers, got {type(model).__name__}; give it before PEFT wraps it")
     length = length_for(model, tokenizer, options.max_length)
     if isinstance(data, (str, Path)):
         _, rows = _rows(replace(options, data=str(data)), _given(tokenizer), length)
     else:
+        if not isinstance(data, Iterable) or isinstance(data, (bytes, Mapping)):
+            raise UsageError(f"data: wanted a file, texts or batches with input_ids, got {type(data).__name__}")
         items = list(islice(data, options.samples))
         if items and isinstance(items[0], str):
+            odd = next((item for item in items if not isinstance(item, str)), None)
+            if odd is not None:
+                raise UsageError(f"data: texts, and among them {quoted(repr(odd), 60)}")
             rows = texts.rows_of_texts([(text,) for text in items], _given(tokenizer), options.samples, length)
         else:
             rows = texts.rows_of_batches(items, options.samples)
@@ -203,12 +213,16 @@ def model_identity(directory: Path, checkpoint: Checkpoint) -> dict[str, Any]:
 
 def check_options(options: CalibrateOptions) -> None:
     """UsageError for what cannot be meant."""
+    check_whole(option("samples"), options.samples, 0)
+    check_whole(option("max_length"), options.max_length, 0)
     if options.kind not in KINDS:
-        raise UsageError(f"--kind: {options.kind!r} is not one of {', '.join(KINDS)}")
+        raise UsageError(f"{option('kind')}: {options.kind!r} is not one of {', '.join(KINDS)}")
     if options.samples < HELD_EVERY:
-        raise UsageError(f"--samples: {options.samples} is less than {HELD_EVERY}, for one in {HELD_EVERY} is held out")
-    if options.max_length < 0 or options.max_length == 1:
-        raise UsageError(f"--max-length: {options.max_length} is not a number of tokens, 2 or more")
+        raise UsageError(
+            f"{option('samples')}: {options.samples} is less than {HELD_EVERY}, for one in {HELD_EVERY} is held out"
+        )
+    if options.max_length == 1:
+        raise UsageError(f"{option('max_length')}: {options.max_length} is not a number of tokens, 2 or more")
     check_device(options.device)
 
 
@@ -223,7 +237,7 @@ def length_for(model: Any, tokenizer: Any, asked: int) -> int:
         most.append(tokenizer.model_max_length)
     limit = min((int(m) for m in most if m and m > 0), default=DEFAULT_LENGTH)
     if asked > limit:
-        raise UsageError(f"--max-length: {asked} tokens are more than the {limit} that the model takes")
+        raise UsageError(f"{option('max_length')}: {asked} tokens are more than the {limit} that the model takes")
     return asked or min(DEFAULT_LENGTH, limit)
 
 
@@ -287,13 +301,13 @@ def _write(output: Path, collected: Iterator[list[Group]]) -> dict[str, Any]:
 def _check_place(output: Path, directory: Path) -> None:
     source = directory.resolve()
     if output == source or source in output.parents:
-        raise UsageError(f"{output}: is or lies in the model {source}; choose another --output")
+        raise UsageError(f"{output}: is or lies in the model {source}; choose another {option('output')}")
     if output.exists() and not output.is_dir():
-        raise ConflictError(f"{output}: exists and is not a directory; choose another --output")
+        raise ConflictError(f"{output}: exists and is not a directory; choose another {option('output')}")
     strange = [p.name for p in output.iterdir() if not _is_ours(p)] if output.exists() else []
     if strange:
         raise ConflictError(
-            f"{output}: holds what loftq did not put there ({listed(strange, 3)}); choose another --output"
+            f"{output}: holds what loftq did not put there ({listed(strange, 3)}); choose another {option('output')}"
         )
 
 
@@ -316,7 +330,7 @@ def _already_done(output: Path, identity: dict[str, Any]) -> dict[str, Any] | No
     except InputError as e:
         found, problem = {}, f"damaged ({e})"
     if problem:
-        raise ConflictError(f"{output}: {problem}; choose another --output, or delete it")
+        raise ConflictError(f"{output}: {problem}; choose another {option('output')}, or delete it")
     return found
 
 

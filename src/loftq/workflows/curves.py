@@ -17,7 +17,7 @@ import torch
 
 import loftq
 from loftq import plan as planning
-from loftq.errors import ConflictError, LoftqError, StorageError, quoted
+from loftq.errors import ConflictError, LoftqError, StorageError, option, quoted
 from loftq.formats import strict_json
 from loftq.formats.regular import shown
 from loftq.formats.statistics import Statistics
@@ -86,7 +86,7 @@ def measured(
 def check_place(keep: Path) -> None:
     """Refuse a place where curves could not be kept, before anything is measured."""
     if not keep.parent.is_dir():
-        raise StorageError(f"--curves {shown(keep)}: its directory does not exist; create it and run again")
+        raise StorageError(f"{option('curves')} {shown(keep)}: its directory does not exist; create it and run again")
     if keep.exists():
         _ours(keep)
 
@@ -140,4 +140,4 @@ def _ours(keep: Path) -> None:
     except LoftqError:
         ours = False
     if not ours:
-        raise ConflictError(f"{quoted(keep, 400)}: exists and holds no {KIND}; choose another --curves")
+        raise ConflictError(f"{quoted(keep, 400)}: exists and holds no {KIND}; choose another {option('curves')}")

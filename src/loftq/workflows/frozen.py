@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loftq.errors import InputError, LoftqError, NumericalError, StorageError, quoted
+from loftq.errors import InputError, LoftqError, NumericalError, StorageError, option, quoted
 from loftq.formats.source import Checkpoint, is_quantized_source, open_checkpoint
 from loftq.formats.statistics import Statistics
 from loftq.numerics import frobenius
 from loftq.plan import FLOATS
 from loftq.solve import fit_adapter
+from loftq.spec import SVDS, check_choice, check_whole
 from loftq.workflows.source import resolve
 
 MATRICES = ("linear", "conv1d", "embedding")
@@ -92,6 +93,10 @@ class FitOptions:
     statistics: Statistics | None = None
     svd: str = "auto"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice(option("svd"), self.svd, SVDS)
+        check_whole(option("seed"), self.seed, 0)
 
 
 @dataclass(frozen=True)

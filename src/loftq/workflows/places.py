@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from loftq.errors import ConflictError, InputError, LoftqError, StorageError, UsageError, listed, quoted
+from loftq.errors import ConflictError, InputError, LoftqError, StorageError, UsageError, listed, option, quoted
 from loftq.formats import fsio, strict_json
 from loftq.workflows import sealed
 from loftq.workflows.manifest import MANIFEST, checked
@@ -22,7 +22,7 @@ def check_places(source: Path, work: Workspace, output: Path) -> None:
     real_source = source.resolve()
     for path in (output, work.root):
         if path == real_source or real_source in path.parents or path in real_source.parents:
-            raise UsageError(f"{path}: is, holds or lies in the source {source}; choose another --output")
+            raise UsageError(f"{path}: is, holds or lies in the source {source}; choose another {option('output')}")
     if os.path.ismount(output):
         raise UsageError(f"{output}: a mount point, where no rename can put the result; choose a directory in it")
 
@@ -44,7 +44,7 @@ def already_done(
         return None
     if not (output / mark).is_file():
         kind = "a directory that loftq did not make" if output.is_dir() else "not a directory"
-        raise ConflictError(f"{output}: exists and is {kind}; choose another --output")
+        raise ConflictError(f"{output}: exists and is {kind}; choose another {option('output')}")
     try:
         found = check(sealed.load(output / mark), output / mark)
         changed = listed(differences(found["identity"], identity))
@@ -57,8 +57,8 @@ def already_done(
     if overwrite:
         return None
     problem = f"made by another command ({changed})" if changed else f"damaged ({damaged})"
-    cure = "--overwrite" if mark == MANIFEST else "remove it"
-    raise ConflictError(f"{output}: {problem}; choose another --output, or {cure}")
+    cure = option("overwrite", True) if mark == MANIFEST else "remove it"
+    raise ConflictError(f"{output}: {problem}; choose another {option('output')}, or {cure}")
 
 
 def differences(old: Any, new: dict[str, Any], path: str = "") -> Iterator[str]:

@@ -17,7 +17,7 @@ import torch
 
 import loftq
 from loftq import plan as planning
-from loftq.errors import ConflictError, InputError, LoftqError, StorageError, UsageError
+from loftq.errors import ConflictError, InputError, LoftqError, StorageError, UsageError, option
 from loftq.formats import fsio
 from loftq.formats.layouts import LAYOUTS, Layout
 from loftq.formats.statistics import Statistics
@@ -26,7 +26,7 @@ from loftq.nn import collect
 from loftq.numerics.device import check_device
 from loftq.plan import Matrix, Policy
 from loftq.solve import ordered_map
-from loftq.spec import check_statistics, statistics_kind
+from loftq.spec import check_choice, check_flag, check_statistics, check_whole, statistics_kind
 from loftq.workflows.assemble import Job, adapter_of, assemble, is_unchanged, source_identity
 from loftq.workflows.budget import check_budget, within_budget
 from loftq.workflows.calibrate import STATISTICS, CalibrateOptions, open_or_collect
@@ -58,6 +58,13 @@ class QuantizeOptions:
     calibration_samples: int = 128
     statistics: Path | None = None  # where collected ones go; None: beside the output
     curves: Path | None = None  # where the error curves of a budget are kept; None: in the workspace
+
+    def __post_init__(self) -> None:
+        check_choice(option("format"), self.format, tuple(LAYOUTS))
+        check_whole(option("workers"), self.workers, 0)
+        check_whole(option("max_shard_bytes"), self.max_shard_bytes, 1)
+        check_whole(option("calibration_samples"), self.calibration_samples, collect.HELD_EVERY)
+        check_flag(option("overwrite"), self.overwrite)
 
 
 Progress = Callable[[dict[str, Any]], None]  # called with the report of each matrix
@@ -92,7 +99,7 @@ def quantize(
     if options.policy.budget:
         check_budget(source, options.policy, layout.name, options.curves)
     elif options.curves:
-        raise UsageError("--curves is of a budget; give one: --budget 2.5")
+        raise UsageError(f"{option('curves')} is of a budget; give one: {option('budget', 2.5)}")
     already_done(output, {}, overwrite=True)  # refuses what is no result of ours, before the texts are run
     statistics = _statistics(model, output, options, begin_calibration)
     job = _job(source, layout, _identity(source, layout, options, statistics), options)
@@ -200,7 +207,7 @@ def _check_space(job: Job, work: Workspace) -> None:
     if wanted * 1.05 > free:
         raise StorageError(
             f"{work.root}: no space: needs about {wanted * 1.05 / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; "
-            "free some space, or choose another --output"
+            f"free some space, or choose another {option('output')}"
         )
 
 

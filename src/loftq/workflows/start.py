@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, ValidationError
 
 import loftq
-from loftq.errors import InputError, LoftqError, StorageError, UsageError, quoted
+from loftq.errors import InputError, LoftqError, StorageError, UsageError, option, quoted
 from loftq.formats import fsio
 from loftq.formats.regular import shown
 from loftq.formats.tensorfile import Entry, dtype_name, encode_header, read_chunks, read_header, tensor_bytes
@@ -159,7 +159,7 @@ def _adapter_config(plan: Plan, source: Source, model: Any, base: str, options: 
     try:
         config = adapter_config(plan, [*others, *source.kept_modules], prefix, base, task)
     except ValueError as e:
-        raise UsageError(f"--task-type {task!r}: {e}") from e
+        raise UsageError(f"{option('task_type')} {task!r}: {e}") from e
     config["fan_in_fan_out"] = any(isinstance(model.get_submodule(name), Conv1D) for name in chosen)
     return config
 

@@ -5,7 +5,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loftq.errors import InputError, StorageError, UsageError, listed, quoted
+from loftq.errors import InputError, StorageError, UsageError, command, listed, option, quoted
 from loftq.nn.collect import HELD_EVERY, Row
 from loftq.workflows.source import HUB_ID
 
@@ -103,6 +103,8 @@ def rows_of_batches(batches: Iterable[Mapping[str, Any]], samples: int) -> list[
     """The first ``samples`` rows of batches as a DataLoader gives them, without their padding."""
     rows: list[Row] = []
     for batch in batches:
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            raise UsageError(f"data: wanted texts, or batches with input_ids, got {type(batch).__name__}")
         ids = batch["input_ids"]
         masks = batch.get("attention_mask")
         for i in range(min(len(ids), samples - len(rows))):
@@ -119,7 +121,7 @@ def checked(rows: Sequence[Row], place: str) -> list[Row]:
     if len(good) < HELD_EVERY:
         raise InputError(
             f"{place}: too little text: {len(good)} samples, wanted {HELD_EVERY} or more, for one in {HELD_EVERY} is "
-            "held out; give more text, or a smaller --max-length"
+            f"held out; give more text, or a smaller {option('max_length')}"
         )
     return good
 
@@ -132,10 +134,10 @@ def spread(count: int, wanted: int) -> list[int]:
 def _columns(place: str, dataset: "Dataset", column: str | None) -> list[str]:
     names = [name.strip() for name in (column or TEXT).split(",")]
     if len(names) > 2 or not all(names):
-        raise UsageError(f"--column: {quoted(column)} is not a column, or two with a comma between")
+        raise UsageError(f"{option('column')}: {quoted(column)} is not a column, or two with a comma between")
     missing = [name for name in names if name not in dataset.column_names]
     if missing:
-        cure = "" if column else "; name the column of the texts: loftq calibrate --column"
+        cure = "" if column else f"; name the column of the texts: {command('calibrate', column='NAME')}"
         raise InputError(f"{place}: no column {listed(missing)}; it has {listed(dataset.column_names)}{cure}")
     if not len(dataset):
         raise InputError(f"{place}: no rows; it is empty")
@@ -176,5 +178,7 @@ def _cut(ids: list[int], around: tuple[list[int], list[int]], max_length: int) -
     before, after = around
     room = max_length - len(before) - len(after)
     if room < 1:
-        raise UsageError(f"--max-length: {max_length} leaves no room beside {len(before) + len(after)} special tokens")
+        raise UsageError(
+            f"{option('max_length')}: {max_length} leaves no room beside {len(before) + len(after)} special tokens"
+        )
     return [{"input_ids": [*before, *ids[i : i + room], *after]} for i in range(0, len(ids), room)]

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from loftq.errors import InputError, LoftqError, NumericalError, StorageError, quoted
+from loftq.errors import InputError, LoftqError, NumericalError, StorageError, option, quoted
 from loftq.formats import fsio
 from loftq.formats.layouts import Layout
 from loftq.formats.source import Checkpoint
@@ -92,7 +92,8 @@ def naming(matrix: Matrix) -> Iterator[None]:
         if isinstance(e, RuntimeError) and "memory" not in str(e):
             raise
         raise StorageError(
-            f"{quoted(matrix.name)}: not enough memory for a matrix of shape {matrix.shape}; use fewer --workers"
+            f"{quoted(matrix.name)}: not enough memory for a matrix of shape {matrix.shape}; use fewer "
+            f"{option('workers')}"
         ) from e
 
 
