@@ -114,7 +114,7 @@ def test_a_matrix_that_is_not_changed_by_anything_gets_the_cheapest():
 
 def test_the_optimum_needs_scipy_and_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(UsageError, match=r"milp needs SciPy: pip install 'loftq\[budget\]'"):
+    with pytest.raises(UsageError, match=r"milp' needs SciPy: pip install 'loftq\[budget\]'"):
         allocate(curves(2), 10**9, "milp")
 
 
