@@ -25,7 +25,7 @@ from harness import ROOT, environment
 from loftq import plan as planning
 from loftq.numerics import dequantize
 from loftq.plan import Plan, Policy
-from loftq.solve import solve
+from loftq.solver import solve
 from loftq.spec import SolveSpec
 from loftq.workflows.curves import Curves, measured
 from loftq.workflows.source import Source, open_source

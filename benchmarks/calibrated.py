@@ -34,7 +34,7 @@ from fitted import RANK, WIDTHS, Model, minilm
 from harness import ROOT, environment
 from loftq.formats.statistics import Statistics
 from loftq.numerics import dequantize
-from loftq.solve import solve
+from loftq.solver import solve
 from loftq.spec import QuantSpec, SolveSpec, code_for, solve_spec, stored_bytes
 
 GOALS = {2: 0.40, 3: 0.50, 4: 0.60}

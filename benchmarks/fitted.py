@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from harness import ROOT, environment
 from loftq.numerics import dequantize
-from loftq.solve import Solution, solve
+from loftq.solver import Solution, solve
 from loftq.spec import QuantSpec, SolveSpec, stored_bytes
 
 RANK, STEPS, WIDTHS = 16, 5, (2, 3, 4)

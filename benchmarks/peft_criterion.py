@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from harness import ROOT, environment
 from loftq.numerics import dequantize, quantize, truncated_svd
-from loftq.solve import solve
+from loftq.solver import solve
 from loftq.spec import QuantSpec, SolveSpec
 
 QUANT = QuantSpec(bits=4, scale_dtype="float32")

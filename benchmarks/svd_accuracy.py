@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 from loftq.numerics import lowrank
-from loftq.solve import solve
+from loftq.solver import solve
 from loftq.spec import QuantSpec, SolveSpec
 
 MATRICES = {  # name: family, rows, columns

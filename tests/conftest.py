@@ -9,7 +9,7 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-install_import_hook(["loftq.numerics", "loftq.solve"], "beartype.beartype")
+install_import_hook(["loftq.numerics", "loftq.solver"], "beartype.beartype")
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ import typer
 
 import loftq.cli
 import loftq.report.tables
-import loftq.solve
+import loftq.solver
 import models
 from loftq.formats import fsio
 from loftq.nn import skeleton
@@ -33,7 +33,7 @@ from loftq.workflows.quantize import QuantizeOptions, quantize
 torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
 tqdm.tqdm.set_lock(threading.RLock())  # its own is one for all forks: who is killed with it keeps it from all others
 for bits in (2, 3, 4):  # loads the compiled kernels
-    loftq.solve.solve(torch.eye(8), QuantSpec(bits=bits), 2, SolveSpec(steps=2))
+    loftq.solver.solve(torch.eye(8), QuantSpec(bits=bits), 2, SolveSpec(steps=2))
 with contextlib.suppress(typer.Exit):  # typer imports half of itself when it parses
     typer.main.get_command(loftq.cli.app).make_context("loftq", ["plan", "--bits", "2"], resilient_parsing=True)
 HANGS = signal.SIGUSR1  # makes a child write the stacks of its threads

@@ -29,15 +29,15 @@ if TYPE_CHECKING:
     from loftq.formats.statistics import Statistics
     from loftq.nn.start import load_start
     from loftq.plan import Policy
-    from loftq.solve import Solution, solve
+    from loftq.solver import Solution, solve
     from loftq.spec import QuantSpec, SolveSpec
 
 _PUBLIC = {
     "Policy": "loftq.plan",
     "QuantSpec": "loftq.spec",
     "SolveSpec": "loftq.spec",
-    "Solution": "loftq.solve",
-    "solve": "loftq.solve",
+    "Solution": "loftq.solver",
+    "solve": "loftq.solver",
     "Statistics": "loftq.formats.statistics",
     "calibrate": "loftq.api",
     "get_peft_model": "loftq.api",

@@ -17,7 +17,7 @@ from loftq.formats.statistics import Statistics
 from loftq.nn.convert import convert
 from loftq.numerics import Moments
 from loftq.plan import Matrix, Policy
-from loftq.solve import Solution, checked, solve
+from loftq.solver import Solution, checked, solve
 from loftq.spec import QuantSpec, SolveSpec, check_statistics, check_whole, code_for, solve_spec
 from loftq.workflows.frozen import FitOptions, replace
 from loftq.workflows.quantize import QuantizeOptions

@@ -96,7 +96,7 @@ class SolveSpec:
         metric: in which norm the start is close: of the ``weights`` themselves, or of what they do to the inputs of a
             calibration, by the ``diagonal`` of their second moments or by these in ``full``; ``fisher`` weights rows
             and columns by the mean squared gradients of the loss.
-        rounding: how Q is found; see :class:`loftq.solve.rounding.Rounding`.
+        rounding: how Q is found; see :class:`loftq.solver.rounding.Rounding`.
         start: the adapter that Q is first made for: ``zero``, or the directions of W that are worth more ``preserved``
             than their share of the quantization error (SRR, arXiv 2602.02001).
     """

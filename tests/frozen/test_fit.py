@@ -5,7 +5,7 @@ import torch
 
 from loftq.errors import NumericalError, UsageError
 from loftq.numerics import Metric, Moments, product_square
-from loftq.solve import fit_adapter, solve
+from loftq.solver import fit_adapter, solve
 from loftq.spec import QuantSpec, SolveSpec
 
 SHAPE, RANK = (24, 40), 4

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loftq.numerics import dequantize, encode, quantize
 from loftq.numerics.codebooks import midpoints
-from loftq.solve import solve
+from loftq.solver import solve
 from loftq.spec import QuantSpec, SolveSpec
 
 DIRECTORY = os.environ.get("LOFTQ_PEFT018", "")

@@ -6,7 +6,7 @@ import reference
 import torch
 
 from loftq.numerics import dequantize, levels, quantize
-from loftq.solve import solve
+from loftq.solver import solve
 from loftq.spec import QuantSpec, SolveSpec
 
 QUANTIZERS = {"nf": reference.normal_float, "uniform": reference.uniform, "uniform-tensor": reference.uniform_tensor}

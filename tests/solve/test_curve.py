@@ -5,7 +5,7 @@ import torch
 
 from loftq.errors import NumericalError, UsageError
 from loftq.numerics import Metric, best_factors, dequantize
-from loftq.solve import errors_by_rank, solve
+from loftq.solver import errors_by_rank, solve
 from loftq.spec import QuantSpec, SolveSpec
 
 QUANTS = [QuantSpec(bits=2), QuantSpec(bits=3, block_size=32), QuantSpec(bits=4, code="affine", double_quant=True)]

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from loftq.solve import ordered_map, solve
+from loftq.solver import ordered_map, solve
 from loftq.spec import QuantSpec, SolveSpec
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from loftq.errors import UsageError
 from loftq.kernels import reference
 from loftq.numerics import Metric, Moments, best_factors, beyond, dequantize, feedback, quantize
-from loftq.solve import Solution, rounding, solve
-from loftq.solve.loftq import preserved, tensor_seed
+from loftq.solver import Solution, rounding, solve
+from loftq.solver.loftq import preserved, tensor_seed
 from loftq.spec import PRESETS, QuantSpec, SolveSpec, check_statistics, solve_spec
 
 ROWS, COLUMNS, RANK = 48, 72, 6
@@ -266,7 +266,7 @@ def test_presets_and_what_may_differ_from_them() -> None:
 
 def test_the_reference_back_end_solves_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = solved("descent", moments_for("descent"))
-    monkeypatch.setattr("loftq.solve.rounding.backend", lambda device: reference)
+    monkeypatch.setattr("loftq.solver.rounding.backend", lambda device: reference)
     plain = solved("descent", moments_for("descent"))
     assert torch.equal(compiled.quantized.codes, plain.quantized.codes)
     assert compiled.output_errors == plain.output_errors

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import loftq.solve
+import loftq.solver
 from loftq import codes
 from loftq.errors import NumericalError, UsageError
 from loftq.numerics import Metric, best_factors, dequantize
-from loftq.solve import Solution
-from loftq.solve import loftq as module
+from loftq.solver import Solution
+from loftq.solver import loftq as module
 from loftq.spec import QuantSpec, SolveSpec, scaling
 from quantizers import WIDTHS, Fitted, quantize
 
@@ -38,7 +38,7 @@ quants = pytest.mark.parametrize("quant", QUANTS.values(), ids=QUANTS)
 
 def solve(w: Tensor, quant: QuantSpec, rank: int, spec: SolveSpec | None = None, name: str = "") -> Solution:
     spec = spec or SolveSpec()
-    return loftq.solve.solve(
+    return loftq.solver.solve(
         w, quant, rank, replace(spec, scales="fitted") if isinstance(quant, Fitted) else spec, name
     )
 

@@ -17,7 +17,7 @@ from loftq.nn.layers import PackedWeight, pack_like, replace_module
 from loftq.nn.start import wrap
 from loftq.numerics import encode
 from loftq.plan import Matrix, Plan, Policy
-from loftq.solve import Solution, check_finite, ordered_map, solve
+from loftq.solver import Solution, check_finite, ordered_map, solve
 from loftq.spec import check_statistics
 
 # Of the adapter's configuration, what PEFT does not set itself.

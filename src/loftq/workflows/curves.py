@@ -23,7 +23,7 @@ from loftq.formats.regular import shown
 from loftq.formats.statistics import Statistics
 from loftq.numerics import Moments
 from loftq.plan import Candidate, Choice, Matrix, Policy
-from loftq.solve import errors_by_rank, ordered_map
+from loftq.solver import errors_by_rank, ordered_map
 from loftq.workflows import sealed
 from loftq.workflows.assemble import source_identity
 from loftq.workflows.source import Source

@@ -17,7 +17,7 @@ from loftq.formats.source import Checkpoint, is_quantized_source, open_checkpoin
 from loftq.formats.statistics import Statistics
 from loftq.numerics import frobenius
 from loftq.plan import FLOATS
-from loftq.solve import fit_adapter
+from loftq.solver import fit_adapter
 from loftq.spec import SVDS, check_choice, check_whole
 from loftq.workflows.source import resolve
 

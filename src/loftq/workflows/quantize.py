@@ -25,7 +25,7 @@ from loftq.formats.tensorfile import file_size
 from loftq.nn import collect
 from loftq.numerics.device import check_device
 from loftq.plan import Matrix, Policy
-from loftq.solve import ordered_map
+from loftq.solver import ordered_map
 from loftq.spec import check_choice, check_flag, check_statistics, check_whole, statistics_kind
 from loftq.workflows.assemble import Job, adapter_of, assemble, is_unchanged, source_identity
 from loftq.workflows.budget import check_budget, within_budget

@@ -22,7 +22,7 @@ from loftq.formats.tensorfile import Entry, encode_header, tensor_bytes
 from loftq.nn.adapter import adapter_product, adapter_shapes, adapter_tensors
 from loftq.numerics import Metric, Moments, frobenius
 from loftq.plan import Kept, Matrix, Plan
-from loftq.solve import check_finite, solve
+from loftq.solver import check_finite, solve
 from loftq.workflows import sealed
 
 logger = logging.getLogger("loftq")

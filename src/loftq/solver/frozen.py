@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loftq.errors import NumericalError
 from loftq.numerics import Metric, Moments, best_factors, frobenius, product_square
-from loftq.solve.loftq import check_finite, checked, fitting, tensor_seed, zero_start
+from loftq.solver.loftq import check_finite, checked, fitting, tensor_seed, zero_start
 
 LARGEST_TERM = 1 + 1e-3  # of the error: with G = I the term is a projection of it, and no larger but for rounding
 

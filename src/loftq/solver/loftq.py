@@ -11,7 +11,7 @@ With fitted scales it is monotone: the scales of Q_{t-1} are among those that Q_
 a step leaves more of W than the other half did.
 
 The methods that came after it are the same alternation, in another metric (:class:`loftq.numerics.Metric`) and with
-another rounding (:class:`loftq.solve.rounding.Rounding`).
+another rounding (:class:`loftq.solver.rounding.Rounding`).
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from loftq.errors import NumericalError, UsageError, option
 from loftq.numerics import Metric, Moments, Quantized, best_factors, frobenius, product_square, truncated_svd
-from loftq.solve.rounding import Rounding
+from loftq.solver.rounding import Rounding
 from loftq.spec import QuantSpec, SolveSpec, check_scales, check_whole
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loftq.kernels import backend
 from loftq.numerics import Metric, frobenius, truncated_svd
-from loftq.solve.loftq import checked, fitting, tensor_seed
+from loftq.solver.loftq import checked, fitting, tensor_seed
 from loftq.spec import QuantSpec, SolveSpec, check_scales
 
 
@@ -34,7 +34,7 @@ def errors_by_rank(
 
     Args:
         metric: the Frobenius norm if not given.
-        spec, name: as :func:`loftq.solve.solve` takes them.
+        spec, name: as :func:`loftq.solver.solve` takes them.
 
     Raises: UsageError for a rank or scales that do not fit; NumericalError for values that are not finite.
     """
