@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from harness import FLAGS, cli, refused, run, tiny_source
-from loftq.errors import LoftqError
+from loftq.errors import InputError, LoftqError
 from loftq.formats import fsio
 from loftq.recipe import read
 from loftq.report.inspect import inspection
 from loftq.report.tables import print_inspection
 from loftq.workflows import sealed
 from loftq.workflows.check import read_manifest, verify
+from loftq.workflows.compare import read_rows
+from loftq.workflows.run import Run, RunResult
 
 MUTANTS = 300
 VALUES = [
@@ -230,3 +232,43 @@ def test_every_verb_on_a_hostile_manifest(out, finished, tmp_path, kind):
     for verb in verbs:
         refused(cli(*verb), 3, "loftq_manifest.json")
     refused(cli("quantize", finished.parent / "source", "-o", out, *FLAGS), 5, "damaged", "--overwrite")
+
+
+RESULT = {
+    "task": "t",
+    "method": "m",
+    "seed": 0,
+    "metrics": {"a": 1.0, "b": float("nan"), "n": 5},
+    "splits": ["v"],
+    "history": [{"step": 1, "loss": None}],
+    "steps": 3,
+    "epochs": 1.0,
+    "seconds": 1.5,
+    "learning_rate": 1e-4,
+    "bytes": {"backbone": 3},
+    "base": "x",
+    "processes": 1,
+    "device": "cpu",
+    "versions": {"torch": "3"},
+}
+
+
+def test_results_of_runs(tmp_path):
+    place = Run(tmp_path)
+    place.finish(RunResult(**RESULT))
+    assert place.result().metrics["n"] == 5
+    sound, rng = json.loads(place.metrics.read_bytes()), random.Random(20261201)
+    codes = []
+    for _ in range(MUTANTS):
+        fsio.write_json(place.metrics, mutant(sound, rng))
+        codes.append(outcome(place.result))
+    assert set(codes) == {0, 3}
+    fsio.write_json(place.metrics, {**sound, "metrics": []})
+    assert outcome(place.result) == 3
+
+
+@pytest.mark.parametrize("line", ["[]", "{}", '{"key": []}', '{"key": NaN}', "[" * 5000])
+def test_rows_of_comparisons(tmp_path, line):
+    (tmp_path / "rows.jsonl").write_text(f'{{"key": "a"}}\n{line}\n')
+    with pytest.raises(InputError, match=r"rows\.jsonl, line 2: "):
+        read_rows(tmp_path / "rows.jsonl")

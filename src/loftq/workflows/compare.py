@@ -19,6 +19,7 @@ import torch
 import loftq
 from loftq.errors import ConflictError, InputError, NumericalError, UsageError, quoted
 from loftq.formats import fsio, strict_json
+from loftq.formats import text as texts
 from loftq.formats.source import open_checkpoint
 from loftq.formats.tensorfile import DTYPES
 from loftq.nn.loading import load_tokenizer
@@ -38,6 +39,8 @@ from loftq.workflows.verdict import constant_answer, failure
 
 # Of a quantization, what settings() tells in words of its own; of the rest, all that is not the default.
 TOLD = {"bits", "budget", "code", "preset", "steps", "order", "scales", "calibrate", "calibration_samples"}
+
+MOST_BYTES = 1 << 30  # of all rows together, each with its curve
 
 Row = dict[str, Any]
 # Given the number of runs; what it returns, the row of every run, and None while it waits for other processes.
@@ -127,9 +130,9 @@ def read_rows(file: Path) -> list[Row]:
     if not file.exists():
         return []
     rows = []
-    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+    for number, line in enumerate(texts.read(file, "JSON lines", MOST_BYTES).splitlines(), 1):
         row = strict_json.loads(line, f"{file}, line {number}")
-        if not isinstance(row, dict) or "key" not in row:
+        if not isinstance(row, dict) or not isinstance(row.get("key"), str):
             raise InputError(f"{file}, line {number}: no row of a comparison; remove the line to run it again")
         rows.append(row)
     return rows

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from loftq import recipe as recipes
 from loftq.errors import ConflictError, InputError, listed, quoted
 from loftq.formats import fsio, strict_json
@@ -134,8 +136,13 @@ class Run:
         if values.keys() != wanted:
             odd = listed(sorted(values.keys() ^ wanted))
             raise InputError(f"{self.metrics}: {odd} unknown or missing; not written by this loftq")
-        numbers = {name: math.nan if value is None else value for name, value in values["metrics"].items()}
-        return RunResult(**{**values, "metrics": numbers})
+        try:
+            numbers = {name: math.nan if value is None else value for name, value in values["metrics"].items()}
+            found = {**values, "metrics": numbers}
+            TypeAdapter(RunResult).validate_python(found)
+        except (AttributeError, ValidationError) as e:
+            raise InputError(f"{self.metrics}: fields of the wrong type; not written by this loftq") from e
+        return RunResult(**found)
 
     def finish(self, result: RunResult) -> None:
         """Written last: a run without it is not finished."""
