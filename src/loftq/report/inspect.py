@@ -48,11 +48,11 @@ def plot(inspected: dict[str, Any], file: Path) -> None:
     left.bar(at, [judged(m)[0] for m in matrices], color="#2b6cb0", width=0.55, label="with the start")
     calibrated = all("output_errors" in m for m in matrices)
     left.set(
-        xlabel="matrix, in the order of the model",
+        xlabel="matrix, in the order of the table",
         ylabel="||(W - Q - s·BA) X|| / ||W X||, tokens held out" if calibrated else "||W - Q - s·BA|| / ||W||",
         title="Error of every matrix",
     )
-    left.legend(loc="lower right")
+    figure.legend(loc="outside lower left", ncols=2)
     for m in matrices:
         trace = m.get("output_errors", m["errors"])
         relative = [e / trace[0] if trace[0] else 0.0 for e in trace]

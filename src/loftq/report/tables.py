@@ -12,11 +12,14 @@ from loftq.report.inspect import judged, warnings
 
 MOST_OF_A_CELL = 2000  # characters; a tensor's name has half of that at most
 
+WIDE = 10_000  # columns of a file or a pipe
+NAME = 44  # columns that a matrix's name is given, before it is folded for the sake of others
+
 
 def console() -> Console:
-    """Without markup: names and paths may have brackets in them."""
+    """Without markup: names and paths may have brackets in them. What no terminal shows is as wide as it needs."""
     out = Console(highlight=False, markup=False)
-    return out if out.is_terminal else Console(highlight=False, markup=False, width=160)
+    return out if out.is_terminal else Console(highlight=False, markup=False, width=WIDE)
 
 
 class _Table(Table):
@@ -79,39 +82,49 @@ def _is_vector(row: dict[str, Any]) -> bool:
 
 
 def print_inspection(inspected: dict[str, Any]) -> None:
-    """Every matrix and the totals of a LoftQ checkpoint."""
-    columns = [
-        ("matrix", "left"),
-        ("shape", "right"),
-        ("bits", "right"),
-        ("rank", "right"),
-        ("bytes", "right"),
-    ]
-    calibrated = any("output_errors" in m for m in inspected["matrices"])
-    outputs = [("outputs alone", "right"), ("outputs", "right")] if calibrated else []
-    weights = [("alone", "right"), ("started", "right"), *outputs, ("step", "right"), ("error per step", "left")]
-    table = plain_table(*columns, *weights)
-    for m in inspected["matrices"]:
-        trace = " ".join(f"{e:.4f}" for e in m.get("output_errors", m["errors"])[1:])
-        measured = [f"{e:.4f}" for e in judged(m)[1::-1]] if "output_errors" in m else [""] * len(outputs)
-        table.add_row(
-            m["name"],
-            "x".join(map(str, m["shape"])),
-            str(m["bits"]),
-            str(m["rank"]),
-            f"{m['bytes']:,}",
-            f"{m['qlora_error']:.4f}",
-            f"{m['errors'][m['kept']]:.4f}",
-            *measured,
-            f"{m['kept']}/{len(m['errors']) - 1}",
-            trace,
-        )
+    """Every matrix and the totals of a LoftQ checkpoint; in a narrow terminal, without the less important columns."""
     out = console()
+    columns = _inspected(inspected["matrices"])
+    left_out, named = [], min(NAME, max((len(m["name"]) for m in inspected["matrices"]), default=0))
+    for name in ("error per step", "step", "bytes", "shape", "outputs alone", "outputs"):
+        width = sum(2 + max(map(len, (heading, *cells))) for heading, cells in columns.items())
+        if width + named <= out.width:
+            break
+        if columns.pop(name, None):
+            left_out.append(name)
+    table = _Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("matrix", overflow="fold")
+    for heading in columns:
+        table.add_column(heading, justify="left" if heading == "error per step" else "right", no_wrap=True)
+    for matrix, *cells in zip(inspected["matrices"], *columns.values(), strict=True):
+        table.add_row(matrix["name"], *cells)
     out.print(table)
+    if left_out:
+        out.print(Text(f"Left out, for the terminal is narrow: {', '.join(left_out)}; --json has them.", "dim"))
     out.print()
     out.print(_totals(inspected["totals"]))
     for line in inspected["warnings"]:
         out.print(Text("warning:", "yellow"), visible(line))
+
+
+def _inspected(matrices: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Heading -> a cell for each matrix."""
+    columns = {
+        "shape": ["x".join(map(str, m["shape"])) for m in matrices],
+        "bits": [str(m["bits"]) for m in matrices],
+        "rank": [str(m["rank"]) for m in matrices],
+        "bytes": [f"{m['bytes']:,}" for m in matrices],
+        "alone": [f"{m['qlora_error']:.4f}" for m in matrices],
+        "started": [f"{m['errors'][m['kept']]:.4f}" for m in matrices],
+    }
+    if any("output_errors" in m for m in matrices):
+        pairs = [[f"{e:.4f}" for e in judged(m)[1::-1]] if "output_errors" in m else ["", ""] for m in matrices]
+        columns |= {"outputs alone": [pair[0] for pair in pairs], "outputs": [pair[1] for pair in pairs]}
+    columns["step"] = [f"{m['kept']}/{len(m['errors']) - 1}" for m in matrices]
+    columns["error per step"] = [
+        " ".join(f"{e:.4f}" for e in m.get("output_errors", m["errors"])[1:]) for m in matrices
+    ]
+    return columns
 
 
 def print_summary(output: Path, manifest: dict[str, Any], made: bool) -> None:
@@ -163,7 +176,9 @@ def _change(gained: float) -> str:
 
 
 def _totals(t: dict[str, Any]) -> Table:
-    table = plain_table(("", "left"), ("", "right"))
+    table = _Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold", justify="right")
     gained = 1 - t["error"] / t["qlora_error"] if t["qlora_error"] else 0.0
     rows = {
         "quantized": f"{t['matrices']} matrices, {t['quantized_weights']:,} of {t['parameters']:,} parameters",

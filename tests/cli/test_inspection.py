@@ -1,0 +1,65 @@
+"""The table of ``loftq inspect``: at any width, bits, rank and the error with and without the start, never cut."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from loftq.report import tables
+
+TOTALS = {
+    "matrices": 2,
+    "quantized_weights": 6_476_005_376,
+    "parameters": 6_738_415_616,
+    "bits_per_weight": 2.25,
+    "disk_bytes": 2.5e9,
+    "adapter_bytes": 3.2e8,
+    "compression": 5.3,
+    "trainable_share": 0.024,
+    "qlora_error": 0.5662,
+    "error": 0.4501,
+}
+
+
+def matrix(name: str, **more: object) -> dict:
+    errors = [0.5662, 0.5111, 0.4822, 0.4733, 0.4644, 0.4501]
+    return {
+        "name": name, "shape": [4096, 11008], "bits": 2, "rank": 64, "alpha": 16.0, "bytes": 12_682_240,
+        "errors": errors, "kept": 5, "qlora_error": 0.5662, **more,
+    }  # fmt: skip
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, width: int, **more: object) -> str:
+    out = io.StringIO()
+    monkeypatch.setattr(tables, "console", lambda: Console(file=out, width=width, highlight=False, markup=False))
+    names = ("model.layers.0.self_attn.q_proj.weight", "model.layers.31.mlp.down_proj.weight")
+    tables.print_inspection({"matrices": [matrix(n, **more) for n in names], "totals": TOTALS, "warnings": []})
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("width", [60, 80, 120, 10_000])
+def test_no_number_is_cut(monkeypatch, width, calibrated):
+    more = {"output_errors": [0.7123, 0.3, 0.29, 0.28, 0.27, 0.2626], "output_norm": 1.0} if calibrated else {}
+    text = shown(monkeypatch, width, **more)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    for row in [line for line in text.splitlines() if line.startswith("model.")]:
+        assert {"2", "64", "0.5662", "0.4501"} <= set(row.split())
+    words = " ".join(text.split())
+    for number in ("6,476,005,376", "6,738,415,616", "2,500.0", "320.0", "5.30x", "2.40%", "0.5662", "20.5%"):
+        assert number in words
+    assert ("12,682,240" in words) == (width > 100)
+    if width > 200:
+        assert "0.5111" in words or calibrated
+        assert "Left out" not in words
+
+
+def test_at_80_columns_names_are_whole(monkeypatch):
+    text = shown(monkeypatch, 80)
+    assert "model.layers.0.self_attn.q_proj.weight" in text
+    assert "Left out, for the terminal is narrow: error per step" in text
+
+
+def test_a_pipe_is_as_wide_as_it_needs():
+    assert tables.console().width == tables.WIDE
