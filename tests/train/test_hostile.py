@@ -5,7 +5,7 @@ import os
 import shutil
 import socket
 
-import datasets  # noqa: F401  # imported once, before the first fork
+import datasets  # imported once, before the first fork
 import huggingface_hub.constants
 import pytest
 import tiny
@@ -59,7 +59,7 @@ def said_yes(place):
         read, write = os.pipe()
         os.write(write, b"y\n" * 100)
         os.dup2(read, 0)
-        huggingface_hub.constants.HF_HUB_OFFLINE = False
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = False
 
         def connect(*_, **__):
             (place / "reached").touch()
@@ -130,6 +130,16 @@ def test_a_tokenizer_that_is_nothing_without_its_code(place, monkeypatch):
     with pytest.raises(InputError, match=r"no tokenizer that can be read: .*custom code"):
         load_tokenizer(model)
     assert not (place / "ran").exists()
+
+
+def test_no_tokenizer_is_made_up(place):
+    """transformers gives one that knows no word, and training goes on with it."""
+    model = place / "bare"
+    shutil.copytree(place / "model", model)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    with pytest.raises(InputError, match=r"none of .*tokenizer\.json.* is there; fetch the tokenizer's files"):
+        load_tokenizer(model)
 
 
 def test_what_steers_transformers_is_not_taken_from_a_file(place):

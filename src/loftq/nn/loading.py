@@ -8,8 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from loftq.errors import InputError, LoftqError, UsageError, quoted
+from loftq.errors import InputError, LoftqError, UsageError, listed, quoted
 from loftq.nn import skeleton
+
+# How files with a tokenizer's tokens are called, beside the names that its class has for them: beginnings, endings.
+VOCABULARIES = ("tokenizer.", "vocab", "merges", "tekken", "bpe"), (".model", ".tiktoken", ".spm")
 
 
 @contextlib.contextmanager
@@ -73,6 +76,15 @@ def load_tokenizer(directory: Path) -> Any:
         raise InputError(f"{quoted(directory, 400)}: no tokenizer that can be read: {skeleton.first_line(e)}") from e
     if not isinstance(found, transformers.PreTrainedTokenizerBase):
         raise InputError(f"{quoted(directory, 400)}: its tokenizer_class {type(found).__name__} is no tokenizer")
+    named = {*found.vocab_files_names.values()}
+    if named and not any(
+        f.name in named or f.name.startswith(VOCABULARIES[0]) or f.suffix in VOCABULARIES[1]
+        for f in directory.iterdir()
+    ):
+        raise InputError(
+            f"{quoted(directory, 400)}: no tokenizer that can be read: none of {listed(sorted(named))} is there; fetch "
+            "the tokenizer's files, transformers would make one up"
+        )
     return found
 
 

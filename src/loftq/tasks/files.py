@@ -1,12 +1,13 @@
 """Local files: which belong to a split, and their rows. JSONL, JSON, CSV, Parquet and text; also with gzip."""
 
+import contextlib
 import csv
 import glob
 import gzip
 import json
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -90,7 +91,7 @@ def read(path: Path) -> "Dataset":
         except (EOFError, zlib.error, gzip.BadGzipFile) as e:
             raise InputError(f"{quoted(path, 400)}: not a whole gzip file ({e}); fetch it again") from e
         options = _csv_options(path) if kind == "csv" else {}
-        with no_bars():
+        with no_bars(), _uncounted():
             return datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)  # type: ignore[return-value]
     except LoftqError:
         raise
@@ -100,6 +101,19 @@ def read(path: Path) -> "Dataset":
             raise StorageError(f"{quoted(path, 400)}: {cause.strerror}") from e
         told = quoted(str(cause).splitlines()[0] if str(cause) else type(cause).__name__, 200)
         raise InputError(f"{quoted(path, 400)}: {_problem(path, kind) or f'cannot be read: {told}'}") from e
+
+
+@contextlib.contextmanager
+def _uncounted() -> Iterator[None]:
+    """``datasets`` without its count of uses, for which it asks a server of the hub, also for a local file."""
+    import datasets
+
+    before = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        yield
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = before
 
 
 def _csv_options(path: Path) -> dict[str, Any]:
