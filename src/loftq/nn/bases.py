@@ -87,7 +87,7 @@ def _below(place: str | os.PathLike, subfolder: str, kwargs: dict[str, Any]) -> 
     from peft import PeftConfig
 
     if not os.path.isdir(place):
-        config = PeftConfig.from_pretrained(place, subfolder=subfolder, **kwargs)
+        config = PeftConfig.from_pretrained(str(place), subfolder=subfolder, **kwargs)
         if config.base_model_name_or_path != str(place):
             return place
         known = inspect.signature(snapshot_download).parameters

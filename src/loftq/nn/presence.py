@@ -129,7 +129,7 @@ def _quiet() -> Iterator[None]:
         logging.is_progress_bar_enabled(),
         are_progress_bars_disabled(),
     )
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield

@@ -1,5 +1,6 @@
 """The model card of a LoftQ checkpoint."""
 
+import json
 from typing import Any
 
 from loftq.plan import Plan
@@ -22,11 +23,13 @@ def model_card(
     plan: Plan,
     summary: dict[str, Any],
     texts: str | None = None,
+    licence: dict[str, str] | None = None,
 ) -> str:
     """README.md of the output directory: what it is, how it was made, how to load it, what it cost.
 
     Args:
         texts: the name of what it was calibrated on.
+        licence: tags of the source's card: ``license``, ``license_name``, ``license_link``.
     """
     loader = next((auto for ending, auto in LOADERS.items() if architecture.endswith(ending)), "AutoModel")
     front = [f"base_model: {hub_id}", "base_model_relation: quantized"] if hub_id else []
@@ -42,6 +45,7 @@ def model_card(
             "---",
             "library_name: peft",
             *front,
+            *(f"{key}: {json.dumps(value)}" for key, value in (licence or {}).items()),
             "tags: [loftq, lora, quantization]",
             "---",
             f"# {hub_id or architecture} in {widths} bits, with a LoftQ start",

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from loftq.errors import quoted, visible
+from loftq.errors import listed, quoted, visible
 from loftq.report.inspect import judged, warnings
 
 MOST_OF_A_CELL = 2000  # characters; a tensor's name has half of that at most
@@ -136,6 +136,8 @@ def print_summary(output: Path, manifest: dict[str, Any], made: bool) -> None:
     lines = warnings(manifest["matrices"])
     if lines:
         out.print(Text("warning:", "yellow"), f"{len(lines)} matrices gain little; see: loftq inspect {place}")
+    if manifest.get("left_out"):
+        out.print(f"left out of the source: {listed(manifest['left_out'], 4)}")
     out.print(f"Saved to {place}. Its README.md says how to load it; `loftq inspect {place}` shows every matrix.")
 
 

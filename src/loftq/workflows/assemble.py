@@ -3,14 +3,13 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from loftq import plan as planning
-from loftq.errors import InputError, UsageError, option
+from loftq.errors import InputError, UsageError, listed, option
 from loftq.formats import fsio, strict_json
+from loftq.formats.belongings import belongings, licence
 from loftq.formats.layouts import Layout
-from loftq.formats.source import check_link
 from loftq.formats.tensorfile import encode_header, read_chunks, read_header
 from loftq.nn import bases
 from loftq.nn.adapter import adapter_config
@@ -25,9 +24,6 @@ from loftq.workflows.units import Unit, Workspace
 logger = logging.getLogger("loftq")
 
 ADAPTER = "loftq_init"
-COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*/config.json")
-REWRITTEN = {"config.json", MANIFEST, "model.safetensors.index.json", "pytorch_model.bin.index.json"}
-LARGEST_COPY = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,8 @@ def assemble(job: Job, work: Workspace, records: list[dict[str, Any]]) -> dict[s
     write(f"{ADAPTER}/adapter_model.safetensors", _write_adapter(job, work))
     write(f"{ADAPTER}/adapter_config.json", fsio.write_json(work.output / ADAPTER / "adapter_config.json", job.adapter))
     write("config.json", _write_config(job, work))
-    for path in small_files(job.source.directory):
+    own = belongings(job.source.directory)
+    for path in own.files:
         file = path.relative_to(job.source.directory).as_posix()
         fsio.make_dirs((work.output / file).parent)
         write(file, fsio.copy_file(path, work.output / file))
@@ -71,9 +68,12 @@ def assemble(job: Job, work: Workspace, records: list[dict[str, Any]]) -> dict[s
     card = model_card(
         *(job.source.hub_id, job.source.architecture, job.layout.name, job.source.plan, summary),
         calibration.get("name"),
+        licence(job.source.directory / "README.md"),
     )
     write("README.md", fsio.write_atomic(work.output / "README.md", [card.encode()]))
     check_unchanged(job)
+    if own.left_out:
+        logger.warning("left out of the output: %s", _by_reason(own.left_out))
     manifest = {
         "format_version": 1,
         "identity": job.identity,
@@ -81,6 +81,7 @@ def assemble(job: Job, work: Workspace, records: list[dict[str, Any]]) -> dict[s
         "files": files,
         "matrices": matrices,
         "totals": summary,
+        "left_out": own.left_out,
         **({} if job.budget is None else {"budget": job.budget}),
     }
     return sealed.write(work.output / MANIFEST, manifest)
@@ -99,20 +100,9 @@ def adapter_of(source: Source, layout: Layout, task_type: str | None, base: str 
     return config
 
 
-def small_files(directory: Path) -> list[Path]:
-    """Tokenizer, generation and similar files: copied as they are, if they are small and are no weights or code."""
-    found = sorted({path for pattern in COPIED for path in directory.glob(pattern) if path.is_file()})
-    mine = [p for p in found if p.parent != directory or p.name not in REWRITTEN]
-    for path in mine:
-        check_link(path, directory)
-        if path.stat().st_size > LARGEST_COPY:
-            logger.warning("%s: larger than %d MB, not copied", path, LARGEST_COPY >> 20)
-    return [p for p in mine if p.stat().st_size <= LARGEST_COPY]
-
-
 def source_identity(source: Source) -> dict[str, Any]:
     """What tells this source from a changed one: per file its hash, or for weights size, time and header."""
-    small = [source.directory / "config.json", *small_files(source.directory)]
+    small = [source.directory / "config.json", *belongings(source.directory).files]
     identity: dict[str, Any] = {
         path.relative_to(source.directory).as_posix(): fsio.sha256_file(path).sha256 for path in small
     }
@@ -121,6 +111,12 @@ def source_identity(source: Source) -> dict[str, Any]:
         current = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
         identity[file.name] = {**current, "header_sha256": file.header_sha256}
     return identity
+
+
+def _by_reason(left_out: dict[str, str]) -> str:
+    """``a.py, b.py: code; onnx/: another framework's``"""
+    names = {reason: [n for n in left_out if left_out[n] == reason] for reason in left_out.values()}
+    return "; ".join(f"{listed(found, 3)}: {reason}" for reason, found in names.items())
 
 
 def check_unchanged(job: Job) -> None:

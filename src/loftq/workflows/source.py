@@ -7,13 +7,13 @@ from typing import Any
 
 from loftq import plan as planning
 from loftq.errors import InputError, StorageError, listed, quoted
+from loftq.formats.belongings import module_paths, not_fetched
 from loftq.formats.lookalikes import refuse_adapter
 from loftq.formats.regular import shown
 from loftq.formats.source import Checkpoint, is_quantized_source, open_checkpoint
 from loftq.plan import Plan, Policy, Role
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,18 @@ def resolve(model: str, revision: str | None = None) -> Path:
         raise InputError(f"{quoted(model)}: no such directory, and not a hub id like 'org/name'")
     import huggingface_hub
 
-    def download(*patterns: str) -> Path:
-        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
+    def download(**patterns: list[str]) -> Path:
+        return Path(huggingface_hub.snapshot_download(model, revision=revision, **patterns))
 
     try:
-        directory = download(*SMALL_FILES, "*.safetensors")
+        directory = download(ignore_patterns=not_fetched(".safetensors"))
         if not any(directory.glob("*.safetensors")):
-            directory = download(*SMALL_FILES, "*.bin")
+            directory = download(ignore_patterns=not_fetched(".bin"))
+        modules = [f"{path}/*" for path in module_paths(directory)]
+        if modules:
+            download(allow_patterns=modules, ignore_patterns=not_fetched(".safetensors", ".bin"))
+    except InputError:
+        raise
     except Exception as e:  # the many ways in which a network or a hub says no
         line = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise StorageError(
