@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_tar
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from loftq.errors import InputError, UsageError, listed, quoted
+from loftq.errors import InputError, UsageError, listed, option, quoted
 from loftq.nn.layers import PackedWeight
 from loftq.nn.placement import is_filled_from_elsewhere, module_of
 
@@ -65,7 +65,7 @@ class Start:
         if other:
             raise UsageError(
                 f"the LoftQ start has other ranks than LoraConfig: {listed(other, 3)}; give r={self.config.r} and no "
-                "rank_pattern, or quantize with another --rank"
+                f"rank_pattern, or quantize with another {option('rank')}"
             )
 
     def fill(self, model: nn.Module, adapter: str) -> None:
