@@ -107,7 +107,7 @@ def test_notes_and_checkpoints_beside_it_are_fine(out):
 def test_an_adapter_of_another_run(out, tmp_path, finished):
     """The same command elsewhere makes the same adapter; other options another one."""
     run(finished.parent / "source", tmp_path / "other", policy=POLICY, max_shard_bytes=1 << 30)
-    for changed in ({}, {"bits": "4"}):
+    for changed in ({"alpha": 8.0}, {"bits": "4"}):
         import dataclasses
 
         shutil.rmtree(tmp_path / "other")
