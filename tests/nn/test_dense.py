@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import loftq
 from loftq.errors import UsageError
@@ -122,6 +122,8 @@ def test_a_packed_configuration_makes_packed_layers(made, bits, tmp_path):
         assert outputs(model).std() > 0.01
         model.save_pretrained(tmp_path / (prefix or "base"))
         assert torch.equal(outputs(type(model).from_pretrained(tmp_path / (prefix or "base"))), outputs(model))
+    classifier = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(checkpoint.output))
+    assert packed(classifier).keys() == packed(checkpoint.load()).keys()  # its base is made from the same configuration
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint.output)).eval()
     model.load_state_dict(checkpoint.load().state_dict())
     assert torch.equal(result(model), result(checkpoint.load()))

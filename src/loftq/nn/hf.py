@@ -7,6 +7,7 @@ quantized from. A model with another head finds the same modules with or without
 import functools
 import re
 from collections.abc import Iterable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -150,18 +151,33 @@ def pack_from_config(modeling: Any) -> None:
     Args:
         modeling: the module ``transformers.modeling_utils``.
     """
-    make = modeling.PreTrainedModel._from_config.__func__
+    model_class = modeling.PreTrainedModel
+    make, load = model_class._from_config.__func__, model_class.from_pretrained.__func__
+    inside = ContextVar("inside", default=False)  # a part of a model that is packed as a whole, or by its quantizer
+
+    @functools.wraps(load)
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        token = inside.set(True)
+        try:
+            return load(cls, *args, **kwargs)
+        finally:
+            inside.reset(token)
 
     @functools.wraps(make)
     def from_config(cls: Any, config: Any, **kwargs: Any) -> Any:
-        model = make(cls, config, **kwargs)
+        part = inside.get()
+        token = inside.set(True)
+        try:
+            model = make(cls, config, **kwargs)
+        finally:
+            inside.reset(token)
         given = getattr(config, "quantization_config", None) or {}
         values = given if isinstance(given, dict) else given.to_dict()
-        if values.get("quant_method") == "loftq":
+        if not part and values.get("quant_method") == "loftq":
             _pack_random(model, LoftQQuantizationConfig(**values))
         return model
 
-    modeling.PreTrainedModel._from_config = classmethod(from_config)
+    model_class._from_config, model_class.from_pretrained = classmethod(from_config), classmethod(from_pretrained)
 
 
 def _pack_random(model: Any, config: Any) -> None:
