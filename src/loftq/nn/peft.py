@@ -106,6 +106,7 @@ def install() -> None:
     """Let PEFT's LoRA make our layers, refuse what cannot work on them, and forget merged ones."""
     replace, create = LoraModel._create_and_replace, LoraModel._create_new_module
     unload, check = BaseTuner._unload_and_optionally_merge, BaseTuner._check_merge_allowed
+    tied = BaseTuner._get_module_names_tied_with_embedding
     guard.install()
     initialization.install(LoraModel)
 
@@ -130,7 +131,17 @@ def install() -> None:
         _refuse_merging(self)
         check(self)
 
+    @functools.wraps(tied)
+    def names_tied_with_embedding(self):  # type: ignore[no-untyped-def]
+        try:
+            return tied(self)
+        except NotImplementedError:  # transformers knows no table of words in this class: nothing is tied to one
+            if not any(isinstance(module, PackedWeight) for module in self.model.modules()):
+                raise
+            return []
+
     LoraModel._create_and_replace = create_and_replace
     LoraModel._create_new_module = staticmethod(create_new_module)
     BaseTuner._unload_and_optionally_merge = unload_and_optionally_merge
     BaseTuner._check_merge_allowed = check_merge_allowed
+    BaseTuner._get_module_names_tied_with_embedding = names_tied_with_embedding
