@@ -38,9 +38,14 @@ with contextlib.suppress(typer.Exit):  # typer imports half of itself when it pa
     typer.main.get_command(loftq.cli.app).make_context("loftq", ["plan", "--bits", "2"], resilient_parsing=True)
 HANGS = signal.SIGUSR1  # makes a child write the stacks of its threads
 SHARD = 6_000  # bytes: the tiny models then have several shards
-POLICY = Policy(bits="2", rank="4", solve=SolveSpec(steps=2))
+EXACT = {"dtype": "source", "adapter_dtype": "float32"}  # nothing is rounded but the weights that are quantized
+POLICY = Policy(bits="2", rank="4", solve=SolveSpec(steps=2), **EXACT)
 OPTIONS = QuantizeOptions(policy=POLICY, workers=1, max_shard_bytes=SHARD)
 FLAGS = (
+    "--dtype",
+    "source",
+    "--adapter-dtype",
+    "float32",
     "--bits",
     "2",
     "--rank",
@@ -226,6 +231,6 @@ def one_skeleton() -> Iterator[None]:
         skeleton.build = build
 
 
-def run(source: Path, output: Path, **changes: Any) -> dict[str, Any]:
+def run(source: Path, output: Path, begin: Any = None, **changes: Any) -> dict[str, Any]:
     """``quantize`` with the options that most tests use."""
-    return quantize(str(source), output, dataclasses.replace(OPTIONS, **changes))
+    return quantize(str(source), output, dataclasses.replace(OPTIONS, **changes), begin)

@@ -195,8 +195,9 @@ def tiny(name: str, seed: int = 0) -> Any:
 
 
 def quantize(source: Path, output: Path, **options: Any) -> dict[str, Any]:
-    """``loftq.quantize`` at 2 bits and rank 4, in one thread, unless told otherwise."""
-    return loftq.quantize(source, output, **{"bits": 2, "rank": 4, "workers": 1, **options})
+    """``loftq.quantize`` at 2 bits and rank 4, in one thread, unless told otherwise; nothing else is rounded."""
+    exact = {"dtype": "source", "adapter_dtype": "float32"}
+    return loftq.quantize(source, output, **{"bits": 2, "rank": 4, "workers": 1, **exact, **options})
 
 
 @dataclass(frozen=True)

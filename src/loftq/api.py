@@ -104,7 +104,7 @@ def get_peft_model(
         model: a transformers model, its weights in memory.
         calibration: what :func:`calibrate` found out about this model, or the directory where `loftq calibrate` put it;
             only names and shapes tell whether it is of this model.
-        workers: matrices solved at a time; default one per core.
+        workers: matrices solved at a time; default as many as CPUs and memory allow, on a GPU one.
         options: fields of :class:`Policy` and the solver's: ``bits=2, rank=16, alpha=32, preset="cloq", …``.
 
     Example:
@@ -124,7 +124,7 @@ def get_peft_model(
             bar.set_postfix_str(f"mean {of} {sum(errors) / len(errors):.4f}", refresh=False)
             bar.update()
 
-        wrapped, _ = convert(model, policy, workers or os.cpu_count() or 1, advance, statistics)
+        wrapped, _ = convert(model, policy, workers, advance, statistics)
     return wrapped
 
 

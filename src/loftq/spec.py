@@ -9,6 +9,7 @@ from loftq.codes import BITS, Code
 from loftq.errors import UsageError, checked_fields, command, listed, option, quoted
 
 SCALE_DTYPES = ("float32", "bfloat16", "float16")
+KEPT_DTYPES = ("auto", "source", "bfloat16", "float16")
 SVDS = ("auto", "exact", "randomized")
 ORDERS = ("quantize-first", "svd-first")
 SCALES = ("formula", "fitted")
@@ -246,8 +247,9 @@ def packed_shape(rows: int, columns: int, bits: int) -> tuple[int, ...]:
 
 
 NESTED_BLOCK = 256  # scales that share one absmax under double quantization, as in bitsandbytes
-_STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
+# dtypes by their names in PyTorch and in safetensors
+STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
 
 
 def stored_tensors(spec: QuantSpec, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -264,7 +266,7 @@ def stored_tensors(spec: QuantSpec, rows: int, columns: int) -> dict[str, tuple[
         tensors["weight_scale_absmax"] = ("F32", (blocks,))
         tensors["weight_scale_mean"] = ("F32", (1,))
     else:
-        tensors["weight_scale"] = (_STORED[spec.scale_dtype], scales)
+        tensors["weight_scale"] = (STORED[spec.scale_dtype], scales)
     if code.zero:
         tensors["weight_zero"] = (code.zero, scales)
     return tensors
@@ -277,5 +279,5 @@ def stored_bytes(spec: QuantSpec, rows: int, columns: int) -> int:
         count = 1
         for n in shape:
             count *= n
-        total += count * _BYTES[dtype]
+        total += count * ITEM_BYTES[dtype]
     return total

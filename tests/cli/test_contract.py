@@ -388,3 +388,53 @@ def test_embeddings(tmp_path):
         assert sum(row["action"] == "quantize" for row in rows) == count
     assert cli("quantize", tmp_path / "source", "-o", tmp_path / "out", *FLAGS, "--embeddings").code == 0
     assert cli("verify", tmp_path / "out").code == 0
+
+
+RECIPE = "model: {model}\ntask: sst2\nmethod: lora\noutput: {output}\ndata: {data}\nmax_length: 8\n"
+
+
+OUT = "s3://bucket/out"
+
+
+@pytest.mark.parametrize(
+    ("command", "url"),
+    [
+        ("quantize {url} -o {dir}", OUT),
+        ("quantize {source} -o {url}", OUT),
+        ("quantize {url} -o {dir}", "hf://org/name"),
+        ("quantize {source} -o {url}", "file:///tmp/out"),
+        ("quantize {source} -o {dir} --rank 4 --calibrate {url}/texts.txt", OUT),
+        ("quantize {source} -o {dir} --rank 4 --budget 3.1 --curves {url}/curves.json", OUT),
+        ("plan {url}", OUT),
+        ("plan {source} --rank 4 --budget 3.1 --plot {url}/budget.png", OUT),
+        ("calibrate {source} -o {url} --data {source}/config.json", OUT),
+        ("calibrate {source} -o {dir} --data {url}/texts.txt", OUT),
+        ("start {source} --weights {url} -o {dir}", OUT),
+        ("start {source} --weights {source} -o {url}", OUT),
+        ("inspect {url}", OUT),
+        ("verify {url}", OUT),
+        ("evaluate {url} --task sst2", OUT),
+        ("train {recipe} output={url}", OUT),
+        ("train {recipe} model={url}", OUT),
+        ("train {recipe} data={url}", OUT),
+        ("compare {recipe} output={url}", OUT),
+    ],
+)
+def test_a_url_is_refused(tmp_path, monkeypatch, command, url):
+    """Wherever a path is taken, in one line and before any work; nothing is made of its name."""
+    monkeypatch.chdir(tmp_path)
+    source, recipe = tiny_source(tmp_path / "source"), tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(model=source, output=tmp_path / "run", data=tmp_path))
+    before = tree(tmp_path)
+    names = {"url": url, "source": source, "dir": tmp_path / "made", "recipe": recipe}
+    ended = cli(*(part.format(**names) for part in command.split()))
+    refused(ended, 2, "a URL, and only paths of this machine are read and written")
+    assert tree(tmp_path) == before
+
+
+def test_a_plan_says_what_takes_long(tmp_path):
+    """Time that grows as out * in², as measured in docs/methods.md."""
+    source = tiny_source(tmp_path / "source")
+    told = [cli("plan", source, "--rank", "4", "--preset", preset).out for preset in ("fitted", "descent")]
+    assert ["takes out·in² for a matrix" in text for text in told] == [False, True]
+    assert re.search(r"descent takes .* about [\d.]+ seconds of CPU time in all and [\d.]+ seconds for the", told[1])

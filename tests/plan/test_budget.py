@@ -130,7 +130,7 @@ def test_the_optimum_prints_nothing():
 
 
 def policy(**options):
-    return Policy(**{"budget": "2.5", "rank": "4", **options})
+    return Policy(**{"budget": "2.5", "rank": "4", "adapter_dtype": "float32", **options})
 
 
 def chosen_from(**options):

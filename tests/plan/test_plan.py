@@ -36,7 +36,7 @@ def model(layers=2, stacks=("model.layers",), dtype="BF16"):
 
 
 def policy(**options):
-    return Policy(**{"bits": "2", "rank": "4", **options})
+    return Policy(**{"bits": "2", "rank": "4", "dtype": "source", "adapter_dtype": "float32", **options})
 
 
 def planned(*args, **options):
@@ -93,24 +93,6 @@ def test_a_gate_projection_is_no_router():
         tensors[f"{name}.weight"], roles[f"{name}.weight"] = ("F32", (8, 64)), Role(name, "linear", True)
     chosen = {m.module for m in make(tensors, roles, policy()).matrices}
     assert {"model.layers.0.mlp.gate_proj", "model.layers.0.gate.up"} <= chosen
-
-
-def test_routers_at_any_depth_are_kept_and_not_missed():
-    tensors, roles = model()
-    for name in ("layers.0.ffn.router.layer", "layers.0.mlp.gate.wg", "layers.0.mlp.gate", "layers.0.router"):
-        tensors[f"{name}.weight"], roles[f"{name}.weight"] = ("F32", (8, 64)), Role(name, "linear", True)
-    roles["layers.0.mlp.experts.up"] = Role("layers.0.mlp.experts", "experts", True)
-    tensors["layers.0.mlp.experts.up"] = ("F32", (8, 8, 8))
-    kept = {k.name: k for k in make(tensors, roles, policy()).kept if k.reason == "a router of experts"}
-    assert len(kept) == 4
-    assert not any(k.missed for k in kept.values())
-
-
-def test_one_row_is_kept_and_not_missed():
-    tensors, roles = model()
-    name = "model.layers.0.mlp.shared_expert_gate"
-    tensors[name], roles[name] = ("F32", (1, 64)), Role(name, "linear", True)
-    assert make(tensors, roles, policy()).coverage == 1.0
 
 
 def test_a_conv1d_is_solved_transposed():
@@ -254,17 +236,6 @@ def test_coverage_names_what_is_missed():
         make(tensors, roles, policy(bits="16", min_coverage=0.0))
 
 
-@pytest.mark.parametrize(
-    ("shape", "missed"), [((64, 4, 16), True), ((96, 64), True), ((4, 16), False), ((120, 8), False)]
-)
-def test_a_parameter_counts_from_the_size_of_a_matrix_on(shape, missed):
-    tensors, roles = model()
-    tensors["odd"], roles["odd"] = ("F32", shape), Role("model.layers.0.attn", "parameter", True)
-    plan = make(tensors, roles, policy())
-    assert next(k.missed for k in plan.kept if k.name == "odd") is missed
-    assert (plan.coverage < 1.0) is missed
-
-
 def test_heads_and_embeddings_do_not_count_as_missed():
     assert planned(min_coverage=1.0).coverage == 1.0
 
@@ -283,6 +254,7 @@ def test_the_digest_is_that_of_the_decisions():
         {"rslora": True},
         {"block_size": 32},
         {"embeddings": True},
+        {"adapter_dtype": "float16"},
     ):
         assert planned(**options).digest() != digest, options
     assert planned(solve=SolveSpec(seed=1)).digest() != digest
@@ -309,7 +281,6 @@ def test_a_plan_cannot_be_changed():
         (["fc"], ["head"], ["fc"]),
         (["h.0.mlp.c_proj", "h.0.attn.c_proj"], ["h.0.cross.c_proj"], ["attn.c_proj", "mlp.c_proj"]),
         (["layer.0.out_proj"], ["classification_head.out_proj"], ["0.out_proj"]),
-        (["mask_decoder.head.layers.0"], ["vision.layers.0", "mask_decoder.head"], ["head.layers.0"]),  # a block
     ],
 )
 def test_target_suffixes_select_the_chosen_and_no_other(chosen, others, expected):
@@ -332,3 +303,52 @@ def test_natural_order():
     assert sorted(names, key=natural) == [
         "embed", "layer.2", "layer.2.9", "layer.2.10", "layer.2.a", "layer.2.b", "layer.10.a"
     ]  # fmt: skip
+
+
+# What is not quantized
+
+
+def mixed(dtype):
+    """The model, its matrices and vectors of one dtype, with a tensor of no module and a matrix of integers."""
+    tensors, roles = model()
+    tensors = {name: (dtype, shape) for name, (_, shape) in tensors.items()}
+    tensors |= {"mask": ("F32", (4, 4)), "model.ids": ("I64", (4, 4))}
+    return tensors, {**roles, "mask": Role(), "model.ids": Role("model", "other", True)}
+
+
+@pytest.mark.parametrize(
+    ("source", "dtype", "kept"),
+    [
+        ("F32", "auto", "BF16"),
+        ("F64", "auto", "BF16"),
+        ("F16", "auto", "F16"),
+        ("BF16", "auto", "BF16"),
+        ("F32", "float16", "F16"),
+        ("BF16", "float16", "BF16"),
+        ("F32", "source", "F32"),
+    ],
+)
+def test_what_is_kept_has_sixteen_bits(source, dtype, kept):
+    """Matrices of the model do. Vectors take no room, integers are no weights, and a mask may be anything."""
+    plan = make(*mixed(source), policy(dtype=dtype, min_coverage=0.0))
+    found = {k.name: k for k in plan.kept}
+    assert {found[n].dtype for n in ("model.embed_tokens.weight", "lm_head.weight")} == {kept}
+    assert found["lm_head.weight"].bytes == 100 * 64 * (2 if "16" in kept else 4)
+    assert {k.dtype for k in plan.kept if k.name.endswith("norm.weight")} == {source}
+    assert (found["mask"].dtype, found["model.ids"].dtype) == ("F32", "I64")
+    assert {m.dtype for m in plan.matrices} == {kept}
+
+
+def test_a_wide_matrix_among_narrow_ones_is_wide_on_purpose():
+    tensors, roles = mixed("BF16")
+    tensors["lm_head.weight"] = ("F32", (100, 64))
+    for dtype, kept in (("auto", "F32"), ("bfloat16", "BF16")):
+        plan = make(tensors, roles, policy(dtype=dtype, min_coverage=0.0))
+        assert {k.name: k.dtype for k in plan.kept}["lm_head.weight"] == kept
+
+
+def test_factors_have_a_dtype_of_their_own():
+    assert {m.factors for m in make(*model(), Policy(bits="2", rank="4")).matrices} == {"BF16"}
+    for option in ("dtype", "adapter_dtype"):
+        with pytest.raises(UsageError, match=f"{option} must be one of .*bfloat16"):
+            Policy(**{option: "float8"})

@@ -89,3 +89,32 @@ def test_closing_early_ends_the_threads() -> None:
     while workers() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not workers()
+
+
+def test_what_is_finished_is_told_before_its_turn() -> None:
+    """A slow first item keeps nothing of the others back but their order; all is told in the caller's thread."""
+    told: list[int] = []
+    gate = threading.Event()
+
+    def finished(result: int) -> None:
+        assert threading.current_thread() is threading.main_thread()
+        told.append(result)
+        if len(told) == 2:
+            gate.set()
+
+    def work(i: int) -> int:
+        assert i or gate.wait(30)
+        return i
+
+    assert list(ordered_map(work, range(6), 2, finished)) == list(range(6))
+    assert told[:2] == [1, 2]
+    assert sorted(told) == list(range(6))
+
+
+def test_what_has_failed_is_not_told() -> None:
+    told: list[int] = []
+    results = ordered_map(lambda i: 1 // (i - 1), range(3), 1, told.append)
+    assert next(results) == -1
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    assert told == [-1]

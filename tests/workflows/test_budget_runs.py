@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loftq
-from harness import OPTIONS, POLICY, cli, hooked, one_skeleton, refused, run, tiny_source, tree
+from harness import EXACT, OPTIONS, POLICY, cli, hooked, one_skeleton, refused, run, tiny_source, tree
 from loftq.errors import ConflictError, NumericalError, StorageError, UsageError
 from loftq.formats.statistics import Group, Statistics
 from loftq.numerics import Metric, Moments
@@ -103,7 +103,7 @@ def test_it_loads_with_the_ranks_that_were_chosen(tmp_path):
     """A GPT-2, whose matrices lie transposed, at ranks from 2 to 8."""
     dense = tiny("gpt2")
     dense.save_pretrained(tmp_path / "source")
-    options = {"budget": 10, "budget_ranks": "2,8", "rank": 4, "workers": 1, "scales": "fitted"}
+    options = {**EXACT, "budget": 10, "budget_ranks": "2,8", "rank": 4, "workers": 1, "scales": "fitted"}
     manifest = loftq.quantize(tmp_path / "source", tmp_path / "out", **options)
     ranks = {m["module"]: m["rank"] for m in manifest["plan"]["matrices"]}
     config = json.loads((tmp_path / "out" / "loftq_init" / "adapter_config.json").read_text())
@@ -324,7 +324,7 @@ def test_a_measurement_that_stops_goes_on(source, tmp_path, counted):
         reports.append((total, done))
 
         def advance(report):
-            if len(json.loads(keep.read_text())["curves"]) == 3 and len(reports) == 1:
+            if len(keep.read_bytes().splitlines()) == 1 + 3 and len(reports) == 1:  # after a head
                 raise KeyboardInterrupt
 
         return advance
@@ -337,3 +337,49 @@ def test_a_measurement_that_stops_goes_on(source, tmp_path, counted):
     names = [matrix.name for matrix in opened.plan.matrices]
     assert set(counted[before:]) == set(names[3:]), "those that were kept are not measured again"
     assert whole == measured(opened, BUDGET, None, workers=1)
+
+
+def test_kept_curves_grow_line_by_line(source, tmp_path, counted):
+    """What is there is not written again; a line that was torn by a kill is measured again, and no other."""
+    keep, seen = tmp_path / "c.json", []
+    opened = open_source(str(source), BUDGET)
+    whole = measured(opened, BUDGET, keep, workers=1, begin=lambda *_: lambda report: seen.append(keep.read_bytes()))
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(seen))
+    keep.write_bytes(seen[-1][:-1])
+    assert measured(opened, BUDGET, keep, workers=1) == whole
+    assert len(counted) == 12 + 1
+    assert keep.read_bytes() == seen[-1]
+
+
+def test_curves_of_another_machine(source, tmp_path, counted, monkeypatch):
+    """Those of all matrices are as good as ours; a part of them is not mixed with ours."""
+    keep, opened = tmp_path / "c.json", open_source(str(source), BUDGET)
+    whole = measured(opened, BUDGET, keep, workers=1)
+    monkeypatch.setattr(module, "code_path", lambda device: {"cpu": "ABACUS"})
+    assert measured(opened, BUDGET, keep, workers=1) == whole
+    keep.write_bytes(b"".join(keep.read_bytes().splitlines(keepends=True)[:5]))
+    before = keep.read_bytes()
+    with pytest.raises(
+        ConflictError, match=r"c\.json: begun on another machine \(.*cpu: .* -> ABACUS\).*another curves"
+    ):
+        measured(opened, BUDGET, keep, workers=1)
+    assert keep.read_bytes() == before
+    assert len(counted) == 12
+
+
+def test_curves_in_the_format_of_before(source, tmp_path, counted, caplog):
+    """One JSON object, written anew for every matrix: known as curves, and measured again."""
+    keep = tmp_path / "c.json"
+    keep.write_text(json.dumps({"curves": {}, "identity": {}, "kind": module.KIND, "sha256": ""}, indent=2))
+    measured(open_source(str(source), BUDGET), BUDGET, keep, workers=1)
+    assert len(counted) == 12
+    assert "measured again" in caplog.text
+
+
+def test_one_worker_for_one_gpu(source, monkeypatch):
+    """Whatever the host has."""
+    asked = []
+    monkeypatch.setattr(module, "workers_for", lambda *given: asked.append(given) or 1)
+    opened = open_source(str(source), BUDGET)
+    measured(opened, BUDGET, None, device="cpu:0")
+    assert [given[2] for given in asked] == ["cpu:0"]

@@ -8,13 +8,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loftq
-from harness import cli, tree
+from harness import EXACT, cli, tree
 from loftq.errors import ConflictError, UsageError
 from loftq.numerics import Metric
 from loftq.spec import PRESETS, solve_spec, statistics_kind
 from loftq.workflows.calibrate import open_statistics
 
-FLAGS = ("--bits", "2", "--rank", "4", "--block-size", "16", "--workers", "1")
+EXACTLY = ("--dtype", "source", "--adapter-dtype", "float32")  # nothing else is rounded
+FLAGS = ("--bits", "2", "--rank", "4", "--block-size", "16", "--workers", "1", *EXACTLY)
 
 
 @pytest.fixture(scope="session")
@@ -141,7 +142,7 @@ def test_in_memory_it_is_the_same(small_llama, text, tmp_path):
     options = {"bits": 2, "rank": 4, "block_size": 16}
     wrapped = loftq.get_peft_model(model, calibration=found, progress=False, workers=1, **options)
     made = loftq.quantize(
-        small_llama, tmp_path / "out", calibrate=str(text), calibration_samples=8, workers=1, **options
+        small_llama, tmp_path / "out", calibrate=str(text), calibration_samples=8, workers=1, **options, **EXACT
     )
     assert {m["name"] for m in made["matrices"]} >= {"model.layers.0.self_attn.q_proj.weight"}
     start = load_file(tmp_path / "out" / "loftq_init" / "adapter_model.safetensors")

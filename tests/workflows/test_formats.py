@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 import reader
-from harness import cli, one_skeleton, refused, run, tiny_source
+from harness import EXACT, cli, one_skeleton, refused, run, tiny_source
 from loftq.plan import Policy
 from loftq.spec import SolveSpec
 from models import GPT2, LLAMA
@@ -46,7 +46,7 @@ def source(request, sources):
 
 
 def policy(bits=4, **changes):
-    return Policy(bits=str(bits), rank="4", scale_dtype="float32", solve=SolveSpec(steps=2), **changes)
+    return Policy(bits=str(bits), rank="4", scale_dtype="float32", solve=SolveSpec(steps=2), **EXACT, **changes)
 
 
 def reference(source, packed):
@@ -170,7 +170,7 @@ def test_what_bitsandbytes_cannot_hold(tmp_path, flags, words):
 @pytest.mark.parametrize("scales", ["float16", "bfloat16"])
 def test_two_bits_take_two_and_a_quarter(source, tmp_path, scales):
     """2 bits a code and 16 for the scale of 64 of them: 2.25 bits a weight, within 1 % on disk."""
-    changed = Policy(bits="2", rank="4", scale_dtype=scales, solve=SolveSpec(steps=0))
+    changed = Policy(bits="2", rank="4", scale_dtype=scales, solve=SolveSpec(steps=0), **EXACT)
     manifest = run(source, tmp_path / "out", policy=changed, max_shard_bytes=1 << 30)
     dense = load_file(source / "model.safetensors")
     weights = sum(dense[m["name"]].numel() for m in manifest["matrices"])
@@ -188,7 +188,7 @@ def test_headers_are_small_beside_real_weights(tmp_path):
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).to(torch.float16).save_pretrained(
         tmp_path / "source"
     )
-    options = Policy(bits="2", rank="4", scale_dtype="float16", solve=SolveSpec(steps=0))
+    options = Policy(bits="2", rank="4", scale_dtype="float16", solve=SolveSpec(steps=0), **EXACT)
     manifest = run(tmp_path / "source", tmp_path / "out", policy=options, max_shard_bytes=1 << 30)
     dense = load_file(tmp_path / "source" / "model.safetensors")
     names = {m["name"] for m in manifest["matrices"]}

@@ -85,6 +85,20 @@ def solved(monkeypatch):
     return names
 
 
+def stopped(source, output, matrices, **changes):
+    """A run that ends when so many matrices are done, all of one shard."""
+    made = []
+
+    def stop(op, path):
+        made.append(op == "rename" and path.parent.parent.name == "units")
+        if sum(made) > matrices:
+            raise KeyboardInterrupt
+
+    with hooked(stop), pytest.raises(KeyboardInterrupt):
+        run(source, output, max_shard_bytes=10**9, **changes)
+    assert not list((output.parent / PARTIAL / "units").glob("*.json"))
+
+
 # What stands there
 
 
@@ -495,3 +509,90 @@ def test_a_workspace_that_was_moved(source, output, tmp_path, monkeypatch):
 def test_a_workspace_that_is_a_file(source, output):
     (output.parent / PARTIAL).write_text("?")
     refused(cli("quantize", source, "-o", output, *FLAGS), 4, PARTIAL)
+
+
+# A shard that is not finished
+
+
+@pytest.mark.parametrize("options", [{}, {"format": "dense"}, {"workers": 3}], ids=str)
+def test_matrices_of_an_unfinished_shard_are_kept(source, output, monkeypatch, options):
+    """As many as were done, whatever the size of a shard; the bytes are those of a run that was not stopped."""
+    run(source, output, max_shard_bytes=10**9, **options)
+    golden = tree(output)
+    shutil.rmtree(output)
+    stopped(source, output, 7, **options)
+    begun, names = [], solved(monkeypatch)
+    run(source, output, max_shard_bytes=10**9, **options, begin=lambda *counts: begun.append(counts) or names.count)
+    assert begun == [(12, 7)]
+    assert len(names) == 5
+    assert tree(output) == golden
+
+
+def test_a_resumed_run_says_what_it_keeps(source, output):
+    stopped(source, output, 7)
+    ended = cli("quantize", source, "-o", output, *FLAGS[:-4], "--workers", "1")
+    assert ended.code == 0, ended.err
+    assert "LoftQ: 7 of 12 matrices are kept from an earlier run\n" in ended.err
+
+
+def test_a_damaged_matrix_is_solved_again(source, output, monkeypatch, caplog):
+    """Any byte of its file may have changed, or the end be missing."""
+    stopped(source, output, 7)
+    pieces = sorted((output.parent / PARTIAL / "units" / "00000").glob("?????.safetensors"))
+    for piece, at in zip(pieces[:3], (40, -1, 700), strict=True):
+        raw = bytearray(piece.read_bytes())
+        raw[at] ^= 1
+        piece.write_bytes(raw)
+    pieces[3].write_bytes(pieces[3].read_bytes()[:-1])
+    pieces[4].write_bytes(pieces[5].read_bytes())
+    names = solved(monkeypatch)
+    run(source, output, max_shard_bytes=10**9)
+    assert len(names) == 12 - 2
+    assert caplog.text.count("is solved again") == 5
+    assert cli("verify", output).code == 0
+
+
+def test_single_matrices_go_when_their_shard_is_there(source, output):
+    """What the workspace holds is bounded: the matrices of no finished shard."""
+    seen = []
+
+    def watch(op, path):
+        if op == "rename" and path.parent.parent.name == "units":
+            units = path.parent.parent
+            seen.append({p.name for p in units.iterdir() if p.is_dir() and (units / f"{p.name}.json").exists()})
+
+    with hooked(watch):
+        run(source, output)
+    assert len(seen) == 12
+    assert set().union(*seen) == set()
+
+
+# Another machine
+
+
+def other_machine(monkeypatch):
+    monkeypatch.setattr(module, "code_path", lambda device: {"cpu": "ABACUS", "arithmetic": "by hand"})
+
+
+def test_work_of_another_machine_is_not_continued(source, output, monkeypatch):
+    stopped(source, output, 7)
+    before = tree(output.parent)
+    other_machine(monkeypatch)
+    match = (
+        r"begun by this command on another machine \(machine.arithmetic: \w+ -> by hand, machine.cpu: .* -> ABACUS\)"
+    )
+    with pytest.raises(ConflictError, match=match + ".*delete the directory"):
+        run(source, output, max_shard_bytes=10**9)
+    before.pop(f"{PARTIAL}/lock", None)
+    assert tree(output.parent) == before
+
+
+def test_a_result_of_another_machine_is_done(source, output, monkeypatch):
+    """It is one result, all made there; the manifest says where."""
+    first = run(source, output)
+    other_machine(monkeypatch)
+    names = solved(monkeypatch)
+    assert run(source, output) == first
+    assert run(source, output, overwrite=True) == first
+    assert names == []
+    assert first["identity"]["machine"]["cpu"] != "ABACUS"

@@ -1,5 +1,6 @@
 """Progress bars, by what the workflows call."""
 
+import sys
 from typing import Any
 
 
@@ -41,6 +42,8 @@ class Bar(_Bar):
         self._error = self._norm = 0.0
 
     def begin(self, total: int, done: int) -> Any:
+        if done:
+            print(f"LoftQ: {done} of {total} matrices are kept from an earlier run", file=sys.stderr)
         self._open(total, "matrix", "LoftQ", done)
         return self._advance
 

@@ -9,6 +9,7 @@ import typer
 from loftq.cli.app import app
 from loftq.cli.bars import Bar, StepBar
 from loftq.cli.options import (
+    AdapterDtype,
     Alpha,
     Bits,
     BlockSize,
@@ -20,6 +21,7 @@ from loftq.cli.options import (
     Curves,
     Directory,
     DoubleQuant,
+    Dtype,
     Embeddings,
     Json,
     MinCoverage,
@@ -79,6 +81,8 @@ def quantize(
     rank_policy: RankPolicy = "refuse",
     rslora: RsLora = False,
     embeddings: Embeddings = False,
+    dtype: Dtype = "auto",
+    adapter_dtype: AdapterDtype = "bfloat16",
     min_coverage: MinCoverage = 0.5,
     budget: Budget = "",
     budget_ranks: BudgetRanks = "",

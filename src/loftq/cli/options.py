@@ -38,6 +38,13 @@ DoubleQuant = Annotated[bool, typer.Option("--double-quant", help="Quantize the 
 RankPolicy = Annotated[str, typer.Option(help="A rank too large for a matrix: refuse or clamp.")]
 RsLora = Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")]
 Embeddings = Annotated[bool, typer.Option("--embeddings", help="Quantize embedding tables too.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Of what is not packed: auto (16 bits where the source has 32: bfloat16), bfloat16, float16, or source."
+    ),
+]
+AdapterDtype = Annotated[str, typer.Option(help="Of the adapter's files: bfloat16, float16 or float32.")]
 MinCoverage = Annotated[float, typer.Option(help="Refuse if less of the layers' weights would be quantized.")]
 Preset = Annotated[
     str | None,
@@ -65,7 +72,13 @@ Calibrate = Annotated[
         show_default=False,
     ),
 ]
-Workers = Annotated[int, typer.Option(help="Matrices worked on at a time. Default: one per core.", show_default=False)]
+Workers = Annotated[
+    int,
+    typer.Option(
+        help="Matrices worked on at a time. Default: as many as CPUs and memory allow; on a GPU one.",
+        show_default=False,
+    ),
+]
 Budget = Annotated[
     str,
     typer.Option(
@@ -95,7 +108,7 @@ Overrides = Annotated[
 
 OF_POLICY = (
     *("bits", "rank", "alpha", "code", "block_size", "scale_dtype", "double_quant", "rank_policy", "rslora"),
-    *("embeddings", "min_coverage", "budget", "budget_ranks", "budget_solver"),
+    *("embeddings", "dtype", "adapter_dtype", "min_coverage", "budget", "budget_ranks", "budget_solver"),
 )
 
 

@@ -9,6 +9,7 @@ import typer
 from loftq.cli.app import app
 from loftq.cli.bars import Bar
 from loftq.cli.options import (
+    AdapterDtype,
     Alpha,
     Bits,
     BlockSize,
@@ -18,6 +19,7 @@ from loftq.cli.options import (
     Code,
     Curves,
     DoubleQuant,
+    Dtype,
     Embeddings,
     Json,
     MinCoverage,
@@ -53,6 +55,8 @@ def plan(
     rank_policy: RankPolicy = "refuse",
     rslora: RsLora = False,
     embeddings: Embeddings = False,
+    dtype: Dtype = "auto",
+    adapter_dtype: AdapterDtype = "bfloat16",
     min_coverage: MinCoverage = 0.5,
     preset: Preset = None,
     scales: Scales = None,
@@ -72,7 +76,7 @@ def plan(
     """Show, for every tensor, how it would be quantized or why not. Reads no weights, except with --budget."""
     given = locals()
     from loftq.report.budget import print_budget
-    from loftq.report.tables import print_plan
+    from loftq.report.tables import print_cost, print_plan
     from loftq.spec import check_statistics, solve_spec, statistics_kind
     from loftq.workflows.source import open_source, plan_table
 
@@ -89,6 +93,7 @@ def plan(
         print(json.dumps({"tensors": rows, "coverage": coverage, "digest": source.plan.digest(), **spent}, indent=2))
     else:
         print_plan(rows, coverage)
+        print_cost([m.shape for m in source.plan.matrices], source.plan.solve)
         for report in spent.values():
             print_budget(report)
 

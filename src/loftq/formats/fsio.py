@@ -57,7 +57,7 @@ def step(op: str, path: Path) -> None:
     """Called just before each primitive; does nothing. Tests replace it.
 
     Args:
-        op: create, write, fsync, rename, mkdir, unlink, fsync-dir or rmtree.
+        op: create, open, write, fsync, rename, mkdir, unlink, fsync-dir or rmtree.
         path: what is changed; for rename the destination.
     """
 
@@ -102,6 +102,13 @@ def check_replaceable(path: Path) -> None:
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         what = "a link" if stat.S_ISLNK(mode) else "a device, pipe or socket"
         raise StorageError(f"{shown(path)}: {what}, which no file is put in the place of; choose another name")
+
+
+def append(path: Path, raw: bytes) -> None:
+    """Put ``raw`` at the end of the file ``path``, durably. After a kill a part of it may be there."""
+    with _mutation("open", path):
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+    _fill(fd, [raw], path, path)
 
 
 def write_json(path: Path, obj: Any) -> FileDigest:

@@ -80,7 +80,7 @@ class PackedLayout:
 
 
 class DenseLayout:
-    """The dequantized backbone in the dtype of the source: loads anywhere, saves nothing."""
+    """The dequantized backbone in the dtype of what is kept: loads anywhere, saves nothing."""
 
     name: ClassVar[str] = "dense"
 

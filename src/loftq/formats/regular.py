@@ -7,16 +7,18 @@ Nothing here changes the file system; what does is in ``fsio``.
 import contextlib
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from loftq.errors import InputError, StorageError, quoted
+from loftq.errors import InputError, StorageError, UsageError, quoted
 
 CHUNK = 4 << 20
 """Bytes per read where a file is copied or hashed: large enough for full speed, small enough to forget."""
 
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # as pathlib leaves it, with one slash of two
 _NOT_REGULAR = (errno.ENXIO, errno.ENODEV, errno.EISDIR)
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
@@ -24,6 +26,20 @@ _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 def shown(path: Path) -> str:
     """``path`` as it stands at the head of a message: long enough to keep the file's own name."""
     return quoted(path, 400)
+
+
+def local_path(what: str, given: str | Path) -> Path:
+    """A path that a user gave, its ``~`` expanded. UsageError for a URL, which would be taken for a relative path.
+
+    Args:
+        what: the option that it came with.
+    """
+    if URL.match(str(given)):
+        raise UsageError(
+            f"{what} {quoted(given)}: a URL, and only paths of this machine are read and written; give a local or "
+            "mounted one, and copy with the tools of that storage (a model of the hub is named org/name)"
+        )
+    return Path(given).expanduser()
 
 
 @dataclass(frozen=True, slots=True)

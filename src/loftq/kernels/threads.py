@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from loftq.numerics.machine import cpus
+
 RANGE = 16  # rows below which another thread is not worth waking
 TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -78,7 +80,7 @@ def _run_on_openmp(work: Callable[[int, int], Any], ranges: list[tuple[int, int]
 def _run_on_pool(work: Callable[[int, int], Any], ranges: list[tuple[int, int]]) -> None:
     global _pool
     if _pool is None:
-        _pool = ThreadPoolExecutor(os.cpu_count() or 1, "loftq-kernel")
+        _pool = ThreadPoolExecutor(cpus(), "loftq-kernel")
     jobs = [_pool.submit(work, *each) for each in ranges[1:]]
     work(*ranges[0])
     for job in jobs:

@@ -17,7 +17,7 @@ from loftq.nn.layers import PackedWeight, pack_like, replace_module
 from loftq.nn.start import wrap
 from loftq.numerics import encode
 from loftq.plan import Matrix, Plan, Policy
-from loftq.solver import Solution, check_finite, ordered_map, solve
+from loftq.solver import Solution, check_finite, ordered_map, solve, workers_for
 from loftq.spec import check_statistics
 
 # Of the adapter's configuration, what PEFT does not set itself.
@@ -27,7 +27,7 @@ FIELDS = ("r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "in
 def convert(
     model: nn.Module,
     policy: Policy,
-    workers: int,
+    workers: int | None,
     progress: Callable[[Matrix, Solution], object] | None,
     statistics: Statistics | None = None,
 ) -> tuple[nn.Module, Plan]:
@@ -42,6 +42,8 @@ def convert(
     )
     if policy.budget:
         raise UsageError("a budget is spent on checkpoints: use loftq.quantize, and load what it makes")
+    if (policy.dtype, policy.adapter_dtype) != (Policy.dtype, Policy.adapter_dtype):
+        raise UsageError("dtype and adapter_dtype are of files: a model in memory keeps what it was loaded with")
     roles = skeleton.parameter_roles(model)
     parameters = {name: model.get_parameter(name) for name in roles}
     plan = planning.make({n: (dtype_name(p.dtype), tuple(p.shape)) for n, p in parameters.items()}, roles, policy)
@@ -49,9 +51,12 @@ def convert(
         raise UsageError("the statistics are of another model: they know none of this one's matrices")
     for matrix in plan.matrices:
         _named(matrix, check_finite, parameters[matrix.name].detach())
-    config = _adapter_config(plan, model)
-    del parameters  # a dense weight is freed when its layer is replaced
+    others = [m for m in skeleton.adaptable(model) if m not in {x.module for x in plan.matrices}]
     start: dict[str, torch.Tensor] = {}
+    device = str(parameters[plan.matrices[0].name].device)
+    shapes = [m.shape for m in plan.matrices]
+    workers = workers or workers_for(shapes, plan.solve, device, statistics is not None)
+    del parameters  # a dense weight is freed when its layer is replaced
     solutions = ordered_map(lambda matrix: _solve(model, matrix, plan, statistics), plan.matrices, workers)
     for matrix, solution in zip(plan.matrices, solutions, strict=True):
         _replace(model, matrix, solution)
@@ -59,10 +64,7 @@ def convert(
         if progress:
             progress(matrix, solution)
     mark_quantized(model, planning.nominal_bits(policy.bits, plan))
-    wrapped = wrap(model, config, start)
-    # Not the dense checkpoint: with that under it, the start would be added to weights that need none.
-    wrapped.peft_config["default"].base_model_name_or_path = ""
-    return wrapped, plan
+    return _with_adapter(model, plan, others, start), plan
 
 
 def _check_model(model: nn.Module) -> None:
@@ -115,11 +117,12 @@ def _replace(model: nn.Module, matrix: Matrix, solution: Solution) -> None:
     replace_module(model, matrix.module, packed)
 
 
-def _adapter_config(plan: Plan, model: Any) -> Any:
-    """PEFT's configuration of the start. Made first of all: not every model can have one."""
+def _with_adapter(model: Any, plan: Plan, others: list[str], start: dict[str, torch.Tensor]) -> nn.Module:
+    """PEFT's model over the packed one, its adapter the LoftQ start."""
     from peft import LoraConfig
 
-    chosen = {matrix.module for matrix in plan.matrices}
-    others = [name for name, _ in model.named_modules() if name not in chosen]
     fields = adapter_config(plan, others, str(model.base_model_prefix), "", None)
-    return LoraConfig(**{k: fields[k] for k in FIELDS})
+    wrapped = wrap(model, LoraConfig(**{k: fields[k] for k in FIELDS}), start)
+    # Not the dense checkpoint: with that under it, the start would be added to weights that need none.
+    wrapped.peft_config["default"].base_model_name_or_path = ""
+    return wrapped

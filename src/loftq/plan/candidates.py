@@ -9,9 +9,7 @@ from loftq.errors import UsageError, option, quoted
 from loftq.plan.budget import Choice, parse_budget
 from loftq.plan.patterns import matches
 from loftq.plan.plan import Matrix, Plan, Policy, Role, make
-from loftq.spec import BITS, QuantSpec, code_for, stored_bytes
-
-FACTOR_BYTES = 4  # an adapter is stored in float32
+from loftq.spec import BITS, ITEM_BYTES, QuantSpec, code_for, stored_bytes
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def bytes_of(matrix: Matrix, quant: QuantSpec, rank: int) -> int:
 
 
 def factor_bytes(matrix: Matrix, rank: int) -> int:
-    return FACTOR_BYTES * rank * sum(matrix.shape)
+    return ITEM_BYTES[matrix.factors] * rank * sum(matrix.shape)
 
 
 def first_layers(

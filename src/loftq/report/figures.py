@@ -7,6 +7,7 @@ from typing import Any
 
 from loftq.errors import StorageError, UsageError
 from loftq.formats import fsio
+from loftq.formats.regular import local_path
 
 
 def pyplot() -> Any:
@@ -23,6 +24,7 @@ def pyplot() -> Any:
 
 def check_place(file: Path) -> None:
     """Refuse, before long work, a picture that could not be saved. Raises: UsageError, StorageError."""
+    local_path("--plot", file)
     pyplot()
     from matplotlib.backend_bases import FigureCanvasBase
 
@@ -37,6 +39,7 @@ def check_place(file: Path) -> None:
 
 def save(figure: Any, file: Path) -> None:
     """Write a figure in the format of the file's ending, and close it."""
+    local_path("--plot", file)
     picture = io.BytesIO()
     try:
         figure.savefig(picture, format=file.suffix[1:] or "png", dpi=120)

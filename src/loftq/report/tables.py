@@ -9,6 +9,8 @@ from rich.text import Text
 
 from loftq.errors import listed, quoted, visible
 from loftq.report.inspect import judged, warnings
+from loftq.solver import seconds, squares
+from loftq.spec import PRESETS, SolveSpec, preset_of
 
 MOST_OF_A_CELL = 2000  # characters; a tensor's name has half of that at most
 
@@ -79,6 +81,23 @@ def print_plan(rows: list[dict[str, Any]], coverage: float) -> None:
 
 def _is_vector(row: dict[str, Any]) -> bool:
     return row["action"] == "keep" and len(row["shape"]) < 2
+
+
+def print_cost(shapes: list[tuple[int, int]], spec: SolveSpec) -> None:
+    """How long the quantizing will take, for presets whose time grows faster than the weights."""
+    if not squares(spec):
+        return
+    each, plain = [seconds(*s, spec) for s in shapes], SolveSpec(**PRESETS["fitted"])
+    console().print(
+        f"{preset_of(spec)} takes out·in² for a matrix, about {_time(sum(each))} of CPU time in all and "
+        f"{_time(max(each))} for the largest; fitted about {_time(sum(seconds(*s, plain) for s in shapes))} in all."
+    )
+
+
+def _time(seconds: float) -> str:
+    units = {"hours": 3600, "minutes": 60, "seconds": 1}
+    unit = next((u for u, n in units.items() if seconds >= 2 * n), "seconds")
+    return f"{seconds / units[unit]:.1f} {unit}"
 
 
 def print_inspection(inspected: dict[str, Any]) -> None:
@@ -187,6 +206,7 @@ def _totals(t: dict[str, Any]) -> Table:
         "stored bits per quantized weight": f"{t['bits_per_weight']:.3f}",
         "on disk, all files": f"{t['disk_bytes'] / 1e6:,.1f} MB ({t['adapter_bytes'] / 1e6:,.1f} MB of it the adapter)",
         "compression of all that against 16 bits": f"{t['compression']:.2f}x",
+        **_largest(t),
         "trainable": f"{t['trainable_share']:.2%}",
         "relative error, quantized alone": f"{t['qlora_error']:.4f}",
         "relative error, as written": f"{t['error']:.4f} ({_change(gained)})",
@@ -198,3 +218,11 @@ def _totals(t: dict[str, Any]) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _largest(t: dict[str, Any]) -> dict[str, str]:
+    part = t.get("largest")  # not in manifests of before
+    if part is None:
+        return {}
+    share = f"{quoted(part['what'])}, {part['bytes'] / 1e6:,.1f} MB ({part['bytes'] / t['disk_bytes']:.0%})"
+    return {"of it, the largest part": share + (f"; smaller with {quoted(part['option'])}" if part["option"] else "")}

@@ -1,5 +1,6 @@
 """One matrix in, one solution out. No files, no models, no printing."""
 
+from loftq.solver.cost import seconds, squares, workers_for
 from loftq.solver.curve import errors_by_rank
 from loftq.solver.frozen import FrozenStart, fit_adapter
 from loftq.solver.loftq import Solution, check_finite, checked, solve
@@ -13,5 +14,8 @@ __all__ = [
     "errors_by_rank",
     "fit_adapter",
     "ordered_map",
+    "seconds",
     "solve",
+    "squares",
+    "workers_for",
 ]

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -11,8 +11,13 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def ordered_map(work: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+def ordered_map(
+    work: Callable[[T], R], items: Iterable[T], workers: int, finished: Callable[[R], object] | None = None
+) -> Iterator[R]:
     """``map(work, items)`` on ``workers`` threads, at most one finished result waiting per worker.
+
+    While the next result is not there, ``finished`` is called, in the caller's thread, with each later one that is;
+    and with every result before it is yielded.
 
     LAPACK's bits depend on its number of threads, so each matrix is worked on by one thread, always; PyTorch
     releases the interpreter's lock in its kernels, so threads are enough, and share memory with the writer.
@@ -20,13 +25,26 @@ def ordered_map(work: Callable[[T], R], items: Iterable[T], workers: int) -> Ite
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(workers, "loftq", initializer=torch.set_num_threads, initargs=(1,))
     waiting: deque[Future[R]] = deque()
+    untold: set[Future[R]] = set()
+
+    def first() -> R:
+        head = waiting.popleft()
+        while head in untold:
+            done = wait(untold, return_when=FIRST_COMPLETED).done
+            for future in [head] if head in done else [f for f in waiting if f in done]:
+                untold.remove(future)
+                if finished and not future.exception():
+                    finished(future.result())
+        return head.result()
+
     try:
         for item in items:
             waiting.append(pool.submit(work, item))
+            untold.add(waiting[-1])
             if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
+                yield first()
         while waiting:
-            yield waiting.popleft().result()
+            yield first()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         torch.set_num_threads(before)

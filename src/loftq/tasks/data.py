@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq.errors import InputError, StorageError, UsageError, listed, quoted
+from loftq.formats.regular import local_path
 from loftq.tasks import files
 from loftq.tasks.base import Hub, Task
 from loftq.tasks.columns import canonical
@@ -69,7 +70,7 @@ def named_files(task: Task, data: str | Path | Mapping[str, Any] | None) -> dict
     _check_splits(options, task)
     named = {split: files.expanded(split, given) for split, given in options.items()}
     if directory is not None:
-        named = {**files.in_directory(Path(directory).expanduser(), _names(task)), **named}
+        named = {**files.in_directory(local_path("data", directory), _names(task)), **named}
     return named
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from loftq.errors import InputError, LoftqError, StorageError, UsageError, listed, quoted
+from loftq.formats.regular import local_path
 from loftq.tasks import bounds
 from loftq.tasks.batches import no_bars
 
@@ -61,7 +62,7 @@ def expanded(split: str, patterns: str | Sequence[str]) -> list[Path]:
     """The files of a path, of a glob, or of a list of them, in that order; those of a glob by name."""
     paths: dict[Path, None] = {}
     for pattern in [patterns] if isinstance(patterns, (str, Path)) else patterns:
-        text = str(Path(pattern).expanduser())
+        text = str(local_path("data", pattern))
         matches = [Path(text)] if Path(text).exists() else [Path(p) for p in sorted(glob.glob(text, recursive=True))]
         if not matches:
             raise InputError(f"{quoted(pattern)}: no such file, for split {split}")

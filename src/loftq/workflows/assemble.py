@@ -16,6 +16,7 @@ from loftq.nn.adapter import adapter_config
 from loftq.nn.skeleton import without_internal_keys
 from loftq.report.card import model_card
 from loftq.report.totals import totals
+from loftq.spec import STORED
 from loftq.workflows import sealed
 from loftq.workflows.manifest import MANIFEST
 from loftq.workflows.source import Source
@@ -24,6 +25,7 @@ from loftq.workflows.units import Unit, Workspace
 logger = logging.getLogger("loftq")
 
 ADAPTER = "loftq_init"
+TORCH_NAMES = {"F64": "float64", **{stored: name for name, stored in STORED.items()}}
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def assemble(job: Job, work: Workspace, records: list[dict[str, Any]]) -> dict[s
 def adapter_of(source: Source, layout: Layout, task_type: str | None, base: str = bases.PARENT) -> dict[str, Any]:
     """``adapter_config.json``, made first of all: PEFT must be there, and take the options."""
     chosen = {m.module for m in source.plan.matrices}
-    others = [m for m in source.modules if m not in chosen]
+    others = [m for m in source.adaptable if m not in chosen]
     task = task_type or source.task_type
     try:
         config = adapter_config(source.plan, others, source.prefix, base, task)
@@ -159,15 +161,17 @@ def _write_adapter(job: Job, work: Workspace) -> fsio.FileDigest:
 def _write_config(job: Job, work: Workspace) -> fsio.FileDigest:
     """The source's configuration with ours added, without keys that would select or run code."""
     plan = job.source.plan
-    config = strict_json.load_object(job.source.directory / "config.json", special=True)
+    config = strict_json.load_object(job.source.directory / "config.json")
     config = _without_places(without_internal_keys(config))
     modules = [(m.module, m.quant) for m in plan.matrices]
     bits = planning.mean_bits(plan) if job.budget else planning.nominal_bits(job.identity["options"]["bits"], plan)
     ours = job.layout.quantization_config(modules, bits, job.source.kept_modules)
     config.setdefault("architectures", [job.source.architecture])
+    if not (config.get("dtype") or config.get("torch_dtype")):  # else the first tensor of the files would decide
+        config["dtype"] = TORCH_NAMES[planning.main_dtype(job.source.tensors)]
     if ours is not None:
         config["quantization_config"] = ours
-    return fsio.write_json(work.output / "config.json", strict_json.tagged(config))
+    return fsio.write_json(work.output / "config.json", config)
 
 
 def _without_places(config: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 import loftq
 from loftq.errors import ConflictError, InputError, UsageError, listed, option, quoted
 from loftq.formats import fsio
-from loftq.formats.regular import open_regular
+from loftq.formats.regular import local_path, open_regular
 from loftq.formats.source import Checkpoint, open_checkpoint
 from loftq.formats.statistics import FORMAT_VERSION, KINDS, Group, Statistics, write_groups
 from loftq.nn.blocks import load, load_offloaded
@@ -74,7 +74,7 @@ def calibrate(model: str, output: Path, options: CalibrateOptions, begin: Begin 
         their names say.
     """
     check_options(options)
-    output = Path(os.path.realpath(output.expanduser()))
+    output = Path(os.path.realpath(local_path(option("output"), output)))
     directory = resolve(model, options.revision)
     _check_place(output, directory)
     checkpoint, built = open_dense(directory)
@@ -170,7 +170,7 @@ def open_or_collect(
 
     Raises: ConflictError for statistics of another model; what :func:`open_statistics` and :func:`calibrate` raise.
     """
-    directory = Path(path).expanduser()
+    directory = local_path("--calibrate", path)
     if directory.is_dir():
         return statistics_of(directory, resolve(model, options.revision))
     calibrate(model, output, replace(options, data=path), begin)

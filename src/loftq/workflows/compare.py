@@ -20,6 +20,7 @@ import loftq
 from loftq.errors import ConflictError, InputError, NumericalError, UsageError, quoted
 from loftq.formats import fsio, strict_json
 from loftq.formats import text as texts
+from loftq.formats.regular import local_path
 from loftq.formats.source import open_checkpoint
 from loftq.formats.tensorfile import DTYPES
 from loftq.nn.loading import load_tokenizer
@@ -59,7 +60,7 @@ def compare(recipe: Recipe, begin: Begin | None = None) -> list[Row]:
     """
     if recipe.output is None:
         raise UsageError("no output: say where the comparison goes, with `output:` in the recipe or --output")
-    output = Path(recipe.output).expanduser().absolute()
+    output = local_path("output", recipe.output).absolute()
     rows = run_grids([grid(recipe)], output / "rows.jsonl", output, begin=begin)
     pictures = {"training loss": "losses.png", "metric by bytes": "bytes.png"}
     plot_losses(rows, output / pictures["training loss"])

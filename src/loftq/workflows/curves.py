@@ -7,7 +7,6 @@ that they depend on, so that no command has to measure what another one has.
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import asdict, astuple
 from pathlib import Path
@@ -17,15 +16,17 @@ import torch
 
 import loftq
 from loftq import plan as planning
-from loftq.errors import ConflictError, LoftqError, StorageError, option, quoted
-from loftq.formats import strict_json
-from loftq.formats.regular import shown
+from loftq.errors import ConflictError, LoftqError, StorageError, listed, option, quoted
+from loftq.formats import fsio, strict_json
+from loftq.formats.regular import local_path, open_regular, shown
 from loftq.formats.statistics import Statistics
 from loftq.numerics import Moments
+from loftq.numerics.machine import code_path
 from loftq.plan import Candidate, Choice, Matrix, Policy
-from loftq.solver import errors_by_rank, ordered_map
+from loftq.solver import errors_by_rank, ordered_map, workers_for
 from loftq.workflows import sealed
 from loftq.workflows.assemble import source_identity
+from loftq.workflows.places import differences
 from loftq.workflows.source import Source
 from loftq.workflows.units import naming, oriented
 
@@ -52,16 +53,17 @@ def measured(
 
     Args:
         source: with the plan of the policy without its budget.
-        keep: a JSON file, whose directory exists; None keeps nothing.
+        keep: a file of JSON lines, whose directory exists; None keeps nothing.
         statistics: what a calibration found out. Curves of another are not used.
-        workers: matrices at a time; 0 for one per core.
+        workers: matrices at a time; 0 for as many as CPUs, memory and device allow.
         begin: called if anything is measured, with the number of matrices and 0; returns what is called after each.
 
-    Raises: ConflictError for a ``keep`` that holds something else; NumericalError for weights that are not finite.
+    Raises: ConflictError for a ``keep`` that holds something else, or a part of the curves from another machine;
+        NumericalError for weights that are not finite.
     """
     found = planning.candidates(source.plan, policy)
-    identity = _identity(source, found, device, statistics)
-    curves = {} if keep is None else _kept(keep, identity)
+    identity, machine = _identity(source, found, device, statistics), code_path(device)
+    curves = {} if keep is None else _kept(keep, identity, machine, len(found))
     missing = [matrix for matrix in source.plan.matrices if matrix.module not in curves]
     if not missing:
         return curves
@@ -73,18 +75,24 @@ def measured(
             moments = statistics and statistics.moments(matrix.module)
             return _curve(matrix, found[matrix.module], source, device, moments)
 
-    results = ordered_map(work_on, missing, workers or os.cpu_count() or 1)
+    if keep is not None:
+        head = {"kind": KIND, "identity": identity, "machine": machine}
+        fsio.write_atomic(keep, [sealed.line(head), *(_line(module, curves[module]) for module in curves)])
+    shapes = [matrix.shape for matrix in missing]
+    results = ordered_map(
+        work_on, missing, workers or workers_for(shapes, source.plan.solve, device, statistics is not None)
+    )
     for matrix, curve in zip(missing, results, strict=True):
         curves[matrix.module] = curve
         if keep is not None:
-            rows = {module: [astuple(choice) for choice in choices] for module, choices in curves.items()}
-            sealed.write(keep, {"kind": KIND, "identity": identity, "curves": rows})
+            fsio.append(keep, _line(matrix.module, curve))
         advance({"measured": matrix.name})
     return curves
 
 
 def check_place(keep: Path) -> None:
     """Refuse a place where curves could not be kept, before anything is measured."""
+    local_path(option("curves"), keep)
     if not keep.parent.is_dir():
         raise StorageError(f"{option('curves')} {shown(keep)}: its directory does not exist; create it and run again")
     if keep.exists():
@@ -118,25 +126,45 @@ def _identity(
     }
 
 
-def _kept(keep: Path, identity: dict[str, Any]) -> Curves:
-    """The curves in ``keep`` that are of this identity."""
+def _line(module: str, curve: list[Choice]) -> bytes:
+    return sealed.line({"module": module, "choices": [astuple(choice) for choice in curve]})
+
+
+def _kept(keep: Path, identity: dict[str, Any], machine: dict[str, str], total: int) -> Curves:
+    """The curves in ``keep`` that are of this identity, up to the first line that is damaged.
+
+    Raises: ConflictError for a part of the ``total`` that was measured on another machine.
+    """
     if not keep.exists():
         return {}
     _ours(keep)
+    curves: Curves = {}
+    begun: dict[str, Any] = {}
     try:
-        content = sealed.load(keep)
-        if content["identity"] != identity:
+        lines = sealed.load_lines(keep)
+        begun = next(lines, {})
+        if begun.get("identity") != identity:
             return {}
-        return {module: [Choice(*row) for row in rows] for module, rows in content["curves"].items()}
+        for row in lines:
+            curves[row["module"]] = [Choice(*choice) for choice in row["choices"]]
     except LoftqError as e:
-        logger.warning("%s; the curves are measured again", e)
-        return {}
+        logger.warning("%s; what it does not tell is measured again", e)
+    changed = listed(differences(begun.get("machine"), machine))
+    if curves and len(curves) < total and changed:
+        raise ConflictError(
+            f"{quoted(keep, 400)}: begun on another machine ({changed}), whose errors differ in their bits; finish it "
+            f"there, or choose another {option('curves')}"
+        )
+    return curves
 
 
 def _ours(keep: Path) -> None:
     """ConflictError for a file that is not of curves: it would be overwritten."""
+    mark = json.dumps({"kind": KIND})[:-1].encode()
     try:
-        ours = strict_json.load_object(keep).get("kind") == KIND
+        with open_regular(keep) as file:
+            ours = file.read_at(0, min(file.stamp.size, len(mark))) == mark
+        ours = ours or strict_json.load_object(keep).get("kind") == KIND  # as it was before it had lines
     except LoftqError:
         ours = False
     if not ours:

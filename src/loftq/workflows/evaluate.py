@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from loftq.errors import InputError, UsageError, quoted
+from loftq.formats.regular import local_path
 from loftq.nn.loading import load_tokenizer
 from loftq.recipe import Recipe, parse
 from loftq.tasks import Task, names
@@ -53,7 +54,9 @@ def evaluate(
 
     Raises: InputError for a model that was never trained for the task; what the parts raise.
     """
-    run = Run(Path(target).expanduser())
+    if adapter is not None:
+        local_path("--adapter", adapter)
+    run = Run(local_path("the target", target))
     is_run = run.recipe.is_file()
     recipe = run.read_recipe() if is_run else _recipe_for(target, task)
     changes: dict[str, Any] = {"task": task, "generation": generation, "data": data, "max_length": max_length}

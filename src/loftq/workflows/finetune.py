@@ -18,6 +18,7 @@ import loftq
 from loftq.errors import InputError, LoftqError, UsageError, quoted
 from loftq.formats import fsio, strict_json
 from loftq.formats.layouts import LAYOUTS
+from loftq.formats.regular import local_path
 from loftq.nn.convert import FIELDS
 from loftq.nn.loading import load_config, load_tokenizer
 from loftq.plan import Policy
@@ -55,7 +56,7 @@ def finetune(
     """
     if recipe.output is None:
         raise UsageError("no output: say where the run goes, with `output:` in the recipe or --output")
-    run, recipe = Run(Path(recipe.output).expanduser().absolute()), located(recipe)
+    run, recipe = Run(local_path("output", recipe.output).absolute()), located(recipe)
     task = task_of(recipe)
     arguments = training_arguments(recipe, task, run.checkpoints)
     processes = PartialState()
@@ -175,12 +176,17 @@ def evaluate_splits(
 
 
 def policy_of(recipe: Recipe) -> Policy:
-    """What ``loftq quantize`` would be asked for. QLoRA is LoftQ of no steps."""
+    """What ``loftq quantize`` would be asked for. QLoRA is LoftQ of no steps.
+
+    Nothing is rounded but the quantized weights: runs of a comparison differ in their method alone.
+    """
     given, lora = recipe.quantization or Quantization(), recipe.lora
     return Policy(
         **given.model_dump(exclude={*SOLVER}, exclude_none=True),
         **lora.model_dump(exclude={"dropout"}),
         solve=given.solver(recipe.method),
+        dtype="source",
+        adapter_dtype="float32",
     )
 
 

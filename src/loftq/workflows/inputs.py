@@ -9,6 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from loftq.formats import fsio
+from loftq.formats.regular import local_path
 from loftq.recipe import Recipe
 from loftq.tasks import Task, available_splits, get_task, load_data, named_files
 from loftq.workflows.assemble import ADAPTER
@@ -32,7 +33,7 @@ def located(recipe: Recipe) -> Recipe:
     def whole(place: Any) -> Any:
         if isinstance(place, list):
             return [whole(one) for one in place]
-        return str(Path(place).expanduser().absolute()) if isinstance(place, str) else place
+        return str(local_path("data", place).absolute()) if isinstance(place, str) else place
 
     changes = {"data": {name: whole(place) for name, place in _data(recipe).items()}}
     calibrate = recipe.quantization.calibrate if recipe.quantization else None

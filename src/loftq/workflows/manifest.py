@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from loftq.errors import InputError, listed, quoted
-from loftq.formats.regular import shown
+from loftq.formats.regular import local_path, shown
 from loftq.formats.tensorfile import MAX_DIM, check_name
 from loftq.spec import QuantSpec, from_dict
 from loftq.workflows import sealed
@@ -79,6 +79,12 @@ class PlanRow(Part):
     quant: Annotated[dict[str, Any], AfterValidator(_spec)]
 
 
+class Largest(Part):
+    what: str
+    bytes: Count
+    option: str
+
+
 class Totals(Part):
     matrices: Count
     quantized_weights: Count
@@ -90,6 +96,7 @@ class Totals(Part):
     trainable_share: Number
     error: Number
     qlora_error: Number
+    largest: Largest | None = None
     output_error: Number | None = None
     qlora_output_error: Number | None = None
 
@@ -133,7 +140,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
     Raises: InputError for a directory without a manifest, and for one that :func:`checked` refuses.
     """
-    path = directory / MANIFEST
+    path = local_path("the directory", directory) / MANIFEST
     if not directory.is_dir():
         raise InputError(f"{shown(directory)}: not a directory")
     if not path.is_file():

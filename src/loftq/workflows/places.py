@@ -14,6 +14,7 @@ from loftq.workflows.units import Workspace
 
 PLACE = "source_directory"  # in the identity of a workspace alone: no output holds a path
 OF_SOURCE = ("source.", "base.", "plan:", "statistics.")  # of an identity: the sources, and what follows from them
+MACHINE = "machine"  # of an identity: what may change bits, and makes no other result of what is done
 _TAKEN = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
 
 
@@ -47,7 +48,7 @@ def already_done(
         raise ConflictError(f"{output}: exists and is {kind}; choose another {option('output')}")
     try:
         found = check(sealed.load(output / mark), output / mark)
-        changed = listed(differences(found["identity"], identity))
+        changed = listed(d for d in differences(found["identity"], identity) if not _of_machine(d))
         damaged = listed(n for n, digest in found["files"].items() if _size(output / n) != digest["size"])
     except InputError as e:
         changed, damaged = "", str(e)
@@ -72,6 +73,10 @@ def differences(old: Any, new: dict[str, Any], path: str = "") -> Iterator[str]:
             yield f"{path}{key}: {quoted(a, 40)} -> {quoted(b, 40)}"
 
 
+def _of_machine(difference: str) -> bool:
+    return difference.startswith((f"{MACHINE}.", f"{MACHINE}:"))
+
+
 def is_ours(work: Workspace, identity: dict[str, Any]) -> bool:
     """Whether what is in the workspace belongs to this command, or to none any more."""
     return not work.identity.exists() or not list(differences(_left(work)[0], identity))
@@ -87,6 +92,11 @@ def claim(work: Workspace, identity: dict[str, Any], source: Path) -> None:
                 f"{work.root}: holds unfinished work from before {source} changed ({listed(changed)}); "
                 "put that back to finish it, or delete the directory to begin anew"
             )
+        if changed and all(map(_of_machine, changed)):
+            raise ConflictError(
+                f"{work.root}: begun by this command on another machine ({listed(changed)}), whose results differ in "
+                "their bits; finish it on such a machine, or delete the directory to begin again on this one"
+            )
         if changed:
             raise ConflictError(
                 f"{work.root}: holds unfinished work of another command ({listed(changed)}); "
@@ -94,7 +104,7 @@ def claim(work: Workspace, identity: dict[str, Any], source: Path) -> None:
             )
     for directory in (work.output, work.units):
         fsio.make_dirs(directory)
-    for directory in (work.root, work.output, work.units):
+    for directory in (work.root, work.output, work.units, *filter(Path.is_dir, work.units.iterdir())):
         for leftover in directory.glob(".*.tmp"):
             fsio.remove(leftover)
     if not work.identity.exists():

@@ -2,7 +2,7 @@
 
 Work is collected in ``OUTPUT.loftq-partial``: shards first, then adapter, configuration and tokenizer, the manifest
 last; one rename then makes it ``OUTPUT``. Whatever stops the run, ``OUTPUT`` is absent or complete, and the same
-command continues from the finished shards.
+command continues from the finished shards, and from the matrices of the unfinished one.
 """
 
 import logging
@@ -20,17 +20,20 @@ from loftq import plan as planning
 from loftq.errors import ConflictError, InputError, LoftqError, StorageError, UsageError, option
 from loftq.formats import fsio
 from loftq.formats.layouts import LAYOUTS, Layout
+from loftq.formats.regular import local_path
 from loftq.formats.statistics import Statistics
 from loftq.formats.tensorfile import file_size
 from loftq.nn import collect
 from loftq.numerics.device import check_device
+from loftq.numerics.machine import code_path
 from loftq.plan import Matrix, Policy
-from loftq.solver import ordered_map
+from loftq.solver import ordered_map, workers_for
 from loftq.spec import check_choice, check_flag, check_statistics, check_whole, statistics_kind
+from loftq.workflows import pieces
 from loftq.workflows.assemble import Job, adapter_of, assemble, is_unchanged, source_identity
 from loftq.workflows.budget import check_budget, within_budget
 from loftq.workflows.calibrate import STATISTICS, CalibrateOptions, open_or_collect
-from loftq.workflows.places import already_done, check_places, claim, is_ours, publish, put_back, was_taken
+from loftq.workflows.places import MACHINE, already_done, check_places, claim, is_ours, publish, put_back, was_taken
 from loftq.workflows.source import Source, open_source
 from loftq.workflows.units import Solved, Workspace, solve_matrix, split
 
@@ -48,7 +51,7 @@ class QuantizeOptions:
 
     policy: Policy = field(default_factory=Policy)
     format: str = "loftq"
-    workers: int = 0  # 0: one per core
+    workers: int = 0  # 0: as many as CPUs, memory and device allow
     device: str = "cpu"
     max_shard_bytes: int = 1 << 30
     overwrite: bool = False
@@ -90,7 +93,7 @@ def quantize(
         NumericalError, StorageError as their names say. In every case ``output`` is absent or complete.
     """
     check_device(options.device)
-    output = Path(os.path.realpath(output.expanduser()))
+    output = Path(os.path.realpath(local_path(option("output"), output)))
     work = Workspace(output)
     spec = options.policy.solve
     check_statistics(spec, None if options.calibrate is None else statistics_kind(spec))
@@ -194,15 +197,21 @@ def _identity(
         "plan": source.plan.digest(),
         "loftq": loftq.__version__,
         "torch": torch.__version__,
+        MACHINE: code_path(options.device),
     }
 
 
 def _check_space(job: Job, work: Workspace) -> None:
-    """Refuse to begin what will not fit: shards, and the adapter twice while it is put together."""
-    wanted = 0
+    """Refuse to begin what will not fit: shards, the matrices of one, and the adapter twice."""
+    wanted = waiting = 0
     for unit in job.units:
         adapter = file_size(unit.adapter_entries())
-        wanted += adapter if work.record(unit).exists() else 2 * adapter + file_size(unit.entries(job.layout))
+        if work.record(unit).exists():
+            wanted += adapter
+        else:
+            wanted += 2 * adapter + file_size(unit.entries(job.layout))
+            waiting = max(waiting, adapter + sum(m.bytes for m in unit.matrices))
+    wanted += waiting
     free = shutil.disk_usage(work.root).free
     if wanted * 1.05 > free:
         raise StorageError(
@@ -218,21 +227,35 @@ def _make_units(
     source, layout = job.source, job.layout
     records = [work.finished(unit) for unit in job.units]
     missing = [unit for unit, record in zip(job.units, records, strict=True) if record is None]
+    for unit, record in zip(job.units, records, strict=True):
+        if record is not None:
+            fsio.remove_tree(work.solved(unit))
     finished = sum(len(r["matrices"]) for r in records if r)
-    advance = begin(len(source.plan.matrices), finished) if begin else lambda report: None
+    places = {m.name: work.solved_matrix(unit, i) for unit in missing for i, m in enumerate(unit.matrices)}
+    matrices = [m for unit in missing for m in unit.matrices]
+    unsolved = [m for m in matrices if pieces.read(places[m.name], m, layout) is None]
+    advance = begin(len(source.plan.matrices), finished + len(matrices) - len(unsolved)) if begin else lambda _: None
 
     def work_on(matrix: Matrix) -> Solved:
         moments = statistics and statistics.moments(matrix.module)
         return solve_matrix(matrix, source.checkpoint, source.plan, layout, options.device, moments)
 
-    def watched(results: Iterator[Solved]) -> Iterator[Solved]:
-        for result in results:
-            advance(result.report)
-            yield result
+    def keep(solved: Solved) -> None:
+        pieces.write(places[solved.matrix.name], solved, layout)
+        advance(solved.report)
 
-    workers = options.workers or (os.cpu_count() or 1 if options.device == "cpu" else 1)
-    matrices = (m for unit in missing for m in unit.matrices)
-    solved = watched(ordered_map(work_on, matrices, workers))
+    def in_order(fresh: Iterator[Solved]) -> Iterator[Solved]:
+        left = {m.name for m in unsolved}
+        for matrix in matrices:
+            kept = next(fresh) if matrix.name in left else pieces.read(places[matrix.name], matrix, layout)
+            if kept is None:
+                raise StorageError(f"{places[matrix.name]}: changed during the run; run the same command again")
+            yield kept
+
+    workers = options.workers or workers_for(
+        (m.shape for m in unsolved), source.plan.solve, options.device, statistics is not None
+    )
+    solved = in_order(ordered_map(work_on, unsolved, workers, keep))
     for unit in missing:
         records[unit.index] = work.make(unit, solved, source.checkpoint, layout)
     return [r for r in records if r is not None]

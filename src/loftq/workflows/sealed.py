@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from loftq.errors import InputError
 from loftq.formats import fsio, strict_json
-from loftq.formats.regular import shown
+from loftq.formats.regular import open_regular, shown
 
 SEAL = "sha256"
 
@@ -25,6 +26,24 @@ def load(path: Path) -> dict[str, Any]:
     if sealed.get(SEAL) != _hash({k: v for k, v in sealed.items() if k != SEAL}):
         raise InputError(f"{shown(path)}: its content does not match its own sha256; the file was changed")
     return sealed
+
+
+def line(content: dict[str, Any]) -> bytes:
+    """``content`` and its hash as one line, for a file that grows."""
+    return json.dumps({**content, SEAL: _hash(content)}, allow_nan=False).encode() + b"\n"
+
+
+def load_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """What the lines of a file say, in order; InputError at one that was changed, or not written to its end."""
+    where = shown(path)
+    with open_regular(path) as file:
+        raw = b"".join(file.chunks(0, file.stamp.size))
+    for number, text in enumerate(raw.splitlines(keepends=True), 1):
+        sealed = strict_json.loads(text, f"{where}, line {number}")
+        content = {k: v for k, v in sealed.items() if k != SEAL} if isinstance(sealed, dict) else {}
+        if not content or sealed.get(SEAL) != _hash(content) or not text.endswith(b"\n"):
+            raise InputError(f"{where}, line {number}: it does not match its own sha256; the file was changed")
+        yield content
 
 
 def _hash(content: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from loftq import plan as planning
 from loftq.errors import InputError, StorageError, listed, quoted
 from loftq.formats.belongings import module_paths, not_fetched
 from loftq.formats.lookalikes import refuse_adapter
-from loftq.formats.regular import shown
+from loftq.formats.regular import local_path, shown
 from loftq.formats.source import Checkpoint, is_quantized_source, open_checkpoint
 from loftq.plan import Plan, Policy, Role
 
@@ -29,8 +29,8 @@ class Source:
     prefix: str  # of the base model
     architecture: str
     task_type: str | None  # PEFT's
-    modules: list[str]  # all of the model
-    kept_modules: list[str]  # those that an adapter could wrap and that are not quantized
+    adaptable: list[str]  # every module that an adapter could wrap
+    kept_modules: list[str]  # those of them that are not quantized
 
 
 def open_source(model: str, policy: Policy, revision: str | None = None) -> Source:
@@ -43,6 +43,7 @@ def open_source(model: str, policy: Policy, revision: str | None = None) -> Sour
     tensors = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
     roles = skeleton.roles(built, tensors)
     plan = planning.make(tensors, roles, policy)
+    adaptable = skeleton.adaptable(built)
     chosen = {m.module for m in plan.matrices}
     return Source(
         directory=directory,
@@ -54,8 +55,8 @@ def open_source(model: str, policy: Policy, revision: str | None = None) -> Sour
         prefix=str(built.base_model_prefix),
         architecture=type(built).__name__,
         task_type=task_type(built),
-        modules=[name for name, _ in built.named_modules()],
-        kept_modules=[m for m in skeleton.adaptable(built) if m not in chosen],
+        adaptable=adaptable,
+        kept_modules=[m for m in adaptable if m not in chosen],
     )
 
 
@@ -75,7 +76,7 @@ def open_dense(directory: Path) -> tuple[Checkpoint, Any]:
 
 def resolve(model: str, revision: str | None = None) -> Path:
     """A local directory as it is; else a hub id, downloaded to the usual cache. A local path never uses the network."""
-    path = Path(model).expanduser()
+    path = local_path("MODEL", model)
     if path.exists():
         refuse_no_files(path)
         return path

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 import loftq
 from loftq.errors import InputError, LoftqError, StorageError, UsageError, option, quoted
 from loftq.formats import fsio
-from loftq.formats.regular import shown
+from loftq.formats.regular import local_path, shown
 from loftq.formats.tensorfile import Entry, dtype_name, encode_header, read_chunks, read_header, tensor_bytes
 from loftq.numerics.device import check_device
 from loftq.plan import Matrix, Plan, Policy
@@ -79,7 +79,7 @@ def start(base: str, weights: str, output: Path, options: StartOptions, begin: B
     from loftq.nn.frozen import load
 
     check_device(options.device)
-    output = Path(os.path.realpath(output.expanduser()))
+    output = Path(os.path.realpath(local_path(option("output"), output)))
     work = Workspace(output)
     source, directory = open_source(weights, options.policy, options.revision), resolve(base, options.base_revision)
     for place in (source.directory, directory):
@@ -149,10 +149,11 @@ def _located(source: Source, model: Any) -> Plan:
 def _adapter_config(plan: Plan, source: Source, model: Any, base: str, options: StartOptions) -> dict[str, Any]:
     from transformers.pytorch_utils import Conv1D
 
+    from loftq.nn import skeleton
     from loftq.nn.adapter import adapter_config, task_type
 
     chosen = {m.module for m in plan.matrices}
-    others = [name for name, _ in model.named_modules() if name not in chosen]
+    others = [m for m in skeleton.adaptable(model) if m not in chosen]
     task = options.task_type or task_type(model)
     prefix = str(model.base_model_prefix)
     try:

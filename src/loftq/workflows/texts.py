@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq.errors import InputError, StorageError, UsageError, command, listed, option, quoted
+from loftq.formats.regular import local_path
 from loftq.nn.collect import HELD_EVERY, Row
 from loftq.workflows.source import HUB_ID
 
@@ -28,7 +29,7 @@ def table(data: str) -> "tuple[str, Dataset]":
     """
     from loftq.tasks import files
 
-    path = Path(data).expanduser()
+    path = local_path("data", data)
     if path.is_file():
         return path.name, files.read(path)
     name, _, config = data.partition(":")

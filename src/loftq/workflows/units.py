@@ -1,7 +1,7 @@
 """The unit of work, one output shard: which tensors it holds, how it is made, and how it is known to be done.
 
 What a shard contains is fixed by the plan alone, so a plain, a parallel and a resumed run make the same bytes. A unit
-is done when its record is whole and its files have the recorded hashes.
+is done when its record is whole and its files have the recorded hashes. Until then its matrices wait in ``pieces``.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from loftq.errors import InputError, LoftqError, NumericalError, StorageError, o
 from loftq.formats import fsio
 from loftq.formats.layouts import Layout
 from loftq.formats.source import Checkpoint
-from loftq.formats.tensorfile import Entry, encode_header, tensor_bytes
+from loftq.formats.tensorfile import DTYPES, Entry, encode_header, tensor_bytes
 from loftq.nn.adapter import adapter_product, adapter_shapes, adapter_tensors
 from loftq.numerics import Metric, Moments, frobenius
 from loftq.plan import Kept, Matrix, Plan
@@ -44,7 +44,7 @@ class Unit:
         return [e for t in self.tensors for e in entries(t, layout)]
 
     def adapter_entries(self) -> list[Entry]:
-        return [Entry(name, "F32", shape) for m in self.matrices for name, shape in adapter_shapes(m).items()]
+        return [e for m in self.matrices for e in adapter_entries(m)]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,10 @@ def entries(tensor: Matrix | Kept, layout: Layout) -> list[Entry]:
     if isinstance(tensor, Kept):
         return [Entry(tensor.name, tensor.dtype, tensor.shape)]
     return layout.entries(tensor)
+
+
+def adapter_entries(matrix: Matrix) -> list[Entry]:
+    return [Entry(name, matrix.factors, shape) for name, shape in adapter_shapes(matrix).items()]
 
 
 def split(plan: Plan, layout: Layout, max_shard_bytes: int, order: list[str]) -> list[Unit]:
@@ -113,7 +117,7 @@ def solve_matrix(
         solution = solve(weight.to(device), matrix.quant, matrix.rank, plan.solve, matrix.name, moments)
         s = plan.scaling(matrix)
         b, a = (factor.cpu() for factor in solution.factors(s))
-        adapter = adapter_tensors(matrix, b, a)
+        adapter = {name: t.to(DTYPES[matrix.factors]) for name, t in adapter_tensors(matrix, b, a).items()}
         codes = type(solution.quantized)(
             solution.quantized.codes.cpu(), {k: v.cpu() for k, v in solution.quantized.scales.items()}
         )
@@ -163,7 +167,10 @@ def _measured(
     """
     for tensor in (*stored, *adapter.values()):
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise NumericalError("a tensor to be written is not finite; the weights' range is too wide")
+            raise NumericalError(
+                "a tensor to be written is not finite; the weights' range is too wide for its dtype: "
+                f"see {option('scale_dtype')}, {option('adapter_dtype')}"
+            )
     norm = frobenius(weight) or 1.0
     product = adapter_product(matrix, adapter).mul_(s)
     part = frobenius(product) / norm
@@ -190,6 +197,14 @@ class Workspace:
     def record(self, unit: Unit) -> Path:
         return self.units / f"{unit.index:05d}.json"
 
+    def solved(self, unit: Unit) -> Path:
+        """Where the matrices of a unit wait until its shard is written."""
+        return self.units / f"{unit.index:05d}"
+
+    def solved_matrix(self, unit: Unit, place: int) -> Path:
+        """Of the matrix at a place among those of the unit."""
+        return self.solved(unit) / f"{place:05d}.safetensors"
+
     def finished(self, unit: Unit) -> dict[str, Any] | None:
         """The record of a unit that is done; None if its record is missing, or it or its files were changed."""
         if not self.record(unit).exists():
@@ -205,7 +220,7 @@ class Workspace:
         return None
 
     def make(self, unit: Unit, solved: Iterator[Solved], checkpoint: Checkpoint, layout: Layout) -> dict[str, Any]:
-        """Write a unit's shard, its part of the adapter and, last, its record."""
+        """Write a unit's shard, its part of the adapter and, last, its record; no matrix has to wait any more."""
         reports: list[dict[str, Any]] = []
         adapter: dict[str, Tensor] = {}
 
@@ -227,16 +242,20 @@ class Workspace:
 
         shard = fsio.write_atomic(self.output / unit.file_name, contents())
         piece = fsio.write_atomic(self.piece(unit), adapter_contents())
-        record = {"shard": asdict(shard), "piece": asdict(piece), "matrices": reports}
-        return sealed.write(self.record(unit), record)
+        record = sealed.write(self.record(unit), {"shard": asdict(shard), "piece": asdict(piece), "matrices": reports})
+        fsio.remove_tree(self.solved(unit))
+        return record
 
 
 def read_finite(kept: Kept, checkpoint: Checkpoint) -> Tensor:
-    """A tensor that is copied. NumericalError if it holds NaN or infinity."""
-    tensor = checkpoint.read(kept.name)
+    """A tensor that is copied, in its new dtype. NumericalError if it holds NaN or infinity, or comes to."""
+    original = checkpoint.read(kept.name)
+    tensor = original.to(DTYPES[kept.dtype])
     if tensor.is_floating_point() and not kept.dtype.startswith("F8"):
         try:
             check_finite(tensor)
         except NumericalError as e:
-            raise NumericalError(f"{quoted(kept.name)}: {e}") from e
+            cure = f"; it has values beyond that dtype, use {option('dtype', 'bfloat16')}"
+            cure = cure if original.isfinite().all() else ""
+            raise NumericalError(f"{quoted(kept.name)}: {e}{cure}") from e
     return tensor
