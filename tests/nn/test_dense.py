@@ -88,6 +88,12 @@ def test_trained_tokens(checkpoint, whole, tmp_path):
     assert TABLE not in str(merged.config.quantization_config.to_dict())
 
 
+def test_a_table_with_lora_trains_no_tokens(checkpoint):
+    """PEFT's own refusal, as over a dense table."""
+    with pytest.raises(TypeError, match="trainable_token_indices cannot be applied to modules of type"):
+        get_peft_model(checkpoint.load(), LoraConfig(target_modules=["embed_tokens"], trainable_token_indices=[5]))
+
+
 def test_a_packed_table_is_resized(checkpoint, tmp_path):
     model = checkpoint.load()
     before, old = result(model), model.get_submodule(TABLE).dequantize()

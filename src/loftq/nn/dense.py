@@ -40,8 +40,12 @@ def train_tokens_of_dense_tables(layer: Any) -> None:
 
     @functools.wraps(make)
     def over_dense(self: Any, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
-        dense = _dense_copy(base_layer) if isinstance(base_layer, PackedWeight) else base_layer
-        make(self, dense, *args, **kwargs)
+        under: Any = getattr(base_layer, "base_layer", None)  # LoRA on the same table
+        if isinstance(under, PackedWeight):
+            base_layer.base_layer = _dense_copy(under)
+        elif isinstance(base_layer, PackedWeight):
+            base_layer = _dense_copy(base_layer)
+        make(self, base_layer, *args, **kwargs)
 
     layer.TrainableTokensLayer.__init__ = over_dense
 
