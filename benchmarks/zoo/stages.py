@@ -203,7 +203,7 @@ def _quantize(journey: Journey) -> None:
     try:
         manifest = loftq.quantize(journey.source, journey.output, **options)
     except LoftqError as e:
-        if "--min-coverage" not in str(e):
+        if "less than" not in str(e) or "coverage" not in str(e):
             raise
         journey.report["asked"] = "--min-coverage 0"
         manifest = loftq.quantize(journey.source, journey.output, **options, min_coverage=0.0)
@@ -275,8 +275,12 @@ def _load_start(journey: Journey) -> None:
 def _backward(journey: Journey) -> None:
     """Every adapter gets a gradient whose layer would get one in the dense model."""
     reference = journey.sum.requires_grad_(True)
-    if not _backpropagate(reference, journey.inputs):
-        journey.report["unused"] = "all: the outputs have no gradient"
+    try:
+        able = _backpropagate(reference, journey.inputs)
+    except RuntimeError:  # changes in place of what a gradient needs
+        able = False
+    if not able:
+        journey.report["unused"] = "all: the dense model has no gradient"
         return
     journey.started.zero_grad()
     if not _backpropagate(journey.started, journey.inputs):
