@@ -10,13 +10,17 @@ from loftq.formats import text as texts
 from loftq.formats.regular import shown
 from loftq.formats.text import MAX_BYTES, MAX_DEPTH, MAX_VALUES
 
+SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+TAG = "__float__"  # transformers writes {"__float__": "Infinity"} for what JSON has no number for
 
-def loads(raw: bytes, where: str, *, max_bytes: int = MAX_BYTES) -> Any:
+
+def loads(raw: bytes, where: str, *, max_bytes: int = MAX_BYTES, special: bool = False) -> Any:
     """The value of the JSON text ``raw``.
 
     Args:
         where: what the text is; every message starts with it.
         max_bytes: longer texts are refused unparsed.
+        special: whether numbers may be NaN or infinite, in each of the spellings that transformers reads.
     Raises:
         InputError: not UTF-8, a byte order mark, a duplicate name, NaN or Infinity, a number out of range, a
             lone surrogate, more than 100 levels or two million values, or no JSON at all.
@@ -29,8 +33,8 @@ def loads(raw: bytes, where: str, *, max_bytes: int = MAX_BYTES) -> Any:
         value = json.loads(
             text,
             object_pairs_hook=_unique,
-            parse_constant=_no_constant,
-            parse_float=_finite,
+            parse_constant=SPECIAL.__getitem__ if special else _no_constant,
+            parse_float=float if special else _finite,
             parse_int=_whole,
         )
         if b"\\u" in raw:
@@ -41,14 +45,14 @@ def loads(raw: bytes, where: str, *, max_bytes: int = MAX_BYTES) -> Any:
         raise texts.refused(where, f"not strict JSON: {quoted(e)}") from e
     if isinstance(value, (dict, list)) and _deeper_than(value, MAX_DEPTH):
         raise texts.too_deep(where)
-    return value
+    return untagged(value) if special else value
 
 
-def load_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """The JSON object in the regular file ``path``; its size is checked before it is read."""
+def load_object(path: Path, *, max_bytes: int = MAX_BYTES, special: bool = False) -> dict[str, Any]:
+    """The JSON object in the regular file ``path``; its size is checked before it is read. See :func:`loads`."""
     where = shown(path)
     raw = texts.read(path, "JSON", max_bytes)
-    value = loads(raw, where, max_bytes=max_bytes)
+    value = loads(raw, where, max_bytes=max_bytes, special=special)
     if not isinstance(value, dict):
         raise texts.refused(where, f"wanted a JSON object, got {type(value).__name__}")
     return value
@@ -58,6 +62,29 @@ def dumps(obj: Any) -> bytes:
     """``obj`` as JSON, the same bytes for equal objects: sorted keys, two spaces, UTF-8, a final newline."""
     text = json.dumps(obj, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
     return text.encode("utf-8") + b"\n"
+
+
+def untagged(value: Any) -> Any:
+    """``value`` with the floats that ``{"__float__": "Infinity"}`` and the like stand for."""
+    if isinstance(value, list):
+        return [untagged(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    tag = value.get(TAG) if len(value) == 1 else None
+    if isinstance(tag, str) and tag in SPECIAL:
+        return SPECIAL[tag]
+    return {name: untagged(one) for name, one in value.items()}
+
+
+def tagged(value: Any) -> Any:
+    """The inverse of :func:`untagged`, for :func:`dumps`."""
+    if isinstance(value, dict):
+        return {name: tagged(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [tagged(one) for one in value]
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return {TAG: next(name for name, special in SPECIAL.items() if str(special) == str(value))}
 
 
 def finite(value: Any) -> Any:

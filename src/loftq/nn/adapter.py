@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from loftq.errors import quoted
 from loftq.plan import Matrix, Plan, target_suffixes
 
 # What PEFT's model of a task hands on by name, whether the user gave it or not, and the class must know.
@@ -43,7 +44,7 @@ def adapter_config(plan: Plan, others: list[str], prefix: str, base: str, task_t
     """``adapter_config.json``: LoRA on exactly the quantized modules.
 
     Args:
-        others: modules that an adapter could wrap and that are not quantized.
+        others: all other modules of the model, also those that hold the quantized ones.
         prefix: the base model's prefix; dropped from names, so that a model without a head finds them too.
         base: where the frozen model is; what begins with ``..`` is seen from the adapter (:mod:`loftq.nn.bases`).
         task_type: PEFT's name of the task, or None.
@@ -65,6 +66,20 @@ def adapter_config(plan: Plan, others: list[str], prefix: str, base: str, task_t
     ).to_dict()
     config["target_modules"] = sorted(config["target_modules"])
     return config
+
+
+def refusal(model: nn.Module, leaf: str) -> str:
+    """Why PEFT takes no LoRA on modules called ``leaf`` of this model, in its own words; empty if it does."""
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+
+    asked = (name for name in dir(LoraModel) if name.startswith("_check_target_module_compat"))
+    try:
+        for name in asked:
+            getattr(LoraModel, name)(None, LoraConfig(), model, leaf)
+    except ValueError as e:
+        return f"PEFT refuses it: {quoted(str(e).partition('. ')[0], 200)}"
+    return ""
 
 
 def adapter_names(matrix: Matrix) -> tuple[str, str]:

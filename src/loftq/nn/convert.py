@@ -51,7 +51,7 @@ def convert(
         raise UsageError("the statistics are of another model: they know none of this one's matrices")
     for matrix in plan.matrices:
         _named(matrix, check_finite, parameters[matrix.name].detach())
-    others = [m for m in skeleton.adaptable(model) if m not in {x.module for x in plan.matrices}]
+    config = _adapter_config(plan, model)
     start: dict[str, torch.Tensor] = {}
     device = str(parameters[plan.matrices[0].name].device)
     shapes = [m.shape for m in plan.matrices]
@@ -64,7 +64,10 @@ def convert(
         if progress:
             progress(matrix, solution)
     mark_quantized(model, planning.nominal_bits(policy.bits, plan))
-    return _with_adapter(model, plan, others, start), plan
+    wrapped = wrap(model, config, start)
+    # Not the dense checkpoint: with that under it, the start would be added to weights that need none.
+    wrapped.peft_config["default"].base_model_name_or_path = ""
+    return wrapped, plan
 
 
 def _check_model(model: nn.Module) -> None:
@@ -117,12 +120,11 @@ def _replace(model: nn.Module, matrix: Matrix, solution: Solution) -> None:
     replace_module(model, matrix.module, packed)
 
 
-def _with_adapter(model: Any, plan: Plan, others: list[str], start: dict[str, torch.Tensor]) -> nn.Module:
-    """PEFT's model over the packed one, its adapter the LoftQ start."""
+def _adapter_config(plan: Plan, model: Any) -> Any:
+    """PEFT's configuration of the start. Made first of all: not every model can have one."""
     from peft import LoraConfig
 
+    chosen = {matrix.module for matrix in plan.matrices}
+    others = [name for name, _ in model.named_modules() if name not in chosen]
     fields = adapter_config(plan, others, str(model.base_model_prefix), "", None)
-    wrapped = wrap(model, LoraConfig(**{k: fields[k] for k in FIELDS}), start)
-    # Not the dense checkpoint: with that under it, the start would be added to weights that need none.
-    wrapped.peft_config["default"].base_model_name_or_path = ""
-    return wrapped
+    return LoraConfig(**{k: fields[k] for k in FIELDS})

@@ -119,7 +119,7 @@ def _by_forward(module: Any) -> Tensor:
             parts = [module(rows).float() - offset for rows in probes.split(ROWS)]
     except Exception as e:  # whatever a kernel raises that has no code for this device or dtype
         raise UsageError(
-            f"{type(module).__name__} does not run on {device} in {dtype}: {skeleton.first_line(e)}; try another device"
+            f"{type(module).__name__} does not run on {device} in {dtype}: {skeleton.one_line(e)}; try another device"
         ) from e
     return torch.cat(parts).T.contiguous()
 

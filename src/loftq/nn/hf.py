@@ -93,6 +93,7 @@ class LoftQHfQuantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         report_model_dtype()
+        _refuse_tensor_parallel(model)
         config: Any = self.quantization_config
         found = resolve(model, config.specs)
         for name, (_, spec) in found.items():
@@ -106,6 +107,7 @@ class LoftQHfQuantizer(HfQuantizer):
         model._checkpoint_conversion_mapping = _prefix_mapping(found)  # type: ignore[assignment]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        _refuse_tensor_parallel(model)
         for module in model.modules():
             if isinstance(module, PackedWeight):
                 for parameter in module.stored:
@@ -114,6 +116,21 @@ class LoftQHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         return unpack_model(model, dtype)
+
+
+def _refuse_tensor_parallel(model: Any) -> None:
+    """UsageError if transformers was asked to split layers between processes: packed codes cannot be cut by its plan.
+
+    transformers 5.17 and later say so in the configuration, before the weights are loaded; earlier ones in the model.
+    """
+    asked: Any = getattr(model.config, "distributed_config", None)
+    wanted = asked if isinstance(asked, dict) else vars(asked) if asked else {}
+    sizes = [wanted.get("tp_size"), wanted.get("ep_size"), getattr(model, "_tp_size", None)]
+    if wanted.get("tp_plan") or any(size and size > 1 for size in sizes):
+        raise UsageError(
+            "tensor and expert parallel loading (tp_plan, tp_size, ep_size) do not work on packed layers; load without "
+            "them: each process holds the packed model, device_map or FSDP spread it"
+        )
 
 
 @functools.cache
@@ -136,6 +153,8 @@ def report_model_dtype() -> None:
 
 def mark_quantized(model: Any, bits: float) -> None:
     """Tell transformers what ``model`` holds: what ``save_pretrained`` writes, and Trainer asks for."""
+    from transformers import PreTrainedModel
+
     report_model_dtype()
     packed = {name: m.spec for name, m in model.named_modules() if isinstance(m, PackedWeight)}
     modules = ((name, packed[name]) for name in sorted(packed, key=natural))
@@ -143,6 +162,9 @@ def mark_quantized(model: Any, bits: float) -> None:
     model.config.quantization_config = config
     model.hf_quantizer = LoftQHfQuantizer(config)
     model.is_quantized, model.quantization_method = True, "loftq"
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = True  # asked for by models that would read a weight otherwise
 
 
 def pack_from_config(modeling: Any) -> None:

@@ -93,7 +93,7 @@ def read_start(model: Any) -> Start:
     from peft import PeftConfig
     from peft.utils.save_and_load import load_peft_weights
 
-    from loftq.nn.skeleton import first_line
+    from loftq.nn.skeleton import one_line
 
     name = str(getattr(model, "name_or_path", ""))
     place: dict[str, Any] = {"subfolder": FOLDER, "revision": getattr(model.config, "_commit_hash", None)}
@@ -104,7 +104,7 @@ def read_start(model: Any) -> Start:
     except Exception as e:  # whatever PEFT, the hub and the network raise
         raise UsageError(
             f"init_lora_weights='loftq': no LoftQ start in {quoted(name or 'a model from no directory')} "
-            f"({first_line(e)}); load the model from a directory that `loftq quantize` made"
+            f"({one_line(e)}); load the model from a directory that `loftq quantize` made"
         ) from e
     if not isinstance(config, LoraConfig):
         raise InputError(f"{quoted(name)}/{FOLDER}: not a LoRA adapter")

@@ -56,7 +56,7 @@ def load_config(directory: Path, **options: Any) -> Any:
             config = config_class.from_dict(values, **options)
             text = config.get_text_config()
     except Exception as e:  # whatever transformers raises for values that it cannot take
-        raise InputError(f"{quoted(path, 400)}: no configuration that can be read: {skeleton.first_line(e)}") from e
+        raise InputError(f"{quoted(path, 400)}: no configuration that can be read: {skeleton.one_line(e)}") from e
     if isinstance(text, dict):
         raise InputError(f"{quoted(path, 400)}: its text_config is none that model_type {config.model_type} has")
     return config
@@ -73,7 +73,7 @@ def load_tokenizer(directory: Path) -> Any:
                 directory, config=config, trust_remote_code=False, local_files_only=True
             )
     except Exception as e:  # whatever transformers and tokenizers raise for files that they cannot take
-        raise InputError(f"{quoted(directory, 400)}: no tokenizer that can be read: {skeleton.first_line(e)}") from e
+        raise InputError(f"{quoted(directory, 400)}: no tokenizer that can be read: {skeleton.one_line(e)}") from e
     if not isinstance(found, transformers.PreTrainedTokenizerBase):
         raise InputError(f"{quoted(directory, 400)}: its tokenizer_class {type(found).__name__} is no tokenizer")
     named = {*found.vocab_files_names.values()}
@@ -105,8 +105,8 @@ def load_weights(model_class: Any, directory: Path, config: Any, **options: Any)
     except LoftqError:
         raise
     except ImportError as e:
-        raise UsageError(f"{quoted(directory, 400)}: {skeleton.first_line(e)}") from e
+        raise UsageError(f"{quoted(directory, 400)}: {skeleton.one_line(e)}") from e
     except Exception as e:  # whatever transformers and the quantizers raise for files that they cannot take
         name = model_class.__name__
-        line = skeleton.first_line(e)
+        line = skeleton.one_line(e)
         raise InputError(f"{quoted(directory, 400)}: transformers cannot load this model as {name}: {line}") from e

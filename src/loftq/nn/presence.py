@@ -16,7 +16,7 @@ from torch import nn
 from loftq.errors import InputError, listed, quoted
 from loftq.formats.regular import shown
 from loftq.formats.tensorfile import DTYPES
-from loftq.nn.skeleton import first_line, output_head, renamer
+from loftq.nn.skeleton import one_line, output_head, renamer
 from loftq.plan import HEADS, natural
 
 # What wraps a module in training, by the part that it adds to the names of the tensors, and how to save without it.
@@ -46,7 +46,7 @@ def check_weights(model: nn.Module, tensors: Mapping[str, tuple[str, tuple[int, 
         raise
     except Exception as e:  # whatever transformers raises for tensors that it cannot put together
         parts = listed(_short_of_parts(model, tensors), 3)
-        problem = f"too few tensors for {parts}" if parts else first_line(e)
+        problem = f"too few tensors for {parts}" if parts else one_line(e)
         raise InputError(f"{where}: the weights cannot be loaded: {problem}; fetch the checkpoint again") from e
     wrong = [
         f"{name} is {tuple(got)}, config.json asks for {tuple(wanted)}" for name, got, wanted in found["mismatched"]

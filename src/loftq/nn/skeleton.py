@@ -1,6 +1,8 @@
 """What each tensor of a checkpoint is, from the model's own modules built on the meta device."""
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from torch import nn
 from loftq.errors import InputError, quoted
 from loftq.formats import strict_json
 from loftq.nn import bounds
+from loftq.nn.adapter import refusal
+from loftq.nn.reads import readers
 from loftq.plan import Role, Stack
 
 # Keys that steer transformers from inside a config file (CVE-2026-4372), with and without the underscore of their
@@ -26,11 +30,10 @@ INTERNAL_KEYS = (
 LARGEST_SIZE = 1 << 31
 MOST_LAYERS = 4096
 MOST_MODULES = 250_000  # five times as many as a model of 61 layers with 256 experts each has
-READ_DIRECTLY = {"rel_embeddings": "its weight is read directly, past any adapter"}  # DeBERTa-v2
 
 
 def read_config(directory: Path, *, quantized: bool = False) -> dict[str, Any]:
-    """``config.json``, strictly parsed, without the keys that would run or select code.
+    """``config.json``, without the keys that would run or select code; special floats as transformers reads them.
 
     Args:
         quantized: whether the checkpoint may be quantized already.
@@ -38,7 +41,7 @@ def read_config(directory: Path, *, quantized: bool = False) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         raise InputError(f"{path}: missing; a Hugging Face model directory holds a config.json beside its weights")
-    config = strict_json.load_object(path)
+    config = strict_json.load_object(path, special=True)
     method = _quantized_with(config)
     if method and not quantized:
         raise InputError(f"{path}: already quantized with {method}; start from the full-precision checkpoint")
@@ -68,18 +71,44 @@ def _quantized_with(config: dict[str, Any]) -> str:
 
 
 def _check_numbers(path: Path, config: dict[str, Any]) -> None:
-    """Refuse sizes that no model has, also in nested configs, before a skeleton is built from them."""
+    """Refuse sizes that no model has, before a skeleton is built from them."""
+    for key, value, largest in _sizes(config):
+        if isinstance(value, (int, float)) and not value <= largest:  # NaN is no size either
+            raise InputError(f"{path}: {_not_a_size(key, value, largest)}")
+
+
+def _not_a_size(key: str, value: Any, largest: int) -> str:
+    return f"{quoted(key)} is {quoted(value)}; wanted a number from 0 to {largest}"
+
+
+def _sizes(config: dict[str, Any]) -> Iterator[tuple[str, Any, int]]:
+    """Everything under a key that counts, also in lists and nested configs: key, value, largest number that is taken.
+
+    Not all of it is a size: there are lists of the layers' kinds, and -1 for no limit.
+    """
     for key, value in config.items():
-        if isinstance(value, dict):
-            _check_numbers(path, value)
         size = key.endswith(("_size", "_dim"))
         counted = size or key.endswith(("_layers", "_heads")) or key.startswith(("num_", "n_", "d_"))
-        if not counted or value is None or isinstance(value, (dict, bool)):
-            continue
-        largest = MOST_LAYERS if "layer" in key and not size else LARGEST_SIZE
-        for number in value if isinstance(value, list) else [value]:
-            if not isinstance(number, (int, float)) or not 0 <= number <= largest:
-                raise InputError(f"{path}: {quoted(key)} is {quoted(number)}; wanted a number from 0 to {largest}")
+        for one in _flat(value):
+            if isinstance(one, dict):
+                yield from _sizes(one)
+            elif counted and one is not None and not isinstance(one, bool):
+                yield key, one, MOST_LAYERS if "layer" in key and not size else LARGEST_SIZE
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, list):
+        for one in value:
+            yield from _flat(one)
+    else:
+        yield value
+
+
+def _why(error: Exception, config: dict[str, Any]) -> str:
+    """Why transformers cannot build a model; first of all a size that is none, if there is one."""
+    odd = (size for size in _sizes(config) if not isinstance(size[1], (int, float)) or size[1] < 0)
+    reason = f"transformers cannot build this model: {one_line(error)}"
+    return next((f"{_not_a_size(*size)}; {reason}" for size in odd), reason)
 
 
 def build(directory: Path, tensors: int | None = None) -> nn.Module:
@@ -103,7 +132,7 @@ def build(directory: Path, tensors: int | None = None) -> nn.Module:
         with torch.device("meta"):
             return getattr(model_class, "from_config", model_class)(config)  # AutoModel's, or the constructor
     except Exception as e:  # whatever transformers raises for a config it cannot take
-        raise InputError(f"{path}: transformers cannot build this model: {first_line(e)}") from e
+        raise InputError(f"{path}: {_why(e, values)}") from e
     finally:
         count.remove()
 
@@ -125,10 +154,9 @@ def classes(path: Path, values: dict[str, Any]) -> tuple[Any, Any]:
     return found if known else transformers.AutoModel, CONFIG_MAPPING[model_type]
 
 
-def first_line(error: Exception) -> str:
-    """What another library says, fit for a message."""
-    lines = str(error).strip().splitlines()
-    return quoted(lines[0] if lines else type(error).__name__, 400)
+def one_line(error: Exception) -> str:
+    """What another library says, all of it, fit for a message."""
+    return quoted(" ".join(str(error).split()) or type(error).__name__, 800)
 
 
 def spellings(name: str, prefix: str) -> tuple[str, str, str]:
@@ -155,12 +183,7 @@ def roles(model: nn.Module, tensor_names: Iterable[str]) -> dict[str, Role]:
     result = {}
     for tensor in tensor_names:
         runtime, converted = rename(tensor)
-        if converted:
-            kind = "experts" if "expert" in tensor else "other"
-            keep = f"converted by transformers on loading into {quoted(runtime)}"
-            result[tensor] = Role(quoted(runtime), kind, backbone=True, keep=keep)
-        else:
-            result[tensor] = modules.role(runtime)
+        result[tensor] = modules.converted(tensor, runtime) if converted else modules.role(runtime)
     return result
 
 
@@ -172,7 +195,7 @@ def parameter_roles(model: nn.Module) -> dict[str, Role]:
 
 def adaptable(model: nn.Module) -> list[str]:
     """Names of all modules that a LoRA adapter can wrap."""
-    return [name for name, module in model.named_modules() if _kind(module, "weight", None, name)[0] != "other"]
+    return [name for name, module in model.named_modules() if _layer(module)[0]]
 
 
 def renamer(model: nn.Module) -> Callable[[str], tuple[str, bool]]:
@@ -200,10 +223,12 @@ class _Modules:
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
-        self._modules = dict(model.named_modules())
+        self._modules = dict(model.named_modules(remove_duplicate=False))
         self._twins: dict[int, list[str]] = {}
         for name, parameter in self.parameters.items():
             self._twins.setdefault(id(parameter), []).append(name)
+        self._read = readers(model)
+        self._refusal = functools.cache(functools.partial(refusal, model))
         self._head = output_head(model)
         prefix: str = model.base_model_prefix  # type: ignore[assignment]
         self._backbone = f"{prefix}." if prefix in dict(model.named_children()) else ""
@@ -215,46 +240,90 @@ class _Modules:
         module_name, _, leaf = name.rpartition(".")
         module, parameter = self._modules[module_name], self.parameters[name]
         tied = tuple(n for n in self._twins[id(parameter)] if n != name)
-        kind, keep = _kind(module, leaf, parameter, module_name)
+        place = stack(self._modules, module_name)
+        kind, keep = _layer(module) if leaf == "weight" else ("", "")
+        if kind and not keep:
+            keep = self._reason(module_name)
         backbone = module_name.startswith(self._backbone) and module is not self._head
-        return Role(module_name, kind, backbone, self._stack(module_name), tied, keep)
+        owner = self._modules[module_name.partition(".parametrizations.")[0]]
+        return Role(module_name, kind or _bare(owner, name, parameter, place), backbone, place, tied, keep)
 
-    def _stack(self, name: str) -> Stack | None:
-        """The outermost ModuleList that holds the module."""
-        return stack(self._modules, name)
+    def converted(self, tensor: str, runtime: str) -> Role:
+        """The role of a tensor that transformers fuses with others, or splits, into ``runtime``."""
+        role = self.role(runtime)
+        if role.kind == "other":
+            place = stack(self._modules, runtime)
+            role = Role(quoted(runtime), "parameter" if place else "other", backbone=True, stack=place)
+        kind = "experts" if "expert" in tensor else role.kind
+        return replace(role, kind=kind, keep=f"converted by transformers on loading into {quoted(runtime)}")
+
+    def _reason(self, name: str) -> str:
+        """Why a layer that could be packed has to stay dense."""
+        if name in self._read:
+            return f"{self._read[name]} reads its weight directly, past any packed layer or adapter"
+        return self._refusal(name.rpartition(".")[2])
 
 
 def stack(modules: dict[str, nn.Module], name: str) -> Stack | None:
     """The outermost ModuleList that holds the module ``name``, and which of its items does."""
     parts = name.split(".")
     for i in range(1, len(parts)):
-        parent = modules[".".join(parts[:i])]
+        parent = modules.get(".".join(parts[:i]))
         if isinstance(parent, nn.ModuleList) and parts[i].isdecimal():
             return Stack(".".join(parts[:i]), int(parts[i]), len(parent))
     return None
 
 
-def _kind(module: nn.Module, leaf: str, parameter: Any, name: str) -> tuple[str, str]:
-    """Kind of a module's parameter, and a reason to keep it if the module has one."""
+def _layer(module: nn.Module) -> tuple[str, str]:
+    """Kind of a layer that an adapter fits, else empty; and a reason to keep it if the module has one."""
     from transformers.pytorch_utils import Conv1D
 
-    if leaf != "weight":
-        three_dimensional = parameter is not None and parameter.ndim == 3
-        return ("experts" if three_dimensional and "expert" in name else "other"), ""
     if isinstance(module, nn.Embedding):
-        last = name.rpartition(".")[2]
-        own_forward = "" if type(module) is nn.Embedding else f"{type(module).__name__} computes more than a lookup"
-        return "embedding", READ_DIRECTLY.get(last, own_forward)
+        plain = type(module).forward is nn.Embedding.forward and module.max_norm is None
+        return "embedding", "" if plain else f"{type(module).__name__} computes more than a lookup"
     if isinstance(module, Conv1D):
         return "conv1d", ""
     if isinstance(module, nn.Linear):
-        plain = type(module).forward is nn.Linear.forward and not _inside_attention_of_torch(module)
-        return "linear", "" if plain else f"{type(module).__name__} computes more than a product"
-    return "other", ""
+        return "linear", "" if is_product(module) else f"{type(module).__name__} computes more than a product"
+    return "", ""
 
 
-def _inside_attention_of_torch(module: nn.Module) -> bool:
-    return type(module).__name__ == "NonDynamicallyQuantizableLinear"  # read directly by nn.MultiheadAttention
+def _bare(module: nn.Module, name: str, parameter: nn.Parameter, place: Stack | None) -> str:
+    """Kind of a parameter that no layer is there for: a matrix of the model's layers, or anything else."""
+    if parameter.ndim == 3 and "expert" in name:
+        return "experts"
+    classes = " ".join(cls.__name__ for cls in type(module).__mro__ if issubclass(cls, nn.Module)).lower()
+    aside = any(word in classes for word in ("embedding", "norm", "convnd"))
+    in_layers = place is not None or isinstance(module, nn.MultiheadAttention)
+    return "parameter" if in_layers and parameter.ndim > 1 and not aside else "other"
+
+
+def is_product(module: nn.Linear) -> bool:
+    """Whether ``module`` computes ``x W^T + b``; a subclass with its own ``forward`` is tried on random numbers."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    settings = {name for name in vars(module) if not name.startswith("_")}
+    return settings <= {"training", "in_features", "out_features"} and _computes_products(type(module))
+
+
+@functools.cache
+def _computes_products(cls: type[nn.Linear]) -> bool:
+    draw = torch.Generator().manual_seed(0)
+    for shape, bias in (((3, 6), True), ((2, 3, 6), True), ((2, 3, 6), False), ((6,), False)):
+        probe = cls.__new__(cls)
+        nn.Linear.__init__(probe, 6, 5, bias, device="cpu", dtype=torch.float64)
+        x = torch.randn(shape, generator=draw, dtype=torch.float64)
+        for parameter in probe.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
+        for mode in (True, False):
+            try:
+                got = probe.train(mode)(x)
+            except Exception:  # whatever a forward that asks for more raises
+                return False
+            wanted = nn.functional.linear(x, probe.weight, probe.bias)
+            if not isinstance(got, torch.Tensor) or got.shape != wanted.shape or not torch.allclose(got, wanted):
+                return False
+    return True
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -29,7 +29,6 @@ DENSE = 16  # as a number of bits: leave the matrix as it is
 WIDE = ("F64", "F32")
 FLOATS = ("F64", "F32", "F16", "BF16")
 HEADS = {"lm_head", "embed_out", "classifier", "score", "qa_outputs", "pooler", "cls", "classification_head"}
-ROUTERS = {"router", "gate"}
 RANK_POLICIES = ("refuse", "clamp")
 # Fields of a solver that came later, and the value with which a plan from before has its digest still.
 LATER = {"scales": "formula", "metric": "weights", "rounding": "nearest", "start": "zero"}
@@ -50,7 +49,8 @@ class Role:
 
     Attributes:
         module: name of the module that owns it at run time; empty if the model has no such parameter.
-        kind: ``linear``, ``conv1d``, ``embedding``, ``experts`` (3-D), or ``other``.
+        kind: ``linear``, ``conv1d``, ``embedding``, ``experts`` (3-D), ``parameter`` (a matrix of the layers that
+            belongs to none of these modules), or ``other``.
         backbone: inside the base model, not in a task head.
         tied: names of other parameters that are the same tensor.
         keep: a reason known to the model's side why it must stay dense.
@@ -252,7 +252,9 @@ def make(
         nothing, or less than ``policy.min_coverage`` of the layers' weights, would be quantized.
     """
     ranks = parse_rules(option("rank"), policy.rank, _rank_value)
-    wanted = {n: _reason_to_keep(n, *tensors[n], roles[n], policy.embeddings, ranks) for n in tensors}
+    routers = _routers(role.module for role in roles.values())
+    wanted = {n: _reason_to_keep(n, *tensors[n], roles[n], policy.embeddings, ranks, routers) for n in tensors}
+    smallest = _smallest_matrix([tensors[n][1] for n, reason in wanted.items() if not reason])
     modules = [roles[n].module for n, reason in wanted.items() if not reason]
     bits = _bits_rules(policy.bits, [roles[n] for n, reason in wanted.items() if not reason])
     bits.refuse_unmatched(option("bits"), modules)
@@ -266,8 +268,7 @@ def make(
         if not reason and width == DENSE:
             reason = "left dense by --bits"
         if reason:
-            by_design = set(role.module.split(".")) & (HEADS | ROUTERS)
-            missed = role.backbone and role.kind in ("linear", "conv1d", "experts") and len(shape) > 1 and not by_design
+            missed = role.module not in routers and _is_missed(role, shape, smallest)
             kept.append(Kept(name, dtype, shape, _numel(shape) * _itemsize(dtype), reason, missed))
             continue
         budgeted = chosen.get(role.module) if chosen else None
@@ -350,8 +351,46 @@ def _check_coverage(plan: Plan, policy: Policy) -> None:
         )
 
 
+def _routers(modules: Iterable[str]) -> set[str]:
+    """Modules that choose experts: below a ``router`` at any depth, and a ``gate`` or what lies in one beside experts.
+
+    A ``gate`` with layers in it may be a gated projection too, where there are no experts.
+    """
+    modules = set(modules)
+    split = [name.split(".") for name in modules]
+    mixtures = {".".join(parts[:i]) for parts in split for i, part in enumerate(parts) if "expert" in part}
+    return {
+        ".".join(parts)
+        for parts in split
+        if "router" in parts
+        or parts[-1] == "gate"
+        or any(part == "gate" and ".".join(parts[:i]) in mixtures for i, part in enumerate(parts))
+    }
+
+
+def _smallest_matrix(shapes: list[tuple[int, ...]]) -> int:
+    """Weights from which on a Parameter is taken for a matrix of the layers rather than a bias or a table.
+
+    As many as the smallest quantized matrix has, or a square one of their typical width, if that is smaller.
+    """
+    widths = sorted(min(shape) for shape in shapes)
+    return min(*(_numel(shape) for shape in shapes), widths[len(widths) // 2] ** 2) if shapes else 0
+
+
+def _is_missed(role: Role, shape: tuple[int, ...], smallest: int) -> bool:
+    """Whether a kept tensor is a matrix of the layers that one would want quantized."""
+    matrix = role.kind in ("linear", "conv1d", "experts") or (role.kind == "parameter" and _numel(shape) >= smallest)
+    return role.backbone and matrix and len(shape) > 1 and min(shape) > 1 and not set(role.module.split(".")) & HEADS
+
+
 def _reason_to_keep(
-    name: str, dtype: str, shape: tuple[int, ...], role: Role, embeddings: bool, ranks: Rules[int]
+    name: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    role: Role,
+    embeddings: bool,
+    ranks: Rules[int],
+    routers: set[str],
 ) -> str:
     """Why a tensor stays as it is; empty if it is to be quantized."""
     parts = set(role.module.split("."))
@@ -363,6 +402,10 @@ def _reason_to_keep(
         return "3-D expert block: no adapter of PEFT's fits packed experts yet"
     if len(shape) < 2 or 0 in shape:
         return "empty" if 0 in shape else "a vector (norm or bias)"
+    if role.module in routers:
+        return "a router of experts"
+    if role.kind == "parameter":
+        return "a Parameter of its own, not the weight of a Linear, Conv1D or Embedding"
     if role.kind == "other" or len(shape) > 2:
         return "not a Linear, Conv1D or Embedding weight"
     if role.kind == "embedding" and not embeddings:
@@ -375,8 +418,6 @@ def _reason_to_keep(
         return "a head or pooler"
     if not role.backbone:
         return "outside the backbone"
-    if parts & ROUTERS and role.module.rpartition(".")[2] in ROUTERS:
-        return "a router of experts"
     if min(shape) < 2:
         return "one row or column: nothing to factorize"
     if dtype not in FLOATS:
@@ -436,27 +477,33 @@ def _rank_value(text: str) -> int:
 def target_suffixes(chosen: Iterable[str], others: Iterable[str]) -> list[str]:
     """Shortest endings, of at least two parts, that select the chosen modules and none of the others.
 
+    The others are all named modules, not only those that an adapter fits: PEFT fails on a block that is selected.
+
     PEFT selects modules whose name ends with one of these. Two parts at the least, so that a layer of a task
     head that is added later (``classification_head.out_proj``) is not caught by a name as short as ``out_proj``.
 
     Raises: InputError if a whole chosen name is the ending of another.
     """
-    others = [f".{name}" for name in others]
+    owners: dict[str, str] = {}  # an ending -> the first of the others that has it
+    for other in others:
+        for ending in _endings(other):
+            owners.setdefault(ending, other)
     suffixes = set()
     for name in chosen:
-        parts = name.split(".")
-        for n in range(min(2, len(parts)), len(parts) + 1):
-            suffix = ".".join(parts[-n:])
-            caught = [other for other in others if other.endswith(f".{suffix}")]
-            if not caught:
-                break
-        if caught:
+        free = next((e for e in _endings(name) if e not in owners and (e.count(".") or e == name)), None)
+        if free is None:
             raise InputError(
-                f"{quoted(name)} is the ending of {listed((c[1:] for c in caught), 3)}, which is not quantized; PEFT, "
-                "which selects by endings, would put an adapter on both"
+                f"{quoted(name)} is the ending of {quoted(owners[name])}, which is not quantized; PEFT, which selects "
+                f"by endings, would put an adapter on both; leave it dense: {option('bits', f'{quoted(name)}=16,4')}"
             )
-        suffixes.add(suffix)
+        suffixes.add(free)
     return sorted(suffixes, key=natural)
+
+
+def _endings(name: str) -> list[str]:
+    """``a.b.c`` -> ``c``, ``b.c``, ``a.b.c``."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loftq.errors import InputError, LoftqError, listed, quoted
 from loftq.formats import strict_json
 from loftq.nn.loading import guarded, load_config, load_weights
-from loftq.nn.skeleton import first_line
+from loftq.nn.skeleton import one_line
 from loftq.nn.start import load_start, new_adapter
 from loftq.tasks import Task
 from loftq.tasks.batches import padding
@@ -72,7 +72,7 @@ def load_adapter(model: PreTrainedModel, directory: Path, new_modules: Iterable[
     except LoftqError:
         raise
     except Exception as e:  # whatever PEFT raises for files that it cannot take
-        raise InputError(f"{quoted(directory)}: no adapter for this model: {first_line(e)}") from e
+        raise InputError(f"{quoted(directory)}: no adapter for this model: {one_line(e)}") from e
     trained_on = adapted.peft_config["default"].base_model_name_or_path  # type: ignore[union-attr]
     if trained_on and Path(trained_on).is_dir() and Path(trained_on).resolve() != base.resolve():
         logger.warning("%s: an adapter of %s, put on %s", quoted(directory), quoted(trained_on), quoted(base))

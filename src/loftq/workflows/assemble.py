@@ -92,7 +92,7 @@ def assemble(job: Job, work: Workspace, records: list[dict[str, Any]]) -> dict[s
 def adapter_of(source: Source, layout: Layout, task_type: str | None, base: str = bases.PARENT) -> dict[str, Any]:
     """``adapter_config.json``, made first of all: PEFT must be there, and take the options."""
     chosen = {m.module for m in source.plan.matrices}
-    others = [m for m in source.adaptable if m not in chosen]
+    others = [m for m in source.modules if m not in chosen]
     task = task_type or source.task_type
     try:
         config = adapter_config(source.plan, others, source.prefix, base, task)
@@ -161,7 +161,7 @@ def _write_adapter(job: Job, work: Workspace) -> fsio.FileDigest:
 def _write_config(job: Job, work: Workspace) -> fsio.FileDigest:
     """The source's configuration with ours added, without keys that would select or run code."""
     plan = job.source.plan
-    config = strict_json.load_object(job.source.directory / "config.json")
+    config = strict_json.load_object(job.source.directory / "config.json", special=True)
     config = _without_places(without_internal_keys(config))
     modules = [(m.module, m.quant) for m in plan.matrices]
     bits = planning.mean_bits(plan) if job.budget else planning.nominal_bits(job.identity["options"]["bits"], plan)
@@ -171,7 +171,7 @@ def _write_config(job: Job, work: Workspace) -> fsio.FileDigest:
         config["dtype"] = TORCH_NAMES[planning.main_dtype(job.source.tensors)]
     if ours is not None:
         config["quantization_config"] = ours
-    return fsio.write_json(work.output / "config.json", config)
+    return fsio.write_json(work.output / "config.json", strict_json.tagged(config))
 
 
 def _without_places(config: dict[str, Any]) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def _values_problems(file: TensorFile) -> list[str]:
 def _check_config(directory: Path, manifest: dict[str, Any]) -> None:
     """The packed modules of ``config.json`` are those of the plan, with the same specs."""
     path = directory / "config.json"
-    config = strict_json.load_object(path)
+    config = strict_json.load_object(path, special=True)
     try:
         groups = read_groups(config.get("quantization_config"))
     except InputError as e:

@@ -29,8 +29,8 @@ class Source:
     prefix: str  # of the base model
     architecture: str
     task_type: str | None  # PEFT's
-    adaptable: list[str]  # every module that an adapter could wrap
-    kept_modules: list[str]  # those of them that are not quantized
+    modules: list[str]  # all of the model
+    kept_modules: list[str]  # those that an adapter could wrap and that are not quantized
 
 
 def open_source(model: str, policy: Policy, revision: str | None = None) -> Source:
@@ -43,7 +43,6 @@ def open_source(model: str, policy: Policy, revision: str | None = None) -> Sour
     tensors = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
     roles = skeleton.roles(built, tensors)
     plan = planning.make(tensors, roles, policy)
-    adaptable = skeleton.adaptable(built)
     chosen = {m.module for m in plan.matrices}
     return Source(
         directory=directory,
@@ -55,8 +54,8 @@ def open_source(model: str, policy: Policy, revision: str | None = None) -> Sour
         prefix=str(built.base_model_prefix),
         architecture=type(built).__name__,
         task_type=task_type(built),
-        adaptable=adaptable,
-        kept_modules=[m for m in adaptable if m not in chosen],
+        modules=[name for name, _ in built.named_modules()],
+        kept_modules=[m for m in skeleton.adaptable(built) if m not in chosen],
     )
 
 

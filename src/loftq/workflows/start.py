@@ -149,11 +149,10 @@ def _located(source: Source, model: Any) -> Plan:
 def _adapter_config(plan: Plan, source: Source, model: Any, base: str, options: StartOptions) -> dict[str, Any]:
     from transformers.pytorch_utils import Conv1D
 
-    from loftq.nn import skeleton
     from loftq.nn.adapter import adapter_config, task_type
 
     chosen = {m.module for m in plan.matrices}
-    others = [m for m in skeleton.adaptable(model) if m not in chosen]
+    others = [name for name, _ in model.named_modules() if name not in chosen]
     task = options.task_type or task_type(model)
     prefix = str(model.base_model_prefix)
     try:
