@@ -1,6 +1,7 @@
 """Strict JSON: what is read, what is refused and with which words."""
 
 import json
+import math
 import os
 
 import pytest
@@ -102,3 +103,17 @@ def test_load_object_does_not_wait_for_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "a.json")
     with pytest.raises(InputError, match=r"not a regular file"):
         strict_json.load_object(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("spelling", ["Infinity", '{"__float__": "Infinity"}', "1e999"])
+def test_special_floats_are_read_where_they_are_asked_for_and_written_as_transformers_does(spelling):
+    raw = f'{{"kept": {{"__float__": "x"}}, "limit": [0.0, {spelling}], "other": [-Infinity, NaN]}}'.encode()
+    value = strict_json.loads(raw, "config.json", special=True)
+    assert value["limit"] == [0.0, math.inf]
+    assert value["other"][0] == -math.inf
+    assert math.isnan(value["other"][1])
+    assert value["kept"] == {"__float__": "x"}
+    written = strict_json.dumps(strict_json.tagged(value))
+    assert json.loads(written)["limit"] == [0.0, {"__float__": "Infinity"}]
+    again = strict_json.loads(written, "config.json", special=True)
+    assert str(again) == str(value)

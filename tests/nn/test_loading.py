@@ -227,3 +227,10 @@ def test_auto_config_reads_the_quantization(made):
     assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
     assert LoftQQuantizationConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
     assert '"block_size": 64' in repr(config)
+
+
+@pytest.mark.parametrize("asked", [{"tp_plan": "auto"}, {"tp_plan": {"model.layers.*.mlp.up_proj": "colwise"}}])
+@pytest.mark.filterwarnings("ignore:Passing `tp_plan` directly:FutureWarning")
+def test_tensor_parallel_loading_is_refused(made, asked):
+    with pytest.raises(UsageError, match=r"tp_plan, tp_size, ep_size\) do not work on packed layers; load without"):
+        AutoModelForCausalLM.from_pretrained(made("llama").output, **asked)

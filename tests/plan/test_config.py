@@ -8,7 +8,9 @@ import transformers
 
 import loftq
 from loftq.errors import InputError
+from loftq.formats import strict_json
 from loftq.nn import presence, skeleton
+from loftq.workflows.check import verify
 from models import BERT, LLAMA, MOE, quantize, tiny
 
 CANARY = """
@@ -200,6 +202,39 @@ def test_weights_of_another_size_than_the_config_says_are_refused(made, tmp_path
     tensors = {n: ("F32", tuple(t.shape)) for n, t in made("llama").dense.state_dict().items()}
     with pytest.raises(InputError, match=f"the weights do not fit config.json: .*{message}"):
         presence.check_weights(skeleton.build(tmp_path), tensors, tmp_path)
+
+
+ODD_NUMBERS = [
+    ("MambaForCausalLM", {"state_size": 8, "time_step_limit": [0.0, float("inf")]}, "time_step_limit"),
+    ("Mamba2ForCausalLM", {"state_size": 8, "num_heads": 8, "head_dim": 18, "chunk_size": 4}, "time_step_limit"),
+    ("GPTNeoForCausalLM", {"num_heads": 4, "attention_types": [[["global", "local"], 1]]}, "attention_layers"),
+    ("LlamaForCausalLM", {**LLAMA, "chunk_size": -1, "n_layers": ["full", ["sliding", 2]]}, "chunk_size"),
+]
+
+
+@pytest.mark.parametrize("spelling", ["tagged", "bare"])
+@pytest.mark.parametrize(("architecture", "options", "key"), ODD_NUMBERS)
+def test_what_transformers_reads_and_writes_is_read_and_written(tmp_path, architecture, options, key, spelling):
+    sizes = {"vocab_size": 101, "hidden_size": 72, "num_layers": 2, "num_hidden_layers": 2}
+    config = getattr(transformers, architecture.replace("ForCausalLM", "Config"))(**{**sizes, **options})
+    getattr(transformers, architecture)(config).save_pretrained(tmp_path / "dense")
+    file = tmp_path / "dense" / "config.json"
+    written = json.loads(file.read_text())
+    assert key in written
+    if spelling == "bare":
+        file.write_text(file.read_text().replace('{"__float__": "Infinity"}', "Infinity"))
+        file.write_text(json.dumps(strict_json.load_object(file, special=True)))
+    quantize(tmp_path / "dense", tmp_path / "quantized")
+    after = transformers.AutoConfig.from_pretrained(tmp_path / "quantized")
+    assert getattr(after, key) == getattr(transformers.AutoConfig.from_pretrained(tmp_path / "dense"), key)
+    json.loads((tmp_path / "quantized" / "config.json").read_text(), parse_constant=pytest.fail)
+    verify(tmp_path / "quantized")
+
+
+def test_the_whole_reason_of_transformers_is_shown(tmp_path):
+    with pytest.raises(InputError, match=r"cannot build this model: .*hidden_act.*evil") as refused:
+        skeleton.build(directory(tmp_path, hidden_act=["evil"]))
+    assert "\n" not in str(refused.value)
 
 
 def test_roles_come_from_modules_not_names(tmp_path):

@@ -95,6 +95,24 @@ def test_a_gate_projection_is_no_router():
     assert {"model.layers.0.mlp.gate_proj", "model.layers.0.gate.up"} <= chosen
 
 
+def test_routers_at_any_depth_are_kept_and_not_missed():
+    tensors, roles = model()
+    for name in ("layers.0.ffn.router.layer", "layers.0.mlp.gate.wg", "layers.0.mlp.gate", "layers.0.router"):
+        tensors[f"{name}.weight"], roles[f"{name}.weight"] = ("F32", (8, 64)), Role(name, "linear", True)
+    roles["layers.0.mlp.experts.up"] = Role("layers.0.mlp.experts", "experts", True)
+    tensors["layers.0.mlp.experts.up"] = ("F32", (8, 8, 8))
+    kept = {k.name: k for k in make(tensors, roles, policy()).kept if k.reason == "a router of experts"}
+    assert len(kept) == 4
+    assert not any(k.missed for k in kept.values())
+
+
+def test_one_row_is_kept_and_not_missed():
+    tensors, roles = model()
+    name = "model.layers.0.mlp.shared_expert_gate"
+    tensors[name], roles[name] = ("F32", (1, 64)), Role(name, "linear", True)
+    assert make(tensors, roles, policy()).coverage == 1.0
+
+
 def test_a_conv1d_is_solved_transposed():
     role = Role("h.0.c_attn", "conv1d", True)
     plan = make({"h.0.c_attn.weight": ("F32", (64, 192))}, {"h.0.c_attn.weight": role}, policy())
@@ -236,6 +254,17 @@ def test_coverage_names_what_is_missed():
         make(tensors, roles, policy(bits="16", min_coverage=0.0))
 
 
+@pytest.mark.parametrize(
+    ("shape", "missed"), [((64, 4, 16), True), ((96, 64), True), ((4, 16), False), ((120, 8), False)]
+)
+def test_a_parameter_counts_from_the_size_of_a_matrix_on(shape, missed):
+    tensors, roles = model()
+    tensors["odd"], roles["odd"] = ("F32", shape), Role("model.layers.0.attn", "parameter", True)
+    plan = make(tensors, roles, policy())
+    assert next(k.missed for k in plan.kept if k.name == "odd") is missed
+    assert (plan.coverage < 1.0) is missed
+
+
 def test_heads_and_embeddings_do_not_count_as_missed():
     assert planned(min_coverage=1.0).coverage == 1.0
 
@@ -281,6 +310,7 @@ def test_a_plan_cannot_be_changed():
         (["fc"], ["head"], ["fc"]),
         (["h.0.mlp.c_proj", "h.0.attn.c_proj"], ["h.0.cross.c_proj"], ["attn.c_proj", "mlp.c_proj"]),
         (["layer.0.out_proj"], ["classification_head.out_proj"], ["0.out_proj"]),
+        (["mask_decoder.head.layers.0"], ["vision.layers.0", "mask_decoder.head"], ["head.layers.0"]),  # a block
     ],
 )
 def test_target_suffixes_select_the_chosen_and_no_other(chosen, others, expected):

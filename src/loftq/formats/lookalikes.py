@@ -120,6 +120,6 @@ def _is_sharded_by_torch(directory: Path, names: list[str]) -> bool:
 
 def _field(path: Path, key: str) -> Any:
     try:
-        return strict_json.load_object(path).get(key)
+        return strict_json.load_object(path, special=True).get(key)
     except (InputError, StorageError):
         return None
