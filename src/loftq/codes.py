@@ -69,18 +69,14 @@ class Absmax(Code):
     """A code whose scale takes the largest magnitude of a block to the largest level."""
 
     def scale(self, values: Tensor, bits: int, stored: Stored) -> tuple[Tensor, None]:
-        return values.abs().amax(-1) / self.reach(bits), None
-
-    def reach(self, bits: int) -> float:
-        """The largest level."""
-        return float(levels(self.name, bits)[-1])
+        return values.abs().amax(-1) / levels(self.name, bits)[-1].item(), None
 
 
 _CODES: dict[str, Code] = {}
-C = TypeVar("C", bound=type[Code])
+C = TypeVar("C", bound=Code)
 
 
-def register(kind: C) -> C:
+def register(kind: type[C]) -> type[C]:
     """Make a code known to every option, file and kernel; a decorator of its class.
 
     Example:

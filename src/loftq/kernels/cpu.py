@@ -117,7 +117,7 @@ def _absmax_scales(target: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
     block = min(spec.block_size, target.shape[1])
     absmax = target.new_empty(len(target), -(-target.shape[1] // block))
     _over_rows(_absmax, len(target), target, block, absmax)
-    return store_scales(absmax.div_(spec.codebook.reach(spec.bits)), spec)
+    return store_scales(absmax.div_(levels(spec.code, spec.bits)[-1].item()), spec)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -40,12 +40,12 @@ class Start:
         config = copy.copy(config)
         config.init_lora_weights, config.loftq_config = True, {}
         if config.target_modules is None:
-            config.target_modules = set(self.config.target_modules or ())
+            config.target_modules = set(self.config.target_modules or ())  # type: ignore[arg-type]
         if not config.rank_pattern:
-            config.rank_pattern = dict(self.config.rank_pattern)
+            config.rank_pattern = dict(self.config.rank_pattern or {})
         return config
 
-    def check(self, config: LoraConfig, model: nn.Module) -> None:
+    def check(self, config: Any, model: nn.Module) -> None:
         """UsageError if ``config`` has another rank, or leaves out a module that was solved for."""
         chosen = {name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)}
         left = [module for module in self.factors if module not in chosen]

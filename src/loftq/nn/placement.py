@@ -32,9 +32,10 @@ def keep_real_targets(conversion: Any) -> None:
         real = set() if targets is None or isinstance(targets, str) else _real(targets, model)
         if not real:
             return convert(peft_config, model, conversions)
-        peft_config.target_modules = set(targets) - real
+        peft_config.target_modules = set(targets or ()) - real
         convert(peft_config, model, conversions)
-        peft_config.target_modules = real | set(peft_config.target_modules)
+        others: Any = peft_config.target_modules
+        peft_config.target_modules = real | set(others)
 
     conversion.convert_peft_config_for_transformers = convert_the_others
 

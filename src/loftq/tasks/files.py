@@ -107,14 +107,14 @@ def read(path: Path) -> "Dataset":
 @contextlib.contextmanager
 def _uncounted() -> Iterator[None]:
     """``datasets`` without its count of uses, for which it asks a server of the hub, also for a local file."""
-    import datasets
+    from datasets import config
 
-    before = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    before = config.HF_UPDATE_DOWNLOAD_COUNTS
+    config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         yield
     finally:
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = before
+        config.HF_UPDATE_DOWNLOAD_COUNTS = before
 
 
 def _csv_options(path: Path) -> dict[str, Any]:

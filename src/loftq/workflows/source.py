@@ -83,7 +83,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
         raise InputError(f"{quoted(model)}: no such directory, and not a hub id like 'org/name'")
     import huggingface_hub
 
-    def download(**patterns: list[str]) -> Path:
+    def download(**patterns: Any) -> Path:
         return Path(huggingface_hub.snapshot_download(model, revision=revision, **patterns))
 
     try:
