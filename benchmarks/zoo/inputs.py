@@ -245,7 +245,8 @@ class _Maker:
                 for more in ({}, {n: mask for n in ("feature_attention_mask", "input_features_mask") if n in names}):
                     yield from self._with_places({"input_features": features, **more}, "audio", names)
         for picture in (p for p in PICTURES if p in names):
-            yield from self.product(list(dict.fromkeys(["input_ids", picture, *required])), names)
+            both = self.product(list(dict.fromkeys(["input_ids", picture, *required])), names)
+            yield from itertools.islice(both, 6)
 
     def _patches(self, names: list[str]) -> dict[str, Any]:
         vision = getattr(self.config, "vision_config", self.config)

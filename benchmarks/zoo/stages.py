@@ -5,7 +5,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,13 @@ import loftq
 from loftq.errors import LoftqError
 from loftq.nn.layers import PackedWeight
 from loftq.workflows.check import verify
-from zoo import configs, inputs
+from zoo import configs, inputs, outputs
 
 MOST_PARAMETERS = 32_000_000
 MOST_CLASSES = 3  # tried, of a family
 MOST_SECONDS = 8  # of a processor, after which no other class, shrinkage or inputs are tried
-TOLERANCE = 2e-4  # of the largest value; float32, and layers that amplify a rounding
 REPEATED = 1e-5  # the same weights at other places in memory
 WORKS, REFUSED, DEFECT, NOT_BUILT, UPSTREAM = "works", "refused", "DEFECT", "not built", "not in transformers"
-
-
-class Failed(Exception):
-    """A stage whose result is wrong; the message says how."""
 
 
 class NotBuilt(Exception):
@@ -53,7 +48,7 @@ class Journey:
         dense: the tiny model; ``expected``, with the dequantized weights; ``sum``, with Q + s·BA.
         model: the packed model; ``packed``, its packed layers.
         started: the packed model under its adapter, which sits on the layers ``adapted``.
-        begun: outputs of the start; ``outputs``, those after the adapter has been changed.
+        outputs: of ``started``, at the start and after the adapter has been changed.
     """
 
     model_type: str
@@ -68,7 +63,6 @@ class Journey:
     packed: dict[str, Any] = field(default_factory=dict)
     started: Any = None
     adapted: dict[str, Any] = field(default_factory=dict)
-    begun: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
 
     def run(self) -> dict[str, Any]:
@@ -90,7 +84,7 @@ class Journey:
             except LoftqError as e:
                 before = self.report["stage"] == "quantize"
                 self._ended(REFUSED if before else DEFECT, f"{type(e).__name__}: {e}")
-            except Failed as e:
+            except outputs.Failed as e:
                 self._ended(DEFECT, str(e))
             except Exception as e:
                 self._ended(DEFECT, f"{_said(e)} [{_where(e)}]")
@@ -100,7 +94,7 @@ class Journey:
         self.report.update(outcome=outcome, why=why[:600])
 
     def forward(self, model: Any) -> list[Tensor]:
-        return _outputs(model, self.inputs)
+        return outputs.computed(model, self.inputs)
 
     def load(self) -> Any:
         return type(self.dense).from_pretrained(self.output)
@@ -167,7 +161,7 @@ def _inputs_for(model: Any, model_type: str) -> dict[str, Any]:
         if errors and time.process_time() - began > MOST_SECONDS:
             break
         try:
-            found = _outputs(model, candidate)
+            found = outputs.computed(model, candidate)
         except Exception as e:
             errors.append(f"{{{', '.join(candidate)}}}: {_said(e)}")
             continue
@@ -191,10 +185,10 @@ def _saved(journey: Journey) -> None:
     journey.dense.save_pretrained(journey.source)
     try:
         again = type(journey.dense).from_pretrained(journey.source).eval()
-        difference = _difference(journey.forward(again), journey.forward(journey.dense))
+        difference = outputs.difference(journey.forward(again), journey.forward(journey.dense))
     except Exception as e:
         raise Upstream(f"saved by transformers, it does not load: {_said(e)}") from e
-    if difference > TOLERANCE:
+    if difference > outputs.TOLERANCE:
         raise Upstream(f"saved and loaded by transformers, it gives other outputs (by {difference:.1e})")
 
 
@@ -231,18 +225,18 @@ def _load(journey: Journey) -> None:
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         odd = set(map(str, info[kind])) - set(map(str, dense[kind]))
         if odd:
-            raise Failed(f"{kind}: {sorted(odd)[:3]}")
+            raise outputs.Failed(f"{kind}: {sorted(odd)[:3]}")
     journey.packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedWeight)}
     if len(journey.packed) != journey.report["matrices"]:
-        raise Failed(f"{len(journey.packed)} packed layers of {journey.report['matrices']} matrices")
+        raise outputs.Failed(f"{len(journey.packed)} packed layers of {journey.report['matrices']} matrices")
     journey.model = model.eval()
 
 
 def _forward(journey: Journey) -> None:
     """The packed model computes what the dense model with dequantized weights computes."""
     values = {name: layer.dequantize() for name, layer in journey.packed.items()}
-    journey.expected = _substituted(journey.dense, values)
-    _compare(journey.forward(journey.model), journey.forward(journey.expected), "packed against dequantized")
+    journey.expected = _substituted(_rounded(journey), values)
+    outputs.compare(journey.forward(journey.model), journey.forward(journey.expected), "packed against dequantized")
 
 
 def _start(journey: Journey) -> None:
@@ -253,42 +247,52 @@ def _start(journey: Journey) -> None:
         n for n, m in journey.adapted.items() if isinstance(m.get_base_layer(), PackedWeight)
     }
     if missing:
-        raise Failed(f"no adapter on {len(missing)} of {len(journey.packed)} packed layers: {sorted(missing)[:3]}")
+        raise outputs.Failed(
+            f"no adapter on {len(missing)} of {len(journey.packed)} packed layers: {sorted(missing)[:3]}"
+        )
     if set(journey.adapted) - set(journey.packed):
-        raise Failed(f"an adapter on what is not packed: {sorted(set(journey.adapted) - set(journey.packed))[:3]}")
+        raise outputs.Failed(
+            f"an adapter on what is not packed: {sorted(set(journey.adapted) - set(journey.packed))[:3]}"
+        )
     zero = [n for n, m in journey.adapted.items() if not _delta(m).abs().max()]
     if zero:
-        raise Failed(f"the start is zero on {len(zero)} layers: {zero[:3]}")
-    values = {n: m.get_base_layer().dequantize() + _delta(m) for n, m in journey.adapted.items()}
-    journey.sum = _substituted(journey.dense, values)
-    journey.outputs = journey.begun = journey.forward(journey.started)
-    _compare(journey.outputs, journey.forward(journey.sum), "start against Q + sBA")
+        raise outputs.Failed(f"the start is zero on {len(zero)} layers: {zero[:3]}")
+    values = _sums(journey.adapted)
+    journey.sum = _substituted(journey.expected, values)
+    journey.outputs = journey.forward(journey.started)
+    outputs.compare(journey.outputs, journey.forward(journey.sum), "start against Q + sBA")
 
 
 def _load_start(journey: Journey) -> None:
     model = loftq.load_start(journey.load(), journey.output).eval()
     if set(_adapted(model)) != set(journey.adapted):
-        raise Failed("load_start adapts other layers than PEFT")
-    _compare(journey.forward(model), journey.outputs, "load_start against PEFT")
+        raise outputs.Failed("load_start adapts other layers than PEFT")
+    outputs.compare(journey.forward(model), journey.outputs, "load_start against PEFT")
 
 
 def _backward(journey: Journey) -> None:
     """Every adapter gets a gradient whose layer would get one in the dense model."""
     reference = journey.sum.requires_grad_(True)
     try:
-        able = _backpropagate(reference, journey.inputs)
+        able = outputs.backpropagate(reference, journey.inputs)
     except RuntimeError:  # changes in place of what a gradient needs
         able = False
     if not able:
         journey.report["unused"] = "all: the dense model has no gradient"
         return
     journey.started.zero_grad()
-    if not _backpropagate(journey.started, journey.inputs):
-        raise Failed("no gradient from the outputs to any adapter")
-    used = {n for n, m in journey.adapted.items() if _has_gradient([reference.get_submodule(n).weight])}
-    got = {n for n, m in journey.adapted.items() if _has_gradient(p for k, p in m.named_parameters() if "lora_" in k)}
+    if not outputs.backpropagate(journey.started, journey.inputs):
+        raise outputs.Failed("no gradient from the outputs to any adapter")
+    used = {n for n, m in journey.adapted.items() if outputs.has_gradient([reference.get_submodule(n).weight])}
+    got = {
+        n
+        for n, m in journey.adapted.items()
+        if outputs.has_gradient(p for k, p in m.named_parameters() if "lora_" in k)
+    }
     if used - got:
-        raise Failed(f"no gradient in {len(used - got)} adapters of {len(journey.adapted)}: {sorted(used - got)[:3]}")
+        raise outputs.Failed(
+            f"no gradient in {len(used - got)} adapters of {len(journey.adapted)}: {sorted(used - got)[:3]}"
+        )
     journey.report["unused"] = len(journey.adapted) - len(got)
     journey.report["unused_names"] = sorted(set(journey.adapted) - got)[:2]
     reference.zero_grad()
@@ -297,7 +301,7 @@ def _backward(journey: Journey) -> None:
 def _train_mode(journey: Journey) -> None:
     """A step in training mode too, where the dense model takes one on these inputs without labels."""
     try:
-        able = _backpropagate(journey.sum.train(), journey.inputs)
+        able = outputs.backpropagate(journey.sum.train(), journey.inputs)
     except Exception:
         able = False
     journey.sum.eval().requires_grad_(False)
@@ -305,7 +309,7 @@ def _train_mode(journey: Journey) -> None:
         journey.report["train_mode"] = "not without labels"
         return
     averages = [b.clone() for b in journey.started.buffers()]
-    _backpropagate(journey.started.train(), journey.inputs)
+    outputs.backpropagate(journey.started.train(), journey.inputs)
     journey.started.eval().zero_grad()
     for buffer, before in zip(journey.started.buffers(), averages, strict=True):
         buffer.copy_(before)  # what batch normalization has counted
@@ -319,15 +323,15 @@ def _adapter_saved(journey: Journey) -> None:
     journey.outputs = journey.forward(journey.started)
     journey.started.save_pretrained(journey.directory / "adapter")
     again = PeftModel.from_pretrained(journey.load(), journey.directory / "adapter").eval()
-    _same(_factors(again), _factors(journey.started), "adapter saved and loaded")
-    _compare(journey.forward(again), journey.outputs, "adapter saved and loaded", REPEATED)
+    outputs.same(_factors(again), _factors(journey.started), "adapter saved and loaded")
+    outputs.compare(journey.forward(again), journey.outputs, "adapter saved and loaded", REPEATED)
 
 
 def _packed_saved(journey: Journey) -> None:
     journey.model.save_pretrained(journey.directory / "again")
     again = type(journey.dense).from_pretrained(journey.directory / "again").eval()
-    _same(again.state_dict(), journey.model.state_dict(), "packed model saved and loaded")
-    _compare(journey.forward(again), journey.forward(journey.model), "packed model saved and loaded", REPEATED)
+    outputs.same(again.state_dict(), journey.model.state_dict(), "packed model saved and loaded")
+    outputs.compare(journey.forward(again), journey.forward(journey.model), "packed model saved and loaded", REPEATED)
 
 
 def _generate(journey: Journey) -> None:
@@ -349,28 +353,30 @@ def _generate(journey: Journey) -> None:
     got = words(journey.model)
     words(journey.started)
     if isinstance(got, Tensor) and not (got.shape == expected.shape and torch.equal(got, expected)):
-        raise Failed("other tokens are generated than by the dequantized model")
+        raise outputs.Failed("other tokens are generated than by the dequantized model")
     journey.report["generate"] = "yes"
 
 
 def _merge(journey: Journey) -> None:
     merged = journey.started.merge_and_unload().eval()
     if any(isinstance(m, PackedWeight) for m in merged.modules()):
-        raise Failed("packed layers are left after merging")
-    _compare(journey.forward(merged), journey.outputs, "merged")
+        raise outputs.Failed("packed layers are left after merging")
+    outputs.compare(journey.forward(merged), journey.outputs, "merged")
     merged.save_pretrained(journey.directory / "merged")
     again = type(journey.dense).from_pretrained(journey.directory / "merged").eval()
-    _compare(journey.forward(again), journey.outputs, "merged, saved and loaded")
+    outputs.compare(journey.forward(again), journey.outputs, "merged, saved and loaded")
 
 
 def _in_memory(journey: Journey) -> None:
-    """``loftq.get_peft_model`` makes the same of the model in memory."""
+    """``loftq.get_peft_model`` packs the same layers of the model in memory, and computes Q + s·BA."""
     options = {"min_coverage": 0.0} if "asked" in journey.report else {}
     model = type(journey.dense).from_pretrained(journey.source).eval()
     wrapped = loftq.get_peft_model(model, bits=4, rank=4, rank_policy="clamp", workers=1, progress=False, **options)
-    if set(_adapted(wrapped)) != set(journey.adapted):
-        raise Failed("get_peft_model adapts other layers than the files")
-    _compare(journey.forward(wrapped.eval()), journey.begun, "get_peft_model against the files")
+    adapted = _adapted(wrapped)
+    if set(adapted) != set(journey.adapted):
+        raise outputs.Failed("get_peft_model adapts other layers than the files")
+    expected = _substituted(journey.dense, _sums(adapted))
+    outputs.compare(journey.forward(wrapped.eval()), journey.forward(expected), "get_peft_model against Q + sBA")
 
 
 STAGES: tuple[Callable[[Journey], None], ...] = (
@@ -381,6 +387,25 @@ STAGES: tuple[Callable[[Journey], None], ...] = (
 
 def _adapted(model: nn.Module) -> dict[str, Any]:
     return {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+
+
+def _sums(adapted: dict[str, Any]) -> dict[str, Tensor]:
+    """Q + s·BA of every layer."""
+    return {name: layer.get_base_layer().dequantize() + _delta(layer) for name, layer in adapted.items()}
+
+
+def _rounded(journey: Journey) -> Any:
+    """The dense model with what is not quantized as the packed model has it: rounded to bfloat16, at the most."""
+    model, held = copy.deepcopy(journey.dense), journey.model.state_dict()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            found = held.get(name)
+            if found is None or found.dtype != tensor.dtype or found.shape != tensor.shape:
+                continue
+            if not torch.allclose(found, tensor, rtol=2**-8, atol=1e-30, equal_nan=True):
+                raise outputs.Failed(f"{name} is kept, and has other values")
+            tensor.copy_(found)
+    return model
 
 
 def _delta(layer: Any) -> Tensor:
@@ -400,69 +425,8 @@ def _substituted(dense: nn.Module, values: dict[str, Tensor]) -> Any:
     return model
 
 
-def _outputs(model: Any, given: dict[str, Any]) -> list[Tensor]:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        return list(_floats(model(**copy.deepcopy(given))))
-
-
-def _floats(found: Any) -> Iterator[Tensor]:
-    if isinstance(found, Tensor):
-        if found.is_floating_point() and found.numel():
-            yield found
-    elif isinstance(found, dict):
-        for value in found.values():
-            yield from _floats(value)
-    elif isinstance(found, (list, tuple)):
-        for value in found:
-            yield from _floats(value)
-
-
 def _factors(model: nn.Module) -> dict[str, Tensor]:
     return {n: p for n, p in model.named_parameters() if "lora_" in n}
-
-
-def _same(got: dict[str, Tensor], wanted: dict[str, Tensor], what: str) -> None:
-    odd = [n for n in wanted if n not in got or not torch.equal(got[n], wanted[n])] + [
-        n for n in got if n not in wanted
-    ]
-    if odd:
-        raise Failed(f"{what}: {len(odd)} tensors differ: {odd[:3]}")
-
-
-def _compare(got: list[Tensor], wanted: list[Tensor], what: str, tolerance: float = TOLERANCE) -> None:
-    difference = _difference(got, wanted)
-    if not difference <= tolerance:
-        raise Failed(f"{what}: outputs differ by {difference:.1e} of their largest value")
-
-
-def _difference(got: list[Tensor], wanted: list[Tensor]) -> float:
-    if [g.shape for g in got] != [w.shape for w in wanted]:
-        return float("inf")
-    worst = 0.0
-    for g, w in zip(got, wanted, strict=True):
-        finite = w.isfinite()
-        if not torch.equal(finite, g.isfinite()):
-            return float("inf")
-        if finite.any():
-            g, w = g[finite].double(), w[finite].double()
-            worst = max(worst, float((g - w).abs().max() / w.abs().max().clamp(min=1e-6)))
-    return worst
-
-
-def _backpropagate(model: Any, given: dict[str, Any]) -> bool:
-    """Gradients of the sum of squares of all outputs; whether there was anything to differentiate."""
-    torch.manual_seed(0)
-    with torch.enable_grad():
-        found = [f for f in _floats(model(**copy.deepcopy(given))) if f.requires_grad]
-        if not found:
-            return False
-        sum(f[f.isfinite()].square().sum() for f in found).backward()  # type: ignore[union-attr]
-    return True
-
-
-def _has_gradient(parameters: Any) -> bool:
-    return any(p.grad is not None and p.grad.abs().max() > 0 for p in parameters)
 
 
 def _said(error: BaseException) -> str:

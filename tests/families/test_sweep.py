@@ -11,10 +11,12 @@ sys.path.append(str(ROOT / "benchmarks"))  # behind everything else: some of its
 
 from zoo import page, stages  # noqa: E402
 
-# One of each kind: two towers, pictures among words, speech with and without a decoder, pictures alone, fused experts
-# beside dense layers, a state space, a recurrence, a Linear of its own, one block used many times, time series.
+# One of each kind: two towers, pictures among words, speech with and without a decoder, pictures alone, experts beside
+# dense layers, a state space, a Linear of its own, experts as bare Parameters, attention as bare Parameters, one block
+# used many times, time series.
 SAMPLE = [
-    "clip", "qwen2_vl", "whisper", "wav2vec2", "vit", "deepseek_v3", "electra", "albert", "patchtst",
+    "clip", "qwen2_vl", "whisper", "wav2vec2", "vit", "deepseek_v3", "jamba", "falcon", "dbrx", "xlnet", "albert",
+    "patchtst",
 ]  # fmt: skip
 
 
