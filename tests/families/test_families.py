@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from loftq.nn import skeleton
 from loftq.nn.layers import LoftQEmbedding, LoftQLinear
-from models import DENSE, FAMILIES, close, outputs, packed, same, tensors, written
+from models import DENSE, FAMILIES, close, outputs, packed, same, tensors, tiny, written
 
 TABLES = [name for name in DENSE if FAMILIES[name].table]
 
@@ -204,3 +205,10 @@ def test_every_way_of_storing_loads(made, name, options):
         model = checkpoint.load()
         assert close(outputs(model), outputs(checkpoint.backbone()), 1e-6)
         assert close(outputs(checkpoint.start(model)), outputs(checkpoint.started()))
+
+
+@pytest.mark.parametrize("name", ["t5", "gpt2"])
+def test_a_parameter_with_two_names_is_planned_once(name):
+    model = tiny(name)
+    roles = skeleton.parameter_roles(model)
+    assert sum(model.get_parameter(n).numel() for n in roles) == sum(p.numel() for p in model.parameters())

@@ -188,9 +188,9 @@ def roles(model: nn.Module, tensor_names: Iterable[str]) -> dict[str, Role]:
 
 
 def parameter_roles(model: nn.Module) -> dict[str, Role]:
-    """The role of every parameter of a model that is in memory."""
+    """The role of every parameter of a model that is in memory; one that has several names counts once, as in files."""
     modules = _Modules(model)
-    return {name: modules.role(name) for name in modules.parameters}
+    return {name: modules.role(name) for name, _ in model.named_parameters()}
 
 
 def adaptable(model: nn.Module) -> list[str]:
