@@ -368,13 +368,13 @@ def _merge(journey: Journey) -> None:
 
 
 def _in_memory(journey: Journey) -> None:
-    """``loftq.get_peft_model`` packs the same layers of the model in memory, and computes Q + s·BA."""
+    """``loftq.get_peft_model`` packs these layers of the model in memory too, and computes Q + s·BA."""
     options = {"min_coverage": 0.0} if "asked" in journey.report else {}
     model = type(journey.dense).from_pretrained(journey.source).eval()
     wrapped = loftq.get_peft_model(model, bits=4, rank=4, rank_policy="clamp", workers=1, progress=False, **options)
     adapted = _adapted(wrapped)
-    if set(adapted) != set(journey.adapted):
-        raise outputs.Failed("get_peft_model adapts other layers than the files")
+    if set(journey.adapted) - set(adapted):  # it may have more: what transformers converts only on loading
+        raise outputs.Failed("get_peft_model leaves out layers that the files have")
     expected = _substituted(journey.dense, _sums(adapted))
     outputs.compare(journey.forward(wrapped.eval()), journey.forward(expected), "get_peft_model against Q + sBA")
 
