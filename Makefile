@@ -1,6 +1,8 @@
 # make demo   the main job on real weights, in an environment of its own
 # make test   the test suite, likewise
 # make bench  speed against named peers (40 minutes on a quiet machine, 17 GB of disk), and the tables in docs/performance.md
+# make docs   the documentation site, in site/; links and references are strict
+# make serve  the same at http://127.0.0.1:8000, built again when a page changes
 # make check  what a change must pass: format, lint, types, import contract, tests
 
 PYTHON ?= python3
@@ -9,7 +11,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 WORKERS ?= 2  # tests at a time; each keeps to one thread
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench docs serve clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml constraints.txt
@@ -32,6 +34,16 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n $(WORKERS)
 
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m mkdocs build --strict
+
+serve: $(VENV)/.docs
+	$(BIN)/python -m mkdocs serve
+
 BENCHES := solver streaming train_step startup scaling gpu
 
 .peers/.installed: $(STAMP)
@@ -49,4 +61,4 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix
 
 clean:
-	rm -rf $(VENV) .peers build dist
+	rm -rf $(VENV) .peers build dist site

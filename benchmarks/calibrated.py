@@ -139,7 +139,8 @@ def rows(subject: Calibrated) -> list[dict[str, Any]]:
 
 def show(name: str, what: str, table: list[dict[str, Any]]) -> None:
     print(f"\n{name}, rank {RANK}\n")
-    print(f"| bits per weight | start | code, scales | output error | ratio | of each | weight error | {what} | time |")
+    ratios = f"output error | ratio | of each | weight error | {what} | time"
+    print(f"| bits per weight | initialization | code, scales | {ratios} |")
     print("|---|---|---|---|---|---|---|---|---|")
     for r in table:
         cells = [f"{r['bits_per_weight']:.2f}", r["side"], f"{r['code']}, {r['scales']}", f"{r['output_error']:.4f}"]
@@ -149,11 +150,11 @@ def show(name: str, what: str, table: list[dict[str, Any]]) -> None:
 
 
 def figures(result: dict[str, Any]) -> str:
-    """One line a start, for docs/methods.md: three widths in a cell."""
+    """One line an initialization, for docs/methods.md: three widths in a cell."""
     models = result["models"]
     starts = list(dict.fromkeys(row["side"] for model in models for row in model["rows"]))
     measures = [cell for m in models for cell in (f"{m['model']}: outputs", "weights", m["measure"], "time")]
-    lines = [f"| start | {' | '.join(measures)} |", f"|---|{'---|' * len(measures)}"]
+    lines = [f"| initialization | {' | '.join(measures)} |", f"|---|{'---|' * len(measures)}"]
     for start in starts:
         cells = []
         for model in models:
@@ -168,9 +169,9 @@ def figures(result: dict[str, Any]) -> str:
     where = result["environment"]
     told = (
         f"At 2.25 / 3.25 / 4.25 bits, rank {result['rank']}, before any fine-tuning. Outputs, weights: error as a part "
-        f"of the paper's LoftQ's, outputs on {result['test']}, which no start has seen, after a calibration on "
-        f"{result['samples']} windows of {result['tokens']} tokens of {result['fit']}; time as a multiple, calibration "
-        f"included. Full precision: {full}."
+        f"of the paper's LoftQ's, outputs on {result['test']}, which no initialization has seen, after a calibration "
+        f"on {result['samples']} windows of {result['tokens']} tokens of {result['fit']}; time as a multiple, "
+        f"calibration included. Full precision: {full}."
     )
     machine = f"{where['cpu']}, one thread, torch {where['versions']['torch']}"
     about = f"commit {where['commit']}, {machine}, seed 0, one timing on a loaded machine"

@@ -97,7 +97,7 @@ def provenance(environment: dict[str, Any]) -> str:
 def page(results: dict[str, Any]) -> str:
     head = [
         "# Performance",
-        "Made by `make bench` (`benchmarks/report.py`) from the files in [data/bench](data/bench); do not edit.",
+        "Made by `make bench` (`benchmarks/report.py`) from the files in `docs/data/bench`; do not edit.",
         "Sides are called in turn in one process, after a call to warm up. A speed is a ratio of two calls of one "
         "round; times and ratios are medians, with the smallest and the largest. A goal is judged by the median.",
     ]

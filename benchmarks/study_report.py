@@ -1,7 +1,6 @@
-"""Write docs/results.md, its pictures, and the README's table of training from the rows of docs/data/study."""
+"""Write docs/results.md, its pictures, and the README's table from the rows of docs/data/study."""
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,33 +69,34 @@ def pictures(name: str, rows: list[dict[str, Any]], images: Path) -> Iterator[st
     yield f"![{rows[0]['metric']} against bytes, {task}](images/study/{name}-bytes.png)"
 
 
-def summary(studies: tuple[str, ...] = ("decoder", "encoder", "seq2seq")) -> str:
-    """What the README shows of the small studies: the tasks on which every arm has been run once at least."""
-    parts = []
-    for study in studies:
-        rows = read_rows(ROWS / f"{study}-small.jsonl")
-        arms: dict[str, set[str]] = {}
-        for row in rows:
-            arms.setdefault(row["task"], set()).add(json.dumps(row["settings"], sort_keys=True))
-        tasks = [task for task, found in arms.items() if len(found) == max(map(len, arms.values()))]
-        whole = [row for row in rows if row["task"] in tasks]
-        if whole:
-            shown = table(whole) if len(tasks) == 1 else overview(whole)
-            n = ", ".join(f"{task} n = {next(r['n'] for r in whole if r['task'] == task)}" for task in tasks)
-            runs = f"{len(rows)} of the study's {rows[-1]['runs_planned']} runs"
-            told = f"Median over seeds, with extremes where there are several; {n}; {runs}. {provenance(whole)}"
-            parts += [f"{STUDIES[study][0]}, {', '.join(tasks)}:", markdown(*shown), f"<sub>{told}</sub>"]
-    return "\n\n".join(parts)
+def glance() -> str:
+    """Every method at 2 bits with NormalFloat or fitted scales, and LoRA on dense weights, a column a task."""
+    rows = [row for study in ("decoder", "encoder") for row in read_rows(ROWS / f"{study}-small.jsonl")]
+    mine = [row for row in rows if _at_a_glance(row["settings"])]
+    headings, body = overview(mine)
+    tasks = headings[-1 - len({row["task"] for row in mine}) : -1]
+    lines: dict[str, list[str]] = {}  # method -> cells; the studies' models differ, so a method has a line in each
+    for line in body:
+        cells = line[len(headings) - 1 - len(tasks) : -1]
+        before = lines.setdefault(line[0], [""] * len(tasks))
+        lines[line[0]] = [cell or other for cell, other in zip(cells, before, strict=True)]
+    dense = [["LoRA on dense weights", *lines.pop("LoRA")]] if "LoRA" in lines else []
+    return markdown(["method", *tasks], [[name, *cells] for name, cells in lines.items()] + dense)
 
 
-def update_readme(text: str) -> None:
-    """Put ``text`` between the README's two markers."""
-    readme = ROOT / "README.md"
-    before, begin, rest = readme.read_text(encoding="utf-8").partition("<!-- training: begin -->\n")
+def _at_a_glance(settings: dict[str, Any]) -> bool:
+    if settings["method"] == "lora":
+        return True
+    return settings["bits"] == "2" and settings.get("code") in ("nf", "lloyd")
+
+
+def update(file: Path, text: str) -> None:
+    """Put ``text`` between the markers of training of a file."""
+    before, begin, rest = file.read_text(encoding="utf-8").partition("<!-- training: begin -->\n")
     _, end, after = rest.partition("<!-- training: end -->")
     if not end:
-        raise SystemExit("README.md has no markers of training")
-    readme.write_text(f"{before}{begin}{text}\n{end}{after}", encoding="utf-8")
+        raise SystemExit(f"{file} has no markers of training")
+    file.write_text(f"{before}{begin}{text}\n{end}{after}", encoding="utf-8")
 
 
 def main() -> None:
@@ -107,16 +107,16 @@ def main() -> None:
     images.mkdir(parents=True, exist_ok=True)
     parts = [
         "# Results",
-        "Made by `python benchmarks/study_report.py` from the rows in [data/study](data/study), one for every run; do "
+        "Made by `python benchmarks/study_report.py` from the rows in `docs/data/study`, one for every run; do "
         "not edit. Each cell is a median over seeds, with the smallest and the largest. N.A.: not converged, "
-        "by the rule in [comparing.md](comparing.md).",
+        "by the rule in [comparing.md](comparing.md#runs-that-do-not-converge).",
     ]
     for study in STUDIES:
         for size in ("small", "full"):
             parts += section(study, size, images)
     given.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     if given.output.parent == ROOT / "docs":
-        update_readme(summary())
+        update(ROOT / "README.md", glance())
     print(f"written: {given.output}")
 
 

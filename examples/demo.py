@@ -1,11 +1,11 @@
-"""The main job on real weights: all-MiniLM-L6-v2 at 4 and 2 bits, with QLoRA's start, with LoftQ's and with ours.
+"""The main job on real weights: all-MiniLM-L6-v2 at 4 and 2 bits, initialized as QLoRA, as LoftQ and as we do it.
 
 Plans, calibrates, quantizes, loads the results as a user would, and compares: weight error, bytes on disk, and how
-close the sentence embeddings stay to those of the full-precision model, before any fine-tuning. The calibrated start
+close the sentence embeddings stay to those of the full-precision model, before any fine-tuning. The calibrated one
 has seen docstrings of Python's library; what is compared are sentences of its manual.
 
-    python examples/demo.py                    # prints a table, saves demo/demo.png
-    python examples/demo.py --update-readme    # also puts table and picture into the README
+    python examples/demo.py                  # prints a table, saves demo/demo.png
+    python examples/demo.py --update-docs    # also puts table and picture into docs/demo.md
 """
 
 import argparse
@@ -41,7 +41,7 @@ NAMES = {
 }
 RUNS = [(bits, preset) for bits in (4, 2) for preset in NAMES]
 COLORS = ["#c05621", "#90cdf4", "#2b6cb0", "#1a365d"]
-RANK, ALPHA = 16, 32  # alpha/r = 2: a scaling at which a start that ignores it gains nothing
+RANK, ALPHA = 16, 32  # alpha/r = 2: a scaling at which an initialization that ignores it gains nothing
 
 
 def model_directory() -> Path:
@@ -136,7 +136,7 @@ def run(work: Path, source: Path, texts: list[str]) -> list[dict]:
 
 COLUMNS = {
     "bits": lambda r: str(r["bits"]),
-    "start": lambda r: r["start"],
+    "initialization": lambda r: r["start"],
     "weight error": lambda r: f"{r['error']:.4f}",
     "stored bits/weight": lambda r: f"{r['bits_per_weight']:.2f}",
     "backbone MB": lambda r: f"{r['backbone_bytes'] / 1e6:.1f}",
@@ -187,26 +187,26 @@ def provenance(texts: list[str]) -> dict[str, str | int]:
     }
 
 
-def update_readme(rows: list[dict], about: dict) -> None:
-    """Replace what stands between the two markers by this run's table and picture."""
+def update_docs(rows: list[dict], about: dict) -> None:
+    """Replace what stands between the two markers of docs/demo.md by this run's table and picture."""
     header = "| " + " | ".join(COLUMNS) + " |\n|" + "---:|" * len(COLUMNS)
     body = "\n".join("| " + " | ".join(text(row) for text in COLUMNS.values()) + " |" for row in rows)
     line = ", ".join(f"{k} {v}" for k, v in about.items())
-    block = f"{header}\n{body}\n\n![Weight error and embedding cosine](docs/images/demo.png)\n\n<sub>{line}</sub>\n"
-    readme = ROOT / "README.md"
+    block = f"{header}\n{body}\n\n![Weight error and embedding cosine](images/demo.png)\n\n<sub>{line}</sub>\n"
+    page = ROOT / "docs" / "demo.md"
     begin, end = "<!-- demo: begin -->\n", "<!-- demo: end -->"
-    before, _, rest = readme.read_text().partition(begin)
+    before, _, rest = page.read_text().partition(begin)
     _, _, after = rest.partition(end)
     if not after:
-        sys.exit("demo: README.md has no demo markers")
-    readme.write_text(before + begin + block + end + after)
+        sys.exit("demo: docs/demo.md has no demo markers")
+    page.write_text(before + begin + block + end + after)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("demo"), help="where the picture and the numbers go")
     parser.add_argument("--sentences", type=int, default=400)
-    parser.add_argument("--update-readme", action="store_true")
+    parser.add_argument("--update-docs", action="store_true")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # transformers', about names that PEFT uses
     logging.set_verbosity_error()
@@ -221,12 +221,12 @@ def main() -> None:
     about = provenance(texts)
     print()
     show(rows)
-    images = ROOT / "docs" / "images" if options.update_readme else options.output
+    images = ROOT / "docs" / "images" if options.update_docs else options.output
     draw(rows, images / "demo.png")
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "demo.json").write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
-    if options.update_readme:
-        update_readme(rows, about)
+    if options.update_docs:
+        update_docs(rows, about)
         shutil.copy(options.output / "demo.json", ROOT / "docs" / "data" / "demo.json")
     print(f"\npicture: {images / 'demo.png'}; {', '.join(f'{k} {v}' for k, v in about.items())}")
 

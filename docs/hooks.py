@@ -1,0 +1,104 @@
+"""What the site takes from the repository as it is: its own pages outside docs/, decisions, public names, and help."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTSIDE = {  # page of the site: file of the repository
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
+    "security.md": "SECURITY.md",
+    "paper.md": "recipes/paper/README.md",
+    "examples/train_trainer.md": "examples/train_trainer.py",
+    "examples/train_sft.md": "examples/train_sft.py",
+    "examples/sst2.md": "recipes/examples/sst2.yaml",
+    "examples/compare-sst2.md": "recipes/examples/compare-sst2.yaml",
+}
+LANGUAGES = {".py": "python", ".yaml": "yaml"}
+
+
+def decisions() -> dict[str, str]:
+    """Page -> title of every decision, in order."""
+    found = sorted((ROOT / "docs" / "decisions").glob("[0-9]*.md"))
+    return {f"decisions/{file.name}": _title(file.read_text(encoding="utf-8")) for file in found}
+
+
+def _title(text: str) -> str:
+    return text.partition("\n")[0].removeprefix("# ")
+
+
+def on_config(config: Any) -> Any:
+    """Every decision stands in the navigation, below their index."""
+    for tab in config.nav:
+        for entry in next(iter(tab.values())):
+            if isinstance(entry, dict) and "Decisions" in entry:
+                entry["Decisions"] += [{title: page} for page, title in decisions().items()]
+    return config
+
+
+def on_files(files: Files, config: Any) -> Files:
+    for page, source in OUTSIDE.items():
+        text = (ROOT / source).read_text(encoding="utf-8")
+        if language := LANGUAGES.get(Path(source).suffix):
+            text = f"# {source}\n\n```{language}\n{text}```\n"
+        files.append(File.generated(config, page, content=text))
+    return files
+
+
+def on_page_markdown(text: str, page: Any, config: Any, files: Files) -> str:
+    """Links as the site has them, and the lists that are made of the repository."""
+    source = OUTSIDE.get(page.file.src_uri, f"docs/{page.file.src_uri}")
+    text = re.sub(r"\]\((?!\w+:|#)([^)#\s]+)", lambda m: f"]({_link(m[1], source, page.file.src_uri)}", text)
+    text = text.replace("<!-- decisions -->", "\n".join(f"- [{t}]({p[10:]})" for p, t in decisions().items()))
+    text = text.replace("<!-- calls -->", _references(str.islower))
+    text = text.replace("<!-- classes -->", _references(lambda name: not name.islower()))
+    return text.replace("<!-- help -->", _help()) if "<!-- help -->" in text else text
+
+
+def _link(target: str, source: str, page: str) -> str:
+    """A link of a file of the repository, as seen from its page of the site."""
+    file = os.path.normpath(os.path.join(os.path.dirname(source), target))
+    pages = {repository: site for site, repository in OUTSIDE.items()}
+    place = pages.get(file) or (file.removeprefix("docs/") if file.startswith("docs/") else None)
+    return os.path.relpath(place, os.path.dirname(page) or ".") if place else target
+
+
+def _run(*arguments: str) -> str:
+    """What ``loftq`` prints, without colours or boxes."""
+    plain = {**os.environ, "TYPER_USE_RICH": "0", "COLUMNS": "88", "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "loftq", *arguments]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=plain, check=True)
+    return run.stdout.replace("python -m loftq", "loftq").strip()
+
+
+def _references(wanted: Any) -> str:
+    """A directive for mkdocstrings for every public name: ``loftq.__all__`` decides."""
+    tree = ast.parse((ROOT / "src" / "loftq" / "__init__.py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            return "\n\n".join(f"::: loftq.{name}" for name in ast.literal_eval(node.value) if wanted(name))
+    raise SystemExit("src/loftq/__init__.py has no __all__")
+
+
+def _help() -> str:
+    """The help of every verb, as the command line prints it."""
+    verbs = re.findall(r"^  ([a-z]\S*)", _run("--help").partition("Commands:")[2], re.MULTILINE)
+    return "\n\n".join(f"## loftq {verb}\n\n```text\n{_run(verb, '--help')}\n```" for verb in verbs)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Sphinx's roles in docstrings become links to the reference, or plain code."""
+    return re.sub(r":\w+:<code>~?([\w.]+)</code>", lambda m: _code(m[1], html), html)
+
+
+def _code(name: str, html: str) -> str:
+    public = f"loftq.{name.rpartition('.')[2]}"
+    code = f"<code>{name}</code>"
+    return f'<a href="#{public}">{code}</a>' if f'id="{public}"' in html else code
