@@ -109,7 +109,7 @@ def main() -> None:
         "# Results",
         "Made by `python benchmarks/study_report.py` from the rows in `docs/data/study`, one for every run; do "
         "not edit. Each cell is a median over seeds, with the smallest and the largest. N.A.: not converged, "
-        "by the rule in [comparing.md](comparing.md#runs-that-do-not-converge).",
+        "by [a rule](comparing.md#runs-that-do-not-converge).",
     ]
     for study in STUDIES:
         for size in ("small", "full"):

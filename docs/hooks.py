@@ -71,7 +71,7 @@ def _link(target: str, source: str, page: str) -> str:
 
 
 def _run(*arguments: str) -> str:
-    """What ``loftq`` prints, without colours or boxes."""
+    """What ``loftq`` prints, without colors or boxes."""
     plain = {**os.environ, "TYPER_USE_RICH": "0", "COLUMNS": "88", "NO_COLOR": "1"}
     command = [sys.executable, "-m", "loftq", *arguments]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=plain, check=True)
@@ -88,17 +88,25 @@ def _references(wanted: Any) -> str:
 
 
 def _help() -> str:
-    """The help of every verb, as the command line prints it."""
+    """The help of every verb: what the command line prints, as text and lists."""
     verbs = re.findall(r"^  ([a-z]\S*)", _run("--help").partition("Commands:")[2], re.MULTILINE)
-    return "\n\n".join(f"## loftq {verb}\n\n```text\n{_run(verb, '--help')}\n```" for verb in verbs)
+    return "\n\n".join(f"## loftq {verb}\n\n{_markdown(_run(verb, '--help'))}" for verb in verbs)
 
 
-def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
-    """Sphinx's roles in docstrings become links to the reference, or plain code."""
-    return re.sub(r":\w+:<code>~?([\w.]+)</code>", lambda m: _code(m[1], html), html)
+def _markdown(text: str) -> str:
+    """Help without columns: a line that begins an entry has two spaces before it, what continues one has more."""
+    about, *sections = re.split(r"^(?=[A-Z]\w+:$)", text, flags=re.MULTILINE)
+    usage, _, what = about.partition("\n")
+    parts = [f"`{usage.removeprefix('Usage: ')}`", _escaped(" ".join(what.split()))]
+    for section in sections:
+        title, _, entries = section.partition("\n")
+        lines = []
+        for entry in re.split(r"^  (?=\S)", entries, flags=re.MULTILINE)[1:]:
+            name, _, told = re.sub(r"\s{2,}|\n", "  ", entry.strip()).partition("  ")
+            lines.append(f"- `{name}`: {_escaped(' '.join(told.split()))}")
+        parts += [f"**{title}**", "\n".join(lines)]
+    return "\n\n".join(parts)
 
 
-def _code(name: str, html: str) -> str:
-    public = f"loftq.{name.rpartition('.')[2]}"
-    code = f"<code>{name}</code>"
-    return f'<a href="#{public}">{code}</a>' if f'id="{public}"' in html else code
+def _escaped(text: str) -> str:
+    return re.sub(r"([*_<])", r"\\\1", text)
