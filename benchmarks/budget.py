@@ -23,12 +23,12 @@ import torch
 from fitted import RANK, STEPS, Model, minilm
 from harness import ROOT, environment
 from loftq import plan as planning
+from loftq.checkpoint.curves import Curves, measured
 from loftq.numerics import dequantize
 from loftq.plan import Plan, Policy
 from loftq.solver import solve
+from loftq.sources.checkpoint import Source, open_source
 from loftq.spec import SolveSpec
-from loftq.workflows.curves import Curves, measured
-from loftq.workflows.source import Source, open_source
 
 SETTINGS = {"nf, absmax": {"code": "nf", "scales": "formula"}, "lloyd, fitted": {"code": "lloyd", "scales": "fitted"}}
 AVERAGES = ("2.5", "3.0")  # of the paper's rule; 2.25 gives no layer of six 4 bits

@@ -89,7 +89,7 @@ def preload() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    for module in ("peft", "zoo.stages", "loftq.workflows.quantize", "transformers.generation"):
+    for module in ("peft", "zoo.stages", "loftq.checkpoint.quantize", "transformers.generation"):
         importlib.import_module(module)
     import loftq
 

@@ -31,7 +31,7 @@ LAYER = {
     "mlp.up_proj": (MLP, HIDDEN),
     "mlp.down_proj": (HIDDEN, MLP),
 }
-IMPORTS = "import loftq.workflows.quantize, transformers, peft"
+IMPORTS = "import loftq.checkpoint.quantize, transformers, peft"
 PEAK = "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])"
 
 

@@ -1,6 +1,6 @@
 """What the three studies share: their options, their runs within a time, and where the rows go.
 
-A study is a list of recipes with a section ``compare``; :func:`loftq.workflows.compare.run_grids` runs them so that
+A study is a list of recipes with a section ``compare``; :func:`loftq.finetune.compare.run_grids` runs them so that
 all methods have had the first seed before any has the second. Every finished run is a line of
 docs/data/study/NAME-SIZE.jsonl, and the same command continues from there, on another day or another machine. Started
 several times, with OMP_NUM_THREADS=1 or on a large GPU, the processes share the runs.
@@ -19,10 +19,10 @@ import datasets
 import transformers
 from tqdm.auto import tqdm
 
-from loftq.recipe import Recipe, parse
-from loftq.report.comparison import print_comparison
-from loftq.workflows.compare import finished, read_rows, run_grids
-from loftq.workflows.grid import Arm, Run, grid
+from loftq.finetune.compare import finished, read_rows, run_grids
+from loftq.finetune.comparison import print_comparison
+from loftq.finetune.grid import Arm, Run, grid
+from loftq.finetune.recipe import Recipe, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "docs" / "data" / "study"

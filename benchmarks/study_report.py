@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from loftq.report.comparison import markdown, notes, overview, provenance, table
-from loftq.report.comparison_plots import plot_bytes, plot_losses
-from loftq.workflows.compare import read_rows
+from loftq.finetune.compare import read_rows
+from loftq.finetune.comparison import markdown, notes, overview, provenance, table
+from loftq.finetune.comparison_plots import plot_bytes, plot_losses
 from study import ROOT, ROWS
 
 STUDIES = {

@@ -24,11 +24,11 @@ import loftq.cli
 import loftq.report.tables
 import loftq.solver
 import models
+from loftq.architecture import skeleton
+from loftq.checkpoint.quantize import QuantizeOptions, quantize
 from loftq.formats import fsio
-from loftq.nn import skeleton
 from loftq.plan import Policy
 from loftq.spec import QuantSpec, SolveSpec
-from loftq.workflows.quantize import QuantizeOptions, quantize
 
 torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
 tqdm.tqdm.set_lock(threading.RLock())  # its own is one for all forks: who is killed with it keeps it from all others

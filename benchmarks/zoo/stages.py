@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import loftq
+from loftq.checkpoint.verify import verify
 from loftq.errors import LoftqError
 from loftq.nn.layers import PackedWeight
-from loftq.workflows.check import verify
 from zoo import configs, inputs, outputs
 
 MOST_PARAMETERS = 32_000_000

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
-__version__ = "0.1.0"
+from loftq.version import __version__ as __version__
+
 __all__ = [
     "Policy",
     "QuantSpec",
@@ -25,9 +26,9 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from loftq.adapters.start import load_start
     from loftq.api import calibrate, get_peft_model, quantize, quantize_weight, replace_lora_weights
     from loftq.formats.statistics import Statistics
-    from loftq.nn.start import load_start
     from loftq.plan import Policy
     from loftq.solver import Solution, solve
     from loftq.spec import QuantSpec, SolveSpec
@@ -41,7 +42,7 @@ _PUBLIC = {
     "Statistics": "loftq.formats.statistics",
     "calibrate": "loftq.api",
     "get_peft_model": "loftq.api",
-    "load_start": "loftq.nn.start",
+    "load_start": "loftq.adapters.start",
     "quantize": "loftq.api",
     "quantize_weight": "loftq.api",
     "replace_lora_weights": "loftq.api",
@@ -75,7 +76,7 @@ def _extend_models(modeling: Any) -> None:
 
 
 def _install_lora_layers(_: Any) -> None:
-    from loftq.nn.peft import install
+    from loftq.adapters.peft import install
 
     install()
 
@@ -93,9 +94,9 @@ def _extend_trained_tokens(layer: Any) -> None:
 
 
 def _extend_peft_models(peft_model: Any) -> None:
+    from loftq.adapters.initialization import warn_of_unused_starts
+    from loftq.adapters.placement import check_loading
     from loftq.nn.counts import count_weights_under
-    from loftq.nn.initialization import warn_of_unused_starts
-    from loftq.nn.placement import check_loading
 
     count_weights_under(peft_model.PeftModel)
     warn_of_unused_starts(peft_model.PeftModel)
@@ -109,13 +110,13 @@ def _extend_mixed_models(mixed_model: Any) -> None:
 
 
 def _keep_real_targets(conversion: Any) -> None:
-    from loftq.nn.placement import keep_real_targets
+    from loftq.adapters.placement import keep_real_targets
 
     keep_real_targets(conversion)
 
 
 def _read_relative_bases(module: Any) -> None:
-    from loftq.nn import bases
+    from loftq.adapters import bases
 
     if module.__name__ == "peft.config":
         bases.read_config(module.PeftConfigMixin)

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from loftq.adapters.convert import convert
+from loftq.checkpoint.quantize import QuantizeOptions
+from loftq.checkpoint.quantize import quantize as _quantize
 from loftq.errors import UsageError, check_names, checks_names
 from loftq.formats.statistics import Statistics
-from loftq.nn.convert import convert
+from loftq.frozen.replace import FitOptions, replace
 from loftq.numerics import Moments
 from loftq.plan import Matrix, Policy
 from loftq.solver import Solution, checked, solve
+from loftq.sources.checkpoint import resolve
 from loftq.spec import QuantSpec, SolveSpec, check_statistics, check_whole, code_for, solve_spec
-from loftq.workflows.frozen import FitOptions, replace
-from loftq.workflows.quantize import QuantizeOptions
-from loftq.workflows.quantize import quantize as _quantize
-from loftq.workflows.source import resolve
 
 SOLVER = tuple(field.name for field in dataclasses.fields(SolveSpec))
 POLICY = ("preset", *SOLVER, *(field.name for field in dataclasses.fields(Policy) if field.name != "solve"))
@@ -155,7 +155,7 @@ def calibrate(
         >>> statistics.moments("model.layers.0.mlp.down_proj").tokens
         24576
     """
-    from loftq.workflows.calibrate import CalibrateOptions, calibrate_loaded
+    from loftq.calibration.calibrate import CalibrateOptions, calibrate_loaded
 
     options = CalibrateOptions(data="", kind=kind, samples=samples, max_length=max_length, column=column)
     with tqdm(desc="calibrate", unit="step", disable=not progress) as bar:
@@ -250,7 +250,7 @@ def replace_lora_weights(
 
 def _statistics(calibration: Statistics | str | Path | None, original: Path | None = None) -> Statistics | None:
     """Statistics as they are, or those of a directory, which then have to be of the model in ``original``."""
-    from loftq.workflows.calibrate import open_statistics, statistics_of
+    from loftq.calibration.calibrate import open_statistics, statistics_of
 
     if calibration is None or isinstance(calibration, Statistics):
         return calibration

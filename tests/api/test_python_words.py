@@ -164,7 +164,7 @@ def test_the_public_names_are_listed_and_stay_what_they_are():
     code = (
         "import sys, loftq; assert 'torch' not in sys.modules; assert set(loftq.__all__) <= set(dir(loftq));"
         "first = {n: getattr(loftq, n) for n in loftq.__all__};"
-        "import loftq.cli, loftq.workflows.quantize;"
+        "import loftq.cli, loftq.checkpoint.quantize;"
         "assert all(getattr(loftq, n) is first[n] and callable(first[n]) for n in first); print(len(first))"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 
 import models
-from loftq.nn.collect import HELD_EVERY, collect, matrices
+from loftq.calibration.collect import HELD_EVERY, collect, matrices
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(90))]
 ALBERT = {**models.BERT, "embedding_size": 16, "num_hidden_layers": 3}

@@ -11,8 +11,8 @@ import torch
 import loftq
 import loftq.report.calibration
 from harness import cli, refused, tree
+from loftq.calibration.calibrate import length_for, open_statistics
 from loftq.errors import InputError, UsageError
-from loftq.workflows.calibrate import length_for, open_statistics
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import torch
 import transformers
 
 from harness import Child
-from loftq.nn.blocks import load_offloaded
-from loftq.nn.collect import collect
+from loftq.calibration.blocks import load_offloaded
+from loftq.calibration.collect import collect
 from models import LLAMA
 
 MB = 1 << 20

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import models
+from loftq.calibration.blocks import load_offloaded
+from loftq.calibration.collect import collect, matrices
+from loftq.calibration.fisher import collect_fisher
 from loftq.errors import NumericalError, UsageError
-from loftq.nn.blocks import load_offloaded
-from loftq.nn.collect import collect, matrices
-from loftq.nn.fisher import collect_fisher
 
 # Encoders, decoders, both; a block called three times, a convolution between blocks, inputs that rows have in common.
 NAMES = ["bert", "llama", "bart", "t5", "gpt2", "deberta-v3", "albert", "deberta-conv", "mixtral", "phi"]

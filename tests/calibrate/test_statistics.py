@@ -11,18 +11,18 @@ import torch
 
 import loftq
 from harness import Child, hooked
-from loftq.errors import ConflictError, InputError
-from loftq.formats.statistics import Group, Statistics, samples_wanted, shrunk
-from loftq.nn.collect import collect
-from loftq.numerics import Metric, Moments
-from loftq.workflows import sealed
-from loftq.workflows.calibrate import (
+from loftq.calibration.calibrate import (
     CalibrateOptions,
     calibrate,
     check_model,
     open_or_collect,
     open_statistics,
 )
+from loftq.calibration.collect import collect
+from loftq.errors import ConflictError, InputError
+from loftq.formats import hashed_json
+from loftq.formats.statistics import Group, Statistics, samples_wanted, shrunk
+from loftq.numerics import Metric, Moments
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_few_tokens_are_told_once(caplog):
 
 
 def test_what_is_read_is_what_was_collected(finished, source, text):
-    from loftq.workflows import texts
+    from loftq.calibration import texts
 
     _, table = texts.table(text)
     rows = texts.rows_of_table(text, table, small.tokenizer(), 12, 10, None)
@@ -158,7 +158,7 @@ def test_the_identity_has_what_a_result_depends_on(finished):
 def rewrite(directory, **changes):
     content = json.loads((directory / "statistics.json").read_text())
     del content["sha256"]
-    sealed.write(directory / "statistics.json", {**content, **changes})
+    hashed_json.write(directory / "statistics.json", {**content, **changes})
     return content
 
 

@@ -8,8 +8,8 @@ import pytest
 import small
 import torch
 
+from loftq.calibration import texts
 from loftq.errors import InputError, StorageError, UsageError
-from loftq.workflows import texts
 
 
 @pytest.fixture(autouse=True)

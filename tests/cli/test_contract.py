@@ -189,7 +189,7 @@ def test_a_bug_is_one_line_too(source, tmp_path):
     """Exit code 70, and the traceback only when it is asked for."""
 
     def break_it():
-        from loftq.workflows import quantize
+        from loftq.checkpoint import quantize
 
         quantize.split = None
 
@@ -202,12 +202,12 @@ def test_a_bug_is_one_line_too(source, tmp_path):
 
 def test_not_enough_memory(source, tmp_path):
     def starve():
-        from loftq.workflows import units
+        from loftq.checkpoint import shards
 
         def solve(*_):
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
-        units.solve = solve
+        shards.solve = solve
 
     ended = cli("quantize", source, "-o", tmp_path / "out", *FLAGS, setup=starve)
     refused(ended, 4, "encoder.layer.0.attention", "(72, 72)", "fewer --workers")

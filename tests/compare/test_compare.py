@@ -12,13 +12,13 @@ import transformers
 import harness
 import models
 from loftq.errors import ConflictError, InputError, NumericalError, UsageError
+from loftq.finetune import compare as workflow
+from loftq.finetune.compare import compare, read_rows
+from loftq.finetune.convergence import constant_answer, failure
+from loftq.finetune.grid import Run, grid, schedule
+from loftq.finetune.recipe import dump, parse
+from loftq.finetune.tasks import get_task
 from loftq.formats import fsio
-from loftq.recipe import dump, parse
-from loftq.tasks import get_task
-from loftq.workflows import compare as workflow
-from loftq.workflows.compare import compare, read_rows
-from loftq.workflows.grid import Run, grid, schedule
-from loftq.workflows.verdict import constant_answer, failure
 
 
 @pytest.fixture

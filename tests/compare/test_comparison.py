@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from loftq.report.comparison import arms, markdown, notes, number, overview, page, print_comparison, spread, table
-from loftq.report.comparison_plots import plot_bytes, plot_losses
+from loftq.finetune.comparison import arms, markdown, notes, number, overview, page, print_comparison, spread, table
+from loftq.finetune.comparison_plots import plot_bytes, plot_losses
 
 
 def row(method, value, seed=0, rate=0.1, failed=None, bits="16", **more):

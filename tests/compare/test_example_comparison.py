@@ -5,8 +5,8 @@ from pathlib import Path
 
 from rows import ROWS
 
-from loftq.recipe import read
-from loftq.workflows.compare import compare
+from loftq.finetune.compare import compare
+from loftq.finetune.recipe import read
 
 EXAMPLE = Path(__file__).parents[2] / "recipes" / "examples" / "compare-sst2.yaml"
 

@@ -6,11 +6,11 @@ import hashlib
 import pytest
 
 import models
-from loftq import tasks
 from loftq.errors import UsageError
-from loftq.recipe import parse
-from loftq.workflows.grid import Run, grid, schedule
-from loftq.workflows.inputs import contents
+from loftq.finetune import tasks
+from loftq.finetune.grid import Run, grid, schedule
+from loftq.finetune.inputs import contents
+from loftq.finetune.recipe import parse
 
 BASE = {
     "model": "org/model",

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from rows import ROWS
 
-from loftq.recipe import read
-from loftq.workflows.finetune import finetune
-from loftq.workflows.grid import Arm, essential, grid
+from loftq.finetune.grid import Arm, essential, grid
+from loftq.finetune.recipe import read
+from loftq.finetune.train import finetune
 
 PAPER = Path(__file__).parents[2] / "recipes" / "paper"
 FILES = sorted(PAPER.glob("*/*.yaml"))

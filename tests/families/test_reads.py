@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional
 
 import loftq
-from loftq.nn import skeleton
-from loftq.nn.adapter import refusal
-from loftq.nn.reads import readers
+from loftq.architecture import skeleton
+from loftq.architecture.adapter import refusal
+from loftq.architecture.reads import readers
 from loftq.plan import Policy, make
 from models import LLAMA, VOCAB, close, packed, quantize, substituted, written
 

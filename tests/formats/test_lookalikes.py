@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import loftq
 from loftq.errors import InputError
 from loftq.formats.source import open_checkpoint
-from loftq.workflows.source import open_dense
+from loftq.sources.checkpoint import open_dense
 from models import tiny
 
 MODEL = ("m/config.json", "m/model.safetensors")

@@ -6,9 +6,9 @@ from bases import BASES, OnlyForward, bitsandbytes
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from loftq.adapters.convert import pack_like
 from loftq.errors import UsageError
-from loftq.nn.convert import pack_like
-from loftq.nn.frozen import dequantized
+from loftq.frozen.layers import dequantized
 from loftq.numerics import encode, quantize
 from loftq.spec import QuantSpec
 

@@ -17,7 +17,7 @@ import models
 from loftq.errors import InputError, UsageError
 from loftq.formats.source import Checkpoint
 from loftq.formats.statistics import Group, Statistics
-from loftq.nn.frozen import dequantized
+from loftq.frozen.layers import dequantized
 from loftq.numerics import Metric, Moments
 
 RANK = 4

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from bases import make_llama
 
-import loftq.nn.frozen
+import loftq.frozen.layers
 import models
 from harness import Child, hooked, one_skeleton, tree
 from loftq.errors import ConflictError
+from loftq.frozen import start as module
 from loftq.plan import Policy
-from loftq.workflows import start as module
 
 LOST = 9
 LAYERS = 2
@@ -56,7 +56,7 @@ class Bench:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     made = Bench(tmp_path_factory.mktemp("start"))
-    model = loftq.nn.frozen.load(made.base)
+    model = loftq.frozen.layers.load(made.base)
     fit = module.fit
 
     def counted(layer, *rest):
@@ -64,7 +64,7 @@ def bench(tmp_path_factory):
         return fit(layer, *rest)
 
     with one_skeleton(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loftq.nn.frozen, "load", lambda directory, device: model)
+        patch.setattr(loftq.frozen.layers, "load", lambda directory, device: model)
         patch.setattr(module, "fit", counted)
         with hooked(lambda op, path: made.calls.append(op)):
             made.run()

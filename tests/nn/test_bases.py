@@ -11,7 +11,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, ge
 from transformers import AutoModelForCausalLM
 
 import loftq
-from loftq.nn.bases import resolved
+from loftq.adapters.bases import resolved
 from models import outputs
 
 

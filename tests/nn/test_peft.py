@@ -13,9 +13,9 @@ from peft import (
 )
 from torch import nn
 
+from loftq.adapters.peft import LoftQLoraEmbedding, LoftQLoraLinear
 from loftq.errors import UsageError
 from loftq.nn.layers import LoftQLinear
-from loftq.nn.peft import LoftQLoraEmbedding, LoftQLoraLinear
 from models import close, outputs, packed, same, tensors
 
 ROWS = [("llama", {"bits": 2}), ("bert", {"bits": 8, "embeddings": True}), ("gpt2", {"bits": 3})]

@@ -10,8 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import loftq
+from loftq.adapters.peft import LoftQLoraLinear
 from loftq.errors import InputError
-from loftq.nn.peft import LoftQLoraLinear
 from models import outputs, packed, quantize, substituted, written
 
 TEXT = {

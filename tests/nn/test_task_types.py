@@ -9,7 +9,7 @@ import transformers
 from peft import PeftModel
 
 import loftq
-from loftq.nn.adapter import task_type
+from loftq.architecture.adapter import task_type
 from models import close, quantize, tiny
 
 

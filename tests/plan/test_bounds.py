@@ -6,8 +6,8 @@ import os
 import pytest
 
 from harness import cli, refused, tiny_source
+from loftq.architecture import bounds, skeleton
 from loftq.errors import InputError
-from loftq.nn import bounds, skeleton
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import pytest
 import transformers
 
 import loftq
+from loftq.architecture import presence, skeleton
+from loftq.checkpoint.verify import verify
 from loftq.errors import InputError
 from loftq.formats import strict_json
-from loftq.nn import presence, skeleton
-from loftq.workflows.check import verify
 from models import BERT, LLAMA, MOE, quantize, tiny
 
 CANARY = """

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import loftq
 from harness import cli, refused
 from loftq.errors import InputError
-from loftq.workflows.source import open_dense
+from loftq.sources.checkpoint import open_dense
 from models import FAMILIES, tiny
 
 

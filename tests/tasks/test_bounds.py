@@ -7,11 +7,12 @@ import tracemalloc
 import datasets
 import pytest
 
+from loftq.calibration.texts import rows_of_texts, table
 from loftq.errors import InputError
-from loftq.tasks import bounds, get_task, load_data
-from loftq.tasks.batches import tokenized
-from loftq.tasks.files import read
-from loftq.workflows.texts import rows_of_texts, table
+from loftq.finetune.tasks import get_task, load_data
+from loftq.finetune.tasks.batches import tokenized
+from loftq.sources import databounds
+from loftq.sources.datafiles import read
 
 ROW = b'{"text": "a", "label": 1}\n'
 NESTED = b"[" * 100_000 + b"]" * 100_000
@@ -40,7 +41,7 @@ def test_a_line_without_end(suffix, tmp_path):
     refused(path, "line 2 has more than 16777216 bytes; split it into several")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2 * bounds.MAX_ROW
+    assert peak < 2 * databounds.MAX_ROW
 
 
 def test_a_small_file_that_expands_to_a_large_one(tmp_path):
@@ -87,12 +88,12 @@ def test_a_row_group_of_parquet_that_says_it_is_large(tmp_path, monkeypatch):
     path = tmp_path / "a.parquet"
     datasets.Dataset.from_list([{"text": "a" * 1000, "label": 1}]).to_parquet(path)
     assert len(read(path)) == 1
-    monkeypatch.setattr(bounds, "MAX_GROUP", 100)
+    monkeypatch.setattr(databounds, "MAX_GROUP", 100)
     refused(path, r"row group 0 holds \d+ bytes, at most 100 are read at a time; write smaller row groups")
 
 
 def test_texts_in_lists_and_of_parquet_are_bounded_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(bounds, "MAX_ROW", 1000)
+    monkeypatch.setattr(databounds, "MAX_ROW", 1000)
     rows = [{"text": "a", "label": 1}, {"text": "a" * 1001, "label": 1}]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
     made(tmp_path / "a.json", json.dumps(rows).encode())
@@ -106,7 +107,7 @@ def test_texts_in_lists_and_of_parquet_are_bounded_too(tmp_path, monkeypatch):
 
 
 def test_long_texts_are_tokenized_few_at_a_time(monkeypatch):
-    monkeypatch.setattr(bounds, "MAX_ROW", 1000)
+    monkeypatch.setattr(databounds, "MAX_ROW", 1000)
     seen = []
 
     def function(rows):
@@ -115,7 +116,7 @@ def test_long_texts_are_tokenized_few_at_a_time(monkeypatch):
 
     tokenized(datasets.Dataset.from_dict({"text": ["a" * 300] * 7}), function, batched=True)
     assert seen == [3, 3, 1]
-    assert bounds.batch_size(datasets.Dataset.from_dict({"text": ["a"] * 3})) == 1000
+    assert databounds.batch_size(datasets.Dataset.from_dict({"text": ["a"] * 3})) == 1000
 
 
 def test_texts_for_calibration(tmp_path):

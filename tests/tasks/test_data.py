@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from loftq.errors import InputError, StorageError, UsageError
-from loftq.tasks import get_task, load_data
+from loftq.finetune.tasks import get_task, load_data
 
 SST2 = [{"sentence": "a fine cat", "label": 1}, {"sentence": "None", "label": 0}, {"sentence": "7, or so", "label": 1}]
 LOADED = [{"text": row["sentence"], "label": row["label"]} for row in SST2]
@@ -133,7 +133,7 @@ def test_first_rows_and_wanted_splits(tmp_path):
 
 def test_labels_of_the_hub_by_their_names():
     """A data set whose classes are numbered otherwise than the task's is read by the names of its classes."""
-    from loftq.tasks.columns import canonical
+    from loftq.finetune.tasks.columns import canonical
 
     features = datasets.Features(
         {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["positive", "negative"])}

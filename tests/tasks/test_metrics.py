@@ -10,8 +10,8 @@ from torchmetrics.functional import matthews_corrcoef, pearson_corrcoef, spearma
 from torchmetrics.functional.classification import binary_f1_score, multiclass_f1_score
 from torchmetrics.functional.text.squad import squad as published_squad
 
-from loftq.tasks import get_task, metrics
-from loftq.tasks.gsm8k import answer, target
+from loftq.finetune.tasks import get_task, metrics
+from loftq.finetune.tasks.gsm8k import answer, target
 
 ANSWERS = [
     ("the cat", ["The cat!", "a dog"]),

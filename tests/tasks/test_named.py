@@ -8,9 +8,9 @@ import tiny_models
 import torch
 from rows import ROWS
 
-import loftq.tasks
+import loftq.finetune.tasks
 from loftq.errors import UsageError
-from loftq.tasks import get_task, load_data, score
+from loftq.finetune.tasks import get_task, load_data, score
 
 # task -> what it reports, main metric first
 REPORTED = {
@@ -44,7 +44,7 @@ def tokenizer_of(task, words, letters):
 
 
 def test_the_names():
-    assert loftq.tasks.names() == tuple(sorted(ROWS))
+    assert loftq.finetune.tasks.names() == tuple(sorted(ROWS))
     assert set(REPORTED) == set(ROWS)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from loftq.errors import InputError, UsageError
+from loftq.finetune.tasks import get_task, load_data
 from loftq.formats.strict_yaml import loads
-from loftq.tasks import get_task, load_data
 
 # description, a row, what it becomes
 DESCRIBED = [

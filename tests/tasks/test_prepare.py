@@ -12,9 +12,9 @@ from datasets import Dataset
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from loftq.errors import InputError, NumericalError, UsageError
-from loftq.tasks import get_task, loops, score
-from loftq.tasks.base import Measuring
-from loftq.workflows.evaluate import evaluate
+from loftq.finetune.evaluate import evaluate
+from loftq.finetune.tasks import get_task, loops, score
+from loftq.finetune.tasks.base import Measuring
 
 SENTENCES = ["a cat", "the dog ran off", "so", "what a day it was", "no"]
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
@@ -197,7 +197,7 @@ def test_generation_does_not_depend_on_the_batch(letters):
     rows, model = Dataset.from_dict(PROMPTS), tiny_models.model("instruction")
     left, texts = tiny_models.letters(pad_token="</s>", padding_side="left"), {}
     prompts = task.prompts(rows, letters)  # type: ignore[attr-defined]
-    from loftq.tasks import batches
+    from loftq.finetune.tasks import batches
 
     collate = batches.pad_inputs(left)
     assert collate(list(prompts))["attention_mask"][0].tolist()[0] == 0

@@ -9,8 +9,8 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from loftq.tasks import get_task, load_data, metrics, span_qa
-from loftq.tasks.gsm8k import answer
+from loftq.finetune.tasks import get_task, load_data, metrics, span_qa
+from loftq.finetune.tasks.gsm8k import answer
 
 pytestmark = pytest.mark.data
 

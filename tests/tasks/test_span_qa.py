@@ -5,7 +5,7 @@ import pytest
 from datasets import Dataset
 
 from loftq.errors import InputError, UsageError
-from loftq.tasks import get_task, span_qa
+from loftq.finetune.tasks import get_task, span_qa
 
 CONTEXT = "".join(chr(97 + i % 26) for i in range(60))  # a letter a token: a token's offset is its number
 

@@ -7,8 +7,8 @@ import tiny
 import transformers
 import yaml
 
-from loftq.tasks import get_task, load_data, score
-from loftq.workflows.finetune import finetune
+from loftq.finetune.tasks import get_task, load_data, score
+from loftq.finetune.train import finetune
 
 
 @pytest.mark.parametrize("method", ["full", "loftq"])
@@ -35,7 +35,7 @@ def test_the_code_of_the_card_loads_what_was_trained(place, monkeypatch, method)
 
 def test_a_base_of_the_hub_keeps_its_name(place, monkeypatch):
     """Not that of the cache in which it lies on this machine."""
-    monkeypatch.setattr("loftq.workflows.finetune.resolve", lambda model: place / "model")
+    monkeypatch.setattr("loftq.finetune.train.resolve", lambda model: place / "model")
     finetune(tiny.recipe(place, "lora", model="org/name", **{"training.max_steps": 1}))
     for name in ("README.md", "adapter_config.json"):
         text = (place / "lora" / "adapter" / name).read_text()

@@ -7,9 +7,9 @@ import datasets  # noqa: F401  # here and below: imported once, before the first
 import pytest
 import tiny
 
-import loftq.workflows.evaluate  # noqa: F401
+import loftq.finetune.evaluate  # noqa: F401
 from harness import cli, refused
-from loftq.recipe import dump
+from loftq.finetune.recipe import dump
 
 
 def written(place, method="loftq", **changes):
@@ -109,7 +109,7 @@ def test_one_line_for_what_cannot_be_evaluated(place):
 
 def test_the_extra_is_named(place):
     def without_datasets():
-        for name in [n for n in sys.modules if n.startswith("loftq.workflows.finetune")]:
+        for name in [n for n in sys.modules if n.startswith("loftq.finetune.train")]:
             del sys.modules[name]
         sys.modules["datasets"] = None
 

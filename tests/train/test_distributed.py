@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import tiny
 
-from loftq.recipe import dump
-from loftq.workflows.evaluate import evaluate
-from loftq.workflows.finetune import finetune
-from loftq.workflows.run import Run
+from loftq.finetune.evaluate import evaluate
+from loftq.finetune.recipe import dump
+from loftq.finetune.run import Run
+from loftq.finetune.train import finetune
 
 BATCH = "training.per_device_train_batch_size"
 HERE = Path(__file__).parent

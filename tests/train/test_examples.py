@@ -11,7 +11,7 @@ import torch
 import transformers
 from peft import PeftModel
 
-import loftq.recipe
+import loftq.finetune.recipe
 import models
 
 ROOT = Path(__file__).parents[2]
@@ -66,11 +66,11 @@ def test_trl(tmp_path, monkeypatch, capsys):
 
 
 def test_the_example_recipe(place, monkeypatch):
-    from loftq.workflows.finetune import finetune
+    from loftq.finetune.train import finetune
 
     monkeypatch.chdir(place)
     overrides = ["training.max_steps=2", "training.eval_steps=2", "training.save_steps=2", "lora.rank=4"]
     overrides += [f"model={place / 'model'}", f"data={place / 'data'}", "max_length=16"]
-    result = finetune(loftq.recipe.read(ROOT / "recipes" / "examples" / "sst2.yaml", overrides))
+    result = finetune(loftq.finetune.recipe.read(ROOT / "recipes" / "examples" / "sst2.yaml", overrides))
     assert result.steps == 2
     assert (place / "runs" / "sst2" / "adapter").is_dir()

@@ -10,14 +10,14 @@ import huggingface_hub.constants
 import pytest
 import tiny
 
-import loftq.workflows.calibrate
-import loftq.workflows.evaluate
-import loftq.workflows.finetune
-import loftq.workflows.start  # noqa: F401
+import loftq.calibration.calibrate
+import loftq.finetune.evaluate
+import loftq.finetune.train
+import loftq.frozen.start  # noqa: F401
 from harness import cli, refused
+from loftq.architecture.loading import load_config, load_tokenizer
 from loftq.errors import InputError
-from loftq.nn.loading import load_config, load_tokenizer
-from loftq.recipe import dump
+from loftq.finetune.recipe import dump
 
 OPTIONS = ("--bits", "4", "--rank", "4", "--workers", "1")
 AUTO = {name: f"evil.{name}" for name in ("AutoConfig", "AutoModel", "AutoModelForSequenceClassification")}

@@ -11,10 +11,10 @@ import transformers
 
 import models
 from loftq.errors import ConflictError, InputError, NumericalError, UsageError
-from loftq.recipe import read
-from loftq.tasks import get_task
-from loftq.workflows.evaluate import evaluate
-from loftq.workflows.finetune import finetune
+from loftq.finetune.evaluate import evaluate
+from loftq.finetune.recipe import read
+from loftq.finetune.tasks import get_task
+from loftq.finetune.train import finetune
 
 TEXTS = {"kind": "causal-lm", "columns": {"text": "sentence"}, "rows": "lines"}
 QUESTIONS = {"kind": "span-qa", "columns": {"context": "c", "question": "q", "answers": "a"}, "doc_stride": 2}

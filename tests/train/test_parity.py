@@ -9,8 +9,8 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
 import models
-from loftq.workflows import finetune as workflow
-from loftq.workflows.finetune import finetune
+from loftq.finetune import train as workflow
+from loftq.finetune.train import finetune
 
 
 def losses(history):

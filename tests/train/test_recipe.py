@@ -4,8 +4,8 @@ import pytest
 
 from loftq import codes
 from loftq.errors import InputError, UsageError
+from loftq.finetune.recipe import dump, parse, read
 from loftq.formats.strict_yaml import loads
-from loftq.recipe import dump, parse, read
 
 WHOLE = """
 model: org/model
@@ -168,8 +168,8 @@ def test_missing_keys():
 
 def test_a_budget_reaches_the_policy(file):
     """As a number or as a size; without one, none of its fields is written down."""
-    from loftq.workflows.compare import settings
-    from loftq.workflows.finetune import policy_of
+    from loftq.finetune.compare import settings
+    from loftq.finetune.train import policy_of
 
     recipe = read(file, ["quantization={budget: 2.5, budget_ranks: '4,16'}"])
     policy = policy_of(recipe)

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 import models
 from loftq.errors import ConflictError, InputError, NumericalError, UsageError
-from loftq.train.trainer import LoftQTrainer
-from loftq.workflows.evaluate import evaluate
-from loftq.workflows.finetune import finetune
-from loftq.workflows.run import Run
+from loftq.finetune.evaluate import evaluate
+from loftq.finetune.run import Run
+from loftq.finetune.train import finetune
+from loftq.finetune.trainer import LoftQTrainer
 
 SAVING = {"training.save_strategy": "steps", "training.save_steps": 2}
 

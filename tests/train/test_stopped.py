@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import tiny
 
-from loftq.train import checkpoints
-from loftq.workflows.evaluate import evaluate
-from loftq.workflows.finetune import finetune
-from loftq.workflows.run import Run
+from loftq.finetune import checkpoints
+from loftq.finetune.evaluate import evaluate
+from loftq.finetune.run import Run
+from loftq.finetune.train import finetune
 
 SAVING = {"training.save_strategy": "steps", "training.save_steps": 2, "training.per_device_train_batch_size": 16}
 WATCHING = {"training.eval_strategy": "steps", "training.eval_steps": 2, "training.load_best_model_at_end": True}
@@ -105,7 +105,7 @@ def test_a_newest_checkpoint_at_the_end_is_not_trained_on(place, monkeypatch):
         raise AssertionError("a step beyond the last")
 
     with monkeypatch.context() as patch:
-        patch.setattr("loftq.train.trainer.LoftQTrainer.training_step", none)
+        patch.setattr("loftq.finetune.trainer.LoftQTrainer.training_step", none)
         continued = finetune(recipe)
     assert told(continued) == told(whole)
     assert sorted(p.name for p in (place / "lora" / "checkpoints").iterdir()) == ["checkpoint-4", "checkpoint-6"]

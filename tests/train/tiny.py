@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import models
-from loftq.recipe import Recipe, parse
+from loftq.finetune.recipe import Recipe, parse
 
 KINDS = (("bad", "poor", "awful"), ("good", "fine", "great"))
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *KINDS[0], *KINDS[1], *(f"w{i}" for i in range(60))]

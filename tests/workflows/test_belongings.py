@@ -15,7 +15,7 @@ import loftq
 from harness import FLAGS, cli, run, tiny_source, tree
 from loftq.errors import InputError
 from loftq.formats.belongings import belongings, licence, module_paths
-from loftq.workflows.source import resolve
+from loftq.sources.checkpoint import resolve
 
 KEPT = (
     *("source.spm", "target.spm", "bpe.codes", "vocab.json", "merges.txt", "tokenizer.model", "qwen.tiktoken"),

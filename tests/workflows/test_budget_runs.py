@@ -12,16 +12,16 @@ from safetensors.torch import load_file, save_file
 
 import loftq
 from harness import EXACT, OPTIONS, POLICY, cli, hooked, one_skeleton, refused, run, tiny_source, tree
+from loftq.checkpoint import curves as module
+from loftq.checkpoint.budget import within_budget
+from loftq.checkpoint.curves import measured
+from loftq.checkpoint.quantize import quantize
+from loftq.checkpoint.verify import verify
 from loftq.errors import ConflictError, NumericalError, StorageError, UsageError
 from loftq.formats.statistics import Group, Statistics
 from loftq.numerics import Metric, Moments
 from loftq.plan import frontier
-from loftq.workflows import curves as module
-from loftq.workflows.budget import within_budget
-from loftq.workflows.check import verify
-from loftq.workflows.curves import measured
-from loftq.workflows.quantize import quantize
-from loftq.workflows.source import open_source
+from loftq.sources.checkpoint import open_source
 from models import close, outputs, substituted, tensors, tiny, written
 
 BUDGET = dataclasses.replace(POLICY, bits="4", budget="3.1")

@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loftq
 from harness import EXACT, cli, tree
+from loftq.calibration.calibrate import open_statistics
 from loftq.errors import ConflictError, UsageError
 from loftq.numerics import Metric
 from loftq.spec import PRESETS, solve_spec, statistics_kind
-from loftq.workflows.calibrate import open_statistics
 
 EXACTLY = ("--dtype", "source", "--adapter-dtype", "float32")  # nothing else is rounded
 FLAGS = ("--bits", "2", "--rank", "4", "--block-size", "16", "--workers", "1", *EXACTLY)

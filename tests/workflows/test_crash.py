@@ -20,8 +20,8 @@ import pytest
 
 import loftq
 from harness import Child, hooked, one_skeleton, put_tree, run, tiny_source, tree
+from loftq.checkpoint import quantize as module
 from loftq.errors import ConflictError, StorageError
-from loftq.workflows import quantize as module
 
 MATRICES = 12
 LOST = 9

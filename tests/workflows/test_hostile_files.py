@@ -9,15 +9,14 @@ from pathlib import Path
 import pytest
 
 from harness import FLAGS, cli, refused, run, tiny_source
+from loftq.checkpoint.verify import read_manifest, verify
 from loftq.errors import InputError, LoftqError
-from loftq.formats import fsio
-from loftq.recipe import read
+from loftq.finetune.compare import read_rows
+from loftq.finetune.recipe import read
+from loftq.finetune.run import Run, RunResult
+from loftq.formats import fsio, hashed_json
 from loftq.report.inspect import inspection
 from loftq.report.tables import print_inspection
-from loftq.workflows import sealed
-from loftq.workflows.check import read_manifest, verify
-from loftq.workflows.compare import read_rows
-from loftq.workflows.run import Run, RunResult
 
 MUTANTS = 300
 VALUES = [
@@ -157,7 +156,7 @@ def test_manifests(out, capsys):
     del manifest["sha256"]
     codes = []
     for _ in range(MUTANTS):
-        sealed.write(out / "loftq_manifest.json", mutant(manifest, rng))
+        hashed_json.write(out / "loftq_manifest.json", mutant(manifest, rng))
         codes.append(outcome(lambda: print_inspection(inspection(read_manifest(out)))))
         if codes[-1] == 0:
             codes.append(outcome(lambda: verify(out)))
@@ -175,7 +174,7 @@ def test_other_json_of_a_checkpoint(out, name):
     for _ in range(MUTANTS // 6):
         digest = fsio.write_json(out / name, mutant(value, rng))
         manifest["files"][name] = {"size": digest.size, "sha256": digest.sha256}
-        sealed.write(out / "loftq_manifest.json", manifest)
+        hashed_json.write(out / "loftq_manifest.json", manifest)
         codes.add(outcome(lambda: verify(out)))
     assert codes <= {0, 3}
 
@@ -210,7 +209,7 @@ def test_every_verb_on_a_hostile_manifest(out, finished, tmp_path, kind):
         manifest = json.loads(path.read_bytes())
         del manifest["sha256"]
         HOSTILE[kind](manifest)
-        sealed.write(path, manifest)
+        hashed_json.write(path, manifest)
     else:
         wrong = {
             "nan": "NaN",

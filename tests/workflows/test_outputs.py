@@ -29,8 +29,8 @@ from harness import (
     tree,
     unprivileged,
 )
+from loftq.checkpoint import quantize as module
 from loftq.errors import ConflictError, InputError, StorageError, UsageError
-from loftq.workflows import quantize as module
 
 PARTIAL = "out.loftq-partial"
 OTHER = dataclasses.replace(POLICY, bits="4")

@@ -10,10 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from harness import POLICY, cli, refused, run, tiny_source
+from loftq.checkpoint.verify import read_manifest, verify
 from loftq.errors import InputError
-from loftq.formats import fsio
-from loftq.workflows import sealed
-from loftq.workflows.check import read_manifest, verify
+from loftq.formats import fsio, hashed_json
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +148,7 @@ def resealed(out, change):
     manifest = json.loads((out / "loftq_manifest.json").read_text())
     del manifest["sha256"]
     change(manifest)
-    sealed.write(out / "loftq_manifest.json", manifest)
+    hashed_json.write(out / "loftq_manifest.json", manifest)
 
 
 def rehash(out, *files):
@@ -340,11 +339,11 @@ def test_a_hostile_quantization_config(out, value):
 
 
 def test_a_seal(tmp_path):
-    sealed.write(tmp_path / "x.json", {"a": [1, 2.5, None, "ü"]})
-    assert sealed.load(tmp_path / "x.json")["a"] == [1, 2.5, None, "ü"]
+    hashed_json.write(tmp_path / "x.json", {"a": [1, 2.5, None, "ü"]})
+    assert hashed_json.load(tmp_path / "x.json")["a"] == [1, 2.5, None, "ü"]
     (tmp_path / "x.json").write_text((tmp_path / "x.json").read_text().replace("2.5", "2.50001"))
     with pytest.raises(InputError, match="was changed"):
-        sealed.load(tmp_path / "x.json")
+        hashed_json.load(tmp_path / "x.json")
 
 
 def test_reading_a_manifest_gives_it_all(finished):

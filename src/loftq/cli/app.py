@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-import loftq
+from loftq.version import __version__
 
 app = typer.Typer(
     name="loftq",
@@ -18,7 +18,7 @@ app = typer.Typer(
 
 def _show_version(asked: bool) -> None:
     if asked:
-        print(f"loftq {loftq.__version__}")
+        print(f"loftq {__version__}")
         raise typer.Exit
 
 

@@ -43,10 +43,10 @@ def calibrate(
 ) -> None:
     """Run texts through a model, block by block, and keep statistics of what its matrices are given."""
     with extra("train"):
+        from loftq.calibration.calibrate import CalibrateOptions
+        from loftq.calibration.calibrate import calibrate as run
         from loftq.formats.statistics import KINDS
         from loftq.report.calibration import print_statistics, summary
-        from loftq.workflows.calibrate import CalibrateOptions
-        from loftq.workflows.calibrate import calibrate as run
     choice("--kind", kind, KINDS)
     quiet()
     options = CalibrateOptions(

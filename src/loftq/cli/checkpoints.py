@@ -98,12 +98,12 @@ def quantize(
 ) -> None:
     """Make a LoftQ checkpoint: packed backbone, LoRA start, manifest, model card. Continues where it was stopped."""
     given = locals()
+    from loftq.checkpoint.quantize import QuantizeOptions
+    from loftq.checkpoint.quantize import quantize as run
     from loftq.formats.layouts import LAYOUTS
     from loftq.plan import parse_size
     from loftq.report.tables import print_summary
     from loftq.spec import solve_spec
-    from loftq.workflows.quantize import QuantizeOptions
-    from loftq.workflows.quantize import quantize as run
 
     choice("--format", format, tuple(LAYOUTS))
     own = {"steps": steps, "order": order, "svd": svd, "seed": seed, "scales": scales}
@@ -144,11 +144,11 @@ def inspect(
     plot: Annotated[Path | None, typer.Option(help="Save a picture of the errors: errors.png.")] = None,
 ) -> None:
     """Show, per matrix, bits, rank, bytes, error per step and the step kept; and what the whole costs."""
+    from loftq.checkpoint.manifest import read_manifest
     from loftq.report.figures import check_place
     from loftq.report.inspect import inspection
     from loftq.report.inspect import plot as draw
     from loftq.report.tables import print_inspection
-    from loftq.workflows.manifest import read_manifest
 
     if plot:
         check_place(plot)
@@ -164,7 +164,7 @@ def inspect(
 @app.command()
 def verify(directory: Directory) -> None:
     """Check hashes, shapes and finiteness of every file, without loading the model."""
-    from loftq.workflows.check import verify as run
+    from loftq.checkpoint.verify import verify as run
 
     manifest = run(directory)
     size = sum(f["size"] for f in manifest["files"].values()) / 1e6

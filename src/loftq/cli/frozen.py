@@ -49,18 +49,18 @@ def start(
 ) -> None:
     """Make the adapter that makes up for the quantization of a model that is quantized already, by whatever method."""
     given = locals()
+    from loftq.frozen.replace import FitOptions
+    from loftq.frozen.start import StartOptions
+    from loftq.frozen.start import start as run
     from loftq.report.tables import print_start
     from loftq.spec import SolveSpec
-    from loftq.workflows.frozen import FitOptions
-    from loftq.workflows.start import StartOptions
-    from loftq.workflows.start import start as run
 
     quiet_transformers()
     solver = SolveSpec(svd=svd, seed=seed)
     statistics = None
     if calibrate is not None:
-        from loftq.workflows.calibrate import statistics_of
-        from loftq.workflows.source import resolve
+        from loftq.calibration.calibrate import statistics_of
+        from loftq.sources.checkpoint import resolve
 
         statistics = statistics_of(calibrate, resolve(weights, revision))
     options = StartOptions(

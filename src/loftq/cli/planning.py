@@ -39,7 +39,7 @@ from loftq.errors import UsageError
 
 if TYPE_CHECKING:
     from loftq.plan import Policy
-    from loftq.workflows.source import Source
+    from loftq.sources.checkpoint import Source
 
 
 @app.command()
@@ -77,8 +77,8 @@ def plan(
     given = locals()
     from loftq.report.budget import print_budget
     from loftq.report.tables import print_cost, print_plan
+    from loftq.sources.checkpoint import open_source, plan_table
     from loftq.spec import check_statistics, solve_spec, statistics_kind
-    from loftq.workflows.source import open_source, plan_table
 
     asked = policy(given, solve=solve_spec(preset, calibrated=calibrate is not None, code=code, scales=scales))
     check_statistics(asked.solve, None if calibrate is None else statistics_kind(asked.solve))
@@ -102,10 +102,10 @@ def _spend(
     source: "Source", asked: "Policy", calibrate: Path | None, curves: Path | None, workers: int, plot: Path | None
 ) -> tuple["Source", dict[str, Any]]:
     """The source with the plan of its budget, and the report; draws it too."""
+    from loftq.calibration.calibrate import statistics_of
+    from loftq.checkpoint.budget import check_budget, within_budget
     from loftq.report.budget import plot as draw
     from loftq.report.figures import check_place
-    from loftq.workflows.budget import check_budget, within_budget
-    from loftq.workflows.calibrate import statistics_of
 
     check_budget(source, asked, "loftq", curves)
     if plot:

@@ -34,9 +34,9 @@ def train(
 ) -> None:
     """Fine-tune as a recipe says, and evaluate; quantizes first where the method wants it. Continues if stopped."""
     with extra("train"):
-        from loftq.recipe import read
+        from loftq.finetune.recipe import read
+        from loftq.finetune.train import finetune
         from loftq.report.tables import print_metrics
-        from loftq.workflows.finetune import finetune
     quiet()
     asked = read(recipe, overrides or ())
     if output is not None:
@@ -74,8 +74,8 @@ def evaluate(
 ) -> None:
     """Evaluate a run, a model or a quantized directory on a task."""
     with extra("train"):
+        from loftq.finetune.evaluate import evaluate as run
         from loftq.report.tables import print_metrics
-        from loftq.workflows.evaluate import evaluate as run
     if sampling is not None:
         choice("--sampling", sampling, ("greedy", "paper"))
     quiet()
@@ -99,7 +99,7 @@ def _task(given: str | None) -> str | dict[str, Any] | None:
     """A task's name, or the task in a YAML file: in a recipe under its key, or alone."""
     if given is None or not given.endswith((".yaml", ".yml")):
         return given
-    from loftq.recipe import read_mapping
+    from loftq.finetune.recipe import read_mapping
 
     values = read_mapping(given, "kind and columns, or task")
     return values.get("task", values)
@@ -116,9 +116,9 @@ def compare(
 ) -> None:
     """Fine-tune every arm of a recipe's section compare, and show them side by side. Continues if stopped."""
     with extra("train"):
-        from loftq.recipe import read
-        from loftq.report.comparison import print_comparison
-        from loftq.workflows.compare import compare as run
+        from loftq.finetune.compare import compare as run
+        from loftq.finetune.comparison import print_comparison
+        from loftq.finetune.recipe import read
     quiet()
     asked = read(recipe, overrides or ())
     if output is not None:

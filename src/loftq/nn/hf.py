@@ -17,11 +17,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from loftq.architecture.skeleton import renamer, spellings
 from loftq.errors import InputError, UsageError, command, listed, quoted
 from loftq.formats.config import Group, quantization_config, read_groups
 from loftq.formats.tensorfile import read_header
 from loftq.nn.layers import LoftQEmbedding, LoftQLinear, PackedWeight, can_pack, pack_like, replace_module
-from loftq.nn.skeleton import renamer, spellings
 from loftq.numerics import encode, quantize
 from loftq.plan import natural
 from loftq.spec import QuantSpec

@@ -13,7 +13,7 @@ def beside(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """What a budget chose, and the nearest of what else there is that takes no more bytes: name and point.
 
     Args:
-        report: of :func:`loftq.workflows.budget.within_budget`.
+        report: of :func:`loftq.checkpoint.budget.within_budget`.
     """
     chosen = report["chosen"]
     rows = [(f"budget {report['budget']}", chosen)]

@@ -1,0 +1,130 @@
+"""A model that is already loaded: packed layers and a LoftQ start, in place, in one call."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from loftq import plan as planning
+from loftq.adapters.start import wrap
+from loftq.architecture import skeleton
+from loftq.architecture.adapter import adapter_config, adapter_tensors
+from loftq.errors import LoftqError, UsageError, command, listed, quoted
+from loftq.formats.statistics import Statistics
+from loftq.formats.tensorfile import dtype_name
+from loftq.nn.hf import mark_quantized
+from loftq.nn.layers import PackedWeight, pack_like, replace_module
+from loftq.numerics import encode
+from loftq.plan import Matrix, Plan, Policy
+from loftq.solver import Solution, check_finite, ordered_map, solve, workers_for
+from loftq.spec import check_statistics
+
+# Of the adapter's configuration, what PEFT does not set itself.
+FIELDS = ("r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "init_lora_weights")
+
+
+def convert(
+    model: nn.Module,
+    policy: Policy,
+    workers: int | None,
+    progress: Callable[[Matrix, Solution], object] | None,
+    statistics: Statistics | None = None,
+) -> tuple[nn.Module, Plan]:
+    """Replace the planned layers of ``model`` by packed ones, and wrap it with the LoftQ start as ``default`` adapter.
+
+    Raises: UsageError for a model that cannot be converted; what :func:`loftq.plan.make` raises; NumericalError for
+        weights that are not finite. ``model`` is then unchanged; not if a matrix cannot be solved.
+    """
+    _check_model(model)
+    check_statistics(
+        policy.solve, statistics and statistics.kind, "calibration=loftq.calibrate(model, texts, tokenizer)"
+    )
+    if policy.budget:
+        raise UsageError("a budget is spent on checkpoints: use loftq.quantize, and load what it makes")
+    if (policy.dtype, policy.adapter_dtype) != (Policy.dtype, Policy.adapter_dtype):
+        raise UsageError("dtype and adapter_dtype are of files: a model in memory keeps what it was loaded with")
+    roles = skeleton.parameter_roles(model)
+    parameters = {name: model.get_parameter(name) for name in roles}
+    plan = planning.make({n: (dtype_name(p.dtype), tuple(p.shape)) for n, p in parameters.items()}, roles, policy)
+    if statistics and not {m.module for m in plan.matrices} & set(statistics.modules):
+        raise UsageError("the statistics are of another model: they know none of this one's matrices")
+    for matrix in plan.matrices:
+        _named(matrix, check_finite, parameters[matrix.name].detach())
+    config = _adapter_config(plan, model)
+    start: dict[str, torch.Tensor] = {}
+    device = str(parameters[plan.matrices[0].name].device)
+    shapes = [m.shape for m in plan.matrices]
+    workers = workers or workers_for(shapes, plan.solve, device, statistics is not None)
+    del parameters  # a dense weight is freed when its layer is replaced
+    solutions = ordered_map(lambda matrix: _solve(model, matrix, plan, statistics), plan.matrices, workers)
+    for matrix, solution in zip(plan.matrices, solutions, strict=True):
+        _replace(model, matrix, solution)
+        start.update(adapter_tensors(matrix, *solution.factors(plan.scaling(matrix))))
+        if progress:
+            progress(matrix, solution)
+    mark_quantized(model, planning.nominal_bits(policy.bits, plan))
+    wrapped = wrap(model, config, start)
+    # Not the dense checkpoint: with that under it, the start would be added to weights that need none.
+    wrapped.peft_config["default"].base_model_name_or_path = ""
+    return wrapped, plan
+
+
+def _check_model(model: nn.Module) -> None:
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PeftModel) or (
+        isinstance(model, PreTrainedModel) and any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    ):
+        raise UsageError("the model has an adapter already; merge or unload it first, and give the model under it")
+    if not isinstance(model, PreTrainedModel):
+        raise UsageError(f"wanted a model of transformers in memory, got {type(model).__name__}")
+    method = getattr(model, "quantization_method", None)
+    if method is not None or any(isinstance(module, PackedWeight) for module in model.modules()):
+        raise UsageError(
+            f"the model is quantized already ({quoted(method or 'loftq')}); load it in full precision, or give "
+            "this one an adapter by loftq.replace_lora_weights or loftq.load_start"
+        )
+    away = [name for name, p in model.named_parameters() if p.device.type == "meta"]
+    if away:
+        raise UsageError(
+            f"the model has parameters on the meta device or on disk ({listed(away, 3)}); load it fully, or use "
+            f"{command('quantize', 'MODEL', output='DIR')}"
+        )
+
+
+def _solve(model: nn.Module, matrix: Matrix, plan: Plan, statistics: Statistics | None) -> Solution:
+    weight: torch.Tensor = model.get_parameter(f"{matrix.module}.weight").detach()
+    oriented = weight.T if matrix.kind == "conv1d" else weight
+    moments = statistics and statistics.moments(matrix.module)
+    return _named(matrix, solve, oriented, matrix.quant, matrix.rank, plan.solve, matrix.name, moments)
+
+
+def _named(matrix: Matrix, work: Callable[..., Any], *args: Any) -> Any:
+    """``work(*args)``; the matrix's name before the message of an error."""
+    try:
+        return work(*args)
+    except LoftqError as e:
+        raise type(e)(f"{quoted(matrix.name)}: {e}") from e
+
+
+def _replace(model: nn.Module, matrix: Matrix, solution: Solution) -> None:
+    """A packed layer with the solved codes in the place of the dense one, whose bias it keeps."""
+    dense: Any = model.get_submodule(matrix.module)
+    packed = pack_like(dense, matrix.quant, device=dense.weight.device)
+    packed.load_stored(encode(solution.quantized, matrix.quant))
+    if getattr(dense, "bias", None) is not None:
+        packed.bias = dense.bias
+    replace_module(model, matrix.module, packed)
+
+
+def _adapter_config(plan: Plan, model: Any) -> Any:
+    """PEFT's configuration of the start. Made first of all: not every model can have one."""
+    from peft import LoraConfig
+
+    chosen = {matrix.module for matrix in plan.matrices}
+    others = [name for name, _ in model.named_modules() if name not in chosen]
+    fields = adapter_config(plan, others, str(model.base_model_prefix), "", None)
+    return LoraConfig(**{k: fields[k] for k in FIELDS})

@@ -1,0 +1,215 @@
+"""``LoraConfig(init_lora_weights="loftq")`` on a packed model: the adapter begins with the start of its directory.
+
+PEFT, or TRL, then make the adapter, with the user's ``lora_alpha``, dropout and task. The start's ``B`` is divided by
+the ratio of the two scalings, so that ``s · B @ A`` is what was solved for.
+"""
+
+import copy
+import functools
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft.tuners.lora.config import LoraConfig
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from loftq.adapters.placement import is_filled_from_elsewhere, module_of
+from loftq.errors import InputError, UsageError, listed, option, quoted
+from loftq.nn.layers import PackedWeight
+
+FOLDER = "loftq_init"
+
+
+@dataclass(frozen=True)
+class Start:
+    """The start of a directory, for the modules that a model has."""
+
+    config: LoraConfig
+    factors: dict[str, tuple[Tensor, Tensor]]  # module -> B (out, rank), A (rank, in)
+
+    def scaling(self, module: str) -> float:
+        """``s`` of the product that was solved for."""
+        rank = len(self.factors[module][1])
+        return self.config.lora_alpha / (rank**0.5 if self.config.use_rslora else rank)
+
+    def complete(self, config: LoraConfig) -> LoraConfig:
+        """A copy of ``config`` that PEFT initialises as usual; where it names no modules or ranks, with the start's."""
+        config = copy.copy(config)
+        config.init_lora_weights, config.loftq_config = True, {}
+        if config.target_modules is None:
+            config.target_modules = set(self.config.target_modules or ())  # type: ignore[arg-type]
+        if not config.rank_pattern:
+            config.rank_pattern = dict(self.config.rank_pattern or {})
+        return config
+
+    def check(self, config: Any, model: nn.Module) -> None:
+        """UsageError if ``config`` has another rank, or leaves out a module that was solved for."""
+        chosen = {name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)}
+        left = [module for module in self.factors if module not in chosen]
+        if left:
+            raise UsageError(
+                f"target_modules leaves out {listed(left, 3)}: the LoftQ start corrects these too; leave "
+                "target_modules out and it is that of the start"
+            )
+        alphas = [config.lora_alpha, *config.alpha_pattern.values()]
+        if not min(alphas) > 0:
+            raise UsageError(f"init_lora_weights='loftq': the scaling is {min(alphas)}; set lora_alpha above 0")
+        other = []
+        for module, (_, a) in self.factors.items():
+            rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), module), config.r)
+            if rank != len(a):
+                other.append(f"{module} ({rank}, the start has {len(a)})")
+        if other:
+            raise UsageError(
+                f"the LoftQ start has other ranks than LoraConfig: {listed(other, 3)}; give r={self.config.r} and no "
+                f"rank_pattern, or quantize with another {option('rank')}"
+            )
+
+    def fill(self, model: nn.Module, adapter: str) -> None:
+        """Put the factors into the layers of ``adapter``, for the scaling that these have."""
+        from loftq.adapters.lora import factors, write
+
+        for module, (b, a) in self.factors.items():
+            layer: Any = model.get_submodule(module)
+            if adapter not in getattr(layer, "scaling", {}):
+                raise InputError(f"{quoted(module)} got no adapter for its LoftQ start; leave target_modules out")
+            rows = len(factors(layer, adapter)[0])
+            if rows != len(b):
+                raise UsageError(
+                    f"{quoted(module)} has {rows} rows, its LoftQ start {len(b)}; use loftq.load_start for a table "
+                    "that was resized"
+                )
+            write(layer, adapter, b * (self.scaling(module) / layer.scaling[adapter]), a)
+
+
+def read_start(model: Any) -> Start:
+    """The start in the directory, or hub repository, that ``model`` was loaded from.
+
+    Raises: UsageError if there is none; InputError if a packed layer is without.
+    """
+    from peft import PeftConfig
+    from peft.utils.save_and_load import load_peft_weights
+
+    from loftq.architecture.skeleton import one_line
+
+    name = str(getattr(model, "name_or_path", ""))
+    place: dict[str, Any] = {"subfolder": FOLDER, "revision": getattr(model.config, "_commit_hash", None)}
+    try:
+        config = PeftConfig.from_pretrained(name, **place)
+        mapping = model.__dict__.get("_checkpoint_conversion_mapping")
+        tensors = load_peft_weights(name, device="cpu", key_mapping=mapping, **place)
+    except Exception as e:  # whatever PEFT, the hub and the network raise
+        raise UsageError(
+            f"init_lora_weights='loftq': no LoftQ start in {quoted(name or 'a model from no directory')} "
+            f"({one_line(e)}); load the model from a directory that `loftq quantize` made"
+        ) from e
+    if not isinstance(config, LoraConfig):
+        raise InputError(f"{quoted(name)}/{FOLDER}: not a LoRA adapter")
+    there = {n for n, _ in model.named_modules()}
+    factors = {module: pair for module, pair in _pairs(tensors).items() if module in there}
+    packed = [n.removesuffix(".base_layer") for n, m in model.named_modules() if isinstance(m, PackedWeight)]
+    without = [n for n in packed if n not in factors]
+    if without:
+        raise InputError(f"{quoted(name)}: no LoftQ start for {listed(without, 3)}; is it of another model?")
+    return Start(config, factors)
+
+
+def _pairs(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module -> B and A. An embedding's are stored transposed, :func:`loftq.architecture.adapter.adapter_tensors`."""
+    pairs = {}
+    for name, tensor in tensors.items():
+        root, _, leaf = name.partition(".lora_")
+        if leaf == "A.weight":
+            pairs[module_of(name)] = tensors[f"{root}.lora_B.weight"], tensor
+        elif leaf == "embedding_A":
+            pairs[module_of(name)] = tensor.T, tensors[f"{root}.lora_embedding_B"].T
+    return pairs
+
+
+def has_start(model: Any) -> bool:
+    """Whether the place that ``model`` came from has a start, as far as can be told without the network."""
+    name = str(getattr(model, "name_or_path", ""))
+    if not name or Path(name).exists():
+        return bool(name) and (Path(name) / FOLDER / "adapter_config.json").is_file()
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, f"{FOLDER}/adapter_config.json", revision=model.config._commit_hash)
+    except HFValidationError:
+        return False
+    return found is None or isinstance(found, str)  # None: never asked for; every packed checkpoint is made with one
+
+
+def _is_packed(model: nn.Module) -> bool:
+    return any(isinstance(module, PackedWeight) for module in model.modules())
+
+
+def install(lora_model: Any) -> None:
+    """Let PEFT's LoRA take the start of a packed model.
+
+    Args:
+        lora_model: PEFT's ``LoraModel``.
+    """
+    inject, check = lora_model.inject_adapter, LoraConfig.__post_init__
+
+    @functools.wraps(inject)
+    def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
+        if getattr(config, "init_lora_weights", None) != "loftq" or type(self) is not lora_model:
+            return inject(self, model, adapter_name, *args, **kwargs)
+        if not _is_packed(model):
+            if not config.loftq_config:
+                raise UsageError(
+                    "init_lora_weights='loftq' takes the start of a packed model, and this one has no packed layers; "
+                    "load a directory that `loftq quantize` made, or give a loftq_config to have PEFT quantize"
+                )
+            return inject(self, model, adapter_name, *args, **kwargs)
+        start = None if is_filled_from_elsewhere() else read_start(model)
+        completed = start.complete(config) if start else copy.copy(config)
+        completed.init_lora_weights, completed.loftq_config = True, {}
+        if start:
+            start.check(_maybe_include_all_linear_layers(copy.copy(completed), model), model)
+        self.peft_config[adapter_name] = completed
+        inject(self, model, adapter_name, *args, **kwargs)
+        if start:
+            start.fill(model, adapter_name)
+        return None
+
+    @functools.wraps(check)
+    def check_without_quantizer(self: LoraConfig) -> None:
+        """PEFT asks for the options of its own quantizer, which a packed model has no use for."""
+        start = self.init_lora_weights == "loftq" and not self.loftq_config
+        self.init_lora_weights = True if start else self.init_lora_weights
+        check(self)
+        self.init_lora_weights = "loftq" if start else self.init_lora_weights
+
+    lora_model.inject_adapter = inject_adapter
+    LoraConfig.__post_init__ = check_without_quantizer
+
+
+def warn_of_unused_starts(model_class: Any) -> None:
+    """Let ``PeftModel`` say, once for each, that a new LoRA adapter on a packed model begins without the start.
+
+    Args:
+        model_class: ``PeftModel``.
+    """
+    make = model_class.__init__
+
+    @functools.wraps(make)
+    def warning(self: Any, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        lora = isinstance(peft_config, LoraConfig) and peft_config.init_lora_weights != "loftq"
+        unused = lora and not is_filled_from_elsewhere() and _is_packed(model) and has_start(model)
+        make(self, model, peft_config, *args, **kwargs)
+        if unused:
+            warnings.warn(
+                f"the LoftQ start of {quoted(model.name_or_path)} is not used: this adapter begins at zero, on weights "
+                "whose quantization error nothing makes up for. Give LoraConfig(init_lora_weights='loftq'), or use "
+                "loftq.load_start(model, directory)",
+                stacklevel=4,
+            )
+
+    model_class.__init__ = warning

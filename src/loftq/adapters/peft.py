@@ -1,0 +1,147 @@
+"""LoRA on packed layers: merging, and clear refusals where PEFT would read codes as if they were weights.
+
+PEFT wraps our layers by its ordinary dispatch (they are Linears and Embeddings). Only merging needs a layer of
+ours: the merged weight is dense, so it replaces the packed one until it is unmerged.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from peft.tuners.lora import layer as lora
+from peft.tuners.lora.config import LoraConfig
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+
+from loftq.adapters import guard, initialization
+from loftq.errors import UsageError
+from loftq.nn.hf import forget_unpacked
+from loftq.nn.layers import LoftQEmbedding, LoftQLinear, PackedWeight
+
+READ_NO_WEIGHT = (True, False, "gaussian", "eva")  # initialisations that need no dense weight
+
+
+class MergesDense:
+    """Merging for a LoRA layer over a packed one. A mixin of the two layers below."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put ``decode(Q) + s·BA`` in the place of the packed weight; :meth:`unmerge` puts the packed one back."""
+        packed = self.base_layer  # type: ignore[attr-defined]
+        if isinstance(packed, (LoftQLinear, LoftQEmbedding)):
+            self.base_layer = packed.to_dense(packed.compute_dtype)
+            self.__dict__["_packed"] = packed
+        try:
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
+        finally:
+            self._restore()
+
+    def unmerge(self) -> None:
+        super().unmerge()  # type: ignore[misc]
+        self._restore()
+
+    def _restore(self) -> None:
+        if not self.merged and "_packed" in self.__dict__:  # type: ignore[attr-defined]
+            self.base_layer = self.__dict__.pop("_packed")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MergesDense":
+        """The packed layer that waits for :meth:`unmerge` moves along."""
+        if "_packed" in self.__dict__:
+            self.__dict__["_packed"]._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+
+class LoftQLoraLinear(MergesDense, lora.Linear):
+    """LoRA over a :class:`LoftQLinear`. Its name ends in Linear, as PEFT's ``all-linear`` expects."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fan_in_fan_out = self.base_layer.conv1d  # of the dense weight to merge into, whatever the config says
+
+
+class LoftQLoraEmbedding(MergesDense, lora.Embedding):
+    """LoRA over a :class:`LoftQEmbedding`."""
+
+
+def _new_layer(config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module | None:
+    """Our LoRA layer for a packed target; None leaves the choice to PEFT."""
+    if not isinstance(target, PackedWeight):
+        return None
+    kwargs.pop("parameter_name", None)
+    kwargs.pop("device_map", None)
+    if isinstance(target, LoftQEmbedding):
+        return LoftQLoraEmbedding(target, adapter_name, config=config, **kwargs)
+    return LoftQLoraLinear(target, adapter_name, config=config, **kwargs)
+
+
+def _refuse(config: LoraConfig, target: nn.Module, parameter_name: str | None) -> None:
+    """UsageError for an adapter that would read, or change, the dense weight that a packed layer does not have."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if not isinstance(base, PackedWeight):
+        return
+    if parameter_name:
+        raise UsageError(f"target_parameters cannot name {parameter_name!r} of a packed layer; use target_modules")
+    if config.use_dora:
+        raise UsageError("DoRA needs the norms of a dense weight and does not work on a packed one; use_dora=False")
+    if getattr(config, "kasa_config", None) is not None:  # PEFT has it since 0.21
+        raise UsageError("KaSA truncates a dense weight and does not work on a packed one; kasa_config=None")
+    if config.init_lora_weights not in READ_NO_WEIGHT:
+        raise UsageError(
+            f"init_lora_weights={config.init_lora_weights!r} reads a dense weight, and this one is packed; use "
+            "'loftq', the start in the checkpoint's loftq_init folder, or True"
+        )
+
+
+def _refuse_merging(tuner: BaseTuner) -> None:
+    """UsageError for layers over packed ones that are not ours: IA3 would multiply 8-bit codes, others fail."""
+    layers = (m for m in tuner.model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, MergesDense))
+    if any(isinstance(layer.get_base_layer(), PackedWeight) for layer in layers):
+        raise UsageError(
+            f"{type(tuner).__name__} cannot be merged into packed layers; only LoRA can. "
+            "Call dequantize() on the model it wraps first"
+        )
+
+
+def install() -> None:
+    """Let PEFT's LoRA make our layers, refuse what cannot work on them, and forget merged ones."""
+    replace, create = LoraModel._create_and_replace, LoraModel._create_new_module
+    unload, check = BaseTuner._unload_and_optionally_merge, BaseTuner._check_merge_allowed
+    tied = BaseTuner._get_module_names_tied_with_embedding
+    guard.install()
+    initialization.install(LoraModel)
+
+    @functools.wraps(replace)
+    def create_and_replace(self, lora_config, adapter_name, target, *args, parameter_name=None, **kwargs):  # type: ignore[no-untyped-def]
+        _refuse(lora_config, target, parameter_name)
+        replace(self, lora_config, adapter_name, target, *args, parameter_name=parameter_name, **kwargs)
+
+    @functools.wraps(create)
+    def create_new_module(lora_config, adapter_name, target, **kwargs):  # type: ignore[no-untyped-def]
+        ours = _new_layer(lora_config, adapter_name, target, **kwargs)
+        return create(lora_config, adapter_name, target, **kwargs) if ours is None else ours
+
+    @functools.wraps(unload)
+    def unload_and_optionally_merge(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        model = unload(self, *args, **kwargs)
+        forget_unpacked(model)
+        return model
+
+    @functools.wraps(check)
+    def check_merge_allowed(self):  # type: ignore[no-untyped-def]
+        _refuse_merging(self)
+        check(self)
+
+    @functools.wraps(tied)
+    def names_tied_with_embedding(self):  # type: ignore[no-untyped-def]
+        try:
+            return tied(self)
+        except NotImplementedError:  # transformers knows no table of words in this class: nothing is tied to one
+            if not any(isinstance(module, PackedWeight) for module in self.model.modules()):
+                raise
+            return []
+
+    LoraModel._create_and_replace = create_and_replace
+    LoraModel._create_new_module = staticmethod(create_new_module)
+    BaseTuner._unload_and_optionally_merge = unload_and_optionally_merge
+    BaseTuner._check_merge_allowed = check_merge_allowed
+    BaseTuner._get_module_names_tied_with_embedding = names_tied_with_embedding

@@ -1,0 +1,115 @@
+"""The LoftQ start put on a model of any class, also one whose head is new and is to be trained beside it."""
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.save_and_load import load_peft_weights
+from torch import Tensor, nn
+
+from loftq.adapters.placement import check_placed, filled_from_elsewhere
+from loftq.architecture.adapter import task_type
+from loftq.architecture.loading import guarded
+from loftq.errors import InputError, UsageError, checks_names, listed, quoted
+from loftq.nn.layers import PackedWeight
+
+# Tasks whose heads are seldom part of a checkpoint: PEFT trains and saves them with the adapter.
+HEADED_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+@checks_names
+def load_start(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    lora_dropout: float = 0.0,
+    modules_to_save: list[str] | None = None,
+    subfolder: str = "loftq_init",
+) -> PeftModel:
+    """``PeftModel.from_pretrained(model, directory, subfolder="loftq_init", is_trainable=True)``, whatever the class.
+
+    PEFT's own call needs a model of the class that was quantized: it asks a classifier for the parts of a causal
+    language model, and the start for the tensors of a head that it does not have.
+
+    Args:
+        model: a packed model.
+        directory: of the LoftQ checkpoint, or its hub id.
+        lora_dropout: for training; the start has none.
+        modules_to_save: modules that are trained and saved with the adapter. By default the head of a classifier or
+            of question answering, all of it, and whatever else the checkpoint had no weights for.
+
+    Raises: UsageError for a model without packed layers, or offloaded; InputError if a packed layer has no start.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"wanted a packed model, got {type(model).__name__}; load it with from_pretrained first")
+    if not any(isinstance(module, PackedWeight) for module in model.modules()):
+        raise UsageError(f"{type(model).__name__} has no packed layers; load the directory with from_pretrained first")
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise UsageError("a part of the model is offloaded; an adapter is trained on a model in memory, load all of it")
+    local = Path(directory).is_dir()
+    with guarded() if local else nullcontext():
+        config = PeftConfig.from_pretrained(str(directory), subfolder=subfolder)
+    if not isinstance(config, LoraConfig):
+        raise InputError(f"{quoted(directory)}/{quoted(subfolder)}: not a LoRA adapter")
+    mapping: dict[str, str] | None = model.__dict__.get("_checkpoint_conversion_mapping")
+    with guarded() if local else nullcontext():
+        factors = load_peft_weights(str(directory), device="cpu", key_mapping=mapping, subfolder=subfolder)
+    config.base_model_name_or_path, config.lora_dropout, config.modules_to_save = None, lora_dropout, modules_to_save
+    return wrap(model, config, factors)
+
+
+def wrap(model: Any, config: LoraConfig, factors: dict[str, Tensor]) -> PeftModel:
+    """:func:`new_adapter` over a packed model, filled with ``factors``; a head keeps the values it has."""
+    with filled_from_elsewhere():
+        wrapped: Any = new_adapter(model, config, model.hf_quantizer.new_modules)
+    fresh = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    missing = [name for name in fresh if ".lora_" in name and name not in factors]
+    if missing:
+        raise InputError(f"no LoftQ start for {listed(missing)}; is it of another model?")
+    check_placed(model, "the LoftQ start", [], [name for name in factors if name not in fresh])
+    filled = {name: _resized(name, t, fresh[name]) for name, t in factors.items() if name in fresh}
+    set_peft_model_state_dict(wrapped, {**fresh, **filled})
+    return wrapped
+
+
+def _resized(name: str, factor: Tensor, place: Tensor) -> Tensor:
+    """An embedding's factor for a table that was resized since: new rows need no correction, removed ones have none."""
+    if ".lora_embedding_A" not in name or factor.shape[0] != place.shape[0]:
+        return factor
+    resized = torch.zeros_like(place)
+    columns = min(factor.shape[1], place.shape[1])
+    resized[:, :columns] = factor[:, :columns]
+    return resized
+
+
+def new_adapter(model: Any, config: LoraConfig, new_modules: Iterable[str]) -> PeftModel:
+    """PEFT's model over ``model``, trainable. Unless ``config`` says which, heads and new modules are trained whole.
+
+    Args:
+        new_modules: those that the checkpoint had no weights for.
+    """
+    architecture = type(model).__name__
+    headed = next((task for ending, task in HEADED_TASKS.items() if architecture.endswith(ending)), None)
+    if config.modules_to_save is None:
+        heads = _heads(model) if headed else []
+        new = [n for n in new_modules if not n.startswith(tuple(f"{head}." for head in heads))]
+        config.modules_to_save = sorted({*heads, *new}) or None
+    config.task_type, config.inference_mode = headed or task_type(model), False  # type: ignore[assignment]
+    wrapped: Any = get_peft_model(model, config)
+    return wrapped
+
+
+def _heads(model: nn.Module) -> list[str]:
+    """What lies beside the backbone and has weights: DeBERTa's pooler too, not only its classifier."""
+    return [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in child.parameters())
+    ]

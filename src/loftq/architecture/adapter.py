@@ -1,0 +1,114 @@
+"""The LoftQ start as a plain PEFT adapter: its configuration, and the names and shapes of its tensors."""
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from loftq.errors import quoted
+from loftq.plan import Matrix, Plan, target_suffixes
+
+# What PEFT's model of a task hands on by name, whether the user gave it or not, and the class must know.
+HANDED_ON = {
+    "CAUSAL_LM": ("input_ids", "attention_mask", "inputs_embeds", "labels"),
+    "SEQ_2_SEQ_LM": (
+        *("input_ids", "attention_mask", "inputs_embeds", "labels"),
+        *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"),
+    ),
+}
+FLAGS = ("output_attentions", "output_hidden_states", "return_dict")  # handed on too; ``**kwargs`` may take them
+
+
+def task_type(model: nn.Module) -> str | None:
+    """PEFT's task type of a model that generates from text; None for any other, which PEFT then calls as it is.
+
+    PEFT's models of these tasks have a signature of their own. They fit where the model's first input is text and its
+    ``forward`` names all that they hand on: a speech model without ``input_ids`` passes an empty one down to its
+    decoder, beside the decoder's own.
+    """
+    config: Any = model.config
+    if getattr(model, "main_input_name", None) != "input_ids" or not _generates(model):
+        return None
+    task = "SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) else "CAUSAL_LM"
+    known = inspect.signature(model.forward).parameters
+    swallows = any(parameter.kind == parameter.VAR_KEYWORD for parameter in known.values())
+    fits = known.keys() >= set(HANDED_ON[task]) and (swallows or known.keys() >= set(FLAGS))
+    return task if fits else None
+
+
+def _generates(model: Any) -> bool:
+    return hasattr(model, "can_generate") and bool(model.can_generate())
+
+
+def adapter_config(plan: Plan, others: list[str], prefix: str, base: str, task_type: str | None) -> dict[str, Any]:
+    """``adapter_config.json``: LoRA on exactly the quantized modules.
+
+    Args:
+        others: all other modules of the model, also those that hold the quantized ones.
+        prefix: the base model's prefix; dropped from names, so that a model without a head finds them too.
+        base: where the frozen model is; what begins with ``..`` is seen from the adapter (:mod:`loftq.adapters.bases`).
+        task_type: PEFT's name of the task, or None.
+    """
+    from peft import LoraConfig
+
+    modules = [m.module.removeprefix(f"{prefix}.") for m in plan.matrices]
+    ranks = {m.module.removeprefix(f"{prefix}."): m.rank for m in plan.matrices if m.rank != plan.rank}
+    config = LoraConfig(
+        r=plan.rank,
+        lora_alpha=int(plan.lora_alpha) if plan.lora_alpha == int(plan.lora_alpha) else plan.lora_alpha,  # type: ignore[arg-type]
+        use_rslora=plan.use_rslora,
+        target_modules=target_suffixes(modules, [o.removeprefix(f"{prefix}.") for o in others]),
+        rank_pattern=ranks,
+        init_lora_weights=True,
+        task_type=task_type,  # type: ignore[arg-type]
+        base_model_name_or_path=base,
+        inference_mode=True,
+    ).to_dict()
+    config["target_modules"] = sorted(config["target_modules"])
+    return config
+
+
+def refusal(model: nn.Module, leaf: str) -> str:
+    """Why PEFT takes no LoRA on modules called ``leaf`` of this model, in its own words; empty if it does."""
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+
+    asked = (name for name in dir(LoraModel) if name.startswith("_check_target_module_compat"))
+    try:
+        for name in asked:
+            getattr(LoraModel, name)(None, LoraConfig(), model, leaf)
+    except ValueError as e:
+        return f"PEFT refuses it: {quoted(str(e).partition('. ')[0], 200)}"
+    return ""
+
+
+def adapter_names(matrix: Matrix) -> tuple[str, str]:
+    """Names of A and B in the adapter file."""
+    root = f"base_model.model.{matrix.module}"
+    if matrix.kind == "embedding":
+        return f"{root}.lora_embedding_A", f"{root}.lora_embedding_B"
+    return f"{root}.lora_A.weight", f"{root}.lora_B.weight"
+
+
+def adapter_shapes(matrix: Matrix) -> dict[str, tuple[int, int]]:
+    """Tensors of a matrix's adapter: name -> shape. An embedding's are transposed: see :func:`adapter_tensors`."""
+    a, b = adapter_names(matrix)
+    rows, columns = matrix.shape
+    if matrix.kind == "embedding":
+        return {a: (matrix.rank, rows), b: (columns, matrix.rank)}
+    return {a: (matrix.rank, columns), b: (rows, matrix.rank)}
+
+
+def adapter_tensors(matrix: Matrix, b: Tensor, a: Tensor) -> dict[str, Tensor]:
+    """Factors as PEFT stores them. An embedding adds ``(B_e @ A_e).T`` to its table, so ``A_e = B.T, B_e = A.T``."""
+    name_a, name_b = adapter_names(matrix)
+    if matrix.kind == "embedding":
+        return {name_a: b.T.contiguous(), name_b: a.T.contiguous()}
+    return {name_a: a.contiguous(), name_b: b.contiguous()}
+
+
+def adapter_product(matrix: Matrix, tensors: dict[str, Tensor]) -> Tensor:
+    """``B @ A`` in float32, in the orientation of the matrix, from the tensors of the adapter file."""
+    name_a, name_b = adapter_names(matrix)
+    product = tensors[name_b].float() @ tensors[name_a].float()
+    return product.T if matrix.kind == "embedding" else product

@@ -1,0 +1,112 @@
+"""A checkpoint's files as transformers and PEFT are given them: no code of theirs runs, nothing is fetched for them.
+
+Models get the configuration that went through :func:`loftq.architecture.skeleton.read_config`, never the file itself.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from loftq.architecture import skeleton
+from loftq.errors import InputError, LoftqError, UsageError, listed, quoted
+
+# How files with a tokenizer's tokens are called, beside the names that its class has for them: beginnings, endings.
+VOCABULARIES = ("tokenizer.", "vocab", "merges", "tekken", "bpe"), (".model", ".tiktoken", ".spm")
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """transformers and PEFT while they read a local directory: whatever stands in its files, they stay off the network.
+
+    Code that comes with the files is refused without a question, also where one class loads another and forgets to
+    pass ``trust_remote_code=False`` on.
+    """
+    from huggingface_hub import constants
+    from transformers import dynamic_module_utils as dynamic
+
+    with contextlib.ExitStack() as stack:
+        for module, name, value in (
+            (constants, "HF_HUB_OFFLINE", True),
+            (dynamic, "TIME_OUT_REMOTE_CODE", 0),  # seconds to wait for an answer from standard input
+            (dynamic, "get_class_in_module", _refuse_code),
+        ):
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, value)
+        yield
+
+
+def _refuse_code(*_: Any, **__: Any) -> Any:
+    raise InputError("needs code that comes with it, which loftq does not run")
+
+
+def load_config(directory: Path, **options: Any) -> Any:
+    """The configuration of a checkpoint, quantized or not, in the class of its ``model_type``.
+
+    Args:
+        options: attributes that replace those of the file.
+
+    Raises: InputError for one that transformers does not know.
+    """
+    path = directory / "config.json"
+    values = skeleton.read_config(directory, quantized=True)
+    _, config_class = skeleton.classes(path, values)
+    try:
+        with guarded():
+            config = config_class.from_dict(values, **options)
+            text = config.get_text_config()
+    except Exception as e:  # whatever transformers raises for values that it cannot take
+        raise InputError(f"{quoted(path, 400)}: no configuration that can be read: {skeleton.one_line(e)}") from e
+    if isinstance(text, dict):
+        raise InputError(f"{quoted(path, 400)}: its text_config is none that model_type {config.model_type} has")
+    return config
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer beside a checkpoint. InputError if there is none, or only one with code of its own."""
+    import transformers
+
+    config = load_config(directory)
+    try:
+        with guarded():
+            found: Any = transformers.AutoTokenizer.from_pretrained(
+                directory, config=config, trust_remote_code=False, local_files_only=True
+            )
+    except Exception as e:  # whatever transformers and tokenizers raise for files that they cannot take
+        raise InputError(f"{quoted(directory, 400)}: no tokenizer that can be read: {skeleton.one_line(e)}") from e
+    if not isinstance(found, transformers.PreTrainedTokenizerBase):
+        raise InputError(f"{quoted(directory, 400)}: its tokenizer_class {type(found).__name__} is no tokenizer")
+    named = {*found.vocab_files_names.values()}
+    if named and not any(
+        f.name in named or f.name.startswith(VOCABULARIES[0]) or f.suffix in VOCABULARIES[1]
+        for f in directory.iterdir()
+    ):
+        raise InputError(
+            f"{quoted(directory, 400)}: no tokenizer that can be read: none of {listed(sorted(named))} is there; fetch "
+            "the tokenizer's files, transformers would make one up"
+        )
+    return found
+
+
+def load_weights(model_class: Any, directory: Path, config: Any, **options: Any) -> Any:
+    """``model_class.from_pretrained`` of a local directory.
+
+    Args:
+        model_class: of transformers, an auto class too.
+        config: of :func:`load_config`.
+
+    Raises: InputError if transformers cannot load it; UsageError if the package that quantized it is missing.
+    """
+    try:
+        with guarded():
+            return model_class.from_pretrained(
+                directory, config=config, trust_remote_code=False, local_files_only=True, **options
+            )
+    except LoftqError:
+        raise
+    except ImportError as e:
+        raise UsageError(f"{quoted(directory, 400)}: {skeleton.one_line(e)}") from e
+    except Exception as e:  # whatever transformers and the quantizers raise for files that they cannot take
+        name = model_class.__name__
+        line = skeleton.one_line(e)
+        raise InputError(f"{quoted(directory, 400)}: transformers cannot load this model as {name}: {line}") from e

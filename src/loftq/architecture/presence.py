@@ -1,0 +1,141 @@
+"""Whether a checkpoint has the weights that the model of ``config.json`` wants, each in its shape.
+
+transformers answers: it loads tensors without storage, of the names and shapes of the headers, into a model on the meta
+device, with all that it does on loading: renaming, fusing and splitting, ties, and what a class says may be missing.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loftq.architecture.skeleton import one_line, output_head, renamer
+from loftq.errors import InputError, listed, quoted
+from loftq.formats.regular import shown
+from loftq.formats.tensorfile import DTYPES
+from loftq.plan import HEADS, natural
+
+# What wraps a module in training, by the part that it adds to the names of the tensors, and how to save without it.
+WRAPPERS = {
+    "_orig_mod": "torch.compile; save the model that it compiled, model._orig_mod",
+    "_fsdp_wrapped_module": "FSDP; save its full state dict, as accelerator.save_model does",
+    "_checkpoint_wrapped_module": "activation checkpointing; save the model before it is wrapped",
+    "base_model": "PEFT; merge the adapter with merge_and_unload(), and save what that returns",
+    "module": "DistributedDataParallel; save the model that it wraps, model.module",
+}
+
+
+def check_weights(model: nn.Module, tensors: Mapping[str, tuple[str, tuple[int, ...]]], directory: Path) -> None:
+    """InputError if a weight of the backbone is missing, or a weight has another shape than the model's.
+
+    The head of a task may be missing, and so may tied weights and what the class of the model says.
+
+    Args:
+        model: the skeleton of ``config.json``.
+        tensors: of the checkpoint: name -> dtype, shape.
+        directory: of the checkpoint, for the message.
+    """
+    where = shown(directory)
+    try:
+        found = _load_headers(model, tensors)
+    except InputError:
+        raise
+    except Exception as e:  # whatever transformers raises for tensors that it cannot put together
+        parts = listed(_short_of_parts(model, tensors), 3)
+        problem = f"too few tensors for {parts}" if parts else one_line(e)
+        raise InputError(f"{where}: the weights cannot be loaded: {problem}; fetch the checkpoint again") from e
+    wrong = [
+        f"{name} is {tuple(got)}, config.json asks for {tuple(wanted)}" for name, got, wanted in found["mismatched"]
+    ]
+    if wrong:
+        raise InputError(f"{where}: the weights do not fit config.json: {listed(wrong)}; one of the two was changed")
+    missing = sorted((name for name in found["missing"] if _belongs_to_backbone(model, name)), key=natural)
+    if not missing:
+        return
+    wrapper = _wrapper(model, tensors)
+    if wrapper:
+        name = next(name for name in tensors if wrapper in name.split("."))
+        raise InputError(f"{where}: the tensors are called {quoted(name)}, as saved from inside {WRAPPERS[wrapper]}")
+    others = f" (it has others, such as {listed(found['unexpected'], 2)})" if found["unexpected"] else ""
+    raise InputError(
+        f"{where}: weights of {type(model).__name__} are missing: {listed(missing)}{others}; "
+        "fetch the whole checkpoint, transformers would begin them from random numbers"
+    )
+
+
+def _load_headers(model: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
+    """Names that are ``missing`` or ``unexpected``; and ``mismatched``: name, shape there, shape of the model."""
+    headers = {
+        name: torch.empty(shape, dtype=DTYPES.get(dtype, torch.float32), device="meta")
+        for name, (dtype, shape) in tensors.items()
+    }
+    with _quiet():
+        _, found = type(model).from_pretrained(
+            None,
+            config=model.config,
+            state_dict=headers,
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    return {kind: sorted(found[f"{kind}_keys"]) for kind in ("missing", "unexpected", "mismatched")}
+
+
+def _belongs_to_backbone(model: Any, name: str) -> bool:
+    """Whether a parameter or buffer is one that must not be random: no head's, no mask token, no counter."""
+    prefix, head = str(model.base_model_prefix), output_head(model)
+    module, _, leaf = name.rpartition(".")
+    if prefix in dict(model.named_children()) and not name.startswith(f"{prefix}."):
+        return False
+    if HEADS & set(name.split(".")) or (head is not None and model.get_submodule(module) is head):
+        return False
+    values = getattr(model.get_submodule(module), leaf, None)
+    counts = (
+        isinstance(values, torch.Tensor) and not values.is_floating_point() and not isinstance(values, nn.Parameter)
+    )
+    return not counts and not leaf.startswith("mask")  # a mask token stands for hidden input, in training alone
+
+
+def _wrapper(model: nn.Module, tensors: Mapping[str, Any]) -> str | None:
+    """What wrapped the modules when the tensors were named; None if it was nothing we know."""
+    own = {part for name, _ in model.named_modules() for part in name.split(".")}
+    parts = Counter(part for name in tensors for part in set(name.split(".")))
+    return next((wrapper for wrapper in WRAPPERS if wrapper not in own and 2 * parts[wrapper] > len(tensors)), None)
+
+
+def _short_of_parts(model: nn.Module, tensors: Mapping[str, Any]) -> list[str]:
+    """Parameters that are fused of fewer tensors than their likes in other layers."""
+    rename = renamer(model)
+    parts = Counter(name for name, converted in map(rename, tensors) if converted)
+    most: dict[str, int] = {}
+    for name, count in parts.items():
+        leaf = name.rpartition(".")[2]
+        most[leaf] = max(most.get(leaf, 0), count)
+    return [f"{n} ({c} of {most[n.rpartition('.')[2]]})" for n, c in parts.items() if c < most[n.rpartition(".")[2]]]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without its bar and its report, which are of a model that nobody sees."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+    from transformers.utils import logging
+
+    verbosity, bars, hub_is_quiet = (
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+        are_progress_bars_disabled(),
+    )
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+        if hub_is_quiet:
+            disable_progress_bars()

@@ -1,0 +1,334 @@
+"""What each tensor of a checkpoint is, from the model's own modules built on the meta device."""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loftq.architecture import bounds
+from loftq.architecture.adapter import refusal
+from loftq.architecture.reads import readers
+from loftq.errors import InputError, quoted
+from loftq.formats import strict_json
+from loftq.plan import Role, Stack
+
+# Keys that steer transformers from inside a config file (CVE-2026-4372), with and without the underscore of their
+# private twins; never taken from a checkpoint.
+INTERNAL_KEYS = (
+    "_attn_implementation",
+    "_experts_implementation",
+    "attn_implementation",
+    "experts_implementation",
+    "custom_pipelines",
+    "auto_map",
+    "trust_remote_code",
+)
+LARGEST_SIZE = 1 << 31
+MOST_LAYERS = 4096
+MOST_MODULES = 250_000  # five times as many as a model of 61 layers with 256 experts each has
+
+
+def read_config(directory: Path, *, quantized: bool = False) -> dict[str, Any]:
+    """``config.json``, without the keys that would run or select code; special floats as transformers reads them.
+
+    Args:
+        quantized: whether the checkpoint may be quantized already.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise InputError(f"{path}: missing; a Hugging Face model directory holds a config.json beside its weights")
+    config = strict_json.load_object(path, special=True)
+    method = _quantized_with(config)
+    if method and not quantized:
+        raise InputError(f"{path}: already quantized with {method}; start from the full-precision checkpoint")
+    _check_numbers(path, config)
+    bounds.check_labels(path, config)
+    return without_internal_keys(config)
+
+
+def without_internal_keys(config: Any) -> Any:
+    """``config`` and the configs nested in it, without :data:`INTERNAL_KEYS` and anything that begins like them."""
+    if isinstance(config, list):
+        return [without_internal_keys(one) for one in config]
+    if not isinstance(config, dict):
+        return config
+    return {key: without_internal_keys(one) for key, one in config.items() if not key.startswith(INTERNAL_KEYS)}
+
+
+def _quantized_with(config: dict[str, Any]) -> str:
+    """Method of a ``quantization_config``, also of a nested config; empty if there is none."""
+    for key, value in config.items():
+        if key in ("quantization_config", "compression_config") and value is not None:
+            return quoted(value.get("quant_method", "an unnamed method") if isinstance(value, dict) else repr(value))
+        nested = _quantized_with(value) if isinstance(value, dict) else ""
+        if nested:
+            return nested
+    return ""
+
+
+def _check_numbers(path: Path, config: dict[str, Any]) -> None:
+    """Refuse sizes that no model has, before a skeleton is built from them."""
+    for key, value, largest in _sizes(config):
+        if isinstance(value, (int, float)) and not value <= largest:  # NaN is no size either
+            raise InputError(f"{path}: {_not_a_size(key, value, largest)}")
+
+
+def _not_a_size(key: str, value: Any, largest: int) -> str:
+    return f"{quoted(key)} is {quoted(value)}; wanted a number from 0 to {largest}"
+
+
+def _sizes(config: dict[str, Any]) -> Iterator[tuple[str, Any, int]]:
+    """Everything under a key that counts, also in lists and nested configs: key, value, largest number that is taken.
+
+    Not all of it is a size: there are lists of the layers' kinds, and -1 for no limit.
+    """
+    for key, value in config.items():
+        size = key.endswith(("_size", "_dim"))
+        counted = size or key.endswith(("_layers", "_heads")) or key.startswith(("num_", "n_", "d_"))
+        for one in _flat(value):
+            if isinstance(one, dict):
+                yield from _sizes(one)
+            elif counted and one is not None and not isinstance(one, bool):
+                yield key, one, MOST_LAYERS if "layer" in key and not size else LARGEST_SIZE
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, list):
+        for one in value:
+            yield from _flat(one)
+    else:
+        yield value
+
+
+def _why(error: Exception, config: dict[str, Any]) -> str:
+    """Why transformers cannot build a model; first of all a size that is none, if there is one."""
+    odd = (size for size in _sizes(config) if not isinstance(size[1], (int, float)) or size[1] < 0)
+    reason = f"transformers cannot build this model: {one_line(error)}"
+    return next((f"{_not_a_size(*size)}; {reason}" for size in odd), reason)
+
+
+def build(directory: Path, tensors: int | None = None) -> nn.Module:
+    """The model of ``config.json`` on the meta device: all its modules, none of its weights.
+
+    The class is the one named under ``architectures``, else the base model. Code shipped with the checkpoint is
+    never run.
+
+    Args:
+        tensors: how many the checkpoint has; a model that they could not fill is refused unbuilt.
+    """
+    path = directory / "config.json"
+    values = read_config(directory)
+    if tensors is not None:
+        bounds.check_layers(path, values, tensors)
+    model_class, config_class = classes(path, values)
+    most = MOST_MODULES if tensors is None else min(MOST_MODULES, bounds.most_modules(tensors))
+    count = torch.nn.modules.module.register_module_module_registration_hook(_count_modules(most))
+    try:
+        config = config_class.from_dict(values)
+        with torch.device("meta"):
+            return getattr(model_class, "from_config", model_class)(config)  # AutoModel's, or the constructor
+    except Exception as e:  # whatever transformers raises for a config it cannot take
+        raise InputError(f"{path}: {_why(e, values)}") from e
+    finally:
+        count.remove()
+
+
+def classes(path: Path, values: dict[str, Any]) -> tuple[Any, Any]:
+    """transformers' classes of the model (``AutoModel`` if none is named) and of the configuration in ``path``."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type, names = values.get("model_type"), values.get("architectures")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise InputError(
+            f"{path}: model_type {quoted(model_type)} is not one of transformers' own; "
+            "loftq does not run code that comes with a checkpoint"
+        )
+    named = isinstance(names, list) and names and isinstance(names[0], str)
+    found = getattr(transformers, names[0], None) if named else None  # type: ignore[index]
+    known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if known else transformers.AutoModel, CONFIG_MAPPING[model_type]
+
+
+def one_line(error: Exception) -> str:
+    """What another library says, all of it, fit for a message."""
+    return quoted(" ".join(str(error).split()) or type(error).__name__, 800)
+
+
+def spellings(name: str, prefix: str) -> tuple[str, str, str]:
+    """A module's name as another head over the same base model may have it: as it is, with the prefix, without."""
+    return name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")
+
+
+def _count_modules(most: int) -> Callable[[nn.Module, str, nn.Module | None], None]:
+    """A hook that stops a skeleton without end: experts and layers are multiplied in more keys than can be listed."""
+    registered = 0
+
+    def count(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+        nonlocal registered
+        registered += 1
+        if registered > most:
+            raise InputError(f"more than {most} modules")
+
+    return count
+
+
+def roles(model: nn.Module, tensor_names: Iterable[str]) -> dict[str, Role]:
+    """The role of every checkpoint tensor, by the names under which transformers would load it."""
+    rename, modules = renamer(model), _Modules(model)
+    result = {}
+    for tensor in tensor_names:
+        runtime, converted = rename(tensor)
+        result[tensor] = modules.converted(tensor, runtime) if converted else modules.role(runtime)
+    return result
+
+
+def parameter_roles(model: nn.Module) -> dict[str, Role]:
+    """The role of every parameter of a model that is in memory; one that has several names counts once, as in files."""
+    modules = _Modules(model)
+    return {name: modules.role(name) for name, _ in model.named_parameters()}
+
+
+def adaptable(model: nn.Module) -> list[str]:
+    """Names of all modules that a LoRA adapter can wrap."""
+    return [name for name, module in model.named_modules() if _layer(module)[0]]
+
+
+def renamer(model: nn.Module) -> Callable[[str], tuple[str, bool]]:
+    """Checkpoint tensor -> the parameter it becomes, and whether transformers converts it (fuses, splits) first."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    parameters: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    prefix: str = model.base_model_prefix  # type: ignore[assignment]
+
+    def rename(tensor: str) -> tuple[str, bool]:
+        name, source = rename_source_key(tensor, renamings, converters, prefix, parameters)
+        if name not in parameters and tensor in parameters:
+            return tensor, False
+        return name, source is not None
+
+    return rename
+
+
+class _Modules:
+    """What there is to know of a model's modules and parameters, looked up once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._twins: dict[int, list[str]] = {}
+        for name, parameter in self.parameters.items():
+            self._twins.setdefault(id(parameter), []).append(name)
+        self._read = readers(model)
+        self._refusal = functools.cache(functools.partial(refusal, model))
+        self._head = output_head(model)
+        prefix: str = model.base_model_prefix  # type: ignore[assignment]
+        self._backbone = f"{prefix}." if prefix in dict(model.named_children()) else ""
+
+    def role(self, name: str) -> Role:
+        """The role of a parameter; an empty one if the model has none of this name."""
+        if name not in self.parameters:
+            return Role()
+        module_name, _, leaf = name.rpartition(".")
+        module, parameter = self._modules[module_name], self.parameters[name]
+        tied = tuple(n for n in self._twins[id(parameter)] if n != name)
+        place = stack(self._modules, module_name)
+        kind, keep = _layer(module) if leaf == "weight" else ("", "")
+        if kind and not keep:
+            keep = self._reason(module_name)
+        backbone = module_name.startswith(self._backbone) and module is not self._head
+        owner = self._modules[module_name.partition(".parametrizations.")[0]]
+        return Role(module_name, kind or _bare(owner, name, parameter, place), backbone, place, tied, keep)
+
+    def converted(self, tensor: str, runtime: str) -> Role:
+        """The role of a tensor that transformers fuses with others, or splits, into ``runtime``."""
+        role = self.role(runtime)
+        if role.kind == "other":
+            place = stack(self._modules, runtime)
+            role = Role(quoted(runtime), "parameter" if place else "other", backbone=True, stack=place)
+        kind = "experts" if "expert" in tensor else role.kind
+        return replace(role, kind=kind, keep=f"converted by transformers on loading into {quoted(runtime)}")
+
+    def _reason(self, name: str) -> str:
+        """Why a layer that could be packed has to stay dense."""
+        if name in self._read:
+            return f"{self._read[name]} reads its weight directly, past any packed layer or adapter"
+        return self._refusal(name.rpartition(".")[2])
+
+
+def stack(modules: dict[str, nn.Module], name: str) -> Stack | None:
+    """The outermost ModuleList that holds the module ``name``, and which of its items does."""
+    parts = name.split(".")
+    for i in range(1, len(parts)):
+        parent = modules.get(".".join(parts[:i]))
+        if isinstance(parent, nn.ModuleList) and parts[i].isdecimal():
+            return Stack(".".join(parts[:i]), int(parts[i]), len(parent))
+    return None
+
+
+def _layer(module: nn.Module) -> tuple[str, str]:
+    """Kind of a layer that an adapter fits, else empty; and a reason to keep it if the module has one."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Embedding):
+        plain = type(module).forward is nn.Embedding.forward and module.max_norm is None
+        return "embedding", "" if plain else f"{type(module).__name__} computes more than a lookup"
+    if isinstance(module, Conv1D):
+        return "conv1d", ""
+    if isinstance(module, nn.Linear):
+        return "linear", "" if is_product(module) else f"{type(module).__name__} computes more than a product"
+    return "", ""
+
+
+def _bare(module: nn.Module, name: str, parameter: nn.Parameter, place: Stack | None) -> str:
+    """Kind of a parameter that no layer is there for: a matrix of the model's layers, or anything else."""
+    if parameter.ndim == 3 and "expert" in name:
+        return "experts"
+    classes = " ".join(cls.__name__ for cls in type(module).__mro__ if issubclass(cls, nn.Module)).lower()
+    aside = any(word in classes for word in ("embedding", "norm", "convnd"))
+    in_layers = place is not None or isinstance(module, nn.MultiheadAttention)
+    return "parameter" if in_layers and parameter.ndim > 1 and not aside else "other"
+
+
+def is_product(module: nn.Linear) -> bool:
+    """Whether ``module`` computes ``x W^T + b``; a subclass with its own ``forward`` is tried on random numbers."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    settings = {name for name in vars(module) if not name.startswith("_")}
+    return settings <= {"training", "in_features", "out_features"} and _computes_products(type(module))
+
+
+@functools.cache
+def _computes_products(cls: type[nn.Linear]) -> bool:
+    draw = torch.Generator().manual_seed(0)
+    for shape, bias in (((3, 6), True), ((2, 3, 6), True), ((2, 3, 6), False), ((6,), False)):
+        probe = cls.__new__(cls)
+        nn.Linear.__init__(probe, 6, 5, bias, device="cpu", dtype=torch.float64)
+        x = torch.randn(shape, generator=draw, dtype=torch.float64)
+        for parameter in probe.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
+        for mode in (True, False):
+            try:
+                got = probe.train(mode)(x)
+            except Exception:  # whatever a forward that asks for more raises
+                return False
+            wanted = nn.functional.linear(x, probe.weight, probe.bias)
+            if not isinstance(got, torch.Tensor) or got.shape != wanted.shape or not torch.allclose(got, wanted):
+                return False
+    return True
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that gives a language model's logits, if there is one."""
+    try:
+        return model.get_output_embeddings()  # type: ignore[operator]
+    except (NotImplementedError, AttributeError):
+        return None

@@ -1,0 +1,1 @@
+"""Statistics of what every matrix is given, block by block."""

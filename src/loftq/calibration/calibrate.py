@@ -1,0 +1,341 @@
+"""``loftq calibrate``: run texts through a model once, and keep the statistics of what its matrices were given.
+
+``OUTPUT`` gets a file for each block, and at last ``statistics.json``: without it, a directory is no statistics. A run
+that was stopped leaves files that the next one removes.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loftq.architecture.loading import load_tokenizer
+from loftq.calibration import texts
+from loftq.calibration.blocks import load, load_offloaded
+from loftq.calibration.collect import HELD_EVERY, Begin, Row, collect
+from loftq.calibration.fisher import collect_fisher, labeler
+from loftq.errors import ConflictError, InputError, UsageError, listed, option, quoted
+from loftq.formats import fsio, hashed_json
+from loftq.formats.hashed_json import differences
+from loftq.formats.regular import local_path, open_regular
+from loftq.formats.source import Checkpoint, open_checkpoint
+from loftq.formats.statistics import FORMAT_VERSION, KINDS, Group, Statistics, write_groups
+from loftq.numerics.device import check_device
+from loftq.sources.checkpoint import open_dense, resolve
+from loftq.spec import check_whole
+from loftq.version import __version__
+
+logger = logging.getLogger("loftq")
+
+STATISTICS = "statistics.json"
+DEFAULT_LENGTH = 512
+MOST_UNKNOWN = 0.5  # of a text's tokens
+PROBES, PROBE_BYTES = 64, 4096  # of each file of weights, read to tell one model from another
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions:
+    """What to collect, and from what.
+
+    Attributes:
+        data: a file of texts, or a data set of the hub.
+        samples: rows at most.
+        max_length: tokens of a row; 0: 512, or as many as the model takes.
+        column: of the texts in a table; None: ``text``.
+        device: on which the model runs; one that is in memory runs where it is.
+    """
+
+    data: str
+    kind: str = "full"
+    samples: int = 128
+    max_length: int = 0
+    column: str | None = None
+    revision: str | None = None
+    device: str = "cpu"
+
+
+def calibrate(model: str, output: Path, options: CalibrateOptions, begin: Begin | None = None) -> dict[str, Any]:
+    """Collect statistics of ``model`` into the directory ``output``; what its ``statistics.json`` says.
+
+    Statistics that the same call made earlier are left alone.
+
+    Args:
+        model: a local directory or a hub id.
+        begin: told the number of steps; returns what each step is told to.
+
+    Raises: ConflictError if ``output`` holds something else; UsageError, InputError, NumericalError, StorageError as
+        their names say.
+    """
+    check_options(options)
+    output = Path(os.path.realpath(local_path(option("output"), output)))
+    directory = resolve(model, options.revision)
+    _check_place(output, directory)
+    checkpoint, built = open_dense(directory)
+    tokenizer = load_tokenizer(directory)
+    if options.kind == "fisher":
+        labeler(built, tokenizer.mask_token_id)  # refuses before anything is loaded
+    length = length_for(built, tokenizer, options.max_length)
+    place, rows = _rows(options, tokenizer, length)
+    _check_tokens(rows, tokenizer, built)
+    identity = {
+        "model": model_identity(directory, checkpoint),
+        "data": {"name": place, "column": options.column, "sha256": _hash(rows)},
+        "options": {"kind": options.kind, "samples": options.samples, "max_length": length},
+        "versions": {"loftq": __version__, "torch": torch.__version__},
+    }
+    done = _already_done(output, identity)
+    if done:
+        return done
+    fsio.make_dirs(output)
+    with fsio.DirectoryLock(output / ".lock"):
+        done = _already_done(output, identity)  # another process may have finished meanwhile
+        if done:
+            return done
+        _clear(output)
+        made = _write(output, _collected(directory, output / ".offload", options, rows, tokenizer, begin))
+        if model_identity(directory, open_checkpoint(directory)) != identity["model"]:
+            raise InputError(f"{directory}: the model changed while it was read; leave it alone and run again")
+        head = {"format_version": FORMAT_VERSION, "kind": options.kind, "samples": len(rows), "identity": identity}
+        return hashed_json.write(output / STATISTICS, {**head, **made, "tokens": _tokens(rows)})
+
+
+def calibrate_loaded(
+    model: Any, data: Any, tokenizer: Any, options: CalibrateOptions, begin: Begin | None = None
+) -> Statistics:
+    """Statistics of a model that is in memory, in memory.
+
+    Args:
+        data: a file or data set, texts, or batches.
+        tokenizer: for all but batches; for ``fisher`` of a masked language model, for these too.
+        options: ``data`` in it is not looked at.
+    """
+    from transformers import PreTrainedModel
+
+    check_options(options)
+    if not isinstance(model, PreTrainedModel):
+        raise UsageError(f"wanted a model of transformers, got {type(model).__name__}; give it before PEFT wraps it")
+    length = length_for(model, tokenizer, options.max_length)
+    if isinstance(data, (str, Path)):
+        _, rows = _rows(replace(options, data=str(data)), _given(tokenizer), length)
+    else:
+        if not isinstance(data, Iterable) or isinstance(data, (bytes, Mapping)):
+            raise UsageError(f"data: wanted a file, texts or batches with input_ids, got {type(data).__name__}")
+        items = list(islice(data, options.samples))
+        if items and isinstance(items[0], str):
+            odd = next((item for item in items if not isinstance(item, str)), None)
+            if odd is not None:
+                raise UsageError(f"data: texts, and among them {quoted(repr(odd), 60)}")
+            rows = texts.rows_of_texts([(text,) for text in items], _given(tokenizer), options.samples, length)
+        else:
+            rows = texts.rows_of_batches(items, options.samples)
+        rows = texts.checked(rows, "the data given")
+    _check_tokens(rows, tokenizer, model)
+    if options.kind == "fisher":
+        groups = collect_fisher(model, rows, getattr(tokenizer, "mask_token_id", None), begin)
+    else:
+        groups = [group for found in collect(model, rows, options.kind, begin) for group in found]
+    return Statistics.of(options.kind, groups, len(rows))
+
+
+def _given(tokenizer: Any) -> Any:
+    if tokenizer is None:
+        raise UsageError("texts need a tokenizer: calibrate(model, data, tokenizer)")
+    return tokenizer
+
+
+def open_statistics(directory: Path) -> Statistics:
+    """The statistics that ``loftq calibrate`` left in a directory. InputError for anything else."""
+    path = directory / STATISTICS
+    if not path.is_file():
+        raise InputError(f"{quoted(path, 400)}: missing; not a directory that `loftq calibrate` finished")
+    return Statistics.stored(directory, hashed_json.load(path))
+
+
+def open_or_collect(
+    path: str, model: str, output: Path, options: CalibrateOptions, begin: Begin | None = None
+) -> Statistics:
+    """The statistics of ``model``: those in the directory ``path``, or collected from the data that ``path`` names.
+
+    Args:
+        path: a directory of statistics, a file of texts, or a data set of the hub.
+        output: where what is collected goes; not used for a directory of statistics.
+        options: of the collection; ``data`` in it is ``path``'s place and not looked at.
+
+    Raises: ConflictError for statistics of another model; what :func:`open_statistics` and :func:`calibrate` raise.
+    """
+    directory = local_path("--calibrate", path)
+    if directory.is_dir():
+        return statistics_of(directory, resolve(model, options.revision))
+    calibrate(model, output, replace(options, data=path), begin)
+    return open_statistics(output)
+
+
+def statistics_of(directory: Path, model: Path) -> Statistics:
+    """The statistics in a directory, which have to be of ``model``; raises as :func:`open_or_collect`."""
+    found = open_statistics(directory)
+    check_model(found, directory, model)
+    return found
+
+
+def check_model(statistics: Statistics, directory: Path, model: Path) -> None:
+    """ConflictError if statistics are of another model than the one in the directory ``model``."""
+    theirs = statistics.identity.get("identity", {}).get("model")
+    changed = listed(differences(theirs, model_identity(model, open_checkpoint(model))), 3)
+    if changed:
+        raise ConflictError(
+            f"{quoted(directory, 400)}: statistics of another model than {quoted(model, 400)} ({changed}); "
+            "collect them for this one"
+        )
+
+
+def model_identity(directory: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What tells a model from another: its ``config.json``, and of every file of weights size, header and samples.
+
+    Times are no part of it: a copy is the same model. A few kilobytes from all over a file tell two trainings apart.
+    """
+    identity: dict[str, Any] = {"config.json": fsio.sha256_file(directory / "config.json").sha256}
+    for file in checkpoint.files:
+        digest = hashlib.sha256(file.header_sha256.encode())
+        with open_regular(directory / file.name) as opened:
+            for i in range(PROBES):
+                offset = i * max(0, file.size - PROBE_BYTES) // (PROBES - 1)
+                digest.update(opened.read_at(offset, min(PROBE_BYTES, file.size)))
+        identity[file.name] = {"size": file.size, "sampled_sha256": digest.hexdigest()}
+    return identity
+
+
+def check_options(options: CalibrateOptions) -> None:
+    """UsageError for what cannot be meant."""
+    check_whole(option("samples"), options.samples, 0)
+    check_whole(option("max_length"), options.max_length, 0)
+    if options.kind not in KINDS:
+        raise UsageError(f"{option('kind')}: {options.kind!r} is not one of {', '.join(KINDS)}")
+    if options.samples < HELD_EVERY:
+        raise UsageError(
+            f"{option('samples')}: {options.samples} is less than {HELD_EVERY}, for one in {HELD_EVERY} is held out"
+        )
+    if options.max_length == 1:
+        raise UsageError(f"{option('max_length')}: {options.max_length} is not a number of tokens, 2 or more")
+    check_device(options.device)
+
+
+def length_for(model: Any, tokenizer: Any, asked: int) -> int:
+    """Tokens of a row: as asked, or 512, or the most that model and tokenizer take. UsageError for more than that."""
+    most = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith(".position_embeddings") and padding is not None:  # RoBERTa counts from there
+            most.append(module.num_embeddings - padding - 1)
+    if tokenizer is not None:
+        most.append(tokenizer.model_max_length)
+    limit = min((int(m) for m in most if m and m > 0), default=DEFAULT_LENGTH)
+    if asked > limit:
+        raise UsageError(f"{option('max_length')}: {asked} tokens are more than the {limit} that the model takes")
+    return asked or min(DEFAULT_LENGTH, limit)
+
+
+def _rows(options: CalibrateOptions, tokenizer: Any, length: int) -> tuple[str, list[Row]]:
+    place, dataset = texts.table(options.data)
+    shown = quoted(options.data, 400)
+    return place, texts.rows_of_table(shown, dataset, tokenizer, options.samples, length, options.column)
+
+
+def _check_tokens(rows: Sequence[Row], tokenizer: Any, model: Any) -> None:
+    """InputError for tokens that a model does not know: where there is no tokenizer, transformers may make one up."""
+    ids = [i for row in rows for i in row["input_ids"]]
+    known = model.get_input_embeddings().num_embeddings
+    if max(ids) >= known:
+        raise InputError(f"the tokenizer gives token {max(ids)}, the model has {known}; is it the model's tokenizer?")
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    share = 0 if unknown is None else ids.count(unknown) / len(ids)
+    if share > MOST_UNKNOWN:
+        raise InputError(f"the tokenizer does not know {share:.0%} of the text's tokens; is it the model's tokenizer?")
+
+
+def _hash(rows: Sequence[Row]) -> str:
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def _tokens(rows: Sequence[Row]) -> dict[str, int]:
+    lengths = [len(row["input_ids"]) for row in rows]
+    held = sum(lengths[HELD_EVERY - 1 :: HELD_EVERY])
+    return {"fit": sum(lengths) - held, "held": held}
+
+
+def _collected(
+    directory: Path,
+    offload: Path,
+    options: CalibrateOptions,
+    rows: Sequence[Row],
+    tokenizer: Any,
+    begin: Begin | None,
+) -> Iterator[list[Group]]:
+    """Groups of block after block; for ``fisher``, which has the whole model in memory, all at once."""
+    if options.kind == "fisher":
+        model: Any = load(directory)
+        yield collect_fisher(model.to(options.device), rows, tokenizer.mask_token_id, begin)
+        return
+    fsio.make_dirs(offload)
+    yield from collect(load_offloaded(directory, offload, options.device), rows, options.kind, begin)
+    fsio.remove_tree(offload)
+
+
+def _write(output: Path, collected: Iterator[list[Group]]) -> dict[str, Any]:
+    """A file for each block; what ``statistics.json`` says of files and groups."""
+    files, rows = {}, []
+    for groups in collected:
+        if groups:
+            name = f"block-{len(files):05d}.safetensors"
+            files[name] = asdict(write_groups(output / name, groups))
+            rows += [group.row(name) for group in groups]
+    return {"files": files, "groups": rows}
+
+
+def _check_place(output: Path, directory: Path) -> None:
+    source = directory.resolve()
+    if output == source or source in output.parents:
+        raise UsageError(f"{output}: is or lies in the model {source}; choose another {option('output')}")
+    if output.exists() and not output.is_dir():
+        raise ConflictError(f"{output}: exists and is not a directory; choose another {option('output')}")
+    strange = [p.name for p in output.iterdir() if not _is_ours(p)] if output.exists() else []
+    if strange:
+        raise ConflictError(
+            f"{output}: holds what loftq did not put there ({listed(strange, 3)}); choose another {option('output')}"
+        )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether this is something that ``loftq calibrate`` leaves, finished or stopped."""
+    name = path.name.removeprefix(".").rsplit(".", 2)[0] if path.name.endswith(".tmp") else path.name
+    return name in (STATISTICS, ".lock", ".offload") or (name.startswith("block-") and name.endswith(".safetensors"))
+
+
+def _already_done(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """What the same call made earlier; ConflictError for statistics of another one."""
+    path = output / STATISTICS
+    if not path.is_file():
+        return None
+    try:
+        found = hashed_json.load(path)
+        Statistics.stored(output, found)
+        problem = listed(differences(found["identity"], identity), 3)
+        problem = f"statistics of another call ({problem})" if problem else ""
+    except InputError as e:
+        found, problem = {}, f"damaged ({e})"
+    if problem:
+        raise ConflictError(f"{output}: {problem}; choose another {option('output')}, or delete it")
+    return found
+
+
+def _clear(output: Path) -> None:
+    """Remove what a stopped run left."""
+    for path in output.iterdir():
+        if path.name != ".lock":
+            fsio.remove_tree(path) if path.is_dir() else fsio.remove(path)

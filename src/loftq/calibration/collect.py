@@ -1,0 +1,284 @@
+"""Second moments of the inputs of every matrix, collected block by block.
+
+``H = E[x xᵀ]`` over all tokens, or its diagonal: products in float32, sums in float64. There is no padding: rows of one
+length make a batch. Matrices that get the very same input share one sum.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loftq.architecture import skeleton
+from loftq.calibration.blocks import Blocks, Call, Output, Records, Stopped, stack_of, tensors_in
+from loftq.errors import NumericalError, UsageError, quoted
+from loftq.formats.statistics import Group
+from loftq.numerics import Metric, Moments
+
+BATCH_TOKENS = 4096  # so many that reading a block's weights costs little beside its products
+HELD_EVERY = 4  # every fourth row is held out
+
+Row = Mapping[str, Sequence[int]]  # input_ids, and whatever else of its length the tokenizer gives
+Begin = Callable[[int], Callable[[], object]]  # called with the number of steps; returns what each is told to
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one length, all of them fitted or all held out."""
+
+    inputs: dict[str, Tensor]
+    held: bool
+
+    @property
+    def rows(self) -> int:
+        return len(self.inputs["input_ids"])
+
+
+def batches(rows: Sequence[Row], model: nn.Module, tokens: int = BATCH_TOKENS) -> list[Batch]:
+    """``rows`` as the model takes them, without padding; every fourth is held out.
+
+    Args:
+        tokens: of a batch at most, or one row.
+    """
+    alike: dict[tuple[bool, int], list[Row]] = {}
+    for i, row in enumerate(rows):
+        alike.setdefault((i % HELD_EVERY == HELD_EVERY - 1, len(row["input_ids"])), []).append(row)
+    made = []
+    for (held, length), mine in sorted(alike.items(), key=lambda item: item[0]):
+        size = max(1, tokens // length)
+        made += [Batch(_tensors(mine[i : i + size], model), held) for i in range(0, len(mine), size)]
+    return made
+
+
+def _tensors(rows: Sequence[Row], model: Any) -> dict[str, Tensor]:
+    device = model.get_input_embeddings().weight.device
+    made = {name: torch.tensor([list(row[name]) for row in rows], device=device) for name in rows[0]}
+    ids = made["input_ids"]
+    made["attention_mask"] = torch.ones_like(ids)
+    if model.config.is_encoder_decoder:
+        prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)  # classes with a head have it
+        made["decoder_input_ids"] = prepare(ids) if prepare else _shifted(ids, model.config)
+    return made
+
+
+def _shifted(ids: Tensor, config: Any) -> Tensor:
+    """What a decoder reads that is to write ``ids``."""
+    starts = (config.decoder_start_token_id, config.bos_token_id, config.pad_token_id, 0)
+    start = next(s for s in starts if s is not None)
+    return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)
+
+
+class Sums:
+    """``Σ x xᵀ``, or ``Σ x²``, over tokens."""
+
+    def __init__(self, kind: str) -> None:
+        self._full, self._total, self.tokens = kind == "full", torch.zeros(()), 0
+
+    def add(self, x: Tensor, rows: int) -> None:
+        """Add an input ``(…, in)`` of a batch of ``rows``.
+
+        One that all rows have in common, such as relative positions, counts for each of them: sums then do not
+        depend on how rows are put into batches.
+        """
+        times = rows if x.ndim > 2 and len(x) == 1 else 1
+        flat = x.detach().reshape(-1, x.shape[-1]).float()
+        if not self.tokens:
+            shape = (flat.shape[1],) * (2 if self._full else 1)
+            self._total = torch.zeros(shape, dtype=torch.float64, device=x.device)
+        product = flat.T @ flat if self._full else flat.double().square().sum(0)
+        self._total.add_(product, alpha=times)
+        self.tokens += times * len(flat)
+
+    def metric(self) -> Metric:
+        """The mean, float32. The sum is given up for it."""
+        return Metric(self._total.div_(self.tokens).float().cpu())
+
+
+@dataclass
+class _Shared:
+    """Matrices with the same input; the first of them has the hook.
+
+    Attributes:
+        last: the event after which nothing more comes; None for matrices outside of blocks.
+    """
+
+    modules: list[str]
+    last: int | None
+    sums: tuple[Sums, Sums]
+
+    def group(self) -> Group | None:
+        """What was collected; None without a token to fit."""
+        fit, held = self.sums
+        if not fit.tokens:
+            return None
+        metric = fit.metric()
+        moments = Moments(metric, held.metric() if held.tokens else metric, fit.tokens)
+        for part in (moments.fit, moments.held):
+            if part.columns is None or not part.columns.isfinite().all():
+                raise NumericalError(f"{quoted(self.modules[0])}: its inputs are not finite; try a model in float32")
+        return Group(tuple(self.modules), moments, held.tokens)
+
+
+@dataclass
+class _Survey:
+    """What one row told: the block of every event, what every matrix was given when, and what every block was given."""
+
+    events: list[str] = field(default_factory=list)
+    seen: dict[str, list[tuple]] = field(default_factory=dict)  # matrix -> (event, which tensor) of every call
+    inputs: list[list[Tensor]] = field(default_factory=list)
+    outputs: list[Output] = field(default_factory=list)
+
+
+def matrices(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules whose inputs count, by name: products, not lookups."""
+    found = {name: model.get_submodule(name) for name in skeleton.adaptable(model)}
+    return {name: module for name, module in found.items() if not isinstance(module, nn.Embedding)}
+
+
+def collect(
+    model: nn.Module, rows: Sequence[Row], kind: str, begin: Begin | None = None, tokens: int = BATCH_TOKENS
+) -> Iterator[list[Group]]:
+    """The groups of block after block, those outside of blocks last; each block's are done before the next begins.
+
+    Args:
+        model: of transformers, its blocks in memory or on disk.
+        kind: ``full`` or ``diagonal``.
+        begin: told the number of steps, a step being a block for a batch.
+
+    Raises: UsageError for a model that cannot be run block by block; NumericalError for inputs that are not finite.
+    """
+    made = batches(rows, model, tokens)
+    blocks = Blocks(model)
+    with blocks.entered():
+        survey, whole = _surveyed(model, blocks, batches(rows[:1], model)[0])
+        advance = begin((len(survey.events) + 1) * len(made)) if begin else lambda: None
+        shared = _groups(model, survey, kind)
+        records = [Records(whole) for _ in made]
+        for event in (*range(len(survey.events)), None):
+            for batch, kept in zip(made, records, strict=True):
+                _run(model, blocks, shared, batch, kept, event)
+                advance()
+            yield _finished(shared, event)
+
+
+def _finished(shared: list[_Shared], event: int | None) -> list[Group]:
+    """Groups of those that got their last input in ``event``; they leave ``shared``, and their sums the memory."""
+    done = [s for s in shared if s.last == event]
+    shared[:] = [s for s in shared if s.last != event]
+    groups = []
+    while done:
+        groups.append(done.pop(0).group())
+    return [group for group in groups if group]
+
+
+def _run(
+    model: nn.Module, blocks: Blocks, shared: list[_Shared], batch: Batch, records: Records, event: int | None
+) -> None:
+    """Run one event for a batch; or, after all events, what lies outside of blocks."""
+    running = event is None
+
+    def take(one: _Shared, module: nn.Module, args: tuple) -> None:
+        if running:
+            one.sums[batch.held].add(args[0], batch.rows)
+
+    def handle(call: Call) -> Output:
+        nonlocal running
+        if event is None or call.event < event:
+            return records.get(call)
+        running = True
+        records.put(call, call.run())
+        raise Stopped
+
+    with _hooked({model.get_submodule(s.modules[0]): functools.partial(take, s) for s in shared}):
+        blocks.forward(batch.inputs, handle)
+
+
+@contextlib.contextmanager
+def _hooked(hooks: Mapping[nn.Module, Callable[..., None]]) -> Iterator[None]:
+    """Functions called with a module and its arguments before it runs; before the forward is left at the head, too."""
+    handles = [module.register_forward_pre_hook(hook, prepend=True) for module, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _surveyed(model: nn.Module, blocks: Blocks, batch: Batch) -> tuple[_Survey, frozenset[str]]:
+    """One row through the whole model, and the stacks of which more than the last output is needed."""
+    survey = _Survey()
+    current: int | None = None
+    alive: list[Tensor] = []  # so that no other tensor gets the same address
+
+    def look(name: str, module: nn.Module, args: tuple) -> None:
+        x: Tensor = args[0]
+        key = (x.data_ptr(), tuple(x.shape), x.stride(), x._version)
+        alive.append(x)
+        survey.seen.setdefault(name, []).append((current, key))
+
+    def handle(call: Call) -> Output:
+        nonlocal current
+        survey.events.append(call.block)
+        survey.inputs.append([t.clone() for t in tensors_in(call.inputs)])
+        current, outside = call.event, len(alive)
+        output = call.run()
+        current = None
+        del alive[outside:]
+        survey.outputs.append(output)
+        return output
+
+    with _hooked({module: functools.partial(look, name) for name, module in matrices(model).items()}):
+        blocks.forward(batch.inputs, handle)
+    whole: frozenset[str] = frozenset()
+    strays = _strays(blocks, batch, survey, whole)
+    if strays:
+        whole = frozenset(strays)
+        if _strays(blocks, batch, survey, whole):
+            raise UsageError(f"{type(model).__name__} cannot be run block by block: {quoted(strays[0])} is no chain")
+    return survey, whole
+
+
+def _strays(blocks: Blocks, batch: Batch, survey: _Survey, whole: frozenset[str]) -> list[str]:
+    """Stacks with a block that is given something else when the calls before it return what was recorded."""
+    records, found = Records(whole), []
+    for event in range(len(survey.events)):
+
+        def handle(call: Call, event: int = event) -> Output:
+            if call.event < event:
+                return records.get(call)
+            given = list(tensors_in(call.inputs))
+            same = len(given) == len(survey.inputs[event]) and all(map(_same, given, survey.inputs[event]))
+            if not same:
+                found.append(stack_of(call.block))
+            records.put(call, survey.outputs[event])
+            raise Stopped
+
+        blocks.forward(batch.inputs, handle)
+    return list(dict.fromkeys(found))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+def _groups(model: nn.Module, survey: _Survey, kind: str) -> list[_Shared]:
+    """Matrices that were given the same tensors in the same events, and when they are given their last."""
+    members: dict[tuple, list[str]] = {}
+    for name in matrices(model):
+        calls = survey.seen.get(name)
+        members.setdefault(tuple(calls) if calls else (name,), []).append(name)
+    made = []
+    for names in members.values():
+        events = [event for event, _ in survey.seen.get(names[0], [])] or _events_of(names[0], survey.events)
+        last = None if None in events or not events else max(events)
+        made.append(_Shared(names, last, (Sums(kind), Sums(kind))))
+    return made
+
+
+def _events_of(name: str, events: Iterable[str]) -> list[int]:
+    """The events of the block that a matrix lies in: an expert that the surveyed row did not reach."""
+    return [event for event, block in enumerate(events) if name.startswith(f"{block}.")]

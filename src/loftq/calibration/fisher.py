@@ -1,0 +1,140 @@
+"""What the loss makes of every weight: squared gradients, their means over rows and over columns of each matrix.
+
+LQ-LoRA (arXiv 2311.12023) weighs the error of a weight by ``F = E[(dL/dw)²]``. With one factor for each column and one
+for each row, that is a metric with a closed form. Squares are of the gradients of single samples, so a batch is one
+row. The whole model is in memory, and one gradient at a time.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loftq.architecture import skeleton
+from loftq.calibration.blocks import accepted
+from loftq.calibration.collect import Batch, Begin, Row, batches, matrices
+from loftq.errors import NumericalError, UsageError, quoted
+from loftq.formats.statistics import Group
+from loftq.numerics import Metric, Moments
+
+MASKED_EVERY = 7  # about 15 % of the tokens, as BERT was trained
+
+
+def collect_fisher(
+    model: nn.Module, rows: Sequence[Row], mask_token: int | None = None, begin: Begin | None = None
+) -> list[Group]:
+    """The groups of all matrices that have a gradient, one for each.
+
+    Args:
+        model: a language model, in memory.
+        mask_token: of the tokenizer, for a masked language model.
+        begin: told the number of rows.
+
+    Raises: UsageError for a model without the loss of a language model; NumericalError for gradients that are not
+        finite.
+    """
+    label = labeler(model, mask_token)
+    made = batches(rows, model, tokens=1)
+    advance = begin(len(made)) if begin else lambda: None
+    head = skeleton.output_head(model)
+    sums = {n: (_Squares(), _Squares()) for n, m in matrices(model).items() if m is not head}
+    taken = frozenset(accepted(model))
+    with _gradients(model, sums) as choose:
+        for batch in made:
+            choose(batch.held)
+            inputs = {k: v for k, v in label(batch).items() if k in taken}
+            model(**inputs).loss.backward()
+            advance()
+    tokens = [sum(b.inputs["input_ids"].numel() for b in made if b.held == held) for held in (False, True)]
+    return [group for name, pair in sums.items() if (group := _group(name, *pair, *tokens))]
+
+
+def labeler(model: nn.Module, mask_token: int | None) -> Callable[[Batch], dict[str, Tensor]]:
+    """What turns a batch into the arguments of a forward with a loss. UsageError for a class that has none."""
+    from transformers.models.auto import modeling_auto as auto
+
+    name = type(model).__name__
+    if name in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values():
+        return lambda batch: {**batch.inputs, "labels": batch.inputs["input_ids"]}
+    if name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return lambda batch: {**batch.inputs, "labels": batch.inputs["input_ids"], "use_cache": False}  # type: ignore[dict-item]
+    if name not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+        raise UsageError(
+            f"fisher needs the loss of a language model, and {name} has none; take full or diagonal, or a checkpoint "
+            "with its language-modelling head"
+        )
+    if mask_token is None:
+        raise UsageError(f"fisher masks tokens for {name}, and the tokenizer has no mask token; take full or diagonal")
+    return lambda batch: _masked(batch.inputs, mask_token)
+
+
+def _masked(inputs: dict[str, Tensor], mask_token: int) -> dict[str, Tensor]:
+    """Every seventh token hidden, and to be told."""
+    ids = inputs["input_ids"]
+    length = ids.shape[1]
+    hidden = torch.arange(length, device=ids.device) % MASKED_EVERY == min(MASKED_EVERY, length) // 2
+    labels = torch.where(hidden, ids, torch.full_like(ids, -100))
+    return {**inputs, "input_ids": torch.where(hidden, torch.full_like(ids, mask_token), ids), "labels": labels}
+
+
+class _Squares:
+    """Sums of the squared gradients of a matrix ``(out, in)``: over its rows, ``(in,)``, and over its columns."""
+
+    def __init__(self) -> None:
+        self.columns = self.rows = torch.zeros(())
+        self.samples = 0
+
+    def add(self, gradient: Tensor) -> None:
+        square = gradient.double().square()
+        self.columns, self.rows = self.columns + square.mean(0).cpu(), self.rows + square.mean(1).cpu()
+        self.samples += 1
+
+    def metric(self) -> Metric:
+        return Metric((self.columns / self.samples).float(), (self.rows / self.samples).float())
+
+
+@contextlib.contextmanager
+def _gradients(model: nn.Module, sums: dict[str, tuple[_Squares, _Squares]]) -> Iterator[Callable[[bool], None]]:
+    """Gradients of the matrices alone, each taken in and forgotten as soon as it is there."""
+    part = False
+    wanted = {p: p.requires_grad for p in model.parameters()}
+    training = model.training
+
+    def choose(held: bool) -> None:
+        nonlocal part
+        part = held
+
+    def hook(pair: tuple[_Squares, _Squares], transposed: bool) -> Callable[[Tensor], None]:
+        def take(parameter: Any) -> None:
+            pair[part].add(parameter.grad.T if transposed else parameter.grad)
+            parameter.grad = None
+
+        return take
+
+    with contextlib.ExitStack() as left:
+        left.callback(model.train, training)
+        model.eval()
+        for parameter, before in wanted.items():
+            left.callback(parameter.requires_grad_, before)
+            parameter.requires_grad_(False)
+        for name, pair in sums.items():
+            module: Any = model.get_submodule(name)
+            module.weight.requires_grad_(True)
+            take = hook(pair, not isinstance(module, nn.Linear))
+            left.callback(module.weight.register_post_accumulate_grad_hook(take).remove)
+        left.enter_context(torch.enable_grad())
+        yield choose
+
+
+def _group(name: str, fit: _Squares, held: _Squares, tokens: int, held_tokens: int) -> Group | None:
+    if not fit.samples or not fit.columns.any():
+        return None
+    metric = fit.metric()
+    heard = bool(held.samples and held.columns.any())
+    moments = Moments(metric, held.metric() if heard else metric, tokens)
+    for part in (moments.fit, moments.held):
+        if part.columns is None or not part.columns.isfinite().all():
+            raise NumericalError(f"{quoted(name)}: its gradients are not finite")
+    return Group((name,), moments, held_tokens if heard else 0)

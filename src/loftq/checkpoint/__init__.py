@@ -1,0 +1,1 @@
+"""Making, checking and describing a LoftQ checkpoint, shard by shard."""

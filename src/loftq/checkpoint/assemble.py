@@ -1,0 +1,182 @@
+"""Everything of a LoftQ checkpoint beside its shards: adapter, configuration, small files, card, manifest."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from loftq import plan as planning
+from loftq.adapters import bases
+from loftq.architecture.adapter import adapter_config
+from loftq.architecture.skeleton import without_internal_keys
+from loftq.checkpoint.manifest import MANIFEST
+from loftq.checkpoint.shards import Unit, Workspace
+from loftq.errors import InputError, UsageError, listed, option
+from loftq.formats import fsio, hashed_json, strict_json
+from loftq.formats.belongings import belongings, licence
+from loftq.formats.layouts import Layout
+from loftq.formats.tensorfile import encode_header, read_chunks, read_header
+from loftq.report.card import model_card
+from loftq.report.totals import totals
+from loftq.sources.checkpoint import Source
+from loftq.spec import STORED
+
+logger = logging.getLogger("loftq")
+
+ADAPTER = "loftq_init"
+TORCH_NAMES = {"F64": "float64", **{stored: name for name, stored in STORED.items()}}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One checkpoint to be made: all that is decided before the first weight is read."""
+
+    source: Source
+    layout: Layout
+    units: list[Unit]
+    identity: dict[str, Any]
+    adapter: dict[str, Any]  # adapter_config.json
+    budget: dict[str, Any] | None = None  # how its budget was spent
+
+
+def assemble(job: Job, work: Workspace, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write it all into the workspace, the manifest last. Returns the manifest.
+
+    Nothing that is written depends on where it is: not on the source's place, nor on the output's.
+
+    Args:
+        records: of all units, in order.
+    """
+    files = {unit.file_name: record["shard"] for unit, record in zip(job.units, records, strict=True)}
+
+    def write(file: str, digest: fsio.FileDigest) -> None:
+        files[file] = asdict(digest)
+
+    fsio.make_dirs(work.output / ADAPTER)
+    if len(job.units) > 1:
+        write("model.safetensors.index.json", _write_index(job, work))
+    write(f"{ADAPTER}/adapter_model.safetensors", _write_adapter(job, work))
+    write(f"{ADAPTER}/adapter_config.json", fsio.write_json(work.output / ADAPTER / "adapter_config.json", job.adapter))
+    write("config.json", _write_config(job, work))
+    own = belongings(job.source.directory)
+    for path in own.files:
+        file = path.relative_to(job.source.directory).as_posix()
+        fsio.make_dirs((work.output / file).parent)
+        write(file, fsio.copy_file(path, work.output / file))
+    matrices = [m for record in records for m in record["matrices"]]
+    summary = totals(job.source.plan, matrices, {n: d["size"] for n, d in files.items()})
+    calibration = job.identity.get("statistics", {}).get("identity", {}).get("data", {})
+    card = model_card(
+        *(job.source.hub_id, job.source.architecture, job.layout.name, job.source.plan, summary),
+        calibration.get("name"),
+        licence(job.source.directory / "README.md"),
+    )
+    write("README.md", fsio.write_atomic(work.output / "README.md", [card.encode()]))
+    check_unchanged(job)
+    if own.left_out:
+        logger.warning("left out of the output: %s", _by_reason(own.left_out))
+    manifest = {
+        "format_version": 1,
+        "identity": job.identity,
+        "plan": job.source.plan.to_dict(),
+        "files": files,
+        "matrices": matrices,
+        "totals": summary,
+        "left_out": own.left_out,
+        **({} if job.budget is None else {"budget": job.budget}),
+    }
+    return hashed_json.write(work.output / MANIFEST, manifest)
+
+
+def adapter_of(source: Source, layout: Layout, task_type: str | None, base: str = bases.PARENT) -> dict[str, Any]:
+    """``adapter_config.json``, made first of all: PEFT must be there, and take the options."""
+    chosen = {m.module for m in source.plan.matrices}
+    others = [m for m in source.modules if m not in chosen]
+    task = task_type or source.task_type
+    try:
+        config = adapter_config(source.plan, others, source.prefix, base, task)
+    except ValueError as e:
+        raise UsageError(f"{option('task_type')} {task!r}: {e}") from e
+    config["fan_in_fan_out"] = layout.name != "loftq" and any(m.kind == "conv1d" for m in source.plan.matrices)
+    return config
+
+
+def source_identity(source: Source) -> dict[str, Any]:
+    """What tells this source from a changed one: per file its hash, or for weights size, time and header."""
+    small = [source.directory / "config.json", *belongings(source.directory).files]
+    identity: dict[str, Any] = {
+        path.relative_to(source.directory).as_posix(): fsio.sha256_file(path).sha256 for path in small
+    }
+    for file in source.checkpoint.files:
+        status = (source.directory / file.name).stat()
+        current = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+        identity[file.name] = {**current, "header_sha256": file.header_sha256}
+    return identity
+
+
+def _by_reason(left_out: dict[str, str]) -> str:
+    """``a.py, b.py: code; onnx/: another framework's``"""
+    names = {reason: [n for n in left_out if left_out[n] == reason] for reason in left_out.values()}
+    return "; ".join(f"{listed(found, 3)}: {reason}" for reason, found in names.items())
+
+
+def check_unchanged(job: Job) -> None:
+    """Refuse to finish if the source is not what it was at the beginning."""
+    if not is_unchanged(job.source, job.identity["source"]):
+        raise InputError(f"{job.source.directory}: source changed while reading")
+
+
+def is_unchanged(source: Source, identity: dict[str, Any]) -> bool:
+    """Whether the files of a source are what they were when ``identity`` was made of them."""
+    try:
+        return source_identity(source) == identity
+    except (OSError, InputError):
+        return False
+
+
+def _write_index(job: Job, work: Workspace) -> fsio.FileDigest:
+    placed = [(entry, unit.file_name) for unit in job.units for entry in unit.entries(job.layout)]
+    index = {
+        "metadata": {"total_size": sum(entry.nbytes for entry, _ in placed)},
+        "weight_map": {entry.name: file_name for entry, file_name in placed},
+    }
+    return fsio.write_json(work.output / "model.safetensors.index.json", index)
+
+
+def _write_adapter(job: Job, work: Workspace) -> fsio.FileDigest:
+    """One adapter file from the units' pieces, streamed."""
+    entries = [entry for unit in job.units for entry in unit.adapter_entries()]
+
+    def contents() -> Iterator[bytes | memoryview]:
+        yield encode_header(entries, {"format": "pt"})
+        for unit in job.units:
+            piece = read_header(work.piece(unit))
+            for entry in unit.adapter_entries():
+                yield from read_chunks(piece.tensors[entry.name], piece.stamp)
+
+    return fsio.write_atomic(work.output / ADAPTER / "adapter_model.safetensors", contents())
+
+
+def _write_config(job: Job, work: Workspace) -> fsio.FileDigest:
+    """The source's configuration with ours added, without keys that would select or run code."""
+    plan = job.source.plan
+    config = strict_json.load_object(job.source.directory / "config.json", special=True)
+    config = _without_places(without_internal_keys(config))
+    modules = [(m.module, m.quant) for m in plan.matrices]
+    bits = planning.mean_bits(plan) if job.budget else planning.nominal_bits(job.identity["options"]["bits"], plan)
+    ours = job.layout.quantization_config(modules, bits, job.source.kept_modules)
+    config.setdefault("architectures", [job.source.architecture])
+    if not (config.get("dtype") or config.get("torch_dtype")):  # else the first tensor of the files would decide
+        config["dtype"] = TORCH_NAMES[planning.main_dtype(job.source.tensors)]
+    if ours is not None:
+        config["quantization_config"] = ours
+    return fsio.write_json(work.output / "config.json", strict_json.tagged(config))
+
+
+def _without_places(config: dict[str, Any]) -> dict[str, Any]:
+    """Without the paths from which older versions of transformers say that they loaded a model, or a part of it."""
+    return {
+        key: _without_places(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key != "_name_or_path"
+    }

@@ -1,0 +1,103 @@
+"""A budget, spent: the plan that it chooses, and what else could be had for the bytes."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from loftq import plan as planning
+from loftq.checkpoint.curves import Curves, check_place, measured
+from loftq.errors import UsageError, option
+from loftq.formats.statistics import Statistics
+from loftq.plan import Choice, Plan, Policy
+from loftq.sources.checkpoint import Source
+
+BETWEEN = 64  # amounts, evenly spaced, that the frontier shows beside the path
+
+
+def check_budget(source: Source, policy: Policy, layout: str, keep: Path | None) -> None:
+    """Refuse, before anything is measured or written, what a budget cannot be spent on."""
+    if layout != "loftq":
+        raise UsageError(
+            f"{option('budget')} counts bytes of {option('format', 'loftq')}, and {option('format', layout)} takes "
+            "others; leave one of them out"
+        )
+    planning.limit(source.plan, policy)
+    planning.check_solver(policy.budget_solver)
+    if keep is not None:
+        check_place(keep)
+
+
+def within_budget(
+    source: Source, policy: Policy, keep: Path | None, statistics: Statistics | None = None, **measuring: Any
+) -> tuple[Source, dict[str, Any]]:
+    """The source with the plan that the policy's budget chooses, and how that compares.
+
+    Args:
+        source: with the plan of the policy without its budget.
+        keep, statistics, measuring: as :func:`loftq.checkpoint.curves.measured` takes them.
+
+    Returns: beside the source a report of plain values: ``budget``; ``chosen``, a point; ``uniform`` and
+        ``first_layers``, points with ``bits``, and with the ``layers`` that the paper's rule gives 4 bits, at the
+        policy's block and rank; ``frontier``, the greedy solver's points from the fewest bytes to the least error. A
+        point has ``bytes`` (all tensors, the adapter and what is kept among them), ``bits_per_weight``, and ``error``
+        (expected: root of the mean over all weights of the squared error relative to their matrix).
+    """
+    curves = measured(source, policy, keep, statistics, **measuring)
+    best = planning.allocate(curves, planning.limit(source.plan, policy), policy.budget_solver)
+    roles, tensors = source.roles, source.tensors
+    plan = planning.make(tensors, roles, policy, best.chosen)
+    kept = sum(k.bytes for k in plan.kept)
+    weights = sum(m.numel for m in plan.matrices)
+
+    def point(chosen: Mapping[str, Choice], **what: int) -> dict[str, Any]:
+        size, adapter = sum(c.bytes for c in chosen.values()), _adapter_bytes(plan, chosen)
+        error = math.sqrt(math.fsum(c.error for c in chosen.values()) / weights)
+        return {**what, "bytes": kept + size, "bits_per_weight": 8 * (size - adapter) / weights, "error": error}
+
+    widths = [widths for choices in curves.values() if len(widths := {c.bits for c in choices}) > 1]
+    rules = planning.first_layers(source.plan, tensors, roles, policy)
+    report = {
+        "budget": policy.budget,
+        "chosen": point(best.chosen),
+        "uniform": [
+            point(_picked(curves, source.plan, policy, lambda _, b=b: b), bits=b) for b in sorted(set().union(*widths))
+        ],
+        "first_layers": [
+            point(_picked(curves, source.plan, policy, _widths(rule).__getitem__), layers=k)
+            for k, rule in enumerate(rules)
+        ],
+        "frontier": [[kept + size, math.sqrt(error / weights)] for size, error in _frontier(curves)],
+    }
+    return replace(source, plan=plan), report
+
+
+def _frontier(curves: Curves) -> list[tuple[int, float]]:
+    """Where the greedy solver gets with any amount: its own path, and between, where a jump is long, what fits."""
+    path = planning.frontier(curves)
+    low, high = path[0][0], path[-1][0]
+    between = [planning.allocate(curves, low + (high - low) * i // BETWEEN) for i in range(BETWEEN)]
+    found: list[tuple[int, float]] = []
+    for size, error in sorted([*path, *((a.bytes, a.error) for a in between)]):
+        if not found or error < found[-1][1]:
+            found.append((size, error))
+    return found
+
+
+def _adapter_bytes(plan: Plan, chosen: Mapping[str, Choice]) -> int:
+    return sum(planning.factor_bytes(m, chosen[m.module].rank) for m in plan.matrices)
+
+
+def _widths(plan: Plan) -> dict[str, int]:
+    return {m.module: m.quant.bits for m in plan.matrices}
+
+
+def _picked(curves: Curves, plan: Plan, policy: Policy, bits: Callable[[str], int]) -> dict[str, Choice]:
+    """Of every matrix the choice with this width, the policy's block and the plan's rank; if pinned, its own."""
+    found = {}
+    for matrix in plan.matrices:
+        choices = [c for c in curves[matrix.module] if (c.rank, c.block_size) == (matrix.rank, policy.block_size)]
+        wanted = bits(matrix.module)
+        found[matrix.module] = next((c for c in choices if c.bits == wanted), choices[0])
+    return found

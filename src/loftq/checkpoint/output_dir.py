@@ -1,0 +1,142 @@
+"""Where a result goes: what may stand there already, and how the finished work gets there."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from loftq.checkpoint.manifest import MANIFEST, checked
+from loftq.checkpoint.shards import Workspace
+from loftq.errors import ConflictError, InputError, LoftqError, StorageError, UsageError, listed, option
+from loftq.formats import fsio, hashed_json, strict_json
+
+PLACE = "source_directory"  # in the identity of a workspace alone: no output holds a path
+OF_SOURCE = ("source.", "base.", "plan:", "statistics.")  # of an identity: the sources, and what follows from them
+MACHINE = "machine"  # of an identity: what may change bits, and makes no other result of what is done
+_TAKEN = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
+
+
+def check_places(source: Path, work: Workspace, output: Path) -> None:
+    """Refuse places that would touch the source, and those that no rename can reach."""
+    real_source = source.resolve()
+    for path in (output, work.root):
+        if path == real_source or real_source in path.parents or path in real_source.parents:
+            raise UsageError(f"{path}: is, holds or lies in the source {source}; choose another {option('output')}")
+    if os.path.ismount(output):
+        raise UsageError(f"{output}: a mount point, where no rename can put the result; choose a directory in it")
+
+
+def already_done(
+    output: Path,
+    identity: dict[str, Any],
+    overwrite: bool,
+    mark: str = MANIFEST,
+    check: Callable[[dict[str, Any], Path], dict[str, Any]] = checked,
+) -> dict[str, Any] | None:
+    """What is written last of an output that this very command made earlier; ConflictError for anything else there.
+
+    Args:
+        mark: the name of that file.
+        check: returns its content, or raises InputError.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return None
+    if not (output / mark).is_file():
+        kind = "a directory that loftq did not make" if output.is_dir() else "not a directory"
+        raise ConflictError(f"{output}: exists and is {kind}; choose another {option('output')}")
+    try:
+        found = check(hashed_json.load(output / mark), output / mark)
+        changed = listed(d for d in hashed_json.differences(found["identity"], identity) if not _of_machine(d))
+        damaged = listed(n for n, digest in found["files"].items() if _size(output / n) != digest["size"])
+    except InputError as e:
+        changed, damaged = "", str(e)
+    else:
+        if not changed and not damaged:
+            return found
+    if overwrite:
+        return None
+    problem = f"made by another command ({changed})" if changed else f"damaged ({damaged})"
+    cure = option("overwrite", True) if mark == MANIFEST else "remove it"
+    raise ConflictError(f"{output}: {problem}; choose another {option('output')}, or {cure}")
+
+
+def is_ours(work: Workspace, identity: dict[str, Any]) -> bool:
+    """Whether what is in the workspace belongs to this command, or to none any more."""
+    return not work.identity.exists() or not list(hashed_json.differences(_left(work)[0], identity))
+
+
+def claim(work: Workspace, identity: dict[str, Any], source: Path) -> None:
+    """Make the workspace, or accept one that an earlier run with the same identity left. ConflictError for others."""
+    if work.identity.exists():
+        left, place = _left(work)
+        changed = list(hashed_json.differences(left, identity))
+        if changed and place == str(source.resolve()) and all(change.startswith(OF_SOURCE) for change in changed):
+            raise ConflictError(
+                f"{work.root}: holds unfinished work from before {source} changed ({listed(changed)}); "
+                "put that back to finish it, or delete the directory to begin anew"
+            )
+        if changed and all(map(_of_machine, changed)):
+            raise ConflictError(
+                f"{work.root}: begun by this command on another machine ({listed(changed)}), whose results differ in "
+                "their bits; finish it on such a machine, or delete the directory to begin again on this one"
+            )
+        if changed:
+            raise ConflictError(
+                f"{work.root}: holds unfinished work of another command ({listed(changed)}); "
+                "run that command again to finish it, or delete the directory"
+            )
+    for directory in (work.output, work.units):
+        fsio.make_dirs(directory)
+    for directory in (work.root, work.output, work.units, *filter(Path.is_dir, work.units.iterdir())):
+        for leftover in directory.glob(".*.tmp"):
+            fsio.remove(leftover)
+    if not work.identity.exists():
+        fsio.write_json(work.identity, {**identity, PLACE: str(source.resolve())})
+
+
+def publish(work: Workspace, output: Path, files: dict[str, Any], overwrite: bool) -> None:
+    """One rename makes the result visible. What was there before waits in the workspace until then."""
+    wanted = {MANIFEST, *files}
+    for path in work.output.rglob("*"):
+        if not path.is_dir() and path.relative_to(work.output).as_posix() not in wanted:
+            fsio.remove(path)
+    for name, digest in files.items():
+        if _size(work.output / name) != digest["size"]:
+            gone = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            raise StorageError(f"{work.output / name}: vanished or changed; run the same command again") from gone
+    if overwrite and output.is_dir() and any(output.iterdir()):
+        fsio.rename(output, work.replaced)
+    try:
+        fsio.rename(work.output, output)
+    finally:
+        put_back(work, output)
+
+
+def put_back(work: Workspace, output: Path) -> None:
+    """Undo the first of the two renames of ``--overwrite`` where the second did not happen."""
+    if work.replaced.exists() and not output.exists():
+        fsio.rename(work.replaced, output)
+
+
+def was_taken(error: LoftqError) -> bool:
+    """Whether files vanished or appeared under our hands: where locks only pretend, another process did it."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in _TAKEN
+
+
+def _left(work: Workspace) -> tuple[dict[str, Any], Any]:
+    """The identity of the work that was left, and where its source lay; both empty if they cannot be read."""
+    try:
+        left = strict_json.load_object(work.identity)
+    except LoftqError:
+        return {}, None
+    place = left.pop(PLACE, None)
+    return left, place
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
+
+
+def _of_machine(difference: str) -> bool:
+    return difference.startswith((f"{MACHINE}.", f"{MACHINE}:"))

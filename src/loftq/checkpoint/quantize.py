@@ -1,0 +1,289 @@
+"""``loftq quantize``: stream a checkpoint, matrix by matrix, into a LoftQ checkpoint.
+
+Work is collected in ``OUTPUT.loftq-partial``: shards first, then adapter, configuration and tokenizer, the manifest
+last; one rename then makes it ``OUTPUT``. Whatever stops the run, ``OUTPUT`` is absent or complete, and the same
+command continues from the finished shards, and from the matrices of the unfinished one.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loftq import plan as planning
+from loftq.calibration import collect
+from loftq.calibration.calibrate import STATISTICS, CalibrateOptions, open_or_collect
+from loftq.checkpoint import pieces
+from loftq.checkpoint.assemble import Job, adapter_of, assemble, is_unchanged, source_identity
+from loftq.checkpoint.budget import check_budget, within_budget
+from loftq.checkpoint.output_dir import (
+    MACHINE,
+    already_done,
+    check_places,
+    claim,
+    is_ours,
+    publish,
+    put_back,
+    was_taken,
+)
+from loftq.checkpoint.shards import Solved, Workspace, solve_matrix, split
+from loftq.errors import ConflictError, InputError, LoftqError, StorageError, UsageError, option
+from loftq.formats import fsio
+from loftq.formats.layouts import LAYOUTS, Layout
+from loftq.formats.regular import local_path
+from loftq.formats.statistics import Statistics
+from loftq.formats.tensorfile import file_size
+from loftq.numerics.device import check_device
+from loftq.numerics.machine import code_path
+from loftq.plan import Matrix, Policy
+from loftq.solver import ordered_map, workers_for
+from loftq.sources.checkpoint import Source, open_source
+from loftq.spec import check_choice, check_flag, check_statistics, check_whole, statistics_kind
+from loftq.version import __version__
+
+logger = logging.getLogger("loftq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions:
+    """What to make, beside the policy. Of these only ``format``, ``max_shard_bytes`` and the calibration change bytes.
+
+    Attributes:
+        calibrate: a directory of statistics, a file of texts, or a data set of the hub; see ``docs/calibration.md``.
+        calibration_samples: of the texts, if statistics are to be collected.
+    """
+
+    policy: Policy = field(default_factory=Policy)
+    format: str = "loftq"
+    workers: int = 0  # 0: as many as CPUs, memory and device allow
+    device: str = "cpu"
+    max_shard_bytes: int = 1 << 30
+    overwrite: bool = False
+    revision: str | None = None
+    task_type: str | None = None
+    calibrate: str | None = None
+    calibration_samples: int = 128
+    statistics: Path | None = None  # where collected ones go; None: beside the output
+    curves: Path | None = None  # where the error curves of a budget are kept; None: in the workspace
+
+    def __post_init__(self) -> None:
+        check_choice(option("format"), self.format, tuple(LAYOUTS))
+        check_whole(option("workers"), self.workers, 0)
+        check_whole(option("max_shard_bytes"), self.max_shard_bytes, 1)
+        check_whole(option("calibration_samples"), self.calibration_samples, collect.HELD_EVERY)
+        check_flag(option("overwrite"), self.overwrite)
+
+
+Progress = Callable[[dict[str, Any]], None]  # called with the report of each matrix
+Begin = Callable[[int, int], Progress]  # called once with the number of matrices in all, and of those done already
+
+
+def quantize(
+    model: str,
+    output: Path,
+    options: QuantizeOptions,
+    begin: Begin | None = None,
+    begin_calibration: collect.Begin | None = None,
+) -> dict[str, Any]:
+    """Quantize ``model`` into the directory ``output``; the manifest of the result.
+
+    Args:
+        model: a local directory or a hub id.
+        begin: called before the work, and before that if error curves are measured for a budget; returns what is
+            called after every matrix, with its report.
+        begin_calibration: the same for collecting statistics. These are kept beside the output, for other runs.
+
+    Raises: ConflictError if ``output`` holds something else or another process works on it; InputError,
+        NumericalError, StorageError as their names say. In every case ``output`` is absent or complete.
+    """
+    check_device(options.device)
+    output = Path(os.path.realpath(local_path(option("output"), output)))
+    work = Workspace(output)
+    spec = options.policy.solve
+    check_statistics(spec, None if options.calibrate is None else statistics_kind(spec))
+    source, layout = open_source(model, options.policy, options.revision), LAYOUTS[options.format]
+    check_places(source.directory, work, output)
+    if options.policy.budget:
+        check_budget(source, options.policy, layout.name, options.curves)
+    elif options.curves:
+        raise UsageError(f"{option('curves')} is of a budget; give one: {option('budget', 2.5)}")
+    already_done(output, {}, overwrite=True)  # refuses what is no result of ours, before the texts are run
+    statistics = _statistics(model, output, options, begin_calibration)
+    job = _job(source, layout, _identity(source, layout, options, statistics), options)
+    done = already_done(output, job.identity, options.overwrite)
+    if done and not (work.root.exists() and is_ours(work, job.identity)):  # nothing to clean away
+        return done
+    fsio.make_dirs(work.root)
+    with fsio.DirectoryLock(work.lock):
+        try:
+            put_back(work, output)
+            done = already_done(output, job.identity, options.overwrite)  # another process may have finished meanwhile
+            if not done:
+                claim(work, job.identity, source.directory)
+                if options.policy.budget:
+                    job = _spend(job, work, options, statistics, begin)
+                _check_space(job, work)
+                done = assemble(job, work, _make_units(job, work, options, statistics, begin))
+                publish(work, output, done["files"], options.overwrite)
+        except LoftqError as e:
+            done = already_done(output, job.identity, False) if was_taken(e) else None
+            if not done:
+                _forget_if_changed(job, work, e)
+                raise
+        if is_ours(work, job.identity):
+            _clean(work)
+    return done
+
+
+def _job(source: Source, layout: Layout, identity: dict[str, Any], options: QuantizeOptions, **found: Any) -> Job:
+    units = split(source.plan, layout, options.max_shard_bytes, _in_order(source))
+    return Job(source, layout, units, identity, adapter_of(source, layout, options.task_type), **found)
+
+
+def _spend(
+    job: Job,
+    work: Workspace,
+    options: QuantizeOptions,
+    statistics: Statistics | None,
+    begin: Begin | None,
+) -> Job:
+    """The job with the plan that the budget chooses. Its identity stays: that of what the choice depends on."""
+    keep = options.curves or work.curves
+    source, report = within_budget(
+        job.source, options.policy, keep, statistics, workers=options.workers, device=options.device, begin=begin
+    )
+    return _job(source, job.layout, job.identity, options, budget=report)
+
+
+def _in_order(source: Source) -> list[str]:
+    """All tensors in the order of the model's layers, matrices and copies mixed."""
+    return sorted((t.name for t in (*source.plan.matrices, *source.plan.kept)), key=planning.natural)
+
+
+def _statistics(model: str, output: Path, options: QuantizeOptions, begin: collect.Begin | None) -> Statistics | None:
+    """What ``options.calibrate`` names, or what is collected from it; None if it is None."""
+    if options.calibrate is None:
+        return None
+    asked = CalibrateOptions(
+        data=options.calibrate,
+        kind=statistics_kind(options.policy.solve),
+        samples=options.calibration_samples,
+        revision=options.revision,
+        device=options.device,
+    )
+    beside = f"{output.name}.statistics" + ("" if asked.kind == "full" else f"-{asked.kind}")
+    place = options.statistics or output.with_name(beside)
+    try:
+        statistics = open_or_collect(options.calibrate, model, place, asked, begin)
+    except ConflictError:
+        if not options.overwrite or not (place / STATISTICS).is_file():
+            raise
+        fsio.remove_tree(place)
+        statistics = open_or_collect(options.calibrate, model, place, asked, begin)
+    check_statistics(options.policy.solve, statistics.kind)
+    return statistics
+
+
+def _identity(
+    source: Source, layout: Layout, options: QuantizeOptions, statistics: Statistics | None
+) -> dict[str, Any]:
+    """Everything that the bytes of the result depend on. Two runs may share work only if these are equal."""
+    return {
+        **({} if statistics is None else {"statistics": statistics.identity}),
+        "source": source_identity(source),
+        "options": {
+            **options.policy.to_dict(),
+            "format": layout.name,
+            "max_shard_bytes": options.max_shard_bytes,
+            "device": options.device.partition(":")[0],
+            "task_type": options.task_type,
+        },
+        "plan": source.plan.digest(),
+        "loftq": __version__,
+        "torch": torch.__version__,
+        MACHINE: code_path(options.device),
+    }
+
+
+def _check_space(job: Job, work: Workspace) -> None:
+    """Refuse to begin what will not fit: shards, the matrices of one, and the adapter twice."""
+    wanted = waiting = 0
+    for unit in job.units:
+        adapter = file_size(unit.adapter_entries())
+        if work.record(unit).exists():
+            wanted += adapter
+        else:
+            wanted += 2 * adapter + file_size(unit.entries(job.layout))
+            waiting = max(waiting, adapter + sum(m.bytes for m in unit.matrices))
+    wanted += waiting
+    free = shutil.disk_usage(work.root).free
+    if wanted * 1.05 > free:
+        raise StorageError(
+            f"{work.root}: no space: needs about {wanted * 1.05 / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; "
+            f"free some space, or choose another {option('output')}"
+        )
+
+
+def _make_units(
+    job: Job, work: Workspace, options: QuantizeOptions, statistics: Statistics | None, begin: Begin | None
+) -> list[dict[str, Any]]:
+    """Records of all units, made where they are not there yet; matrices are solved ahead, across units."""
+    source, layout = job.source, job.layout
+    records = [work.finished(unit) for unit in job.units]
+    missing = [unit for unit, record in zip(job.units, records, strict=True) if record is None]
+    for unit, record in zip(job.units, records, strict=True):
+        if record is not None:
+            fsio.remove_tree(work.solved(unit))
+    finished = sum(len(r["matrices"]) for r in records if r)
+    places = {m.name: work.solved_matrix(unit, i) for unit in missing for i, m in enumerate(unit.matrices)}
+    matrices = [m for unit in missing for m in unit.matrices]
+    unsolved = [m for m in matrices if pieces.read(places[m.name], m, layout) is None]
+    advance = begin(len(source.plan.matrices), finished + len(matrices) - len(unsolved)) if begin else lambda _: None
+
+    def work_on(matrix: Matrix) -> Solved:
+        moments = statistics and statistics.moments(matrix.module)
+        return solve_matrix(matrix, source.checkpoint, source.plan, layout, options.device, moments)
+
+    def keep(solved: Solved) -> None:
+        pieces.write(places[solved.matrix.name], solved, layout)
+        advance(solved.report)
+
+    def in_order(fresh: Iterator[Solved]) -> Iterator[Solved]:
+        left = {m.name for m in unsolved}
+        for matrix in matrices:
+            kept = next(fresh) if matrix.name in left else pieces.read(places[matrix.name], matrix, layout)
+            if kept is None:
+                raise StorageError(f"{places[matrix.name]}: changed during the run; run the same command again")
+            yield kept
+
+    workers = options.workers or workers_for(
+        (m.shape for m in unsolved), source.plan.solve, options.device, statistics is not None
+    )
+    solved = in_order(ordered_map(work_on, unsolved, workers, keep))
+    for unit in missing:
+        records[unit.index] = work.make(unit, solved, source.checkpoint, layout)
+    return [r for r in records if r is not None]
+
+
+def _forget_if_changed(job: Job, work: Workspace, error: LoftqError) -> None:
+    """Remove the work on a source that was changed under our hands, which no command can finish, and say so."""
+    if isinstance(error, InputError) and not is_unchanged(job.source, job.identity["source"]):
+        if is_ours(work, job.identity):
+            fsio.remove_tree(work.root)
+        raise InputError(
+            f"{job.source.directory}: source changed while reading ({error}); leave it alone and run the same command "
+            "again: the work begun is removed, and it begins anew"
+        ) from error
+
+
+def _clean(work: Workspace) -> None:
+    """Remove the workspace; the result stands already, so a failure here is no failure of the run."""
+    try:
+        fsio.remove_tree(work.root)
+    except StorageError as e:
+        logger.warning("%s; the output is complete, this directory can be deleted", e)

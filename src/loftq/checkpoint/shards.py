@@ -1,0 +1,262 @@
+"""The unit of work, one output shard: which tensors it holds, how it is made, and how it is known to be done.
+
+What a shard contains is fixed by the plan alone, so a plain, a parallel and a resumed run make the same bytes. A unit
+is done when its record is whole and its files have the recorded hashes. Until then its matrices wait in ``pieces``.
+"""
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from loftq.architecture.adapter import adapter_product, adapter_shapes, adapter_tensors
+from loftq.errors import InputError, LoftqError, NumericalError, StorageError, option, quoted
+from loftq.formats import fsio, hashed_json
+from loftq.formats.layouts import Layout
+from loftq.formats.source import Checkpoint
+from loftq.formats.tensorfile import DTYPES, Entry, encode_header, tensor_bytes
+from loftq.numerics import Metric, Moments, frobenius
+from loftq.plan import Kept, Matrix, Plan
+from loftq.solver import check_finite, solve
+
+logger = logging.getLogger("loftq")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One output shard, its tensors in the order of the file."""
+
+    index: int
+    file_name: str
+    tensors: tuple[Matrix | Kept, ...]
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        return [t for t in self.tensors if isinstance(t, Matrix)]
+
+    def entries(self, layout: Layout) -> list[Entry]:
+        return [e for t in self.tensors for e in entries(t, layout)]
+
+    def adapter_entries(self) -> list[Entry]:
+        return [e for m in self.matrices for e in adapter_entries(m)]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A matrix as it will be written, and what is known about it."""
+
+    matrix: Matrix
+    stored: list[Tensor]
+    adapter: dict[str, Tensor]
+    report: dict[str, Any]
+
+
+def entries(tensor: Matrix | Kept, layout: Layout) -> list[Entry]:
+    if isinstance(tensor, Kept):
+        return [Entry(tensor.name, tensor.dtype, tensor.shape)]
+    return layout.entries(tensor)
+
+
+def adapter_entries(matrix: Matrix) -> list[Entry]:
+    return [Entry(name, matrix.factors, shape) for name, shape in adapter_shapes(matrix).items()]
+
+
+def split(plan: Plan, layout: Layout, max_shard_bytes: int, order: list[str]) -> list[Unit]:
+    """Fill shards with tensors in the given order, each up to ``max_shard_bytes`` (a larger tensor has its own)."""
+    by_name = {t.name: t for t in (*plan.matrices, *plan.kept)}
+    shards: list[list[Matrix | Kept]] = [[]]
+    filled = 0
+    for name in order:
+        size = sum(e.nbytes for e in entries(by_name[name], layout))
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(by_name[name])
+        filled += size
+    if len(shards) == 1:
+        return [Unit(0, "model.safetensors", tuple(shards[0]))]
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    return [Unit(i, name, tuple(s)) for i, (name, s) in enumerate(zip(names, shards, strict=True))]
+
+
+@contextlib.contextmanager
+def naming(matrix: Matrix) -> Iterator[None]:
+    """Around work on one matrix: its name before the message of an error."""
+    try:
+        yield
+    except LoftqError as e:
+        raise type(e)(f"{quoted(matrix.name)}: {e}") from e
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "memory" not in str(e):
+            raise
+        raise StorageError(
+            f"{quoted(matrix.name)}: not enough memory for a matrix of shape {matrix.shape}; use fewer "
+            f"{option('workers')}"
+        ) from e
+
+
+def oriented(matrix: Matrix, raw: Tensor) -> Tensor:
+    """A tensor of the checkpoint as ``(out, in)``."""
+    return raw.T.contiguous() if matrix.kind == "conv1d" else raw
+
+
+def solve_matrix(
+    matrix: Matrix, checkpoint: Checkpoint, plan: Plan, layout: Layout, device: str, moments: Moments | None = None
+) -> Solved:
+    """Read, solve and encode one matrix; measure the errors on the tensors that will be written."""
+    with naming(matrix):
+        raw = checkpoint.read(matrix.name)
+        source_sha256 = hashlib.sha256(tensor_bytes(raw)).hexdigest()
+        weight = oriented(matrix, raw)
+        solution = solve(weight.to(device), matrix.quant, matrix.rank, plan.solve, matrix.name, moments)
+        s = plan.scaling(matrix)
+        b, a = (factor.cpu() for factor in solution.factors(s))
+        adapter = {name: t.to(DTYPES[matrix.factors]) for name, t in adapter_tensors(matrix, b, a).items()}
+        codes = type(solution.quantized)(
+            solution.quantized.codes.cpu(), {k: v.cpu() for k, v in solution.quantized.scales.items()}
+        )
+        stored = layout.encode(matrix, codes)
+        held = moments and moments.held
+        written = _measured(weight, matrix, stored, adapter, s, layout, held, solution.output_norm)
+    traces = {"errors": list(solution.errors), "output_errors": list(solution.output_errors)}
+    traces = {name: trace for name, trace in traces.items() if trace}
+    for name, trace in traces.items():
+        if layout.name != "dense" and abs(written[name] - trace[solution.kept]) > 1e-3 * trace[0] + 1e-6:
+            raise LoftqError(
+                f"{matrix.name}: the written tensors have {name} {written[name]}, the solver found "
+                f"{trace[solution.kept]}; please report this"
+            )
+        trace[solution.kept] = written[name]
+    report = {
+        "name": matrix.name,
+        "shape": list(matrix.shape),
+        "bits": matrix.quant.bits,
+        "rank": matrix.rank,
+        "alpha": plan.lora_alpha,
+        "bytes": sum(e.nbytes for e in layout.entries(matrix)),
+        **traces,
+        "kept": solution.kept,
+        "qlora_error": solution.errors[0],
+        "norm": frobenius(weight),
+        **({} if moments is None else {"output_norm": solution.output_norm}),
+        "adapter_norm_ratio": written["product"],
+        "source_sha256": source_sha256,
+    }
+    return Solved(matrix, stored, adapter, report)
+
+
+def _measured(
+    weight: Tensor,
+    matrix: Matrix,
+    stored: list[Tensor],
+    adapter: dict[str, Tensor],
+    s: float,
+    layout: Layout,
+    held: Metric | None,
+    output_norm: float,
+) -> dict[str, float]:
+    """Of the very tensors that are written: ``errors`` ``||W - Q - s·BA|| / ||W||``, ``product`` ``||s·BA|| / ||W||``.
+
+    With a metric of tokens held out, ``output_errors`` too: the first in that.
+    """
+    for tensor in (*stored, *adapter.values()):
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise NumericalError(
+                "a tensor to be written is not finite; the weights' range is too wide for its dtype: "
+                f"see {option('scale_dtype')}, {option('adapter_dtype')}"
+            )
+    norm = frobenius(weight) or 1.0
+    product = adapter_product(matrix, adapter).mul_(s)
+    part = frobenius(product) / norm
+    rest = product.add_(layout.decode(matrix, stored)).sub_(weight)
+    found = {"errors": frobenius(rest) / norm, "product": part}
+    if held is not None:
+        found["output_errors"] = held.norm(rest) / (output_norm or 1.0)
+    return found
+
+
+class Workspace:
+    """The directory beside the output in which units are collected until all are there."""
+
+    def __init__(self, output: Path) -> None:
+        self.root = output.with_name(f"{output.name}.loftq-partial")
+        self.lock, self.identity = self.root / "lock", self.root / "identity.json"
+        self.curves = self.root / "curves.json"  # of a budget
+        self.units, self.output = self.root / "units", self.root / "output"
+        self.replaced = self.root / "replaced"  # by --overwrite, until the new output stands
+
+    def piece(self, unit: Unit) -> Path:
+        return self.units / f"{unit.index:05d}.safetensors"
+
+    def record(self, unit: Unit) -> Path:
+        return self.units / f"{unit.index:05d}.json"
+
+    def solved(self, unit: Unit) -> Path:
+        """Where the matrices of a unit wait until its shard is written."""
+        return self.units / f"{unit.index:05d}"
+
+    def solved_matrix(self, unit: Unit, place: int) -> Path:
+        """Of the matrix at a place among those of the unit."""
+        return self.solved(unit) / f"{place:05d}.safetensors"
+
+    def finished(self, unit: Unit) -> dict[str, Any] | None:
+        """The record of a unit that is done; None if its record is missing, or it or its files were changed."""
+        if not self.record(unit).exists():
+            return None
+        try:
+            record = hashed_json.load(self.record(unit))
+            found = {"shard": self.output / unit.file_name, "piece": self.piece(unit)}
+            if all(record[key] == asdict(fsio.sha256_file(path)) for key, path in found.items()):
+                return record
+        except InputError:
+            pass
+        logger.warning("%s: its bytes are not those that were recorded; it is made again", unit.file_name)
+        return None
+
+    def make(self, unit: Unit, solved: Iterator[Solved], checkpoint: Checkpoint, layout: Layout) -> dict[str, Any]:
+        """Write a unit's shard, its part of the adapter and, last, its record; no matrix has to wait any more."""
+        reports: list[dict[str, Any]] = []
+        adapter: dict[str, Tensor] = {}
+
+        def contents() -> Iterator[bytes | memoryview]:
+            yield encode_header(unit.entries(layout), {"format": "pt"})
+            for tensor in unit.tensors:
+                if isinstance(tensor, Kept):
+                    yield tensor_bytes(read_finite(tensor, checkpoint))
+                    continue
+                result = next(solved)
+                reports.append(result.report)
+                adapter.update(result.adapter)
+                yield from map(tensor_bytes, result.stored)
+
+        def adapter_contents() -> Iterator[bytes | memoryview]:
+            yield encode_header(unit.adapter_entries(), {"format": "pt"})
+            for entry in unit.adapter_entries():
+                yield tensor_bytes(adapter.pop(entry.name))
+
+        shard = fsio.write_atomic(self.output / unit.file_name, contents())
+        piece = fsio.write_atomic(self.piece(unit), adapter_contents())
+        record = hashed_json.write(
+            self.record(unit), {"shard": asdict(shard), "piece": asdict(piece), "matrices": reports}
+        )
+        fsio.remove_tree(self.solved(unit))
+        return record
+
+
+def read_finite(kept: Kept, checkpoint: Checkpoint) -> Tensor:
+    """A tensor that is copied, in its new dtype. NumericalError if it holds NaN or infinity, or comes to."""
+    original = checkpoint.read(kept.name)
+    tensor = original.to(DTYPES[kept.dtype])
+    if tensor.is_floating_point() and not kept.dtype.startswith("F8"):
+        try:
+            check_finite(tensor)
+        except NumericalError as e:
+            cure = f"; it has values beyond that dtype, use {option('dtype', 'bfloat16')}"
+            cure = cure if original.isfinite().all() else ""
+            raise NumericalError(f"{quoted(kept.name)}: {e}{cure}") from e
+    return tensor

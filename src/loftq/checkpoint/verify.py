@@ -1,0 +1,134 @@
+"""``loftq verify`` and the reading side of ``loftq inspect``: a checkpoint examined without loading the model."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from loftq.checkpoint.assemble import ADAPTER
+from loftq.checkpoint.manifest import MANIFEST, read_manifest
+from loftq.errors import InputError, LoftqError, listed, quoted
+from loftq.formats import fsio, strict_json
+from loftq.formats.config import read_groups
+from loftq.formats.regular import shown
+from loftq.formats.source import check_link
+from loftq.formats.tensorfile import TensorFile, read_header, read_tensor
+from loftq.spec import QuantSpec, from_dict, stored_tensors
+
+NOTES = {"", ".md", ".png", ".pdf", ".svg"}  # endings of files that no loader reads: people may add them
+TRAINED = re.compile(r"checkpoint-\d+")  # what a Trainer puts beside the model that it trains
+
+
+def verify(directory: Path) -> dict[str, Any]:
+    """Check hashes, headers, shapes and finiteness of every file; the manifest. InputError lists all that is wrong."""
+    manifest = read_manifest(directory)
+    problems = [p for name, digest in manifest["files"].items() for p in _file_problems(directory, name, digest)]
+    problems += _strangers(directory, manifest["files"])
+    if not problems:
+        files = [read_header(directory / name) for name in manifest["files"] if name.endswith(".safetensors")]
+        tensors = {t.name: (t.dtype, t.shape) for f in files for t in f.tensors.values()}
+        problems = [p for m in manifest["plan"]["matrices"] for p in _matrix_problems(m, tensors, manifest)]
+        problems += [p for f in files for p in _values_problems(f)]
+    if problems:
+        raise InputError(f"{shown(directory)}: {listed(problems)}; make it again, or download it again")
+    if _is_packed(manifest):
+        _check_config(directory, manifest)
+    return manifest
+
+
+def _is_packed(manifest: dict[str, Any]) -> bool:
+    return manifest["identity"]["options"]["format"] == "loftq"
+
+
+def _strangers(directory: Path, named: Mapping[str, Any]) -> Iterator[str]:
+    """What lies in the directory, at any depth, and does not belong there: files that the manifest does not name, of
+    which a loader may take one for a part of the checkpoint; links to directories or out of it; pipes and devices.
+
+    Hidden names are no loader's business.
+    """
+    left = [directory]
+    while left:
+        with os.scandir(left.pop()) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+        for entry in found:
+            path = Path(entry.path)
+            name = path.relative_to(directory).as_posix()
+            if entry.name.startswith(".") or (TRAINED.fullmatch(name) and entry.is_dir(follow_symlinks=False)):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                left.append(path)
+            elif name not in named and name != MANIFEST:
+                if not entry.is_file(follow_symlinks=False):
+                    yield f"{quoted(name)}: {_kind(path)}, and not in the manifest"
+                elif path.suffix not in NOTES:
+                    yield f"{quoted(name)}: not in the manifest"
+
+
+def _kind(path: Path) -> str:
+    if path.is_symlink():
+        return "a link"
+    return "a directory" if path.is_dir() else "a file" if path.is_file() else "a pipe, device or socket"
+
+
+def _file_problems(directory: Path, name: str, wanted: Mapping[str, Any]) -> list[str]:
+    path = directory / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return [f"{quoted(name)}: not a name inside the directory"]
+    if not os.path.lexists(path):
+        return [f"{quoted(name)}: missing"]
+    try:
+        check_link(path, directory)
+        if not path.is_file():
+            return [f"{quoted(name)}: {_kind(path)} where a file should be"]
+        if path.stat().st_size != wanted["size"]:
+            return [f"{quoted(name)}: {path.stat().st_size} bytes, the manifest says {wanted['size']}"]
+        same = fsio.sha256_file(path).sha256 == wanted["sha256"]
+    except LoftqError as e:
+        return [str(e).removeprefix(f"{shown(directory)}/")]
+    return [] if same else [f"{quoted(name)}: its bytes have changed (sha256)"]
+
+
+def _matrix_problems(matrix: dict[str, Any], tensors: dict[str, tuple], manifest: dict[str, Any]) -> list[str]:
+    """Tensors of a matrix and its adapter that are missing or have another shape than the plan says."""
+    rows, columns = matrix["shape"]
+    rank, problems = matrix["rank"], []
+    factors = {(rank, columns), (rows, rank)} if matrix["kind"] != "embedding" else {(rank, rows), (columns, rank)}
+    stem = f"base_model.model.{matrix['module']}"
+    names = (f"{stem}.lora_A.weight", f"{stem}.lora_embedding_A")
+    if not any(name in tensors and tensors[name][1] in factors for name in names):
+        problems.append(f"{ADAPTER}: no adapter of rank {rank} for {quoted(matrix['module'])}")
+    if _is_packed(manifest):
+        layout = stored_tensors(from_dict(QuantSpec, matrix["quant"]), rows, columns)
+        for suffix, wanted in layout.items():
+            name = matrix["name"].removesuffix("weight") + suffix
+            if tensors.get(name) != wanted:
+                problems.append(f"{quoted(name)}: found {tensors.get(name, 'nothing')}, the plan says {wanted}")
+    return problems
+
+
+def _values_problems(file: TensorFile) -> list[str]:
+    problems = []
+    for info in file.tensors.values():
+        if info.dtype in ("F16", "BF16", "F32", "F64"):
+            tensor = read_tensor(info, file.stamp)
+            if not tensor.isfinite().all():
+                problems.append(f"{quoted(info.name)}: not finite")
+    return problems
+
+
+def _check_config(directory: Path, manifest: dict[str, Any]) -> None:
+    """The packed modules of ``config.json`` are those of the plan, with the same specs."""
+    path = directory / "config.json"
+    config = strict_json.load_object(path, special=True)
+    try:
+        groups = read_groups(config.get("quantization_config"))
+    except InputError as e:
+        raise InputError(f"{shown(path)}: {e}") from e
+    listed_there = {(module, group.quant) for group in groups for module in group.modules}
+    planned = {(m["module"], from_dict(QuantSpec, m["quant"])) for m in manifest["plan"]["matrices"]}
+    if listed_there != planned:
+        odd = sorted(module for module, _ in listed_there ^ planned)
+        raise InputError(
+            f"{shown(directory / 'config.json')}: the packed modules are not those of the plan: {listed(odd)}"
+        )

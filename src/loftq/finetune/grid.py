@@ -1,0 +1,190 @@
+"""The grid of a comparison: its arms, learning rates and seeds, and the order in which they are run.
+
+The ``compare`` section of a recipe::
+
+    compare:
+      seeds: [0, 1, 2]
+      learning_rates: [1.0e-4, 5.0e-4]        # default: the recipe's own
+      arms:                                   # each block stands for the product of its lists
+        - {method: full, learning_rates: [5.0e-5], seeds: [0]}
+        - {method: [qlora, loftq], quantization.bits: [4, 2], lora.rank: 16}
+
+An arm is a way to fine-tune. It may change the method, ``quantization.*`` and ``lora.*``, and have learning rates and
+seeds of its own; data, their order, steps and batch are the recipe's, so they are equal for all arms.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from loftq.errors import UsageError, quoted
+from loftq.finetune.comparison import chosen_rate
+from loftq.finetune.inputs import NOT_ESSENTIAL, held
+from loftq.finetune.recipe import Quantization, Recipe, Strict, section
+from loftq.spec import BITS, code_for
+
+
+class Open(Strict):
+    """What a comparison varies within an arm."""
+
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    learning_rates: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = None
+
+
+class Section(Open):
+    """What may stand under ``compare``."""
+
+    arms: Annotated[list[dict[str, Any]], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to fine-tune: a recipe whose learning rate and seed are still open.
+
+    The first seed chooses one of the learning rates, the other seeds repeat it.
+    """
+
+    recipe: Recipe
+    learning_rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+
+    def __len__(self) -> int:
+        """The number of runs."""
+        return len(self.learning_rates) + len(self.seeds) - 1
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Names the arm in the rows; equal for equal arms, whatever the seed and the learning rate."""
+        return self.digest(seed=0, learning_rate=1.0)
+
+    def digest(self, *, seed: int, learning_rate: float) -> str:
+        """Twelve digits for everything that the result of a run depends on."""
+        return digest(self.recipe.changed(**{"seed": seed, "training.learning_rate": learning_rate}), self.held)
+
+    @functools.cached_property
+    def held(self) -> dict[str, Any]:
+        """What the files of model and data held when this was first asked."""
+        return held(self.recipe)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fine-tuning: an arm with a learning rate and a seed. ``key`` identifies its row."""
+
+    arm: Arm
+    learning_rate: float
+    seed: int
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.arm.recipe.changed(**{"seed": self.seed, "training.learning_rate": self.learning_rate})
+
+    @functools.cached_property
+    def key(self) -> str:
+        return self.arm.digest(seed=self.seed, learning_rate=self.learning_rate)
+
+
+def grid(recipe: Recipe) -> tuple[Arm, ...]:
+    """The arms that the ``compare`` section of a recipe stands for.
+
+    Raises: UsageError for a recipe without one, for keys an arm may not set, and whatever a recipe itself refuses.
+    """
+    if recipe.compare is None:
+        raise UsageError("the recipe has no section compare; give it arms: [{method: [lora, qlora, loftq]}]")
+    parsed = section(Section, recipe.compare, "compare")
+    arms: dict[str, Arm] = {}
+    for number, block in enumerate(parsed.arms, 1):
+        for arm in _arms(recipe, block, parsed, f"compare.arms, block {number}"):
+            known = arms.setdefault(arm.key, arm)
+            if (known.learning_rates, known.seeds) != (arm.learning_rates, arm.seeds):
+                raise UsageError(
+                    f"compare.arms, block {number}: an arm of an earlier block again ({arm.recipe.method}), with other "
+                    "learning_rates or seeds; give all of an arm's in one block"
+                )
+    return tuple(arms.values())
+
+
+def schedule(grids: Sequence[Sequence[Arm]], rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Run]:
+    """Every run, in an order in which an interrupted comparison is already a balanced one.
+
+    First all arms of all grids with their first seed and first learning rate, then with the second rate, and so on;
+    then, with the rate that did best, seed by seed. ``rows`` (key of a run -> its row) is read when the rates are
+    chosen: the further seeds of an arm come only if the rows of all its rates are there by then.
+    """
+    arms = [arm for g in grids for arm in g]
+    for i in range(max(len(arm.learning_rates) for arm in arms)):
+        yield from (Run(arm, arm.learning_rates[i], arm.seeds[0]) for arm in arms if i < len(arm.learning_rates))
+    for j in range(1, max(len(arm.seeds) for arm in arms)):
+        for arm in arms:
+            rate = _best(arm, rows) if j < len(arm.seeds) else None
+            if rate is not None:
+                yield Run(arm, rate, arm.seeds[j])
+
+
+def digest(recipe: Recipe, held: Mapping[str, Any]) -> str:
+    """Twelve digits for everything that a run's result depends on; of local files what they hold, not their place.
+
+    A value equal to its default does not count, so that rows outlive a new key; a changed default makes them wrong, but
+    for the solver's, which all count.
+    """
+    values = recipe.model_dump(mode="json", exclude_none=True, exclude_defaults=True, exclude={*NOT_ESSENTIAL, "model"})
+    if recipe.method == "loftq":  # the solver as it is, for presets and defaults may change
+        given = recipe.quantization or Quantization()
+        spec = given.solver("loftq")
+        values["solver"] = {**asdict(spec), "codes": [code_for(given.code, bits, spec.scales) for bits in BITS]}
+    values["data"] = recipe.data.model_dump(include={"max_train_samples", "max_eval_samples"}, exclude_none=True)
+    values.get("quantization", {}).pop("calibrate", None)
+    text = json.dumps({**values, "held": held}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _best(arm: Arm, rows: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """The rate for further seeds; None while rows are missing."""
+    first = [rows.get(Run(arm, rate, arm.seeds[0]).key) for rate in arm.learning_rates]
+    return chosen_rate([row for row in first if row]) if all(first) else None
+
+
+def _own_rate(recipe: Recipe) -> list[float]:
+    from transformers import TrainingArguments
+
+    return [recipe.training.get("learning_rate", TrainingArguments.learning_rate)]
+
+
+def _arms(recipe: Recipe, block: Mapping[str, Any], given: Open, place: str) -> Iterator[Arm]:
+    """The product of the lists of a block, each a recipe."""
+    own = section(Open, {key: block[key] for key in Open.model_fields if key in block}, place)
+    rates = own.learning_rates or given.learning_rates or _own_rate(recipe)
+    seeds = own.seeds or given.seeds or [0, 1, 2]
+    axes = {k: v if isinstance(v, list) else [v] for k, v in block.items() if k not in Open.model_fields}
+    for key, values in axes.items():
+        if key != "method" and key.partition(".")[0] not in ("quantization", "lora"):
+            raise UsageError(
+                f"{place}: {quoted(key)} cannot differ between arms, only method, quantization.*, lora.*, "
+                "learning_rates and seeds can; set it in the recipe, for all arms alike"
+            )
+        if not values:
+            raise UsageError(f"{place}: {quoted(key)} is an empty list")
+    for combination in itertools.product(*axes.values()):
+        changed = recipe.changed(**dict(zip(axes, combination, strict=True)))
+        yield Arm(essential(changed), tuple(dict.fromkeys(map(float, rates))), tuple(dict.fromkeys(seeds)))
+
+
+def essential(recipe: Recipe) -> Recipe:
+    """The recipe without what its method has no use for, so that two arms which differ only in that are one arm."""
+    if recipe.method == "full":
+        return recipe.changed(quantization=None, lora={})
+    if recipe.method == "qlora":
+        unused = dict.fromkeys(("quantization.order", "quantization.preset", "quantization.calibrate"))
+        defaults = {"quantization.steps": 0, "quantization.svd": "auto", "quantization.calibration_samples": 128}
+        return recipe.changed(**unused, **defaults)
+    if recipe.method == "lora" and recipe.quantization:
+        given = recipe.quantization  # decides which modules get an adapter; widths do only where a pattern leaves some
+        kept = {"embeddings": given.embeddings, "min_coverage": given.min_coverage}
+        return recipe.changed(quantization={**kept, "bits": given.bits} if "=" in given.bits else kept)
+    return recipe

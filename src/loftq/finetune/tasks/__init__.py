@@ -1,0 +1,114 @@
+"""Tasks: data set, prompt, preprocessing and metric, one file each; and a user's own data sets by naming columns."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from loftq.errors import UsageError, listed, quoted
+from loftq.finetune.tasks import (
+    anli,
+    cnn_dailymail,
+    cola,
+    gsm8k,
+    mnli,
+    mrpc,
+    qnli,
+    qqp,
+    rte,
+    squad,
+    sst2,
+    stsb,
+    wikitext2,
+    xsum,
+)
+from loftq.finetune.tasks.base import Limits, Measuring, Task
+from loftq.finetune.tasks.data import available_splits, load_data, named_files
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["Limits", "Task", "available_splits", "get_task", "load_data", "named_files", "names", "score"]
+
+_TASKS: dict[str, Task] = {
+    module.TASK.name: module.TASK
+    for module in (
+        anli,
+        cnn_dailymail,
+        cola,
+        gsm8k,
+        mnli,
+        mrpc,
+        qnli,
+        qqp,
+        rte,
+        squad,
+        sst2,
+        stsb,
+        wikitext2,
+        xsum,
+    )
+}
+
+
+def names() -> tuple[str, ...]:
+    """The names of the tasks that come with the package."""
+    return tuple(_TASKS)
+
+
+def get_task(
+    spec: str | Mapping[str, Any],
+    *,
+    max_length: int | None = None,
+    max_target_length: int | None = None,
+    doc_stride: int | None = None,
+) -> Task:
+    """The task of a name, or that of a mapping which names the columns of a data set (``docs/tasks.md``).
+
+    Args:
+        max_length, max_target_length, doc_stride: lengths in tokens, in place of the task's own.
+
+    Raises: UsageError for an unknown name, a mapping with anything wrong in it, or a length the task does not have.
+    """
+    if isinstance(spec, str):
+        if spec not in _TASKS:
+            raise UsageError(f"task: {quoted(repr(spec))} is not one of {listed(_TASKS, 20)}, nor a mapping of columns")
+        task = _TASKS[spec]
+    else:
+        from loftq.finetune.tasks.own import own_task
+
+        task = own_task(spec)
+    return task.limited(max_length=max_length, max_target_length=max_target_length, doc_stride=doc_stride)
+
+
+def score(
+    task: Task,
+    model: Any,
+    tokenizer: Any,
+    dataset: "Dataset",
+    *,
+    batch_size: int = 32,
+    generation: str | Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Every metric of the task for a model, and ``n``, the number of rows. Shares are in percent.
+
+    The model is used where it is, without gradients, and left in the mode it was in. In a distributed run every process
+    calls this with all of the rows, and gets the same.
+
+    Args:
+        dataset: one split, as ``load_data`` gave it.
+        batch_size: rows at a time; it changes the last digits, not the meaning.
+        generation: see ``Task.generation_options``; for tasks that generate text.
+
+    Raises: NumericalError if what the model puts out is not finite; UsageError if the task's lengths do not fit it.
+    """
+    import torch
+
+    task.check(model.config)
+    options = Measuring(batch_size, task.generation_options(generation), progress)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return {**task.measure(model, tokenizer, dataset, options), "n": len(dataset)}
+    finally:
+        model.train(training)

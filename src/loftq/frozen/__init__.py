@@ -1,0 +1,1 @@
+"""The initialization for a model that is quantized already."""

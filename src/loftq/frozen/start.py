@@ -1,0 +1,236 @@
+"""``loftq start``: an adapter directory for a model that is quantized already, from the original weights on disk.
+
+The base is loaded, the original read matrix by matrix. Every layer's factors are put into ``OUTPUT.loftq-partial`` once
+they are known, and the same command continues from there. One rename then makes ``OUTPUT`` of all of them, which is
+absent or complete whatever happens.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, ValidationError
+
+from loftq.checkpoint.assemble import source_identity
+from loftq.checkpoint.manifest import Count, FileRow, Name, Number, Part, Shape
+from loftq.checkpoint.output_dir import already_done, check_places, claim, is_ours, publish
+from loftq.checkpoint.shards import Workspace
+from loftq.errors import InputError, LoftqError, StorageError, UsageError, option, quoted
+from loftq.formats import fsio, hashed_json
+from loftq.formats.regular import local_path, shown
+from loftq.formats.tensorfile import Entry, dtype_name, encode_header, read_chunks, read_header, tensor_bytes
+from loftq.frozen.replace import Begin, FitOptions, Layer, Original, fit, summary
+from loftq.numerics.device import check_device
+from loftq.plan import Matrix, Plan, Policy
+from loftq.sources.checkpoint import Source, open_source, resolve
+from loftq.version import __version__
+
+REPORT = "loftq_start.json"
+
+
+class _LayerRow(Part):
+    name: Name
+    shape: Shape
+    rank: Count
+    errors: Annotated[list[Number], Field(min_length=2, max_length=2)]
+    reason: str
+
+
+class _Report(Part):
+    identity: dict[str, Any]
+    files: dict[str, FileRow]
+    layers: list[_LayerRow]
+    error_before: Number
+    error: Number
+    output_error_before: Number | None = None
+    output_error: Number | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOptions:
+    """What to make.
+
+    Attributes:
+        policy: which matrices get an adapter, of which rank and scaling; its widths and codes do not matter here.
+        base_revision, revision: branch, tag or commit of the base and of the original, where they are hub ids.
+    """
+
+    policy: Policy = field(default_factory=Policy)
+    fit: FitOptions = field(default_factory=FitOptions)
+    device: str = "cpu"
+    base_revision: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+
+
+def start(base: str, weights: str, output: Path, options: StartOptions, begin: Begin) -> dict[str, Any]:
+    """Make the adapter directory ``output``; its report: that of :func:`loftq.frozen.replace.summary`, and options.
+
+    Args:
+        base: directory or hub id of the frozen model, in any quantization that transformers loads on this machine.
+        weights: directory or hub id of the original.
+
+    Raises: ConflictError if ``output`` is taken; InputError if ``weights`` is not the original of ``base``.
+    """
+    from loftq.frozen.layers import load
+
+    check_device(options.device)
+    output = Path(os.path.realpath(local_path(option("output"), output)))
+    work = Workspace(output)
+    source, directory = open_source(weights, options.policy, options.revision), resolve(base, options.base_revision)
+    for place in (source.directory, directory):
+        check_places(place, work, output)
+    identity = _identity(source, directory, options)
+    done = already_done(output, identity, False, REPORT, _checked)
+    if done and not (work.root.exists() and is_ours(work, identity)):  # nothing to clean away
+        return done
+    if not done:
+        model = load(directory, options.device)
+        plan = _located(source, model)
+        name = str(directory.resolve()) if Path(base).expanduser().exists() else base
+        config = _adapter_config(plan, source, model, name, options)
+    fsio.make_dirs(work.root)
+    with fsio.DirectoryLock(work.lock):
+        done = done or already_done(output, identity, False, REPORT, _checked)  # another process may have finished
+        if not done:
+            claim(work, identity, source.directory)
+            try:
+                found = _solve(plan, source, model, options.fit, work, begin)  # type: ignore[possibly-undefined]
+            except LoftqError as e:
+                if not isinstance(e, StorageError):  # else the same command continues
+                    fsio.remove_tree(work.root)
+                raise
+            done = _publish(work, output, plan, config, {"identity": identity, **found})  # type: ignore[possibly-undefined]
+        if is_ours(work, identity):
+            fsio.remove_tree(work.root)
+    return done
+
+
+def _identity(source: Source, base: Path, options: StartOptions) -> dict[str, Any]:
+    """Everything that the bytes of the result depend on."""
+    files = sorted(p for p in base.iterdir() if p.suffix in (".safetensors", ".bin", ".json") and p.is_file())
+    return {
+        "source": source_identity(source),
+        "base": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
+        "plan": source.plan.digest(),
+        "options": {
+            **options.policy.to_dict(),
+            "svd": options.fit.svd,
+            "seed": options.fit.seed,
+            "device": options.device.partition(":")[0],
+            "task_type": options.task_type,
+        },
+        **({"statistics": options.fit.statistics.identity} if options.fit.statistics else {}),
+        "loftq": __version__,
+        "torch": torch.__version__,
+    }
+
+
+def _located(source: Source, model: Any) -> Plan:
+    """The plan with the names that its modules have in the frozen model, which may have another head."""
+    from loftq.architecture.skeleton import spellings
+
+    modules = dict(model.named_modules())
+    matrices = []
+    for matrix in source.plan.matrices:
+        name = next((n for n in spellings(matrix.module, source.prefix) if n in modules), None)
+        if name is None:
+            raise InputError(
+                f"{quoted(matrix.module)}: {type(model).__name__} has no such module; another model's base?"
+            )
+        matrices.append(replace(matrix, module=name))
+    return replace(source.plan, matrices=tuple(matrices))
+
+
+def _adapter_config(plan: Plan, source: Source, model: Any, base: str, options: StartOptions) -> dict[str, Any]:
+    from transformers.pytorch_utils import Conv1D
+
+    from loftq.architecture.adapter import adapter_config, task_type
+
+    chosen = {m.module for m in plan.matrices}
+    others = [name for name, _ in model.named_modules() if name not in chosen]
+    task = options.task_type or task_type(model)
+    prefix = str(model.base_model_prefix)
+    try:
+        config = adapter_config(plan, [*others, *source.kept_modules], prefix, base, task)
+    except ValueError as e:
+        raise UsageError(f"{option('task_type')} {task!r}: {e}") from e
+    config["fan_in_fan_out"] = any(isinstance(model.get_submodule(name), Conv1D) for name in chosen)
+    return config
+
+
+def _solve(
+    plan: Plan, source: Source, model: Any, options: FitOptions, work: Workspace, begin: Begin
+) -> dict[str, Any]:
+    """Put every layer's factors into a file of its own, where they are not there yet; the summary of all layers."""
+    from loftq.architecture.adapter import adapter_tensors
+
+    records = [_finished(work, i, matrix) for i, matrix in enumerate(plan.matrices)]
+    advance = begin(len(records), sum(record is not None for record in records))
+    modules = {m.name: m.module for m in source.plan.matrices}  # as the original calls them
+    for i, matrix in enumerate(plan.matrices):
+        if records[i] is not None:
+            continue
+        original = Original(matrix.name, modules[matrix.name], matrix.dtype, matrix.shape, matrix.kind == "conv1d", "")
+        base = model.get_submodule(matrix.module)
+        layer = Layer(matrix.module, base, original, matrix.rank, plan.scaling(matrix))
+        fitted = fit(layer, source.checkpoint, options)
+        tensors = adapter_tensors(matrix, fitted.b.cpu(), fitted.a.cpu())
+        entries = [Entry(name, dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()]
+        piece = fsio.write_atomic(_piece(work, i), [encode_header(entries), *map(tensor_bytes, tensors.values())])
+        records[i] = hashed_json.write(_record(work, i), {"piece": asdict(piece), "report": fitted.report})
+        advance(fitted.report)
+    return summary([record["report"] for record in records if record], {})
+
+
+def _piece(work: Workspace, index: int) -> Path:
+    return work.units / f"{index:05d}.safetensors"
+
+
+def _record(work: Workspace, index: int) -> Path:
+    return work.units / f"{index:05d}.json"
+
+
+def _finished(work: Workspace, index: int, matrix: Matrix) -> dict[str, Any] | None:
+    """The record of a layer that is done; None if it, or what it is of, is missing or was changed."""
+    if not _record(work, index).exists():
+        return None
+    try:
+        record = hashed_json.load(_record(work, index))
+        whole = record["piece"] == asdict(fsio.sha256_file(_piece(work, index)))
+        return record if whole and record["report"]["name"] == matrix.module else None
+    except InputError:
+        return None
+
+
+def _publish(
+    work: Workspace, output: Path, plan: Plan, config: dict[str, Any], report: dict[str, Any]
+) -> dict[str, Any]:
+    """Make the adapter's files, the report last, and put them into their place; the report."""
+    pieces = [read_header(_piece(work, i)) for i in range(len(plan.matrices))]
+    infos = [(info, piece.stamp) for piece in pieces for info in piece.tensors.values()]
+
+    def contents() -> Iterator[bytes | memoryview]:
+        yield encode_header([Entry(info.name, info.dtype, info.shape) for info, _ in infos], {"format": "pt"})
+        for info, stamp in infos:
+            yield from read_chunks(info, stamp)
+
+    files = {
+        "adapter_model.safetensors": asdict(fsio.write_atomic(work.output / "adapter_model.safetensors", contents())),
+        "adapter_config.json": asdict(fsio.write_json(work.output / "adapter_config.json", config)),
+    }
+    made = hashed_json.write(work.output / REPORT, {"format_version": 1, **report, "files": files})
+    publish(work, output, {**files, REPORT: asdict(fsio.sha256_file(work.output / REPORT))}, overwrite=False)
+    return made
+
+
+def _checked(report: dict[str, Any], path: Path) -> dict[str, Any]:
+    """``report``, read from ``path``. InputError for one that ``loftq start`` did not write."""
+    try:
+        _Report.model_validate(report)
+    except ValidationError as e:
+        raise InputError(f"{shown(path)}: {e.error_count()} fields missing or not what they should be") from e
+    return report

@@ -1,0 +1,135 @@
+"""From the name a user gives to a checkpoint, its skeleton and its plan."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loftq import plan as planning
+from loftq.errors import InputError, StorageError, listed, quoted
+from loftq.formats.belongings import module_paths, not_fetched
+from loftq.formats.lookalikes import refuse_adapter
+from loftq.formats.regular import local_path, shown
+from loftq.formats.source import Checkpoint, is_quantized_source, open_checkpoint
+from loftq.plan import Plan, Policy, Role
+
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint with what the model says about it."""
+
+    directory: Path
+    hub_id: str | None  # None: a local directory
+    checkpoint: Checkpoint
+    plan: Plan
+    tensors: dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape
+    roles: dict[str, Role]
+    prefix: str  # of the base model
+    architecture: str
+    task_type: str | None  # PEFT's
+    modules: list[str]  # all of the model
+    kept_modules: list[str]  # those that an adapter could wrap and that are not quantized
+
+
+def open_source(model: str, policy: Policy, revision: str | None = None) -> Source:
+    """Headers, skeleton and plan of a local directory or a hub id. Reads no weights, so a budget is not spent yet."""
+    from loftq.architecture import skeleton
+    from loftq.architecture.adapter import task_type
+
+    directory = resolve(model, revision)
+    checkpoint, built = open_dense(directory)
+    tensors = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
+    roles = skeleton.roles(built, tensors)
+    plan = planning.make(tensors, roles, policy)
+    chosen = {m.module for m in plan.matrices}
+    return Source(
+        directory=directory,
+        hub_id=None if Path(model).expanduser().exists() else model,
+        checkpoint=checkpoint,
+        plan=plan,
+        tensors=tensors,
+        roles=roles,
+        prefix=str(built.base_model_prefix),
+        architecture=type(built).__name__,
+        task_type=task_type(built),
+        modules=[name for name, _ in built.named_modules()],
+        kept_modules=[m for m in skeleton.adaptable(built) if m not in chosen],
+    )
+
+
+def open_dense(directory: Path) -> tuple[Checkpoint, Any]:
+    """Headers and skeleton of a full-precision model, which fit each other: nothing of the backbone is missing."""
+    from loftq.architecture import presence, skeleton
+
+    checkpoint = open_checkpoint(directory)
+    refuse_adapter(directory)
+    method = is_quantized_source(checkpoint.tensors)
+    if method:
+        raise InputError(f"{directory}: already quantized with {method}; start from the full-precision checkpoint")
+    built = skeleton.build(directory, len(checkpoint.tensors))
+    presence.check_weights(built, {n: (t.dtype, t.shape) for n, t in checkpoint.tensors.items()}, directory)
+    return checkpoint, built
+
+
+def resolve(model: str, revision: str | None = None) -> Path:
+    """A local directory as it is; else a hub id, downloaded to the usual cache. A local path never uses the network."""
+    path = local_path("MODEL", model)
+    if path.exists():
+        refuse_no_files(path)
+        return path
+    if not HUB_ID.fullmatch(model):
+        raise InputError(f"{quoted(model)}: no such directory, and not a hub id like 'org/name'")
+    import huggingface_hub
+
+    def download(**patterns: Any) -> Path:
+        return Path(huggingface_hub.snapshot_download(model, revision=revision, **patterns))
+
+    try:
+        directory = download(ignore_patterns=not_fetched(".safetensors"))
+        if not any(directory.glob("*.safetensors")):
+            directory = download(ignore_patterns=not_fetched(".bin"))
+        modules = [f"{path}/*" for path in module_paths(directory)]
+        if modules:
+            download(allow_patterns=modules, ignore_patterns=not_fetched(".safetensors", ".bin"))
+    except InputError:
+        raise
+    except Exception as e:  # the many ways in which a network or a hub says no
+        line = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise StorageError(
+            f"{quoted(model)}: no such directory, and not to be had from the hub ({quoted(line, 200)}); "
+            "check the spelling, the network, or `hf auth login`"
+        ) from e
+    return directory
+
+
+def refuse_no_files(directory: Path) -> None:
+    """InputError for a pipe or a device in a directory: transformers would open it by its name, and never return."""
+    names = sorted(directory.iterdir()) if directory.is_dir() else []
+    odd = [path.name for path in names if path.exists() and not (path.is_file() or path.is_dir())]
+    if odd:
+        raise InputError(f"{shown(directory)}: {listed(odd)}: not a regular file; remove it")
+
+
+def plan_table(plan: Plan) -> list[dict[str, Any]]:
+    """One row per tensor, for printing or JSON."""
+    rows: list[dict[str, Any]] = [
+        {
+            "name": m.name,
+            "action": "quantize",
+            "shape": list(m.shape),
+            "kind": m.kind,
+            "bits": m.quant.bits,
+            "code": m.quant.code,
+            "block_size": m.quant.block_size,
+            "rank": m.rank,
+            "bytes": m.bytes,
+        }
+        for m in plan.matrices
+    ]
+    kept = [
+        {"name": k.name, "action": "keep", "shape": list(k.shape), "bytes": k.bytes, "reason": k.reason}
+        for k in plan.kept
+    ]
+    return rows + kept
