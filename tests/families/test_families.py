@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from loftq.nn import skeleton
+from loftq.architecture import skeleton
 from loftq.nn.layers import LoftQEmbedding, LoftQLinear
 from models import DENSE, FAMILIES, close, outputs, packed, same, tensors, tiny, written
 
