@@ -3,15 +3,18 @@
 A block with a title, as in ``python title="needs the hub"``, needs what tests do not have: it is only compiled.
 """
 
+import doctest
 import json
 import re
 from pathlib import Path
 
+import peft
 import pytest
 import tokenizers
 import torch
 import transformers
 
+import loftq
 import models
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +80,26 @@ def test_examples_run(page, sources, tmp_path, monkeypatch):
         code = compile("\n" * line + block["code"], str(page), "exec")
         if "title=" not in block["about"]:
             exec(code, names)
+
+
+EXAMPLES = {
+    name: "".join(example.source for example in doctest.DocTestParser().get_examples(getattr(loftq, name).__doc__))
+    for name in loftq.__all__
+}
+
+
+@pytest.mark.parametrize("name", [name for name, code in EXAMPLES.items() if code])
+def test_examples_of_docstrings_run(name, sources, monkeypatch):
+    """They stand in the reference; what they have not made themselves is given."""
+    monkeypatch.chdir(sources)
+    names = {name: getattr(loftq, name), "loftq": loftq, "torch": torch, "peft": peft, "LoraConfig": peft.LoraConfig}
+    names["AutoModelForCausalLM"] = transformers.AutoModelForCausalLM
+    names["BitsAndBytesConfig"] = lambda *_: transformers.BitsAndBytesConfig(
+        load_in_4bit=True
+    )  # examples leave it open
+    names["model"] = transformers.AutoModelForCausalLM.from_pretrained("org/model")
+    names["tokenizer"] = transformers.AutoTokenizer.from_pretrained("org/model")
+    exec(EXAMPLES[name], names)
 
 
 def test_readme_is_short():
