@@ -1,7 +1,7 @@
 # make demo   the main job on real weights, in an environment of its own
 # make test   the test suite, likewise
 # make bench  speed against named peers (40 minutes on a quiet machine, 17 GB of disk), and the tables in docs/performance.md
-# make docs   the documentation site, in site/; links and references are strict
+# make docs   the documentation site, in site/; links, references and commands are checked
 # make serve  the same at http://127.0.0.1:8000, built again when a page changes
 # make check  what a change must pass: format, lint, types, import contract, tests
 

@@ -1,6 +1,8 @@
 """What the site takes from the repository as it is: its own pages outside docs/, decisions, public names, and help."""
 
 import ast
+import functools
+import logging
 import os
 import re
 import subprocess
@@ -22,6 +24,8 @@ OUTSIDE = {  # page of the site: file of the repository
     "examples/compare-sst2.md": "recipes/examples/compare-sst2.yaml",
 }
 LANGUAGES = {".py": "python", ".yaml": "yaml"}
+HISTORY = ("changelog.md", "decisions/", "experiments.md")  # what they say was true once
+log = logging.getLogger("mkdocs.hooks")
 
 
 def decisions() -> dict[str, str]:
@@ -56,6 +60,8 @@ def on_page_markdown(text: str, page: Any, config: Any, files: Files) -> str:
     """Links as the site has them, and the lists that are made of the repository."""
     source = OUTSIDE.get(page.file.src_uri, f"docs/{page.file.src_uri}")
     text = re.sub(r"\]\((?!\w+:|#)([^)#\s]+)", lambda m: f"]({_link(m[1], source, page.file.src_uri)}", text)
+    if not page.file.src_uri.startswith(HISTORY):
+        _check_commands(text, page.file.src_uri)
     text = text.replace("<!-- decisions -->", "\n".join(f"- [{t}]({p[10:]})" for p, t in decisions().items()))
     text = text.replace("<!-- calls -->", _references(str.islower))
     text = text.replace("<!-- classes -->", _references(lambda name: not name.islower()))
@@ -87,10 +93,32 @@ def _references(wanted: Any) -> str:
     raise SystemExit("src/loftq/__init__.py has no __all__")
 
 
+@functools.cache
+def _verbs() -> dict[str, str]:
+    """Verb -> its help, in the order of the command line."""
+    verbs = re.findall(r"^  ([a-z]\S*)", _run("--help").partition("Commands:")[2], re.MULTILINE)
+    return {verb: _run(verb, "--help") for verb in verbs}
+
+
+def _check_commands(text: str, page: str) -> None:
+    """Every command of a page names a verb and options that there are."""
+    for verb, rest in re.findall(r"\bloftq ([a-z]+) ((?:[^\n`#\\]|\\\n)*)", "\n".join(_codes(text))):
+        if verb not in _verbs():
+            log.warning(f"{page}: there is no command `loftq {verb}`")
+        for option in re.findall(r"(?<!\S)--?[a-z][a-z0-9-]*", rest):
+            if not re.search(rf"(?<!\S){option}\b(?!-)", _verbs().get(verb, option)):
+                log.warning(f"{page}: `loftq {verb}` has no option {option}")
+
+
+def _codes(text: str) -> list[str]:
+    """What stands in code: blocks without a language, and between backticks."""
+    blocks = re.findall(r"^```\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [*blocks, *re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)]
+
+
 def _help() -> str:
     """The help of every verb: what the command line prints, as text and lists."""
-    verbs = re.findall(r"^  ([a-z]\S*)", _run("--help").partition("Commands:")[2], re.MULTILINE)
-    return "\n\n".join(f"## loftq {verb}\n\n{_markdown(_run(verb, '--help'))}" for verb in verbs)
+    return "\n\n".join(f"## loftq {verb}\n\n{_markdown(text)}" for verb, text in _verbs().items())
 
 
 def _markdown(text: str) -> str:
