@@ -22,10 +22,10 @@ import torch
 
 from fitted import RANK, STEPS, Model, minilm
 from harness import ROOT, environment
-from loftq import plan as planning
+from loftq import planning
 from loftq.checkpoint.curves import Curves, measured
 from loftq.numerics import dequantize
-from loftq.plan import Plan, Policy
+from loftq.planning import Plan, Policy
 from loftq.solver import solve
 from loftq.sources.checkpoint import Source, open_source
 from loftq.spec import SolveSpec

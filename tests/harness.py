@@ -27,7 +27,7 @@ import models
 from loftq.architecture import skeleton
 from loftq.checkpoint.quantize import QuantizeOptions, quantize
 from loftq.formats import fsio
-from loftq.plan import Policy
+from loftq.planning import Policy
 from loftq.spec import QuantSpec, SolveSpec
 
 torch.set_num_threads(1)  # OpenMP's threads do not survive a fork

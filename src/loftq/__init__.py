@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from loftq.adapters.start import load_start
     from loftq.api import calibrate, get_peft_model, quantize, quantize_weight, replace_lora_weights
     from loftq.formats.statistics import Statistics
-    from loftq.plan import Policy
+    from loftq.planning import Policy
     from loftq.solver import Solution, solve
     from loftq.spec import QuantSpec, SolveSpec
 
 _PUBLIC = {
-    "Policy": "loftq.plan",
+    "Policy": "loftq.planning",
     "QuantSpec": "loftq.spec",
     "SolveSpec": "loftq.spec",
     "Solution": "loftq.solver",

@@ -19,7 +19,7 @@ from loftq.errors import UsageError, check_names, checks_names
 from loftq.formats.statistics import Statistics
 from loftq.frozen.replace import FitOptions, replace
 from loftq.numerics import Moments
-from loftq.plan import Matrix, Policy
+from loftq.planning import Matrix, Policy
 from loftq.solver import Solution, checked, solve
 from loftq.sources.checkpoint import resolve
 from loftq.spec import QuantSpec, SolveSpec, check_statistics, check_whole, code_for, solve_spec

@@ -11,7 +11,7 @@ import loftq
 from loftq.architecture import skeleton
 from loftq.architecture.adapter import refusal
 from loftq.architecture.reads import readers
-from loftq.plan import Policy, make
+from loftq.planning import Policy, make
 from models import LLAMA, VOCAB, close, packed, quantize, substituted, written
 
 SIZES = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2}

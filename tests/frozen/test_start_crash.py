@@ -12,7 +12,7 @@ import models
 from harness import Child, hooked, one_skeleton, tree
 from loftq.errors import ConflictError
 from loftq.frozen import start as module
-from loftq.plan import Policy
+from loftq.planning import Policy
 
 LOST = 9
 LAYERS = 2

@@ -9,7 +9,18 @@ import pytest
 from test_plan import PROJECTIONS, model
 
 from loftq.errors import UsageError
-from loftq.plan import Choice, Policy, allocate, candidates, first_layers, frontier, limit, make, mean_bits, parse_size
+from loftq.planning import (
+    Choice,
+    Policy,
+    allocate,
+    candidates,
+    first_layers,
+    frontier,
+    limit,
+    make,
+    mean_bits,
+    parse_size,
+)
 from loftq.spec import QuantSpec, stored_bytes
 
 

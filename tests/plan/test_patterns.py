@@ -3,8 +3,8 @@
 import pytest
 
 from loftq.errors import UsageError
-from loftq.plan import parse_rules
-from loftq.plan.patterns import matches
+from loftq.planning import parse_rules
+from loftq.planning.patterns import matches
 
 
 def rules(text):

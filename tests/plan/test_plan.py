@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from loftq.errors import InputError, UsageError
-from loftq.plan import Policy, Role, Stack, make, natural, nominal_bits, target_suffixes
+from loftq.planning import Policy, Role, Stack, make, natural, nominal_bits, target_suffixes
 from loftq.spec import QuantSpec, SolveSpec, stored_bytes
 
 PROJECTIONS = {

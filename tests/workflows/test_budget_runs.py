@@ -20,7 +20,7 @@ from loftq.checkpoint.verify import verify
 from loftq.errors import ConflictError, NumericalError, StorageError, UsageError
 from loftq.formats.statistics import Group, Statistics
 from loftq.numerics import Metric, Moments
-from loftq.plan import frontier
+from loftq.planning import frontier
 from loftq.sources.checkpoint import open_source
 from models import close, outputs, substituted, tensors, tiny, written
 

@@ -13,7 +13,7 @@ import loftq
 from harness import POLICY, cli, one_skeleton, refused, run
 from loftq.checkpoint.verify import verify
 from loftq.errors import NumericalError, UsageError
-from loftq.plan import Policy
+from loftq.planning import Policy
 from models import close, outputs, quantize, tensors, tiny
 
 ROUNDED = dataclasses.replace(POLICY, dtype="auto", adapter_dtype="bfloat16")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import reader
 from harness import EXACT, cli, one_skeleton, refused, run, tiny_source
-from loftq.plan import Policy
+from loftq.planning import Policy
 from loftq.spec import SolveSpec
 from models import GPT2, LLAMA
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loftq import plan as planning
+from loftq import planning
 from loftq.adapters.start import wrap
 from loftq.architecture import skeleton
 from loftq.architecture.adapter import adapter_config, adapter_tensors
@@ -16,7 +16,7 @@ from loftq.formats.tensorfile import dtype_name
 from loftq.nn.hf import mark_quantized
 from loftq.nn.layers import PackedWeight, pack_like, replace_module
 from loftq.numerics import encode
-from loftq.plan import Matrix, Plan, Policy
+from loftq.planning import Matrix, Plan, Policy
 from loftq.solver import Solution, check_finite, ordered_map, solve, workers_for
 from loftq.spec import check_statistics
 
@@ -33,7 +33,7 @@ def convert(
 ) -> tuple[nn.Module, Plan]:
     """Replace the planned layers of ``model`` by packed ones, and wrap it with the LoftQ start as ``default`` adapter.
 
-    Raises: UsageError for a model that cannot be converted; what :func:`loftq.plan.make` raises; NumericalError for
+    Raises: UsageError for a model that cannot be converted; what :func:`loftq.planning.make` raises; NumericalError for
         weights that are not finite. ``model`` is then unchanged; not if a matrix cannot be solved.
     """
     _check_model(model)

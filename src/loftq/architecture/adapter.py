@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from loftq.errors import quoted
-from loftq.plan import Matrix, Plan, target_suffixes
+from loftq.planning import Matrix, Plan, target_suffixes
 
 # What PEFT's model of a task hands on by name, whether the user gave it or not, and the class must know.
 HANDED_ON = {

@@ -17,7 +17,7 @@ from loftq.architecture.skeleton import one_line, output_head, renamer
 from loftq.errors import InputError, listed, quoted
 from loftq.formats.regular import shown
 from loftq.formats.tensorfile import DTYPES
-from loftq.plan import HEADS, natural
+from loftq.planning import HEADS, natural
 
 # What wraps a module in training, by the part that it adds to the names of the tensors, and how to save without it.
 WRAPPERS = {

@@ -14,7 +14,7 @@ from loftq.architecture.adapter import refusal
 from loftq.architecture.reads import readers
 from loftq.errors import InputError, quoted
 from loftq.formats import strict_json
-from loftq.plan import Role, Stack
+from loftq.planning import Role, Stack
 
 # Keys that steer transformers from inside a config file (CVE-2026-4372), with and without the underscore of their
 # private twins; never taken from a checkpoint.

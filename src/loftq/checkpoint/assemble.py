@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from loftq import plan as planning
+from loftq import planning
 from loftq.adapters import bases
 from loftq.architecture.adapter import adapter_config
 from loftq.architecture.skeleton import without_internal_keys

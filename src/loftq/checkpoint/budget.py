@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loftq import plan as planning
+from loftq import planning
 from loftq.checkpoint.curves import Curves, check_place, measured
 from loftq.errors import UsageError, option
 from loftq.formats.statistics import Statistics
-from loftq.plan import Choice, Plan, Policy
+from loftq.planning import Choice, Plan, Policy
 from loftq.sources.checkpoint import Source
 
 BETWEEN = 64  # amounts, evenly spaced, that the frontier shows beside the path

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from loftq import plan as planning
+from loftq import planning
 from loftq.checkpoint.assemble import source_identity
 from loftq.checkpoint.shards import naming, oriented
 from loftq.errors import ConflictError, LoftqError, StorageError, listed, option, quoted
@@ -24,7 +24,7 @@ from loftq.formats.regular import local_path, open_regular, shown
 from loftq.formats.statistics import Statistics
 from loftq.numerics import Moments
 from loftq.numerics.machine import code_path
-from loftq.plan import Candidate, Choice, Matrix, Policy
+from loftq.planning import Candidate, Choice, Matrix, Policy
 from loftq.solver import errors_by_rank, ordered_map, workers_for
 from loftq.sources.checkpoint import Source
 from loftq.version import __version__

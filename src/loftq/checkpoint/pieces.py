@@ -17,7 +17,7 @@ from loftq.formats import fsio, strict_json
 from loftq.formats.layouts import Layout
 from loftq.formats.regular import shown
 from loftq.formats.tensorfile import Entry, encode_header, read_header, read_tensor, tensor_bytes
-from loftq.plan import Matrix
+from loftq.planning import Matrix
 
 logger = logging.getLogger("loftq")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from loftq import plan as planning
+from loftq import planning
 from loftq.calibration import collect
 from loftq.calibration.calibrate import STATISTICS, CalibrateOptions, open_or_collect
 from loftq.checkpoint import pieces
@@ -40,7 +40,7 @@ from loftq.formats.statistics import Statistics
 from loftq.formats.tensorfile import file_size
 from loftq.numerics.device import check_device
 from loftq.numerics.machine import code_path
-from loftq.plan import Matrix, Policy
+from loftq.planning import Matrix, Policy
 from loftq.solver import ordered_map, workers_for
 from loftq.sources.checkpoint import Source, open_source
 from loftq.spec import check_choice, check_flag, check_statistics, check_whole, statistics_kind

@@ -21,7 +21,7 @@ from loftq.formats.layouts import Layout
 from loftq.formats.source import Checkpoint
 from loftq.formats.tensorfile import DTYPES, Entry, encode_header, tensor_bytes
 from loftq.numerics import Metric, Moments, frobenius
-from loftq.plan import Kept, Matrix, Plan
+from loftq.planning import Kept, Matrix, Plan
 from loftq.solver import check_finite, solve
 
 logger = logging.getLogger("loftq")

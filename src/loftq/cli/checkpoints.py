@@ -101,7 +101,7 @@ def quantize(
     from loftq.checkpoint.quantize import QuantizeOptions
     from loftq.checkpoint.quantize import quantize as run
     from loftq.formats.layouts import LAYOUTS
-    from loftq.plan import parse_size
+    from loftq.planning import parse_size
     from loftq.report.tables import print_summary
     from loftq.spec import solve_spec
 

@@ -10,7 +10,7 @@ import typer
 from loftq.errors import UsageError
 
 if TYPE_CHECKING:
-    from loftq.plan import Policy
+    from loftq.planning import Policy
 
 Model = Annotated[str, typer.Argument(help="A local model directory, or a hub id like org/name.", show_default=False)]
 Directory = Annotated[Path, typer.Argument(help="A directory made by `loftq quantize`.", show_default=False)]
@@ -114,7 +114,7 @@ OF_POLICY = (
 
 def policy(given: dict[str, Any], **more: Any) -> "Policy":
     """The policy of a verb's options, checked. What it leaves open is what its format, if it has one, can hold."""
-    from loftq.plan import Policy
+    from loftq.planning import Policy
 
     options = {**{name: given[name] for name in OF_POLICY if name in given}, **more}
     bitsandbytes = given.get("format") == "bnb"

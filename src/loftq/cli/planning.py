@@ -38,7 +38,7 @@ from loftq.cli.options import (
 from loftq.errors import UsageError
 
 if TYPE_CHECKING:
-    from loftq.plan import Policy
+    from loftq.planning import Policy
     from loftq.sources.checkpoint import Source
 
 

@@ -87,7 +87,7 @@ class Data(Strict):
 
 
 class Quantization(Strict):
-    """Fields of :class:`loftq.plan.Policy` and :class:`loftq.spec.SolveSpec`, by their names.
+    """Fields of :class:`loftq.planning.Policy` and :class:`loftq.spec.SolveSpec`, by their names.
 
     Its seed is not the run's: runs that differ in the seed of training share a backbone. ``device`` is where it is
     solved and calibrated, not where it is trained.

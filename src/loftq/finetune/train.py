@@ -32,7 +32,7 @@ from loftq.finetune.trainer import LoftQTrainer, callbacks
 from loftq.formats import fsio, strict_json
 from loftq.formats.layouts import LAYOUTS
 from loftq.formats.regular import local_path
-from loftq.plan import Policy
+from loftq.planning import Policy
 from loftq.sources.checkpoint import open_source, resolve
 from loftq.spec import statistics_kind
 from loftq.version import __version__

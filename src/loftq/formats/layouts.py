@@ -17,7 +17,7 @@ from loftq.spec import QuantSpec, stored_tensors
 
 
 class MatrixLike(Protocol):
-    """What a layout needs to know of a matrix; :class:`loftq.plan.Matrix` is one."""
+    """What a layout needs to know of a matrix; :class:`loftq.planning.Matrix` is one."""
 
     @property
     def name(self) -> str: ...

@@ -16,7 +16,7 @@ from loftq.errors import InputError, LoftqError, NumericalError, StorageError, o
 from loftq.formats.source import Checkpoint, is_quantized_source, open_checkpoint
 from loftq.formats.statistics import Statistics
 from loftq.numerics import frobenius
-from loftq.plan import FLOATS
+from loftq.planning import FLOATS
 from loftq.solver import fit_adapter
 from loftq.sources.checkpoint import resolve
 from loftq.spec import SVDS, check_choice, check_whole

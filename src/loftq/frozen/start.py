@@ -24,7 +24,7 @@ from loftq.formats.regular import local_path, shown
 from loftq.formats.tensorfile import Entry, dtype_name, encode_header, read_chunks, read_header, tensor_bytes
 from loftq.frozen.replace import Begin, FitOptions, Layer, Original, fit, summary
 from loftq.numerics.device import check_device
-from loftq.plan import Matrix, Plan, Policy
+from loftq.planning import Matrix, Plan, Policy
 from loftq.sources.checkpoint import Source, open_source, resolve
 from loftq.version import __version__
 

@@ -23,7 +23,7 @@ from loftq.formats.config import Group, quantization_config, read_groups
 from loftq.formats.tensorfile import read_header
 from loftq.nn.layers import LoftQEmbedding, LoftQLinear, PackedWeight, can_pack, pack_like, replace_module
 from loftq.numerics import encode, quantize
-from loftq.plan import natural
+from loftq.planning import natural
 from loftq.spec import QuantSpec
 
 SCALES = (".weight_scale", ".weight_scale_absmax", ".weight_scale_mean", ".weight_zero")

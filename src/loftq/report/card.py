@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from loftq.plan import Plan
+from loftq.planning import Plan
 from loftq.spec import preset_of
 
 LOADERS = {

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from loftq.plan import Plan
+from loftq.planning import Plan
 
 
 def totals(plan: Plan, matrices: list[dict[str, Any]], file_sizes: dict[str, int]) -> dict[str, Any]:

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq import plan as planning
+from loftq import planning
 from loftq.errors import InputError, StorageError, listed, quoted
 from loftq.formats.belongings import module_paths, not_fetched
 from loftq.formats.lookalikes import refuse_adapter
 from loftq.formats.regular import local_path, shown
 from loftq.formats.source import Checkpoint, is_quantized_source, open_checkpoint
-from loftq.plan import Plan, Policy, Role
+from loftq.planning import Plan, Policy, Role
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from loftq import codes
 from loftq.errors import InputError, UsageError, checked_fields, listed, option, quoted
-from loftq.plan.budget import SOLVERS, Choice, parse_budget
-from loftq.plan.patterns import Rules, parse_rules
+from loftq.planning.budget import SOLVERS, Choice, parse_budget
+from loftq.planning.patterns import Rules, parse_rules
 from loftq.spec import (
     BITS,
     KEPT_DTYPES,

@@ -1,9 +1,9 @@
 """What is quantized, how, and why not: data about tensors and a policy in, a plan out. Knows no torch."""
 
-from loftq.plan.budget import Allocation, Choice, allocate, check_solver, frontier, parse_size
-from loftq.plan.candidates import Candidate, candidates, curve, factor_bytes, first_layers, limit
-from loftq.plan.patterns import Rules, parse_rules
-from loftq.plan.plan import (
+from loftq.planning.budget import Allocation, Choice, allocate, check_solver, frontier, parse_size
+from loftq.planning.candidates import Candidate, candidates, curve, factor_bytes, first_layers, limit
+from loftq.planning.patterns import Rules, parse_rules
+from loftq.planning.plan import (
     FLOATS,
     HEADS,
     Kept,

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 from loftq import codes
 from loftq.errors import UsageError, option, quoted
-from loftq.plan.budget import Choice, parse_budget
-from loftq.plan.patterns import matches
-from loftq.plan.plan import Matrix, Plan, Policy, Role, make
+from loftq.planning.budget import Choice, parse_budget
+from loftq.planning.patterns import matches
+from loftq.planning.plan import Matrix, Plan, Policy, Role, make
 from loftq.spec import BITS, ITEM_BYTES, QuantSpec, code_for, stored_bytes
 
 
