@@ -195,7 +195,7 @@ def test_experts_are_refused_by_name():
 
 
 def test_unknown_options_are_named():
-    with pytest.raises(TypeError, match="bit"):
+    with pytest.raises(UsageError, match="no option 'bit'; did you mean 'bits'"):
         converted(tiny("llama"), bit=2)
 
 

@@ -276,7 +276,9 @@ def test_views_in_memory() -> None:
 
 @pytest.mark.parametrize("rank", [0, -1, 97])
 def test_a_rank_that_does_not_fit_is_refused(rank: int) -> None:
-    with pytest.raises(UsageError, match=r"rank .* does not fit a matrix of shape \(96, 112\); give rank=96 or less"):
+    too_large = r"rank .* does not fit a matrix of shape \(96, 112\); give rank=96 or less"
+    too_small = f"rank must be a whole number of at least 1, got {rank}"
+    with pytest.raises(UsageError, match=too_large if rank > 0 else too_small):
         solve(weight(), QuantSpec(bits=2), rank)
 
 

@@ -302,7 +302,7 @@ def test_what_cannot_be_evaluated(place):
         ({"data": {"validation": "DATA/validation.jsonl"}}, InputError, "no train split"),
         ({"lora.rank": 80}, UsageError, "the rank must be below the shorter side"),
         ({"quantization.bits": "7"}, UsageError, "7 is not a width"),
-        ({"quantization.device": "meta"}, UsageError, "--device 'meta' cannot be used"),
+        ({"quantization.device": "meta"}, UsageError, "device 'meta' cannot be used"),
         (
             {"training.load_best_model_at_end": True},
             UsageError,

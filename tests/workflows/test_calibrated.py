@@ -82,7 +82,8 @@ def left_over(directory, source):
     assert len(manifest["matrices"]) == 14
     for m in manifest["matrices"]:
         module = m["name"].removesuffix(".weight")
-        product = start[f"base_model.model.{module}.lora_B.weight"] @ start[f"base_model.model.{module}.lora_A.weight"]
+        b, a = (start[f"base_model.model.{module}.lora_{factor}.weight"].float() for factor in "BA")
+        product = b @ a
         product = product * (m["alpha"] / m["rank"])
         original = originals[m["name"]]
         rest = original - model.get_submodule(module).dequantize() - product
@@ -176,7 +177,8 @@ def test_nf4_with_feedback_is_loaded_by_bitsandbytes_alone(small_llama, statisti
         assert isinstance(layer, bitsandbytes.nn.Linear4bit)
         state = layer.weight.quant_state
         backbone = bitsandbytes.functional.dequantize_4bit(layer.weight.data, state).float()
-        product = start[f"base_model.model.{module}.lora_B.weight"] @ start[f"base_model.model.{module}.lora_A.weight"]
+        b, a = (start[f"base_model.model.{module}.lora_{factor}.weight"].float() for factor in "BA")
+        product = b @ a
         left = torch.linalg.norm(original - backbone - product) / torch.linalg.norm(original)
         assert m["errors"][m["kept"]] == pytest.approx(left.item(), rel=1e-3)
 

@@ -80,7 +80,9 @@ def _check_model(model: nn.Module) -> None:
     ):
         raise UsageError("the model has an adapter already; merge or unload it first, and give the model under it")
     if not isinstance(model, PreTrainedModel):
-        raise UsageError(f"wanted a model of transformers in memory, got {type(model).__name__}")
+        raise UsageError(
+            f"wanted a model of transformers, got {type(model).__name__}; load one with from_pretrained first"
+        )
     method = getattr(model, "quantization_method", None)
     if method is not None or any(isinstance(module, PackedWeight) for module in model.modules()):
         raise UsageError(

@@ -35,7 +35,7 @@ def _spec(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 Count = Annotated[int, Field(ge=0, le=1 << 60)]
-Number = Annotated[float, Field(ge=0, le=1e30)]
+Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Name = Annotated[str, AfterValidator(_named)]
 Shape = Annotated[list[Annotated[int, Field(ge=1, le=MAX_DIM)]], Field(min_length=2, max_length=2)]
 Trace = Annotated[list[Number], Field(min_length=1, max_length=10_000)]  # the solver has some ten steps
