@@ -171,7 +171,9 @@ def test_what_is_no_dense_transformers_model_is_refused(made):
     checkpoint = made("llama")
     with pytest.raises(UsageError, match="wanted a model of transformers, got Linear"):
         converted(torch.nn.Linear(8, 8), bits=2, rank=2)
-    with pytest.raises(UsageError, match="got PeftModelForCausalLM; give it before PEFT wraps it"):
+    with pytest.raises(
+        UsageError, match="has an adapter already; merge or unload it first, and give the model under it"
+    ):
         converted(checkpoint.start(), bits=2, rank=2)
     with pytest.raises(UsageError, match="quantized already"):
         converted(checkpoint.load(), bits=2, rank=2)

@@ -28,6 +28,8 @@ class MatrixLike(Protocol):
     @property
     def dtype(self) -> str: ...
     @property
+    def source(self) -> str: ...
+    @property
     def quant(self) -> QuantSpec: ...
 
 
@@ -168,7 +170,7 @@ class BitsAndBytesLayout:
             )
 
     def _state(self, matrix: MatrixLike) -> bytes:
-        dtype = str(DTYPES[matrix.dtype]).removeprefix("torch.")
+        dtype = str(DTYPES[matrix.source or matrix.dtype]).removeprefix("torch.")
         state: dict[str, Any] = {"quant_type": "nf4", "blocksize": matrix.quant.block_size, "dtype": dtype}
         return json.dumps({**state, "shape": list(matrix.shape)}).encode()
 

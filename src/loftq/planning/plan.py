@@ -163,7 +163,8 @@ def _check_budget(policy: Policy) -> None:
 class Matrix:
     """A tensor to quantize. ``shape`` is ``(out, in)`` as solved; a Conv1D's tensor is stored transposed.
 
-    ``dtype`` is what it has where it is written dense, ``factors`` that of the adapter's tensors.
+    ``dtype`` is what it has where it is written dense, ``source`` what it has in the source (empty: the same),
+    ``factors`` that of the adapter's tensors.
     """
 
     name: str
@@ -174,6 +175,7 @@ class Matrix:
     quant: QuantSpec
     rank: int
     factors: str = "F32"
+    source: str = ""
 
     @property
     def numel(self) -> int:
@@ -231,6 +233,8 @@ class Plan:
         for matrix in plan["matrices"]:
             if matrix["factors"] == "F32":
                 del matrix["factors"]
+            if not matrix["source"]:
+                del matrix["source"]
         text = json.dumps(plan, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -285,7 +289,8 @@ def make(
             refused.append(f"{name} {oriented[0]}x{oriented[1]} with rank {rank}")
         check_scales(quant, policy.solve.scales)
         rank, factors = min(rank, min(oriented) - 1), STORED[policy.adapter_dtype]
-        matrices.append(Matrix(name, role.module, role.kind, oriented, dtype, quant, rank, factors))
+        source = tensors[name][0] if tensors[name][0] != dtype else ""
+        matrices.append(Matrix(name, role.module, role.kind, oriented, dtype, quant, rank, factors, source))
     if refused:
         raise UsageError(
             f"the rank must be below the shorter side of every matrix, and is not for {listed(refused)}; "
