@@ -1,8 +1,11 @@
 """On a CUDA device: is decoding as fast as memory, and training and decoding as fast as the peers'?
 
-Peer: a copy of the decoded matrix; bitsandbytes NF4 (QLoRA) and dense bfloat16 LoRA in training; dense bfloat16 in
-generating a token; the official algorithm and PEFT's loftq_init for the start of one matrix. Models have the layers of
-Llama-2-7B, 8 of them for the comparisons of time, all 32 for memory and for the time of quantizing a whole model.
+    python benchmarks/gpu.py --minutes 5    # prints and writes each figure as it is known, the most telling first
+
+Peer: a copy of the decoded matrix; bitsandbytes NF4 (QLoRA), if it is installed, and dense bfloat16 LoRA in training;
+dense bfloat16 in generating a token; the official algorithm and PEFT's loftq_init for the start of one matrix. Models
+have the layers of Llama-2-7B: 4 of them for the comparisons of time, all 32 for memory and for the time of quantizing a
+whole model. Nothing is downloaded.
 
 Goal: none yet; they are set after a first measurement.
 """
@@ -16,14 +19,15 @@ import torch
 from transformers import DynamicCache
 
 import loftq
-from harness import Bench, Versus, in_own_process
+from harness import Bench, Versus, installed
 from models import BNB, BNB_NESTED, DENSE, LOFTQ2, LOFTQ4, WAYS, llama, training_step
 from quantize import dequantize
 from solver import one_matrix
 from train_step import one_step
 
 RANK = 64
-VERSUS = tuple(Versus(ours, peer) for ours in (LOFTQ4, LOFTQ2) for peer in (DENSE, BNB))
+PEERS = (DENSE, *((BNB,) if installed("bitsandbytes") else ()))
+VERSUS = tuple(Versus(ours, peer) for ours in (LOFTQ4, LOFTQ2) for peer in PEERS)
 
 
 def next_token(model: Any, context: int) -> Callable[[], None]:
@@ -45,33 +49,46 @@ def next_token(model: Any, context: int) -> Callable[[], None]:
 
 
 def one_token(bench: Bench, shape: tuple[Any, ...], context: int) -> None:
-    models = {way: WAYS[way](llama(*shape), RANK) for way in (DENSE, BNB, LOFTQ4, LOFTQ2)}
+    models = {way: WAYS[way](llama(*shape), RANK) for way in (*PEERS, LOFTQ4, LOFTQ2)}
     steps = {way: next_token(model, context) for way, model in models.items()}
     case = f"one token, batch 1, after {context}, hidden {shape[0]}, {shape[1]} layers, {shape[3]}"
     bench.compare(case, steps, VERSUS, repeats=15, number=5)
 
 
-def memory(way: str, shape: list[Any], tokens: int) -> dict[str, int]:
-    """Bytes that PyTorch holds on the device: before training, and at the peak of two training steps."""
-    step = training_step(WAYS[way](llama(*shape), RANK), 1, tokens)
+def free() -> None:
+    """Give what no model holds any more back to the device."""
     gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    step()
-    return {"before": before, "peak": torch.cuda.max_memory_allocated()}
 
 
-def whole_model(bits: int, shape: list[Any]) -> float:
+def memory(bench: Bench, shape: tuple[Any, ...], tokens: int) -> None:
+    """Bytes that PyTorch holds on the device: before training, and at the peak of two training steps."""
+    case, peaks = f"memory, hidden {shape[0]}, {shape[1]} layers, {tokens} tokens, {shape[3]}", {}
+    for way in (LOFTQ4, LOFTQ2, *((BNB_NESTED,) if BNB in PEERS else ())):
+        step = training_step(WAYS[way](llama(*shape), RANK), 1, tokens)
+        free()
+        torch.cuda.reset_peak_memory_stats()
+        bench.record(case, f"before training, {way}", [torch.cuda.memory_allocated()], "B")
+        step()
+        step()
+        peaks[way] = torch.cuda.max_memory_allocated()
+        bench.record(case, f"peak in training, {way}", [peaks[way]], "B")
+        del step
+        free()
+    if BNB_NESTED in peaks:
+        bench.record(case, f"peak of {LOFTQ2} / {BNB_NESTED}", [peaks[LOFTQ2] / peaks[BNB_NESTED]], "x")
+
+
+def whole_model(bench: Bench, bits: int, shape: tuple[Any, ...]) -> None:
     """Seconds of LoftQ of a model in memory, without the start of CUDA and of the kernels."""
     loftq.quantize_weight(torch.randn(1024, 1024, device=shape[-1]), bits=bits, rank=RANK, preset="loftq")
     model = llama(*shape)
     torch.cuda.synchronize()
     start = time.perf_counter()
-    loftq.get_peft_model(model, bits=bits, rank=RANK, progress=False)
+    loftq.get_peft_model(model, bits=bits, rank=RANK, preset="loftq", progress=False)
     torch.cuda.synchronize()
-    return time.perf_counter() - start
+    seconds = [time.perf_counter() - start]
+    bench.record(f"LoftQ of a whole model, hidden {shape[0]}, {shape[1]} layers", f"{bits} bits", seconds, "s")
 
 
 def main() -> None:
@@ -79,32 +96,32 @@ def main() -> None:
         print("gpu: there is no CUDA device here; nothing was measured")
         return
     bench = Bench(__file__, __doc__)
-    hidden, layers, vocabulary, size, tokens = (256, 2, 256, 1024, 64) if bench.quick else (4096, 8, 32000, 8192, 512)
+    hidden, layers, vocabulary, size, tokens = (256, 2, 256, 1024, 64) if bench.quick else (4096, 4, 32000, 8192, 512)
     shape = (hidden, layers, vocabulary, "bfloat16", "cuda")
-    whole = (hidden, 4 * layers, vocabulary, "bfloat16", "cuda")
+    whole = (hidden, 8 * layers, vocabulary, "bfloat16", "cuda")
 
-    weight = torch.randn(size, size, device="cuda").bfloat16()
-    for bits in (2, 3, 4, 8):
-        dequantize(bench, weight, bits, number=20)
-    del weight
-    one_step(bench, shape, 4 * tokens, VERSUS)
-    one_token(bench, shape, tokens)
-    for bits in (4, 2):
+    def decode(*widths: int) -> None:
+        weight = torch.randn(size, size, device="cuda").bfloat16()
+        for bits in widths:
+            dequantize(bench, weight, bits, number=20)
+
+    def solve(bits: int) -> None:
         one_matrix(bench, bits, 1024 if bench.quick else 4096, RANK, goal=None, device="cuda")
-    gc.collect()
-    torch.cuda.empty_cache()
 
-    case = f"memory, hidden {hidden}, {4 * layers} layers, {tokens} tokens, bfloat16"
-    peaks = {}
-    for way in (BNB_NESTED, LOFTQ4, LOFTQ2):
-        found = in_own_process(memory, way, whole, tokens)
-        peaks[way] = found["peak"]
-        bench.record(case, f"before training, {way}", [found["before"]], "B")
-        bench.record(case, f"peak in training, {way}", [found["peak"]], "B")
-    bench.record(case, f"peak of {LOFTQ2} / {BNB_NESTED}", [peaks[LOFTQ2] / peaks[BNB_NESTED]], "x")
-    for bits in (4, 2):
-        seconds = [in_own_process(whole_model, bits, whole)]
-        bench.record(f"LoftQ of a whole model, hidden {hidden}, {4 * layers} layers", f"{bits} bits", seconds, "s")
+    parts: list[tuple[Callable[[], None], str]] = [
+        (lambda: decode(4, 2), "decoding 4 and 2 bits"),
+        (lambda: one_step(bench, shape, 4 * tokens, VERSUS), "a training step"),
+        (lambda: one_token(bench, shape, tokens), "one token"),
+        (lambda: memory(bench, whole, tokens), "the peak of memory"),
+        (lambda: solve(4), "LoftQ of one matrix, 4 bits"),
+        (lambda: solve(2), "LoftQ of one matrix, 2 bits"),
+        (lambda: decode(3, 8), "decoding 3 and 8 bits"),
+        (lambda: whole_model(bench, 4, whole), "LoftQ of a whole model, 4 bits"),
+        (lambda: whole_model(bench, 2, whole), "LoftQ of a whole model, 2 bits"),
+    ]
+    for measure, what in parts:
+        bench.part(measure, what)
+        free()
     bench.finish()
 
 

@@ -60,6 +60,7 @@ class Bench:
         parser.add_argument("--quick", action="store_true", help="small sizes: does it run? nothing is written")
         parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
         parser.add_argument("--output", type=Path, help="directory of the JSON file [default: docs/data/bench]")
+        parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further part after so many")
         options = parser.parse_args()
         if os.environ.get("OMP_NUM_THREADS") != str(options.threads):  # each library reads it once, when it is loaded
             os.environ["OMP_NUM_THREADS"] = str(options.threads)
@@ -68,6 +69,8 @@ class Bench:
         self.threads: int = options.threads
         self.output: Path | None = options.output or (None if self.quick else ROOT / "docs" / "data" / "bench")
         self.console = Console(width=None if sys.stdout.isatty() else 120)
+        self.end = time.monotonic() + 60 * options.minutes
+        self.in_parts = False
         self.result: dict[str, Any] = {
             "name": self.name,
             "question": paragraphs[0],
@@ -104,7 +107,9 @@ class Bench:
                     gc.collect()
                     seconds[side].append(_seconds(sides[side], number))
         for side, values in seconds.items():
-            self._case(case)["times"].append({"side": side, "unit": "s", **_statistics(values)})
+            row = {"side": side, "unit": "s", **_statistics(values)}
+            self._case(case)["times"].append(row)
+            self._tell(case, side, row)
         for v in versus:
             if {v.side, v.peer} <= sides.keys():
                 pairs = [_of(seconds[v.peer], i) / _of(seconds[v.side], i) for i in range(repeats)]
@@ -128,11 +133,36 @@ class Bench:
         middle, reached = found["median"], None
         if (at_least is not None or at_most is not None) and not self.quick:
             reached = (at_least is None or middle >= at_least) and (at_most is None or middle <= at_most)
-        goal = {"at_least": at_least, "at_most": at_most, "reached": reached}
-        self._case(case)["findings"].append({"what": what, "unit": unit, **found, **goal})
+        row = {"what": what, "unit": unit, **found, "at_least": at_least, "at_most": at_most, "reached": reached}
+        self._case(case)["findings"].append(row)
+        self._tell(case, what, row)
+
+    def part(self, measure: Callable[[], Any], what: str) -> None:
+        """One part of a script that measures the most telling things first, within ``--minutes``.
+
+        Every figure is printed and written as soon as it is known. A part for which no time is left, or that fails,
+        becomes a note; the parts after it still run.
+        """
+        self.in_parts = True
+        if time.monotonic() > self.end:
+            self.note(f"Not measured, the time was over: {what}.")
+            return
+        try:
+            measure()
+        except Exception as e:  # whatever a device, a driver or a peer raises
+            lines = str(e).strip().splitlines() or [""]
+            self.note(f"Failed: {what}: {type(e).__name__}: {lines[0][:200]}")
+        self._write()
 
     def note(self, text: str) -> None:
         self.result["notes"].append(text)
+        if self.in_parts:
+            self.console.print(text)
+
+    def _tell(self, case: str, what: str, row: Mapping[str, Any]) -> None:
+        if self.in_parts:
+            self.console.print(f"{case}: {what}: {shown(row['median'], row['unit'])}", highlight=False)
+            self._write()
 
     def finish(self) -> None:
         """Print what was found, and write it."""
@@ -148,10 +178,16 @@ class Bench:
         if self.quick:
             self.console.print("a quick run: these are not measurements")
         if self.output:
-            self.output.mkdir(parents=True, exist_ok=True)
-            path = self.output / f"{self.name}.json"
-            path.write_text(json.dumps(self.result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            self.console.print(f"written: {path}")
+            self.console.print(f"written: {self._write()}")
+
+    def _write(self) -> Path | None:
+        """The JSON file of all that is known so far."""
+        if self.output is None:
+            return None
+        self.output.mkdir(parents=True, exist_ok=True)
+        path = self.output / f"{self.name}.json"
+        path.write_text(json.dumps(self.result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        return path
 
     def _case(self, name: str) -> dict[str, Any]:
         for case in self.result["cases"]:
