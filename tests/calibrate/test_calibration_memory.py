@@ -15,6 +15,8 @@ from loftq.calibration.blocks import load_offloaded
 from loftq.calibration.collect import collect
 from models import LLAMA
 
+pytestmark = pytest.mark.slow
+
 MB = 1 << 20
 SIZES = {**LLAMA, "vocab_size": 512, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12}
 

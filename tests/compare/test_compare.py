@@ -20,6 +20,8 @@ from loftq.finetune.recipe import dump, parse
 from loftq.finetune.tasks import get_task
 from loftq.formats import fsio
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def recipe(source, tmp_path):

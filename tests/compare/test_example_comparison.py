@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import pytest
 from rows import ROWS
 
 from loftq.finetune.compare import compare
 from loftq.finetune.recipe import read
+
+pytestmark = pytest.mark.slow
 
 EXAMPLE = Path(__file__).parents[2] / "recipes" / "examples" / "compare-sst2.yaml"
 

@@ -11,6 +11,8 @@ from loftq.finetune.grid import Arm, essential, grid
 from loftq.finetune.recipe import read
 from loftq.finetune.train import finetune
 
+pytestmark = pytest.mark.slow
+
 PAPER = Path(__file__).parents[2] / "recipes" / "paper"
 FILES = sorted(PAPER.glob("*/*.yaml"))
 FAMILIES = {"deberta-v3-base": "deberta-v3", "bart-large": "bart", "llama-2-7b": "llama", "llama-2-13b": "llama"}

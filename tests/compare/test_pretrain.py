@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain.py"
 TEXT = "The cat sat on the mat, and the dog ran home. Nobody knew why it was 3 pm. "
 

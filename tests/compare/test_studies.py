@@ -16,6 +16,8 @@ import study_encoder
 import study_report
 import study_seq2seq
 
+pytestmark = pytest.mark.slow
+
 SQUAD = [{**ROWS["squad"][0][0], "split": split} for split in ("fit", "eval")]
 DEEP = {"num_hidden_layers": 4}  # enough for an average of 2.5 bits
 MODELS = {study_encoder: ("bert", DEEP), study_decoder: ("llama", DEEP), study_seq2seq: ("bart", {})}

@@ -11,6 +11,8 @@ sys.path.append(str(ROOT / "benchmarks"))  # behind everything else: some of its
 
 from zoo import page, stages  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 # One of each kind: two towers, pictures among words, speech with and without a decoder, pictures alone, experts beside
 # dense layers, a state space, a Linear of its own, experts as bare Parameters, attention as bare Parameters, one block
 # used many times, time series.

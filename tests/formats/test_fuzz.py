@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from loftq.errors import InputError
 from loftq.formats import tensorfile as tf
 
+pytestmark = pytest.mark.slow
+
 MUTANTS = 4000
 TOKENS = [
     *(b"0", b"1", b"16", b"22", b"23", b"-1", b"-0", b"1e1", b"1.0", b"true", b"null", b"NaN", b"1099511627777"),

@@ -14,6 +14,8 @@ from loftq.errors import ConflictError
 from loftq.frozen import start as module
 from loftq.planning import Policy
 
+pytestmark = pytest.mark.slow
+
 LOST = 9
 LAYERS = 2
 OPTIONS = module.StartOptions(policy=Policy(bits="q_proj=4,16", rank="4", min_coverage=0.0))

@@ -15,6 +15,8 @@ from loftq.finetune.recipe import dump
 from loftq.finetune.run import Run
 from loftq.finetune.train import finetune
 
+pytestmark = pytest.mark.slow
+
 BATCH = "training.per_device_train_batch_size"
 HERE = Path(__file__).parent
 LAUNCHERS = {

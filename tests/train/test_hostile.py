@@ -19,6 +19,8 @@ from loftq.architecture.loading import load_config, load_tokenizer
 from loftq.errors import InputError
 from loftq.finetune.recipe import dump
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = ("--bits", "4", "--rank", "4", "--workers", "1")
 AUTO = {name: f"evil.{name}" for name in ("AutoConfig", "AutoModel", "AutoModelForSequenceClassification")}
 KERNEL = {"_attn_implementation": "org/kernel", "_experts_implementation": "org/kernel"}

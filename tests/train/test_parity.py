@@ -12,6 +12,8 @@ import models
 from loftq.finetune import train as workflow
 from loftq.finetune.train import finetune
 
+pytestmark = pytest.mark.slow
+
 
 def losses(history):
     return [entry["loss"] for entry in history if "loss" in entry]

@@ -16,6 +16,8 @@ from loftq.finetune.evaluate import evaluate
 from loftq.finetune.run import Run
 from loftq.finetune.train import finetune
 
+pytestmark = pytest.mark.slow
+
 SAVING = {"training.save_strategy": "steps", "training.save_steps": 2, "training.per_device_train_batch_size": 16}
 WATCHING = {"training.eval_strategy": "steps", "training.eval_steps": 2, "training.load_best_model_at_end": True}
 AT_ENDS = {"training.eval_strategy": "epoch", "training.eval_on_start": True, "training.logging_strategy": "epoch"}

@@ -23,6 +23,8 @@ from harness import Child, hooked, one_skeleton, put_tree, run, tiny_source, tre
 from loftq.checkpoint import quantize as module
 from loftq.errors import ConflictError, StorageError
 
+pytestmark = pytest.mark.slow
+
 MATRICES = 12
 LOST = 9
 

@@ -13,6 +13,8 @@ from transformers import BertConfig, BertModel
 from harness import FLAGS, Child, one_skeleton, run, tiny_source, tree
 from models import BERT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():

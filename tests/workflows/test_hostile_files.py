@@ -18,6 +18,8 @@ from loftq.formats import fsio, hashed_json
 from loftq.report.inspect import inspection
 from loftq.report.tables import print_inspection
 
+pytestmark = pytest.mark.slow
+
 MUTANTS = 300
 VALUES = [
     *(

@@ -13,6 +13,8 @@ from harness import POLICY, Child, run, tiny_source
 from loftq.spec import SolveSpec
 from models import LLAMA
 
+pytestmark = pytest.mark.slow
+
 MB = 1 << 20
 SIZES = {**LLAMA, "vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6}
 WORKERS = 2

@@ -12,6 +12,8 @@ import transformers
 from harness import Child, cli, refused, start_cli, tree
 from models import BERT
 
+pytestmark = pytest.mark.slow
+
 PARTIAL = "out.loftq-partial"
 
 
