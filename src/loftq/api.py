@@ -16,6 +16,7 @@ from loftq.adapters.convert import convert
 from loftq.checkpoint.quantize import QuantizeOptions
 from loftq.checkpoint.quantize import quantize as _quantize
 from loftq.errors import UsageError, check_names, checks_names
+from loftq.formats import layouts
 from loftq.formats.statistics import Statistics
 from loftq.frozen.replace import FitOptions, replace
 from loftq.numerics import Moments
@@ -192,7 +193,7 @@ def quantize(model: str | Path, output: str | Path, *, format: str = "loftq", **
         name: _path(name, own[name]) for name in ("calibrate", "curves", "statistics") if own.get(name) is not None
     }
     own |= {name: path if name == "calibrate" else Path(path) for name, path in paths.items()}
-    policy = make_policy(calibrated="calibrate" in paths, **options)
+    policy = make_policy(calibrated="calibrate" in paths, **layouts.get(format).filled(options))
     return _quantize(model, output, QuantizeOptions(policy=policy, format=format, **own))
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loftq.errors import quoted
+from loftq.errors import UsageError, option, quoted
 from loftq.planning import Matrix, Plan, target_suffixes
 
 # What PEFT's model of a task hands on by name, whether the user gave it or not, and the class must know.
@@ -40,7 +40,9 @@ def _generates(model: Any) -> bool:
     return hasattr(model, "can_generate") and bool(model.can_generate())
 
 
-def adapter_config(plan: Plan, others: list[str], prefix: str, base: str, task_type: str | None) -> dict[str, Any]:
+def adapter_config(
+    plan: Plan, others: list[str], prefix: str, base: str, task_type: str | None, transposed: bool = False
+) -> dict[str, Any]:
     """``adapter_config.json``: LoRA on exactly the quantized modules.
 
     Args:
@@ -48,22 +50,31 @@ def adapter_config(plan: Plan, others: list[str], prefix: str, base: str, task_t
         prefix: the base model's prefix; dropped from names, so that a model without a head finds them too.
         base: where the frozen model is; what begins with ``..`` is seen from the adapter (:mod:`loftq.adapters.bases`).
         task_type: PEFT's name of the task, or None.
+        transposed: PEFT's ``fan_in_fan_out``: whether the weights under the adapter lie as ``(in, out)``.
+
+    Raises: UsageError for a task that PEFT does not know.
     """
     from peft import LoraConfig
 
     modules = [m.module.removeprefix(f"{prefix}.") for m in plan.matrices]
     ranks = {m.module.removeprefix(f"{prefix}."): m.rank for m in plan.matrices if m.rank != plan.rank}
-    config = LoraConfig(
-        r=plan.rank,
-        lora_alpha=int(plan.lora_alpha) if plan.lora_alpha == int(plan.lora_alpha) else plan.lora_alpha,  # type: ignore[arg-type]
-        use_rslora=plan.use_rslora,
-        target_modules=target_suffixes(modules, [o.removeprefix(f"{prefix}.") for o in others]),
-        rank_pattern=ranks,
-        init_lora_weights=True,
-        task_type=task_type,  # type: ignore[arg-type]
-        base_model_name_or_path=base,
-        inference_mode=True,
-    ).to_dict()
+    targets, alpha = target_suffixes(modules, [o.removeprefix(f"{prefix}.") for o in others]), plan.lora_alpha
+    try:
+        made = LoraConfig(
+            r=plan.rank,
+            lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]
+            use_rslora=plan.use_rslora,
+            target_modules=targets,
+            rank_pattern=ranks,
+            init_lora_weights=True,
+            task_type=task_type,  # type: ignore[arg-type]
+            base_model_name_or_path=base,
+            inference_mode=True,
+            fan_in_fan_out=transposed,
+        )
+    except ValueError as e:
+        raise UsageError(f"{option('task_type')} {task_type!r}: {e}") from e
+    config = made.to_dict()
     config["target_modules"] = sorted(config["target_modules"])
     return config
 

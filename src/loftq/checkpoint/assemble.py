@@ -11,7 +11,7 @@ from loftq.architecture.adapter import adapter_config
 from loftq.architecture.skeleton import without_internal_keys
 from loftq.checkpoint.manifest import MANIFEST
 from loftq.checkpoint.shards import Unit, Workspace
-from loftq.errors import InputError, UsageError, listed, option
+from loftq.errors import InputError, listed
 from loftq.formats import fsio, hashed_json, strict_json
 from loftq.formats.belongings import belongings, licence
 from loftq.formats.layouts import Layout
@@ -67,7 +67,7 @@ def assemble(job: Job, work: Workspace, records: list[dict[str, Any]]) -> dict[s
     summary = totals(job.source.plan, matrices, {n: d["size"] for n, d in files.items()})
     calibration = job.identity.get("statistics", {}).get("identity", {}).get("data", {})
     card = model_card(
-        *(job.source.hub_id, job.source.architecture, job.layout.name, job.source.plan, summary),
+        *(job.source.hub_id, job.source.architecture, job.layout, job.source.plan, summary),
         calibration.get("name"),
         licence(job.source.directory / "README.md"),
     )
@@ -88,17 +88,17 @@ def assemble(job: Job, work: Workspace, records: list[dict[str, Any]]) -> dict[s
     return hashed_json.write(work.output / MANIFEST, manifest)
 
 
-def adapter_of(source: Source, layout: Layout, task_type: str | None, base: str = bases.PARENT) -> dict[str, Any]:
-    """``adapter_config.json``, made first of all: PEFT must be there, and take the options."""
+def adapter_of(source: Source, conv1d: bool, task_type: str | None, base: str = bases.PARENT) -> dict[str, Any]:
+    """``adapter_config.json``, made first of all: PEFT must be there, and take the options.
+
+    Args:
+        conv1d: whether the model under the adapter has a Conv1D where the source has one.
+    """
     chosen = {m.module for m in source.plan.matrices}
     others = [m for m in source.modules if m not in chosen]
     task = task_type or source.task_type
-    try:
-        config = adapter_config(source.plan, others, source.prefix, base, task)
-    except ValueError as e:
-        raise UsageError(f"{option('task_type')} {task!r}: {e}") from e
-    config["fan_in_fan_out"] = layout.name != "loftq" and any(m.kind == "conv1d" for m in source.plan.matrices)
-    return config
+    transposed = conv1d and any(m.kind == "conv1d" for m in source.plan.matrices)
+    return adapter_config(source.plan, others, source.prefix, base, task, transposed)
 
 
 def source_identity(source: Source) -> dict[str, Any]:

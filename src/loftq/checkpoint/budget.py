@@ -9,6 +9,7 @@ from typing import Any
 from loftq import planning
 from loftq.checkpoint.curves import Curves, check_place, measured
 from loftq.errors import UsageError, option
+from loftq.formats import layouts
 from loftq.formats.statistics import Statistics
 from loftq.planning import Choice, Plan, Policy
 from loftq.sources.checkpoint import Source
@@ -16,11 +17,12 @@ from loftq.sources.checkpoint import Source
 BETWEEN = 64  # amounts, evenly spaced, that the frontier shows beside the path
 
 
-def check_budget(source: Source, policy: Policy, layout: str, keep: Path | None) -> None:
+def check_budget(source: Source, policy: Policy, keep: Path | None, format: str = layouts.PackedLayout.name) -> None:
     """Refuse, before anything is measured or written, what a budget cannot be spent on."""
-    if layout != "loftq":
+    if not layouts.get(format).budgeted:
+        counted = " or ".join(name for name in layouts.names() if layouts.get(name).budgeted)
         raise UsageError(
-            f"{option('budget')} counts bytes of {option('format', 'loftq')}, and {option('format', layout)} takes "
+            f"{option('budget')} counts bytes of {option('format', counted)}, and {option('format', format)} takes "
             "others; leave one of them out"
         )
     planning.limit(source.plan, policy)

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from loftq.errors import InputError, listed, quoted
 from loftq.formats import hashed_json
 from loftq.formats.regular import local_path, shown
-from loftq.formats.tensorfile import MAX_DIM, check_name
+from loftq.formats.tensorfile import DTYPES, MAX_DIM, check_name
 from loftq.spec import QuantSpec, from_dict
 
 MANIFEST = "loftq_manifest.json"
@@ -75,6 +75,8 @@ class PlanRow(Part):
     module: Name
     kind: str
     shape: Shape
+    dtype: Literal[tuple(DTYPES)]  # type: ignore[valid-type]
+    source: Literal[("", *DTYPES)] = ""  # type: ignore[valid-type]
     rank: Count
     quant: Annotated[dict[str, Any], AfterValidator(_spec)]
 

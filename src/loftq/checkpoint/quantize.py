@@ -33,8 +33,8 @@ from loftq.checkpoint.output_dir import (
 )
 from loftq.checkpoint.shards import Solved, Workspace, solve_matrix, split
 from loftq.errors import ConflictError, InputError, LoftqError, StorageError, UsageError, option
-from loftq.formats import fsio
-from loftq.formats.layouts import LAYOUTS, Layout
+from loftq.formats import fsio, layouts
+from loftq.formats.layouts import Layout
 from loftq.formats.regular import local_path
 from loftq.formats.statistics import Statistics
 from loftq.formats.tensorfile import file_size
@@ -43,7 +43,7 @@ from loftq.numerics.machine import code_path
 from loftq.planning import Matrix, Policy
 from loftq.solver import ordered_map, workers_for
 from loftq.sources.checkpoint import Source, open_source
-from loftq.spec import check_choice, check_flag, check_statistics, check_whole, statistics_kind
+from loftq.spec import check_flag, check_statistics, check_whole, statistics_kind
 from loftq.version import __version__
 
 logger = logging.getLogger("loftq")
@@ -72,7 +72,7 @@ class QuantizeOptions:
     curves: Path | None = None  # where the error curves of a budget are kept; None: in the workspace
 
     def __post_init__(self) -> None:
-        check_choice(option("format"), self.format, tuple(LAYOUTS))
+        layouts.get(self.format)
         check_whole(option("workers"), self.workers, 0)
         check_whole(option("max_shard_bytes"), self.max_shard_bytes, 1)
         check_whole(option("calibration_samples"), self.calibration_samples, collect.HELD_EVERY)
@@ -106,10 +106,10 @@ def quantize(
     work = Workspace(output)
     spec = options.policy.solve
     check_statistics(spec, None if options.calibrate is None else statistics_kind(spec))
-    source, layout = open_source(model, options.policy, options.revision), LAYOUTS[options.format]
+    source, layout = open_source(model, options.policy, options.revision), layouts.get(options.format)
     check_places(source.directory, work, output)
     if options.policy.budget:
-        check_budget(source, options.policy, layout.name, options.curves)
+        check_budget(source, options.policy, options.curves, layout.name)
     elif options.curves:
         raise UsageError(f"{option('curves')} is of a budget; give one: {option('budget', 2.5)}")
     already_done(output, {}, overwrite=True)  # refuses what is no result of ours, before the texts are run
@@ -142,7 +142,7 @@ def quantize(
 
 def _job(source: Source, layout: Layout, identity: dict[str, Any], options: QuantizeOptions, **found: Any) -> Job:
     units = split(source.plan, layout, options.max_shard_bytes, _in_order(source))
-    return Job(source, layout, units, identity, adapter_of(source, layout, options.task_type), **found)
+    return Job(source, layout, units, identity, adapter_of(source, layout.keeps_conv1d, options.task_type), **found)
 
 
 def _spend(

@@ -3,18 +3,20 @@
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from loftq.checkpoint.assemble import ADAPTER
 from loftq.checkpoint.manifest import MANIFEST, read_manifest
-from loftq.errors import InputError, LoftqError, listed, quoted
-from loftq.formats import fsio, strict_json
-from loftq.formats.config import read_groups
+from loftq.errors import InputError, LoftqError, UsageError, listed, quoted
+from loftq.formats import fsio, layouts, strict_json
+from loftq.formats.layouts import Layout
 from loftq.formats.regular import shown
 from loftq.formats.source import check_link
 from loftq.formats.tensorfile import TensorFile, read_header, read_tensor
-from loftq.spec import QuantSpec, from_dict, stored_tensors
+from loftq.planning import Matrix
+from loftq.spec import QuantSpec, from_dict
 
 NOTES = {"", ".md", ".png", ".pdf", ".svg"}  # endings of files that no loader reads: people may add them
 TRAINED = re.compile(r"checkpoint-\d+")  # what a Trainer puts beside the model that it trains
@@ -28,17 +30,20 @@ def verify(directory: Path) -> dict[str, Any]:
     if not problems:
         files = [read_header(directory / name) for name in manifest["files"] if name.endswith(".safetensors")]
         tensors = {t.name: (t.dtype, t.shape) for f in files for t in f.tensors.values()}
-        problems = [p for m in manifest["plan"]["matrices"] for p in _matrix_problems(m, tensors, manifest)]
+        layout = _layout(directory, manifest)
+        problems = [p for m in manifest["plan"]["matrices"] for p in _matrix_problems(m, tensors, layout)]
         problems += [p for f in files for p in _values_problems(f)]
     if problems:
         raise InputError(f"{shown(directory)}: {listed(problems)}; make it again, or download it again")
-    if _is_packed(manifest):
-        _check_config(directory, manifest)
+    _check_config(directory, manifest)
     return manifest
 
 
-def _is_packed(manifest: dict[str, Any]) -> bool:
-    return manifest["identity"]["options"]["format"] == "loftq"
+def _layout(directory: Path, manifest: dict[str, Any]) -> Layout:
+    try:
+        return layouts.get(manifest["identity"]["options"]["format"])
+    except UsageError as e:
+        raise InputError(f"{shown(directory / MANIFEST)}: {e}; import the package that registers it") from e
 
 
 def _strangers(directory: Path, named: Mapping[str, Any]) -> Iterator[str]:
@@ -89,7 +94,7 @@ def _file_problems(directory: Path, name: str, wanted: Mapping[str, Any]) -> lis
     return [] if same else [f"{quoted(name)}: its bytes have changed (sha256)"]
 
 
-def _matrix_problems(matrix: dict[str, Any], tensors: dict[str, tuple], manifest: dict[str, Any]) -> list[str]:
+def _matrix_problems(matrix: dict[str, Any], tensors: dict[str, tuple], layout: Layout) -> list[str]:
     """Tensors of a matrix and its adapter that are missing or have another shape than the plan says."""
     rows, columns = matrix["shape"]
     rank, problems = matrix["rank"], []
@@ -98,13 +103,14 @@ def _matrix_problems(matrix: dict[str, Any], tensors: dict[str, tuple], manifest
     names = (f"{stem}.lora_A.weight", f"{stem}.lora_embedding_A")
     if not any(name in tensors and tensors[name][1] in factors for name in names):
         problems.append(f"{ADAPTER}: no adapter of rank {rank} for {quoted(matrix['module'])}")
-    if _is_packed(manifest):
-        layout = stored_tensors(from_dict(QuantSpec, matrix["quant"]), rows, columns)
-        for suffix, wanted in layout.items():
-            name = matrix["name"].removesuffix("weight") + suffix
-            if tensors.get(name) != wanted:
-                problems.append(f"{quoted(name)}: found {tensors.get(name, 'nothing')}, the plan says {wanted}")
-    return problems
+    known = {field.name: matrix[field.name] for field in fields(Matrix) if field.name in matrix}
+    planned = Matrix(**{**known, "shape": (rows, columns), "quant": from_dict(QuantSpec, matrix["quant"])})
+    try:
+        wanted = {entry.name: (entry.dtype, entry.shape) for entry in layout.entries(planned)}
+    except UsageError as e:
+        return [*problems, str(e)]
+    odd = {name: tensors.get(name, "nothing") for name in wanted if tensors.get(name) != wanted[name]}
+    return [*problems, *(f"{quoted(name)}: found {found}, the plan says {wanted[name]}" for name, found in odd.items())]
 
 
 def _values_problems(file: TensorFile) -> list[str]:
@@ -118,16 +124,15 @@ def _values_problems(file: TensorFile) -> list[str]:
 
 
 def _check_config(directory: Path, manifest: dict[str, Any]) -> None:
-    """The packed modules of ``config.json`` are those of the plan, with the same specs."""
+    """The packed modules of ``config.json``, where it names them, are those of the plan, with the same specs."""
     path = directory / "config.json"
     config = strict_json.load_object(path, special=True)
     try:
-        groups = read_groups(config.get("quantization_config"))
+        listed_there = _layout(directory, manifest).modules_in(config.get("quantization_config"))
     except InputError as e:
         raise InputError(f"{shown(path)}: {e}") from e
-    listed_there = {(module, group.quant) for group in groups for module in group.modules}
     planned = {(m["module"], from_dict(QuantSpec, m["quant"])) for m in manifest["plan"]["matrices"]}
-    if listed_there != planned:
+    if listed_there is not None and listed_there != planned:
         odd = sorted(module for module, _ in listed_there ^ planned)
         raise InputError(
             f"{shown(directory / 'config.json')}: the packed modules are not those of the plan: {listed(odd)}"

@@ -100,12 +100,12 @@ def quantize(
     given = locals()
     from loftq.checkpoint.quantize import QuantizeOptions
     from loftq.checkpoint.quantize import quantize as run
-    from loftq.formats.layouts import LAYOUTS
+    from loftq.formats import layouts
     from loftq.planning import parse_size
     from loftq.report.tables import print_summary
     from loftq.spec import solve_spec
 
-    choice("--format", format, tuple(LAYOUTS))
+    choice("--format", format, layouts.names())
     own = {"steps": steps, "order": order, "svd": svd, "seed": seed, "scales": scales}
     solver = solve_spec(preset, calibrated=calibrate is not None, code=code, **own)
     options = QuantizeOptions(

@@ -114,15 +114,12 @@ OF_POLICY = (
 
 def policy(given: dict[str, Any], **more: Any) -> "Policy":
     """The policy of a verb's options, checked. What it leaves open is what its format, if it has one, can hold."""
+    from loftq.formats import layouts
     from loftq.planning import Policy
 
     options = {**{name: given[name] for name in OF_POLICY if name in given}, **more}
-    bitsandbytes = given.get("format") == "bnb"
-    if "scale_dtype" in options:
-        options["scale_dtype"] = options["scale_dtype"] or ("float32" if bitsandbytes else "bfloat16")
-    if options.get("code") == "auto" and bitsandbytes:
-        options["code"] = "nf"
-    return Policy(**options)
+    options = layouts.get(given["format"]).filled(options) if "format" in given else options
+    return Policy(**{name: value for name, value in options.items() if value is not None})
 
 
 @contextlib.contextmanager

@@ -107,7 +107,7 @@ def _spend(
     from loftq.report.budget import plot as draw
     from loftq.report.figures import check_place
 
-    check_budget(source, asked, "loftq", curves)
+    check_budget(source, asked, curves)
     if plot:
         check_place(plot)
     statistics = None if calibrate is None else statistics_of(calibrate, source.directory)

@@ -29,8 +29,7 @@ from loftq.finetune.run import Run, RunResult
 from loftq.finetune.tasks import Task, score
 from loftq.finetune.tasks.next_token import NextToken
 from loftq.finetune.trainer import LoftQTrainer, callbacks
-from loftq.formats import fsio, strict_json
-from loftq.formats.layouts import LAYOUTS
+from loftq.formats import fsio, layouts, strict_json
 from loftq.formats.regular import local_path
 from loftq.planning import Policy
 from loftq.sources.checkpoint import open_source, resolve
@@ -240,9 +239,10 @@ def _check_quantized(recipe: Recipe, source: Path) -> None:
     options = read_manifest(source)["identity"]["options"]
     if recipe.quantization is not None:
         raise UsageError(f"model: {quoted(source)} is quantized already; leave out the section quantization")
-    if options["format"] != "loftq":
+    if not layouts.get(options["format"]).packed:
+        packed = " or ".join(name for name in layouts.names() if layouts.get(name).packed)
         raise UsageError(
-            f"model: {quoted(source)} has --format {options['format']}; wanted a dense checkpoint or --format loftq"
+            f"model: {quoted(source)} has --format {options['format']}; wanted a dense checkpoint or --format {packed}"
         )
     method = "qlora" if options["solve"]["steps"] == 0 else "loftq"
     if method != recipe.method:
@@ -274,7 +274,7 @@ def _model(recipe: Recipe, task: Task, base: Path, arguments: Seq2SeqTrainingArg
         return model
     if recipe.method == "lora":
         source = open_source(str(base), policy_of(recipe))
-        fields = adapter_of(source, LAYOUTS["dense"], task.peft_task_type, str(base))
+        fields = adapter_of(source, True, task.peft_task_type, str(base))
         config = LoraConfig(**{k: fields[k] for k in (*FIELDS, "fan_in_fan_out")}, lora_dropout=recipe.lora.dropout)
         return add_lora(model, config, new_modules)
     return add_start(model, base, recipe.lora.dropout)

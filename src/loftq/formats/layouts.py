@@ -5,15 +5,18 @@ first; and it reads back what it wrote, so that errors are measured on the file'
 """
 
 import json
-from typing import Any, ClassVar, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from loftq.errors import UsageError, option
+from loftq.formats.config import quantization_config, read_groups
 from loftq.formats.tensorfile import DTYPES, Entry
 from loftq.numerics import Quantized, decode, dequantize, encode, normal_float
-from loftq.spec import QuantSpec, stored_tensors
+from loftq.spec import QuantSpec, check_choice, stored_tensors
 
 
 class MatrixLike(Protocol):
@@ -33,32 +36,90 @@ class MatrixLike(Protocol):
     def quant(self) -> QuantSpec: ...
 
 
-class Layout(Protocol):
-    """One way of writing a quantized matrix."""
+class Layout(ABC):
+    """One way of writing a quantized matrix, and all that others must know of it.
+
+    Attributes:
+        name: of ``--format``.
+        fills: options of a policy that it needs, for those that are left open (None or ``auto``).
+        imports: lines of Python that its reader needs before ``from_pretrained``, each with its end.
+        packages: what must be installed to read it, beside transformers and PEFT.
+        packed: whether this package's layers hold it, as training on the quantized weights wants it.
+        budgeted: whether it takes the bytes that a budget counts, :attr:`loftq.planning.Matrix.bytes`.
+        rounds: whether what it writes is rounded to the matrix's dtype, and is not the solver's Q to the last digits.
+        keeps_conv1d: whether the model that is loaded from it has a Conv1D where the source has one.
+    """
 
     name: ClassVar[str]
+    fills: ClassVar[Mapping[str, Any]] = {}
+    imports: ClassVar[str] = ""
+    packages: ClassVar[tuple[str, ...]] = ()
+    packed: ClassVar[bool] = False
+    budgeted: ClassVar[bool] = False
+    rounds: ClassVar[bool] = False
+    keeps_conv1d: ClassVar[bool] = True
 
+    def filled(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """A policy's options, and what they leave open as this layout needs it."""
+        return {**options, **{name: v for name, v in self.fills.items() if options.get(name) in (None, "auto")}}
+
+    @abstractmethod
     def entries(self, matrix: MatrixLike) -> list[Entry]:
-        """The tensors to be written, in order."""
-        ...
+        """The tensors to be written, in order. UsageError for a matrix that it cannot hold."""
 
+    @abstractmethod
     def encode(self, matrix: MatrixLike, quantized: Quantized) -> list[Tensor]:
         """Their contents."""
-        ...
 
+    @abstractmethod
     def decode(self, matrix: MatrixLike, tensors: list[Tensor]) -> Tensor:
         """The float32 matrix ``(out, in)`` that a reader gets from them."""
-        ...
 
     def quantization_config(self, modules: list[tuple[str, QuantSpec]], bits: float, kept: list[str]) -> dict | None:
         """The object for ``config.json``; None for a dense model."""
-        ...
+        return None
+
+    def modules_in(self, config: Any) -> set[tuple[str, QuantSpec]] | None:
+        """The modules that such an object names, with their specs; None if it does not. InputError if it is none."""
+        return None
 
 
-class PackedLayout:
+_LAYOUTS: dict[str, Layout] = {}
+L = TypeVar("L", bound=Layout)
+
+
+def register(kind: type[L]) -> type[L]:
+    """Make a layout known to ``--format``, budgets, cards and ``loftq verify``; a decorator of its class.
+
+    Raises: UsageError if the name is taken.
+    """
+    layout = kind()  # abstract methods that are missing are told by Python
+    if layout.name in _LAYOUTS:
+        raise UsageError(f"a format {layout.name} is there already; choose another name")
+    _LAYOUTS[layout.name] = layout
+    return kind
+
+
+def get(name: str) -> Layout:
+    """The layout of a name. Raises: UsageError if there is none."""
+    check_choice(option("format"), name, names())
+    return _LAYOUTS[name]
+
+
+def names() -> tuple[str, ...]:
+    """All layouts, in the order in which they were registered."""
+    return tuple(_LAYOUTS)
+
+
+@register
+class PackedLayout(Layout):
     """Our own format, docs/format.md."""
 
-    name: ClassVar[str] = "loftq"
+    name = "loftq"
+    imports = "import loftq  # registers the packed layers\n"
+    packages = ("loftq",)
+    packed = budgeted = True
+    keeps_conv1d = False
 
     def entries(self, matrix: MatrixLike) -> list[Entry]:
         stem = matrix.name.removesuffix("weight")
@@ -76,15 +137,18 @@ class PackedLayout:
         return decode(dict(zip(names, tensors, strict=True)), matrix.quant, matrix.shape[1])
 
     def quantization_config(self, modules: list[tuple[str, QuantSpec]], bits: float, kept: list[str]) -> dict | None:
-        from loftq.formats.config import quantization_config
-
         return quantization_config(modules, bits)
 
+    def modules_in(self, config: Any) -> set[tuple[str, QuantSpec]] | None:
+        return {(module, group.quant) for group in read_groups(config) for module in group.modules}
 
-class DenseLayout:
+
+@register
+class DenseLayout(Layout):
     """The dequantized backbone in the dtype of what is kept: loads anywhere, saves nothing."""
 
-    name: ClassVar[str] = "dense"
+    name = "dense"
+    rounds = True
 
     def entries(self, matrix: MatrixLike) -> list[Entry]:
         rows, columns = matrix.shape
@@ -98,17 +162,17 @@ class DenseLayout:
         weight = tensors[0].float()
         return weight.T if matrix.kind == "conv1d" else weight
 
-    def quantization_config(self, modules: list[tuple[str, QuantSpec]], bits: float, kept: list[str]) -> dict | None:
-        return None
 
-
-class BitsAndBytesLayout:
+@register
+class BitsAndBytesLayout(Layout):
     """bitsandbytes' 4-bit NF4 tensors, as its ``Linear4bit`` saves them: loads without our package.
 
     NF2's levels are four of NF4's sixteen, so a 2-bit backbone fits exactly (and takes 4 bits).
     """
 
-    name: ClassVar[str] = "bnb"
+    name = "bnb"
+    fills: ClassVar[Mapping[str, Any]] = {"scale_dtype": "float32", "code": "nf"}
+    packages = ("bitsandbytes",)
     SUFFIXES = ("weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4")
     NF2_IN_NF4 = (0, 7, 11, 15)
 
@@ -173,6 +237,3 @@ class BitsAndBytesLayout:
         dtype = str(DTYPES[matrix.source or matrix.dtype]).removeprefix("torch.")
         state: dict[str, Any] = {"quant_type": "nf4", "blocksize": matrix.quant.block_size, "dtype": dtype}
         return json.dumps({**state, "shape": list(matrix.shape)}).encode()
-
-
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (PackedLayout(), DenseLayout(), BitsAndBytesLayout())}

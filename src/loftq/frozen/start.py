@@ -18,7 +18,7 @@ from loftq.checkpoint.assemble import source_identity
 from loftq.checkpoint.manifest import Count, FileRow, Name, Number, Part, Shape
 from loftq.checkpoint.output_dir import already_done, check_places, claim, is_ours, publish
 from loftq.checkpoint.shards import Workspace
-from loftq.errors import InputError, LoftqError, StorageError, UsageError, option, quoted
+from loftq.errors import InputError, LoftqError, StorageError, option, quoted
 from loftq.formats import fsio, hashed_json
 from loftq.formats.regular import local_path, shown
 from loftq.formats.tensorfile import Entry, dtype_name, encode_header, read_chunks, read_header, tensor_bytes
@@ -154,12 +154,8 @@ def _adapter_config(plan: Plan, source: Source, model: Any, base: str, options: 
     others = [name for name, _ in model.named_modules() if name not in chosen]
     task = options.task_type or task_type(model)
     prefix = str(model.base_model_prefix)
-    try:
-        config = adapter_config(plan, [*others, *source.kept_modules], prefix, base, task)
-    except ValueError as e:
-        raise UsageError(f"{option('task_type')} {task!r}: {e}") from e
-    config["fan_in_fan_out"] = any(isinstance(model.get_submodule(name), Conv1D) for name in chosen)
-    return config
+    transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in chosen)
+    return adapter_config(plan, [*others, *source.kept_modules], prefix, base, task, transposed)
 
 
 def _solve(

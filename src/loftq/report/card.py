@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from loftq.formats.layouts import Layout
 from loftq.planning import Plan
 from loftq.spec import preset_of
 
@@ -13,13 +14,12 @@ LOADERS = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForMaskedLM": "AutoModelForMaskedLM",
 }
-NEEDS = {"loftq": "import loftq  # registers the packed layers\n", "bnb": "", "dense": ""}
 
 
 def model_card(
     hub_id: str | None,
     architecture: str,
-    layout: str,
+    layout: Layout,
     plan: Plan,
     summary: dict[str, Any],
     texts: str | None = None,
@@ -54,7 +54,7 @@ def model_card(
             f"start for LoRA (rank {ranks}, alpha {plan.lora_alpha:g}), made by [LoftQ](https://arxiv.org/abs/2310.08659).",
             "",
             "```python",
-            f"{NEEDS[layout]}from peft import PeftModel",
+            f"{layout.imports}from peft import PeftModel",
             f"from transformers import {loader}",
             "",
             'directory = "."  # this one, from inside it; elsewhere its path, or its id on the hub',
@@ -64,6 +64,7 @@ def model_card(
             "",
             "| | |",
             "|---|---|",
+            f"| read with | {', '.join(('transformers', 'peft', *layout.packages))} |",
             f"| start | {preset_of(plan.solve)}{f', calibrated on {texts}' if texts else ''} |",
             f"| quantized matrices | {summary['matrices']} |",
             f"| stored bits per quantized weight | {summary['bits_per_weight']:.3f} |",
