@@ -11,6 +11,7 @@ import wrapt
 from loftq.version import __version__ as __version__
 
 __all__ = [
+    "Moments",
     "Policy",
     "QuantSpec",
     "Solution",
@@ -29,11 +30,13 @@ if TYPE_CHECKING:
     from loftq.adapters.start import load_start
     from loftq.api import calibrate, get_peft_model, quantize, quantize_weight, replace_lora_weights
     from loftq.formats.statistics import Statistics
+    from loftq.numerics import Moments
     from loftq.planning import Policy
     from loftq.solver import Solution, solve
     from loftq.spec import QuantSpec, SolveSpec
 
 _PUBLIC = {
+    "Moments": "loftq.numerics",
     "Policy": "loftq.planning",
     "QuantSpec": "loftq.spec",
     "SolveSpec": "loftq.spec",

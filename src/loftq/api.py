@@ -39,27 +39,28 @@ def quantize_weight(
     scale_dtype: str = "bfloat16",
     double_quant: bool = False,
     preset: str | None = None,
-    moments: Moments | None = None,
+    moments: Moments | Tensor | np.ndarray | None = None,
     **solver: Any,
 ) -> Solution:
-    """LoftQ of one matrix ``(out, in)``: ``weight ≈ dequantize(solution.quantized, spec) + solution.b @ solution.a``.
+    """LoftQ of one matrix ``(out, in)``: ``weight ≈ solution.dequantize() + solution.b @ solution.a``.
 
     >>> solution = quantize_weight(torch.randn(256, 512), bits=2, rank=16)
-    >>> solution.errors[solution.kept] < solution.errors[0]
+    >>> solution.error < solution.errors[0]
     True
 
     Args:
         weight: ``(out_features, in_features)``, of any floating-point type; a numpy array is copied.
         preset: a method by its name, of :data:`loftq.spec.PRESETS`; None: ``fitted``, with moments ``descent``.
-        moments: of the matrix's inputs, for presets that are calibrated.
+        moments: of the matrix's inputs, for presets that are calibrated: what ``statistics.moments(name)`` gives, or
+            second moments of your own, ``H = E[x xᵀ]`` of shape ``(in, in)``, as :meth:`Moments.of` takes them.
         solver: fields of :class:`loftq.spec.SolveSpec` that are to differ from the preset's: ``steps=10, seed=1``.
 
     Raises: UsageError for options that do not fit, or what is no matrix of floating-point numbers; NumericalError for
         values that are not finite.
     """
     check_names("quantize_weight", solver, (*_named(quantize_weight), *SOLVER))
-    if moments is not None and not isinstance(moments, Moments):
-        raise UsageError(f"moments are what statistics.moments(name) gives, got {type(moments).__name__}")
+    weight = checked(_tensor(weight), rank)
+    moments = _moments(moments, weight.shape[1])
     spec = solve_spec(preset, calibrated=moments is not None, code=code, **solver)
     quant = QuantSpec(
         bits=bits,
@@ -71,17 +72,30 @@ def quantize_weight(
     check_statistics(
         spec, moments and moments.fit.kind, "moments=loftq.calibrate(model, texts, tokenizer).moments(name)"
     )
-    return solve(checked(_tensor(weight), rank), quant, rank, spec, moments=moments)
+    return solve(weight, quant, rank, spec, moments=moments)
 
 
-def _tensor(weight: Any) -> Any:
+def _tensor(array: Any) -> Any:
     """A numpy array as a tensor; all else as it is."""
-    if not isinstance(weight, np.ndarray):
-        return weight
+    if not isinstance(array, np.ndarray):
+        return array
     try:
-        return torch.from_numpy(np.array(weight, dtype=weight.dtype.newbyteorder("=")))
+        return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
     except TypeError as e:
-        raise UsageError(f"wanted a matrix of floating-point numbers, got a numpy array of {weight.dtype}") from e
+        raise UsageError(f"wanted a matrix of floating-point numbers, got a numpy array of {array.dtype}") from e
+
+
+def _moments(given: Any, columns: int) -> Moments | None:
+    """Moments as they are, or made from second moments of the caller's own."""
+    given = _tensor(given)
+    if given is None or isinstance(given, Moments):
+        return given
+    shape = tuple(given.shape) if isinstance(given, Tensor) else None
+    if shape != (columns, columns):
+        got = type(given).__name__ if shape is None else f"shape {shape}"
+        wanted = f"second moments of shape ({columns}, {columns})"
+        raise UsageError(f"moments: wanted what statistics.moments(name) gives, or {wanted}, got {got}")
+    return Moments.of(given)
 
 
 def _named(function: Callable[..., Any]) -> list[str]:

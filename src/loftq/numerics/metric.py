@@ -24,11 +24,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loftq.errors import NumericalError, option
+from loftq.errors import NumericalError, UsageError, option
 from loftq.numerics.lowrank import NotConverged, truncated_svd
 from loftq.numerics.norms import frobenius
 
 JITTER = (1e-9, 1e-7, 1e-5, 1e-4)  # parts of H's diagonal and its mean, added to it until it has a Cholesky factor
+ROUNDED = 1e-3  # of H's largest entry: its two halves differ by no more, added up in any precision and order
 LEAST_ROW = 1e-6  # of G's mean: a row without gradient still counts this much, or its factor would be infinite
 
 
@@ -122,12 +123,46 @@ class Moments:
     Attributes:
         fit: the metric that a start is made for; shrunk where tokens were few.
         held: the same of tokens that were kept out of it, and of which a step has to lower the error; not shrunk.
-        tokens: how many ``fit`` is of.
+        tokens: how many ``fit`` is of; 0 if that is not known.
     """
 
     fit: Metric
     held: Metric
     tokens: int
+
+    @classmethod
+    def of(cls, h: Tensor) -> "Moments":
+        """Second moments ``H = E[x xᵀ]``, ``(in, in)``, from elsewhere, or any multiple of them.
+
+        Nothing is held out. They are taken as they are. Where tokens were few, shrink them: ``(1 - a) H + a diag(H)``.
+
+        Raises: UsageError for what is no square matrix of real numbers, finite, symmetric and positive semidefinite up
+            to rounding.
+        """
+        metric = Metric(_second_moments(h))
+        try:
+            metric.root  # noqa: B018 - computed here, where the caller can be told
+        except NumericalError as e:
+            raise UsageError("moments: H = E[x xᵀ] is positive semidefinite, and this matrix is far from it") from e
+        return cls(metric, metric, 0)
+
+
+def _second_moments(h: Tensor) -> Tensor:
+    """H in float32, its two halves made equal, if it can be one."""
+    if h.ndim != 2 or h.shape[0] != h.shape[1] or not h.numel():
+        raise UsageError(f"moments: wanted the second moments (in, in) of the inputs, got shape {tuple(h.shape)}")
+    if not h.is_floating_point() or h.layout != torch.strided or h.is_meta:
+        got = f"{h.dtype}, {h.layout}, on {h.device.type}".replace("torch.", "")
+        raise UsageError(f"moments: wanted floating-point numbers, dense and in memory, got {got}")
+    h = h.detach().float()
+    if not h.isfinite().all():
+        raise UsageError("moments: not all finite; in float16, sums over many tokens overflow: add up in float32")
+    most = h.abs().max().item()
+    if (h - h.T).abs().max().item() > ROUNDED * most:
+        raise UsageError("moments: H = E[x xᵀ] is symmetric, and this matrix is not")
+    if h.diagonal().min() < 0 or h.diagonal().max().item() < (1 - ROUNDED) * most:
+        raise UsageError("moments: H = E[x xᵀ] has squares on its diagonal, none negative, the largest of all entries")
+    return (h + h.T) / 2
 
 
 def best_factors(

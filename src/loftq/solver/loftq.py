@@ -25,18 +25,32 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loftq.errors import NumericalError, UsageError, option
-from loftq.numerics import Metric, Moments, Quantized, best_factors, frobenius, product_square, truncated_svd
+from loftq.numerics import (
+    Metric,
+    Moments,
+    Quantized,
+    best_factors,
+    dequantize,
+    frobenius,
+    product_square,
+    truncated_svd,
+)
 from loftq.solver.rounding import Rounding
 from loftq.spec import QuantSpec, SolveSpec, check_scales, check_whole
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Solution:
-    """A quantized backbone and scale-free factors: ``W ≈ dequantize(quantized) + B @ A``.
+    """A quantized backbone Q and scale-free factors: ``W ≈ Q + B A``.
+
+    :meth:`reconstruct` is the right side, the sum of :meth:`dequantize` and :meth:`product`.
 
     Attributes:
+        quantized: codes and scales of Q, as they are stored.
+        quant: how Q is stored: bits, code, block size, type of the scales.
+        b, a: the factors.
         errors: ``||W - Q_t - B_t A_t||_F / ||W||_F``; ``errors[0]`` is quantization alone, with
             these scales and this rounding: QLoRA's error where both are QLoRA's.
         kept: the step that is returned: the one with the smallest error; with moments, that of the outputs. Without
@@ -47,12 +61,43 @@ class Solution:
     """
 
     quantized: Quantized
+    quant: QuantSpec
     b: Float[Tensor, "out rank"]
     a: Float[Tensor, "rank in"]
     errors: tuple[float, ...]
     kept: int
     output_errors: tuple[float, ...] = ()
     output_norm: float = 0.0
+
+    @property
+    def error(self) -> float:
+        """``||W - Q - B A||_F / ||W||_F`` of what is returned: ``errors[kept]``."""
+        return self.errors[self.kept]
+
+    @property
+    def output_error(self) -> float | None:
+        """The relative error of the outputs, ``output_errors[kept]``; None without moments."""
+        return self.output_errors[self.kept] if self.output_errors else None
+
+    def dequantize(self) -> Float[Tensor, "out in"]:
+        """Q in float32."""
+        return dequantize(self.quantized, self.quant)
+
+    def product(self) -> Float[Tensor, "out in"]:
+        """``B @ A``, which an adapter adds, its scaling included."""
+        return self.b @ self.a
+
+    def reconstruct(self) -> Float[Tensor, "out in"]:
+        """``Q + B @ A`` in float32: what stands for W."""
+        return torch.addmm(self.dequantize(), self.b, self.a)
+
+    def __repr__(self) -> str:
+        rows, columns = self.quantized.codes.shape
+        errors = f"error {self.error:.4f} (quantized alone {self.errors[0]:.4f})"
+        if self.output_errors:
+            errors += f", of outputs {self.output_error:.4f} ({self.output_errors[0]:.4f})"
+        stored = f"{rows}x{columns}, {self.quant.bits} bits {self.quant.code}, rank {len(self.a)}"
+        return f"Solution({stored}, {errors}, step {self.kept} of {len(self.errors) - 1})"
 
     def factors(self, s: float) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
         """``B / sqrt(s)``, ``A / sqrt(s)``: what an adapter stores whose forward multiplies by ``s``.
@@ -105,7 +150,7 @@ def solve(
     if b is None or a is None:
         b, a = zero_start(weight, rank, generator)
     return Solution(
-        quantized, b, a, tuple(measure.errors), measure.kept, tuple(measure.output_errors), measure.output_norm
+        quantized, quant, b, a, tuple(measure.errors), measure.kept, tuple(measure.output_errors), measure.output_norm
     )
 
 
