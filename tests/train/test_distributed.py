@@ -12,7 +12,7 @@ import tiny
 
 from loftq.finetune.evaluate import evaluate
 from loftq.finetune.recipe import dump
-from loftq.finetune.run import Run
+from loftq.finetune.run import RunDirectory
 from loftq.finetune.train import finetune
 
 pytestmark = pytest.mark.slow
@@ -60,7 +60,7 @@ def test_two_processes_and_two_that_continue(plain, tmp_path, kind):
     recipe = tiny.recipe(place, "loftq", **{BATCH: 4}, **SAVING, **changes, output=str(tmp_path / kind))
     (tmp_path / "recipe.yaml").write_text(dump(recipe))
     assert launched(kind, tmp_path / "recipe.yaml").count("sst2@1 of") == 1
-    run = Run(tmp_path / kind)
+    run = RunDirectory(tmp_path / kind)
     result = run.result()
     assert result.processes == 2
     close(result, wanted)
@@ -82,7 +82,7 @@ def test_two_processes_of_other_methods(plain, tmp_path, kind, method):
     recipe = tiny.recipe(place, method, **{BATCH: 4}, **changes, output=str(tmp_path / kind))
     (tmp_path / "recipe.yaml").write_text(dump(recipe))
     launched(kind, tmp_path / "recipe.yaml")
-    close(Run(tmp_path / kind).result(), wanted)
+    close(RunDirectory(tmp_path / kind).result(), wanted)
     assert evaluate(str(tmp_path / kind)).metrics == wanted.metrics
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import models
 from loftq.errors import ConflictError, InputError, NumericalError, UsageError
 from loftq.finetune.evaluate import evaluate
-from loftq.finetune.run import Run
+from loftq.finetune.run import RunDirectory
 from loftq.finetune.train import finetune
 from loftq.finetune.trainer import LoftQTrainer
 
@@ -89,7 +89,7 @@ def test_a_run_is_evaluated_from_anywhere(place, monkeypatch):
     monkeypatch.chdir(place)
     changes = {"model": "model", "data": "data", "output": "out", "training.max_steps": 1}
     metrics = finetune(tiny.recipe(place, "lora", **changes)).metrics
-    assert not Run(place / "out").is_of_another(tiny.recipe(place, "lora", **changes))
+    assert not RunDirectory(place / "out").is_of_another(tiny.recipe(place, "lora", **changes))
     monkeypatch.chdir("/")
     assert evaluate(str(place / "out")).metrics == metrics
     whole = {name: str(place / changes[name]) for name in ("model", "data", "output")}
@@ -123,13 +123,13 @@ def test_numbers_that_are_not_finite_do_not_lose_a_run(place, monkeypatch):
     first = finetune(recipe)
     assert first.history[0]["grad_norm"] is None
     assert finetune(recipe) == first
-    run = Run(place / "lora")
+    run = RunDirectory(place / "lora")
     run.finish(dataclasses.replace(first, metrics={"pearson": math.nan}))
     assert math.isnan(run.result().metrics["pearson"])
 
 
 def test_what_a_kill_leaves_of_a_file_is_passed_over(place):
-    run = Run(place / "lora")
+    run = RunDirectory(place / "lora")
     for step, text in ((2, '{"global_step": 2}'), (4, '{"global_'), (6, "")):
         (run.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
         (run.checkpoints / f"checkpoint-{step}" / "trainer_state.json").write_text(text)

@@ -13,7 +13,7 @@ import tiny
 
 from loftq.finetune import checkpoints
 from loftq.finetune.evaluate import evaluate
-from loftq.finetune.run import Run
+from loftq.finetune.run import RunDirectory
 from loftq.finetune.train import finetune
 
 pytestmark = pytest.mark.slow
@@ -89,7 +89,7 @@ def test_a_kill_at_every_moment(place, setting):
     gc.collect()
     gc.freeze()  # the trainer collects, which takes longer than the rest of such a run
     for moment, copy in moments.found.items():
-        if setting != "in the middle" and Run(copy).last_checkpoint() is None:
+        if setting != "in the middle" and RunDirectory(copy).last_checkpoint() is None:
             continue  # begins again, as there
         continued = finetune(recipe.changed(output=str(copy)))
         assert told(continued) == told(whole), (setting, moment)
@@ -118,7 +118,7 @@ def test_checkpoints_of_weights_alone_are_not_trained_on(place):
     """Without the optimizer's state the run would be another one."""
     recipe = tiny.recipe(place, "lora", **SETTINGS["in the middle"], **{"training.save_only_model": True})
     whole = finetune(recipe)
-    run = Run(place / "lora")
+    run = RunDirectory(place / "lora")
     run.metrics.unlink()
     assert run.last_checkpoint(resumable=False) == run.checkpoints / "checkpoint-6"
     shutil.rmtree(run.checkpoints / "checkpoint-6")
@@ -129,7 +129,7 @@ def test_checkpoints_of_weights_alone_are_not_trained_on(place):
 def test_a_checkpoint_of_which_a_file_is_gone_or_cut_is_passed_over(place):
     recipe = tiny.recipe(place, "lora", **SETTINGS["in the middle"])
     finetune(recipe)
-    run = Run(place / "lora")
+    run = RunDirectory(place / "lora")
     newest = run.last_checkpoint()
     assert newest is not None
     state = json.loads((newest / checkpoints.STATE).read_text())

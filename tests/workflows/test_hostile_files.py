@@ -13,7 +13,7 @@ from loftq.checkpoint.verify import read_manifest, verify
 from loftq.errors import InputError, LoftqError
 from loftq.finetune.compare import read_rows
 from loftq.finetune.recipe import read
-from loftq.finetune.run import Run, RunResult
+from loftq.finetune.run import RunDirectory, RunResult
 from loftq.formats import fsio, hashed_json
 from loftq.report.inspect import inspection
 from loftq.report.tables import print_inspection
@@ -255,7 +255,7 @@ RESULT = {
 
 
 def test_results_of_runs(tmp_path):
-    place = Run(tmp_path)
+    place = RunDirectory(tmp_path)
     place.finish(RunResult(**RESULT))
     assert place.result().metrics["n"] == 5
     sound, rng = json.loads(place.metrics.read_bytes()), random.Random(20261201)

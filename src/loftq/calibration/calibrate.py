@@ -24,11 +24,12 @@ from loftq.calibration.fisher import collect_fisher, labeler
 from loftq.errors import ConflictError, InputError, UsageError, listed, option, quoted
 from loftq.formats import fsio, hashed_json
 from loftq.formats.hashed_json import differences
-from loftq.formats.regular import local_path, open_regular
-from loftq.formats.source import Checkpoint, open_checkpoint
+from loftq.formats.regular import local_path
+from loftq.formats.source import open_checkpoint
 from loftq.formats.statistics import FORMAT_VERSION, KINDS, Group, Statistics, write_groups
 from loftq.numerics.device import check_device
 from loftq.sources.checkpoint import open_dense, resolve
+from loftq.sources.identity import sample
 from loftq.spec import check_whole
 from loftq.version import __version__
 
@@ -37,7 +38,6 @@ logger = logging.getLogger("loftq")
 STATISTICS = "statistics.json"
 DEFAULT_LENGTH = 512
 MOST_UNKNOWN = 0.5  # of a text's tokens
-PROBES, PROBE_BYTES = 64, 4096  # of each file of weights, read to tell one model from another
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ def calibrate(model: str, output: Path, options: CalibrateOptions, begin: Begin 
     place, rows = _rows(options, tokenizer, length)
     _check_tokens(rows, tokenizer, built)
     identity = {
-        "model": model_identity(directory, checkpoint),
+        "model": sample(directory, checkpoint),
         "data": {"name": place, "column": options.column, "sha256": _hash(rows)},
         "options": {"kind": options.kind, "samples": options.samples, "max_length": length},
         "versions": {"loftq": __version__, "torch": torch.__version__},
@@ -100,7 +100,7 @@ def calibrate(model: str, output: Path, options: CalibrateOptions, begin: Begin 
             return done
         _clear(output)
         made = _write(output, _collected(directory, output / ".offload", options, rows, tokenizer, begin))
-        if model_identity(directory, open_checkpoint(directory)) != identity["model"]:
+        if sample(directory, open_checkpoint(directory)) != identity["model"]:
             raise InputError(f"{directory}: the model changed while it was read; leave it alone and run again")
         head = {"format_version": FORMAT_VERSION, "kind": options.kind, "samples": len(rows), "identity": identity}
         return hashed_json.write(output / STATISTICS, {**head, **made, "tokens": _tokens(rows)})
@@ -187,28 +187,12 @@ def statistics_of(directory: Path, model: Path) -> Statistics:
 def check_model(statistics: Statistics, directory: Path, model: Path) -> None:
     """ConflictError if statistics are of another model than the one in the directory ``model``."""
     theirs = statistics.identity.get("identity", {}).get("model")
-    changed = listed(differences(theirs, model_identity(model, open_checkpoint(model))), 3)
+    changed = listed(differences(theirs, sample(model, open_checkpoint(model))), 3)
     if changed:
         raise ConflictError(
             f"{quoted(directory, 400)}: statistics of another model than {quoted(model, 400)} ({changed}); "
             "collect them for this one"
         )
-
-
-def model_identity(directory: Path, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What tells a model from another: its ``config.json``, and of every file of weights size, header and samples.
-
-    Times are no part of it: a copy is the same model. A few kilobytes from all over a file tell two trainings apart.
-    """
-    identity: dict[str, Any] = {"config.json": fsio.sha256_file(directory / "config.json").sha256}
-    for file in checkpoint.files:
-        digest = hashlib.sha256(file.header_sha256.encode())
-        with open_regular(directory / file.name) as opened:
-            for i in range(PROBES):
-                offset = i * max(0, file.size - PROBE_BYTES) // (PROBES - 1)
-                digest.update(opened.read_at(offset, min(PROBE_BYTES, file.size)))
-        identity[file.name] = {"size": file.size, "sampled_sha256": digest.hexdigest()}
-    return identity
 
 
 def check_options(options: CalibrateOptions) -> None:

@@ -19,6 +19,7 @@ from loftq.formats.tensorfile import encode_header, read_chunks, read_header
 from loftq.report.card import model_card
 from loftq.report.totals import totals
 from loftq.sources.checkpoint import Source
+from loftq.sources.identity import is_unchanged
 from loftq.spec import STORED
 
 logger = logging.getLogger("loftq")
@@ -101,19 +102,6 @@ def adapter_of(source: Source, conv1d: bool, task_type: str | None, base: str = 
     return adapter_config(source.plan, others, source.prefix, base, task, transposed)
 
 
-def source_identity(source: Source) -> dict[str, Any]:
-    """What tells this source from a changed one: per file its hash, or for weights size, time and header."""
-    small = [source.directory / "config.json", *belongings(source.directory).files]
-    identity: dict[str, Any] = {
-        path.relative_to(source.directory).as_posix(): fsio.sha256_file(path).sha256 for path in small
-    }
-    for file in source.checkpoint.files:
-        status = (source.directory / file.name).stat()
-        current = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
-        identity[file.name] = {**current, "header_sha256": file.header_sha256}
-    return identity
-
-
 def _by_reason(left_out: dict[str, str]) -> str:
     """``a.py, b.py: code; onnx/: another framework's``"""
     names = {reason: [n for n in left_out if left_out[n] == reason] for reason in left_out.values()}
@@ -124,14 +112,6 @@ def check_unchanged(job: Job) -> None:
     """Refuse to finish if the source is not what it was at the beginning."""
     if not is_unchanged(job.source, job.identity["source"]):
         raise InputError(f"{job.source.directory}: source changed while reading")
-
-
-def is_unchanged(source: Source, identity: dict[str, Any]) -> bool:
-    """Whether the files of a source are what they were when ``identity`` was made of them."""
-    try:
-        return source_identity(source) == identity
-    except (OSError, InputError):
-        return False
 
 
 def _write_index(job: Job, work: Workspace) -> fsio.FileDigest:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from loftq import planning
-from loftq.checkpoint.assemble import source_identity
 from loftq.checkpoint.shards import naming, oriented
 from loftq.errors import ConflictError, LoftqError, StorageError, listed, option, quoted
 from loftq.formats import fsio, hashed_json, strict_json
@@ -27,6 +26,7 @@ from loftq.numerics.machine import code_path
 from loftq.planning import Candidate, Choice, Matrix, Policy
 from loftq.solver import errors_by_rank, ordered_map, workers_for
 from loftq.sources.checkpoint import Source
+from loftq.sources.identity import stamp
 from loftq.version import __version__
 
 logger = logging.getLogger("loftq")
@@ -115,7 +115,7 @@ def _identity(
     solve = {**asdict(source.plan.solve), "steps": min(source.plan.solve.steps, 1)}
     text = json.dumps({module: [asdict(c) for c in choices] for module, choices in found.items()}, sort_keys=True)
     return {
-        "source": source_identity(source),
+        "source": stamp(source),
         "candidates": hashlib.sha256(text.encode()).hexdigest(),
         "solve": solve,
         "device": device.partition(":")[0],

@@ -19,7 +19,7 @@ from loftq import planning
 from loftq.calibration import collect
 from loftq.calibration.calibrate import STATISTICS, CalibrateOptions, open_or_collect
 from loftq.checkpoint import pieces
-from loftq.checkpoint.assemble import Job, adapter_of, assemble, is_unchanged, source_identity
+from loftq.checkpoint.assemble import Job, adapter_of, assemble
 from loftq.checkpoint.budget import check_budget, within_budget
 from loftq.checkpoint.output_dir import (
     MACHINE,
@@ -43,6 +43,7 @@ from loftq.numerics.machine import code_path
 from loftq.planning import Matrix, Policy
 from loftq.solver import ordered_map, workers_for
 from loftq.sources.checkpoint import Source, open_source
+from loftq.sources.identity import is_unchanged, stamp
 from loftq.spec import check_flag, check_statistics, check_whole, statistics_kind
 from loftq.version import __version__
 
@@ -195,7 +196,7 @@ def _identity(
     """Everything that the bytes of the result depend on. Two runs may share work only if these are equal."""
     return {
         **({} if statistics is None else {"statistics": statistics.identity}),
-        "source": source_identity(source),
+        "source": stamp(source),
         "options": {
             **options.policy.to_dict(),
             "format": layout.name,

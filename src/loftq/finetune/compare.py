@@ -25,8 +25,7 @@ from loftq.finetune.convergence import constant_answer, failure
 from loftq.finetune.grid import Arm, Run, grid, schedule
 from loftq.finetune.inputs import held, read_data, splits_of, task_of
 from loftq.finetune.recipe import Quantization, Recipe
-from loftq.finetune.run import Run as PlaceOfRun
-from loftq.finetune.run import RunResult
+from loftq.finetune.run import RunDirectory, RunResult
 from loftq.finetune.tasks import Task
 from loftq.finetune.train import check_recipe, finetune
 from loftq.formats import fsio, strict_json
@@ -188,7 +187,7 @@ def _row(run: Run, place: Path, backbones: Path) -> Row:
     began = time.monotonic()
     result: RunResult | None = None
     try:
-        resume = not PlaceOfRun(place).is_of_another(recipe)  # which an earlier version, with other defaults, left
+        resume = not RunDirectory(place).is_of_another(recipe)  # which an earlier version, with other defaults, left
         result = finetune(recipe, backbone_cache=backbones, resume=resume)
         reason = failure(result.metrics, *_constant_answer(recipe))
     except NumericalError as e:

@@ -25,8 +25,8 @@ NOT_CONVERGED = "N.A."
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One line of the table.
+class ArmResult:
+    """The runs of one arm: a line of the table.
 
     Attributes:
         rate: the learning rate chosen, of ``rates``.
@@ -76,7 +76,7 @@ def chosen_rate(rows: Iterable[Row]) -> float:
     return best["learning_rate"]
 
 
-def arms(rows: Sequence[Row]) -> list[Arm]:
+def arms(rows: Sequence[Row]) -> list[ArmResult]:
     """The arms of all tasks, in the order in which their first runs came."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -86,11 +86,11 @@ def arms(rows: Sequence[Row]) -> list[Arm]:
         first = group[0]
         rate = chosen_rate([row for row in group if row["seed"] == first["seed"]])
         kept = tuple(row for row in group if row["learning_rate"] == rate)
-        result.append(Arm(first["task"], dict(first["settings"]), rate, tuple(first["learning_rates"]), kept))
+        result.append(ArmResult(first["task"], dict(first["settings"]), rate, tuple(first["learning_rates"]), kept))
     return result
 
 
-def columns(found: Sequence[Arm]) -> list[str]:
+def columns(found: Sequence[ArmResult]) -> list[str]:
     """The settings worth a column: method and bits, and what differs between arms of one method that have it.
 
     All starts of LoftQ are one method here: what their names do not tell is shown.
@@ -104,7 +104,7 @@ def columns(found: Sequence[Arm]) -> list[str]:
     return [k for k in keys if k in ALWAYS or k in differ]
 
 
-def metrics(found: Sequence[Arm]) -> list[str]:
+def metrics(found: Sequence[ArmResult]) -> list[str]:
     """The metrics worth a column, the main one first."""
     row = next((row for arm in found for row in arm.rows if row["metrics"]), None)
     names = [m for m in row["metrics"] if m.split("_")[-1] not in COUNTS and not m.startswith("lead3_")] if row else []
@@ -137,7 +137,7 @@ def overview(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     found = arms(rows)
     tasks = {arm.task: arm.rows[0]["metric"] for arm in found}
     settings = columns(found)
-    lines: dict[tuple, dict[str, Arm]] = {}
+    lines: dict[tuple, dict[str, ArmResult]] = {}
     for i, arm in enumerate(found):
         earlier = sum(other.task == arm.task and other.settings == arm.settings for other in found[:i])
         lines.setdefault((earlier, *arm.settings.items()), {})[arm.task] = arm
@@ -172,7 +172,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _equal(found: Sequence[Arm]) -> list[str]:
+def _equal(found: Sequence[ArmResult]) -> list[str]:
     """The settings without a column, equal wherever they are: ``rank 16, T 5``, and ``calibrated: samples 128``."""
     shown = {*columns(found), *IN_NAME}
     values = {k: v for arm in found for k, v in arm.settings.items() if v and k not in shown}
@@ -233,18 +233,18 @@ def print_comparison(rows: Sequence[Row]) -> None:
         out.print(f"\n{line}")
 
 
-def _setting(arm: Arm, key: str) -> str:
+def _setting(arm: ArmResult, key: str) -> str:
     value = arm.settings.get(key, "")
     if key == "method":
         return arm.method
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
-def _megabytes(arm: Arm, *parts: str) -> str:
+def _megabytes(arm: ArmResult, *parts: str) -> str:
     return f"{sum(arm.bytes[part] for part in parts) / 1e6:.1f}" if arm.bytes else ""
 
 
-def _rates(arm: Arm) -> str:
+def _rates(arm: ArmResult) -> str:
     """The rate taken, and the others: ``5e-04 of 1e-04, 5e-04``."""
     chosen = f"{arm.rate:.2g}"
     return chosen if len(arm.rates) == 1 else f"{chosen} of {', '.join(f'{rate:.2g}' for rate in arm.rates)}"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loftq.finetune.comparison import NOT_CONVERGED, Arm, Row, arms
+from loftq.finetune.comparison import NOT_CONVERGED, ArmResult, Row, arms
 from loftq.report.figures import pyplot, save
 
 COLOURS = {"full": "#1a202c", "lora": "#718096", "qlora": "#c05621", "loftq": "#2b6cb0"}
@@ -40,7 +40,7 @@ def plot_bytes(rows: Sequence[Row], file: Path) -> None:
     """
     metric = rows[0]["metric"]
     found = [arm for arm in arms(rows) if arm.bytes]
-    columns: dict[tuple[float, str], list[Arm]] = {}
+    columns: dict[tuple[float, str], list[ArmResult]] = {}
     for arm in sorted(found, key=_megabytes):
         columns.setdefault((_megabytes(arm), str(arm.settings["bits"])), []).append(arm)
     figure, axis = pyplot().subplots(figsize=(max(7, 1.5 + 1.2 * len(columns)), 4.5), layout="constrained")
@@ -68,7 +68,7 @@ def plot_bytes(rows: Sequence[Row], file: Path) -> None:
     save(figure, file)
 
 
-def _megabytes(arm: Arm) -> float:
+def _megabytes(arm: ArmResult) -> float:
     return round(sum(arm.bytes.values()) / 1e6, 1)
 
 
@@ -78,13 +78,13 @@ def _side_by_side(at: int, count: int) -> list[float]:
     return [at + step * (i - (count - 1) / 2) for i in range(count)]
 
 
-def _line(arm: Arm, found: Sequence[Arm]) -> dict[str, Any]:
+def _line(arm: ArmResult, found: Sequence[ArmResult]) -> dict[str, Any]:
     """Colour by method and start, dashes by how many of these came before."""
     same = [other for other in found if other.method == arm.method]
     return {"color": _colour(arm, found), "linestyle": DASHES[same.index(arm) % len(DASHES)]}
 
 
-def _colour(arm: Arm, found: Sequence[Arm]) -> str:
+def _colour(arm: ArmResult, found: Sequence[ArmResult]) -> str:
     """One for each method, and one for each start of LoftQ other than the paper's."""
     starts = list(dict.fromkeys(other.method for other in found if other.settings.get("preset", "loftq") != "loftq"))
     if arm.method in starts:

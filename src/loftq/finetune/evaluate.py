@@ -13,7 +13,7 @@ from loftq.errors import InputError, UsageError, quoted
 from loftq.finetune.inputs import read_data, splits_of, task_of
 from loftq.finetune.model import add_start, load_adapter, load_model, refuse_untrained
 from loftq.finetune.recipe import Recipe, parse
-from loftq.finetune.run import Run
+from loftq.finetune.run import RunDirectory
 from loftq.finetune.tasks import Task, names
 from loftq.finetune.train import evaluate_splits
 from loftq.formats.regular import local_path
@@ -56,7 +56,7 @@ def evaluate(
     """
     if adapter is not None:
         local_path("--adapter", adapter)
-    run = Run(local_path("the target", target))
+    run = RunDirectory(local_path("the target", target))
     is_run = run.recipe.is_file()
     recipe = run.read_recipe() if is_run else _recipe_for(target, task)
     changes: dict[str, Any] = {"task": task, "generation": generation, "data": data, "max_length": max_length}
@@ -76,7 +76,7 @@ def _recipe_for(target: str, task: Any) -> Recipe:
     return parse({"model": target, "task": task, "method": "full"})
 
 
-def _model(task: Task, recipe: Recipe, run: Run | None, adapter: Path | None) -> tuple[Any, Any]:
+def _model(task: Task, recipe: Recipe, run: RunDirectory | None, adapter: Path | None) -> tuple[Any, Any]:
     """The model and its tokenizer."""
     if run is not None:
         if adapter is not None:
@@ -96,7 +96,7 @@ def _model(task: Task, recipe: Recipe, run: Run | None, adapter: Path | None) ->
     return (add_start(model, base, 0.0) if (base / MANIFEST).is_file() else model), tokenizer
 
 
-def _base(run: Run, recorded: Path) -> Path:
+def _base(run: RunDirectory, recorded: Path) -> Path:
     """The frozen model under a run's adapter; a run that was moved has taken its own backbone along."""
     found = next((path for path in (run.backbone, recorded) if path.is_dir()), None)
     if found is None:

@@ -1,8 +1,7 @@
 """What a recipe names: its task, its rows, its model; and what tells their contents from others'."""
 
-import functools
 import glob
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ from loftq.checkpoint.assemble import ADAPTER
 from loftq.checkpoint.manifest import MANIFEST, read_manifest
 from loftq.finetune.recipe import Recipe
 from loftq.finetune.tasks import Task, available_splits, get_task, load_data, named_files
-from loftq.formats import fsio
 from loftq.formats.regular import local_path
+from loftq.sources.identity import digests
 
 NOT_ESSENTIAL = {"output", "note", "compare"}  # of a recipe: what the result of a run does not depend on
 # Files of a model's directory that are read, beside weights.
@@ -64,7 +63,7 @@ def held(recipe: Recipe) -> dict[str, Any]:
     return {
         "task": task.identity,
         "model": _model(Path(recipe.model).expanduser()) or recipe.model,
-        "data": {split: _digests(mine) for split, mine in files.items()} or str(task.hub),
+        "data": {split: digests(mine) for split, mine in files.items()} or str(task.hub),
         **({"calibrate": contents(calibrate)} if calibrate else {}),
     }
 
@@ -77,7 +76,7 @@ def contents(place: str) -> Any:
     path = Path(place).expanduser()
     found = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
     files = [f for p in found for f in (sorted(p.iterdir()) if p.is_dir() else [p])]
-    return _digests(f for f in files if f.is_file()) or place
+    return digests(f for f in files if f.is_file()) or place
 
 
 def _data(recipe: Recipe) -> dict[str, Any]:
@@ -92,16 +91,6 @@ def _model(directory: Path) -> list[Any]:
     weights = (".safetensors", ".bin")
     files = [f for f in sorted(directory.iterdir()) if f.name.startswith(OF_MODEL) or f.suffix in weights]
     if not (directory / MANIFEST).is_file():
-        return _digests(files)
+        return digests(files)
     made = read_manifest(directory)["identity"]
-    return [*_digests([*files, *sorted((directory / ADAPTER).glob("*.safetensors"))]), made["options"], made["plan"]]
-
-
-def _digests(files: Iterable[Path]) -> list[list[Any]]:
-    return [[f.name, *_digest(f, f.stat().st_size, f.stat().st_mtime_ns)] for f in files]
-
-
-@functools.lru_cache(maxsize=4096)
-def _digest(file: Path, size: int, changed: int) -> tuple[int, str]:
-    """Size and SHA-256; a file with the size and the time of before is not read again."""
-    return size, fsio.sha256_file(file).sha256
+    return [*digests([*files, *sorted((directory / ADAPTER).glob("*.safetensors"))]), made["options"], made["plan"]]

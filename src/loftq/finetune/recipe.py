@@ -187,8 +187,11 @@ class Recipe(Strict):
 
     def changed(self, **sections: Any) -> "Recipe":
         """A recipe with other values, by dotted key: ``changed(**{"lora.rank": 8, "method": "qlora"})``."""
-        values = self.to_dict()
+        values = {name: getattr(self, name) for name in self.model_fields_set}
         for key, value in sections.items():
+            section = key.partition(".")[0]
+            if isinstance(values.get(section), BaseModel):
+                values[section] = values[section].model_dump(mode="json", exclude_none=True)
             _put(values, key, value)
         return parse(values)
 

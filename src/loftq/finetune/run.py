@@ -48,7 +48,7 @@ class RunResult:
     versions: dict[str, str]
 
 
-class Run:
+class RunDirectory:
     """Where the parts of a run are."""
 
     def __init__(self, root: Path) -> None:

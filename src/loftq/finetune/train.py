@@ -25,7 +25,7 @@ from loftq.finetune.card import trained_card
 from loftq.finetune.inputs import contents, held, located, read_data, splits_of, task_of
 from loftq.finetune.model import add_lora, add_start, load_model, precision, save
 from loftq.finetune.recipe import SOLVER, Quantization, Recipe
-from loftq.finetune.run import Run, RunResult
+from loftq.finetune.run import RunDirectory, RunResult
 from loftq.finetune.tasks import Task, score
 from loftq.finetune.tasks.next_token import NextToken
 from loftq.finetune.trainer import LoftQTrainer, callbacks
@@ -55,7 +55,7 @@ def finetune(
     """
     if recipe.output is None:
         raise UsageError("no output: say where the run goes, with `output:` in the recipe or --output")
-    run, recipe = Run(local_path("output", recipe.output).absolute()), located(recipe)
+    run, recipe = RunDirectory(local_path("output", recipe.output).absolute()), located(recipe)
     task = task_of(recipe)
     arguments = training_arguments(recipe, task, run.checkpoints)
     processes = PartialState()
@@ -95,7 +95,7 @@ def _work(
     recipe: Recipe,
     task: Task,
     arguments: Seq2SeqTrainingArguments,
-    run: Run,
+    run: RunDirectory,
     cache: Path | None,
     begin: Begin | None,
 ) -> RunResult:
@@ -205,7 +205,9 @@ def _splits(recipe: Recipe, task: Task, arguments: Seq2SeqTrainingArguments) -> 
     return watched, task.eval_splits(available)
 
 
-def _backbone(recipe: Recipe, source: Path, run: Run, cache: Path | None, begin: Begin | None, writing: bool) -> Path:
+def _backbone(
+    recipe: Recipe, source: Path, run: RunDirectory, cache: Path | None, begin: Begin | None, writing: bool
+) -> Path:
     """The checkpoint that is trained: ``source``, or for ``qlora`` and ``loftq`` its quantized form."""
     if recipe.method not in ("qlora", "loftq") or (source / MANIFEST).is_file():
         return source
@@ -295,7 +297,7 @@ def _card(recipe: Recipe, task: Task, result: RunResult, model: Any, hub_id: str
     )
 
 
-def _sizes(recipe: Recipe, run: Run, base: Path) -> dict[str, int]:
+def _sizes(recipe: Recipe, run: RunDirectory, base: Path) -> dict[str, int]:
     """Bytes of weights on disk, dense ones in the type they are stored in."""
     place = run.model if recipe.method == "full" else base
     adapter = run.adapter / "adapter_model.safetensors"

@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, ValidationError
 
-from loftq.checkpoint.assemble import source_identity
 from loftq.checkpoint.manifest import Count, FileRow, Name, Number, Part, Shape
 from loftq.checkpoint.output_dir import already_done, check_places, claim, is_ours, publish
 from loftq.checkpoint.shards import Workspace
@@ -26,6 +25,7 @@ from loftq.frozen.replace import Begin, FitOptions, Layer, Original, fit, summar
 from loftq.numerics.device import check_device
 from loftq.planning import Matrix, Plan, Policy
 from loftq.sources.checkpoint import Source, open_source, resolve
+from loftq.sources.identity import stamp
 from loftq.version import __version__
 
 REPORT = "loftq_start.json"
@@ -113,7 +113,7 @@ def _identity(source: Source, base: Path, options: StartOptions) -> dict[str, An
     """Everything that the bytes of the result depend on."""
     files = sorted(p for p in base.iterdir() if p.suffix in (".safetensors", ".bin", ".json") and p.is_file())
     return {
-        "source": source_identity(source),
+        "source": stamp(source),
         "base": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
         "plan": source.plan.digest(),
         "options": {
@@ -211,8 +211,8 @@ def _publish(
 
     def contents() -> Iterator[bytes | memoryview]:
         yield encode_header([Entry(info.name, info.dtype, info.shape) for info, _ in infos], {"format": "pt"})
-        for info, stamp in infos:
-            yield from read_chunks(info, stamp)
+        for info, opened in infos:
+            yield from read_chunks(info, opened)
 
     files = {
         "adapter_model.safetensors": asdict(fsio.write_atomic(work.output / "adapter_model.safetensors", contents())),
