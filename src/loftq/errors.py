@@ -7,12 +7,13 @@ Messages speak the caller's language: :func:`option` and :func:`command` name th
 the command line that runs, in its own.
 """
 
+import contextlib
 import difflib
 import functools
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 # What Python counts as printable and no screen shows: of Unicode's Default_Ignorable_Code_Point; the Braille blank.
@@ -163,3 +164,21 @@ def listed(names: Iterable[object], limit: int = 10) -> str:
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape", "replace").decode()
+
+
+@contextlib.contextmanager
+def naming(name: str, shape: tuple[int, ...], fewer: str = "") -> Iterator[None]:
+    """Around work on one matrix: its name before the message of an error. StorageError for want of memory.
+
+    Args:
+        fewer: the option that sets how many matrices are worked on at a time.
+    """
+    try:
+        yield
+    except LoftqError as e:
+        raise type(e)(f"{quoted(name)}: {e}") from e
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "memory" not in str(e):
+            raise
+        cure = f"use fewer {fewer}" if fewer else "free some, or use a larger machine"
+        raise StorageError(f"{quoted(name)}: not enough memory for a matrix of shape {tuple(shape)}; {cure}") from e

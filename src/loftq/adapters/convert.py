@@ -10,12 +10,12 @@ from loftq import planning
 from loftq.adapters.start import wrap
 from loftq.architecture import skeleton
 from loftq.architecture.adapter import adapter_config, adapter_tensors
-from loftq.errors import LoftqError, UsageError, command, listed, quoted
+from loftq.errors import UsageError, command, listed, naming, option, quoted
 from loftq.formats.statistics import Statistics
 from loftq.formats.tensorfile import dtype_name
 from loftq.nn.hf import mark_quantized
 from loftq.nn.layers import PackedWeight, pack_like, replace_module
-from loftq.numerics import encode
+from loftq.numerics import encode, oriented
 from loftq.planning import Matrix, Plan, Policy
 from loftq.solver import Solution, check_finite, ordered_map, solve, workers_for
 from loftq.spec import check_statistics
@@ -50,7 +50,8 @@ def convert(
     if statistics and not {m.module for m in plan.matrices} & set(statistics.modules):
         raise UsageError("the statistics are of another model: they know none of this one's matrices")
     for matrix in plan.matrices:
-        _named(matrix, check_finite, parameters[matrix.name].detach())
+        with naming(matrix.name, matrix.shape):
+            check_finite(parameters[matrix.name].detach())
     config = _adapter_config(plan, model)
     start: dict[str, torch.Tensor] = {}
     device = str(parameters[plan.matrices[0].name].device)
@@ -98,18 +99,10 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _solve(model: nn.Module, matrix: Matrix, plan: Plan, statistics: Statistics | None) -> Solution:
-    weight: torch.Tensor = model.get_parameter(f"{matrix.module}.weight").detach()
-    oriented = weight.T if matrix.kind == "conv1d" else weight
-    moments = statistics and statistics.moments(matrix.module)
-    return _named(matrix, solve, oriented, matrix.quant, matrix.rank, plan.solve, matrix.name, moments)
-
-
-def _named(matrix: Matrix, work: Callable[..., Any], *args: Any) -> Any:
-    """``work(*args)``; the matrix's name before the message of an error."""
-    try:
-        return work(*args)
-    except LoftqError as e:
-        raise type(e)(f"{quoted(matrix.name)}: {e}") from e
+    with naming(matrix.name, matrix.shape, option("workers")):
+        weight = oriented(matrix.kind, model.get_parameter(f"{matrix.module}.weight").detach())
+        moments = statistics and statistics.moments(matrix.module)
+        return solve(weight, matrix.quant, matrix.rank, plan.solve, matrix.name, moments)
 
 
 def _replace(model: nn.Module, matrix: Matrix, solution: Solution) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from loftq.architecture import bounds
 from loftq.architecture.adapter import refusal
+from loftq.architecture.kinds import kind_of
 from loftq.architecture.reads import readers
 from loftq.errors import InputError, quoted
 from loftq.formats import strict_json
@@ -276,16 +277,14 @@ def stack(modules: dict[str, nn.Module], name: str) -> Stack | None:
 
 def _layer(module: nn.Module) -> tuple[str, str]:
     """Kind of a layer that an adapter fits, else empty; and a reason to keep it if the module has one."""
-    from transformers.pytorch_utils import Conv1D
-
-    if isinstance(module, nn.Embedding):
-        plain = type(module).forward is nn.Embedding.forward and module.max_norm is None
-        return "embedding", "" if plain else f"{type(module).__name__} computes more than a lookup"
-    if isinstance(module, Conv1D):
-        return "conv1d", ""
-    if isinstance(module, nn.Linear):
-        return "linear", "" if is_product(module) else f"{type(module).__name__} computes more than a product"
-    return "", ""
+    kind, odd = kind_of(module), ""
+    if isinstance(module, nn.Embedding) and not (
+        type(module).forward is nn.Embedding.forward and module.max_norm is None
+    ):
+        odd = f"{type(module).__name__} computes more than a lookup"
+    if isinstance(module, nn.Linear) and not is_product(module):
+        odd = f"{type(module).__name__} computes more than a product"
+    return kind, odd
 
 
 def _bare(module: nn.Module, name: str, parameter: nn.Parameter, place: Stack | None) -> str:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from loftq.architecture import skeleton
+from loftq.architecture.kinds import kind_of
 from loftq.calibration.blocks import accepted
 from loftq.calibration.collect import Batch, Begin, Row, batches, matrices
 from loftq.errors import NumericalError, UsageError, quoted
 from loftq.formats.statistics import Group
-from loftq.numerics import Metric, Moments
+from loftq.numerics import Metric, Moments, oriented
 
 MASKED_EVERY = 7  # about 15 % of the tokens, as BERT was trained
 
@@ -106,9 +107,9 @@ def _gradients(model: nn.Module, sums: dict[str, tuple[_Squares, _Squares]]) -> 
         nonlocal part
         part = held
 
-    def hook(pair: tuple[_Squares, _Squares], transposed: bool) -> Callable[[Tensor], None]:
+    def hook(pair: tuple[_Squares, _Squares], kind: str) -> Callable[[Tensor], None]:
         def take(parameter: Any) -> None:
-            pair[part].add(parameter.grad.T if transposed else parameter.grad)
+            pair[part].add(oriented(kind, parameter.grad))
             parameter.grad = None
 
         return take
@@ -122,7 +123,7 @@ def _gradients(model: nn.Module, sums: dict[str, tuple[_Squares, _Squares]]) -> 
         for name, pair in sums.items():
             module: Any = model.get_submodule(name)
             module.weight.requires_grad_(True)
-            take = hook(pair, not isinstance(module, nn.Linear))
+            take = hook(pair, kind_of(module))
             left.callback(module.weight.register_post_accumulate_grad_hook(take).remove)
         left.enter_context(torch.enable_grad())
         yield choose

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 
 from loftq import planning
-from loftq.checkpoint.shards import naming, oriented
-from loftq.errors import ConflictError, LoftqError, StorageError, listed, option, quoted
+from loftq.errors import ConflictError, LoftqError, StorageError, listed, naming, option, quoted
 from loftq.formats import fsio, hashed_json, strict_json
 from loftq.formats.hashed_json import differences
 from loftq.formats.regular import local_path, open_regular, shown
 from loftq.formats.statistics import Statistics
-from loftq.numerics import Moments
+from loftq.numerics import Moments, oriented
 from loftq.numerics.machine import code_path
 from loftq.planning import Candidate, Choice, Matrix, Policy
 from loftq.solver import errors_by_rank, ordered_map, workers_for
@@ -70,7 +69,7 @@ def measured(
     advance = begin(total, total - len(missing)) if begin else lambda report: None
 
     def work_on(matrix: Matrix) -> list[Choice]:
-        with naming(matrix):
+        with naming(matrix.name, matrix.shape, option("workers")):
             moments = statistics and statistics.moments(matrix.module)
             return _curve(matrix, found[matrix.module], source, device, moments)
 
@@ -101,7 +100,7 @@ def check_place(keep: Path) -> None:
 def _curve(
     matrix: Matrix, found: list[Candidate], source: Source, device: str, moments: Moments | None
 ) -> list[Choice]:
-    weight = oriented(matrix, source.checkpoint.read(matrix.name)).to(device)
+    weight = oriented(matrix.kind, source.checkpoint.read(matrix.name)).contiguous().to(device)
     quants, ranks = [candidate.quant for candidate in found], found[0].ranks
     metric = None if moments is None else moments.fit
     errors = errors_by_rank(weight, quants, ranks, source.plan.solve, matrix.name, metric)

@@ -4,7 +4,6 @@ What a shard contains is fixed by the plan alone, so a plain, a parallel and a r
 is done when its record is whole and its files have the recorded hashes. Until then its matrices wait in ``pieces``.
 """
 
-import contextlib
 import hashlib
 import logging
 from collections.abc import Iterator
@@ -15,12 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from loftq.architecture.adapter import adapter_product, adapter_shapes, adapter_tensors
-from loftq.errors import InputError, LoftqError, NumericalError, StorageError, option, quoted
+from loftq.errors import InputError, LoftqError, NumericalError, naming, option, quoted
 from loftq.formats import fsio, hashed_json
 from loftq.formats.layouts import Layout
 from loftq.formats.source import Checkpoint
 from loftq.formats.tensorfile import DTYPES, Entry, encode_header, tensor_bytes
-from loftq.numerics import Metric, Moments, frobenius
+from loftq.numerics import Metric, Moments, frobenius, oriented
 from loftq.planning import Kept, Matrix, Plan
 from loftq.solver import check_finite, solve
 
@@ -84,35 +83,14 @@ def split(plan: Plan, layout: Layout, max_shard_bytes: int, order: list[str]) ->
     return [Unit(i, name, tuple(s)) for i, (name, s) in enumerate(zip(names, shards, strict=True))]
 
 
-@contextlib.contextmanager
-def naming(matrix: Matrix) -> Iterator[None]:
-    """Around work on one matrix: its name before the message of an error."""
-    try:
-        yield
-    except LoftqError as e:
-        raise type(e)(f"{quoted(matrix.name)}: {e}") from e
-    except (MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "memory" not in str(e):
-            raise
-        raise StorageError(
-            f"{quoted(matrix.name)}: not enough memory for a matrix of shape {matrix.shape}; use fewer "
-            f"{option('workers')}"
-        ) from e
-
-
-def oriented(matrix: Matrix, raw: Tensor) -> Tensor:
-    """A tensor of the checkpoint as ``(out, in)``."""
-    return raw.T.contiguous() if matrix.kind == "conv1d" else raw
-
-
 def solve_matrix(
     matrix: Matrix, checkpoint: Checkpoint, plan: Plan, layout: Layout, device: str, moments: Moments | None = None
 ) -> Solved:
     """Read, solve and encode one matrix; measure the errors on the tensors that will be written."""
-    with naming(matrix):
+    with naming(matrix.name, matrix.shape, option("workers")):
         raw = checkpoint.read(matrix.name)
         source_sha256 = hashlib.sha256(tensor_bytes(raw)).hexdigest()
-        weight = oriented(matrix, raw)
+        weight = oriented(matrix.kind, raw).contiguous()
         solution = solve(weight.to(device), matrix.quant, matrix.rank, plan.solve, matrix.name, moments)
         s = plan.scaling(matrix)
         b, a = (factor.cpu() for factor in solution.factors(s))

@@ -15,7 +15,7 @@ from torch import Tensor
 from loftq.errors import UsageError, option
 from loftq.formats.config import quantization_config, read_groups
 from loftq.formats.tensorfile import DTYPES, Entry
-from loftq.numerics import Quantized, decode, dequantize, encode, normal_float
+from loftq.numerics import Quantized, decode, dequantize, encode, normal_float, oriented, oriented_shape
 from loftq.spec import QuantSpec, check_choice, stored_tensors
 
 
@@ -151,16 +151,14 @@ class DenseLayout(Layout):
     rounds = True
 
     def entries(self, matrix: MatrixLike) -> list[Entry]:
-        rows, columns = matrix.shape
-        return [Entry(matrix.name, matrix.dtype, (columns, rows) if matrix.kind == "conv1d" else (rows, columns))]
+        return [Entry(matrix.name, matrix.dtype, oriented_shape(matrix.kind, matrix.shape))]
 
     def encode(self, matrix: MatrixLike, quantized: Quantized) -> list[Tensor]:
         weight = dequantize(quantized, matrix.quant).to(DTYPES[matrix.dtype])
-        return [weight.T.contiguous() if matrix.kind == "conv1d" else weight]
+        return [oriented(matrix.kind, weight).contiguous()]
 
     def decode(self, matrix: MatrixLike, tensors: list[Tensor]) -> Tensor:
-        weight = tensors[0].float()
-        return weight.T if matrix.kind == "conv1d" else weight
+        return oriented(matrix.kind, tensors[0].float())
 
 
 @register

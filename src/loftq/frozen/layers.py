@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from loftq.architecture import skeleton
+from loftq.architecture.kinds import kind_of
 from loftq.architecture.loading import load_config, load_weights
 from loftq.errors import InputError, UsageError, listed
 from loftq.nn.layers import PackedWeight
+from loftq.numerics import oriented
 
 ROWS = 1024  # inputs in one probe of a forward
 PROBED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes in which a layer may be asked
@@ -76,8 +78,7 @@ def _is_dense(module: Any) -> bool:
 
 
 def _dense(module: Any) -> Tensor:
-    stored = module.weight.detach().float()
-    return stored if isinstance(module, (nn.Linear, nn.Embedding)) else stored.T  # a Conv1D holds (in, out)
+    return oriented(kind_of(module), module.weight.detach().float())
 
 
 def _four_bits(module: Any) -> Tensor:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loftq.errors import InputError, LoftqError, NumericalError, StorageError, option, quoted
+from loftq.errors import InputError, NumericalError, naming, option, quoted
 from loftq.formats.source import Checkpoint, is_quantized_source, open_checkpoint
 from loftq.formats.statistics import Statistics
-from loftq.numerics import frobenius
+from loftq.numerics import frobenius, oriented, oriented_shape
 from loftq.planning import FLOATS
 from loftq.solver import fit_adapter
 from loftq.sources.checkpoint import resolve
@@ -34,7 +34,7 @@ class Original:
     Attributes:
         module: whose it is.
         shape: ``(out, in)``.
-        transposed: as a Conv1D's tensor is.
+        kind: as in :class:`loftq.planning.Role`.
         keep: why it cannot be taken as it is; empty if it can.
     """
 
@@ -42,7 +42,7 @@ class Original:
     module: str
     dtype: str
     shape: tuple[int, ...]
-    transposed: bool
+    kind: str
     keep: str
 
 
@@ -153,9 +153,8 @@ def open_originals(weights: str, revision: str | None) -> Originals:
         info = checkpoint.tensors[tensor]
         if role.kind not in MATRICES and not role.keep:
             continue
-        transposed = role.kind == "conv1d"
-        shape, named = info.shape[::-1] if transposed else info.shape, role.module.removesuffix(".weight")
-        original = Original(tensor, named, info.dtype, shape, transposed, role.keep)
+        shape, named = oriented_shape(role.kind, info.shape), role.module.removesuffix(".weight")
+        original = Original(tensor, named, info.dtype, shape, role.kind, role.keep)
         for module in (named, *(n.rpartition(".")[0] for n in role.tied)):
             modules[module] = original
     return Originals(directory, checkpoint, modules, str(built.base_model_prefix))
@@ -183,10 +182,9 @@ def fit(layer: Layer, checkpoint: Checkpoint, options: FitOptions) -> Fitted:
     from loftq.frozen.layers import dequantized
 
     original = layer.original
-    try:
+    with naming(layer.name, original.shape):
         base = dequantized(layer.base)
-        raw = checkpoint.read(original.tensor)
-        weight = (raw.T if original.transposed else raw).to(base.device).float()
+        weight = oriented(original.kind, checkpoint.read(original.tensor)).to(base.device).float()
         if weight.shape != base.shape:
             raise InputError(
                 f"{original.tensor} is {tuple(weight.shape)}, the layer {tuple(base.shape)}; is it another model's?"
@@ -201,10 +199,6 @@ def fit(layer: Layer, checkpoint: Checkpoint, options: FitOptions) -> Fitted:
         if not (b.isfinite().all() and a.isfinite().all()):
             raise NumericalError(f"the start does not fit the adapter's {layer.dtype}; use float32 adapters")
         left = torch.addmm(weight.sub_(base), b.float(), a.float(), alpha=-layer.s)
-    except LoftqError as e:
-        raise type(e)(f"{quoted(layer.name)}: {e}") from e
-    except MemoryError as e:
-        raise StorageError(f"{quoted(layer.name)}: not enough memory for a matrix of {original.shape}") from e
     report = {
         "name": layer.name,
         "tensor": original.tensor,

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, ValidationError
 
+from loftq.architecture.kinds import kind_of
 from loftq.checkpoint.manifest import Count, FileRow, Name, Number, Part, Shape
 from loftq.checkpoint.output_dir import already_done, check_places, claim, is_ours, publish
 from loftq.checkpoint.shards import Workspace
@@ -146,15 +147,13 @@ def _located(source: Source, model: Any) -> Plan:
 
 
 def _adapter_config(plan: Plan, source: Source, model: Any, base: str, options: StartOptions) -> dict[str, Any]:
-    from transformers.pytorch_utils import Conv1D
-
     from loftq.architecture.adapter import adapter_config, task_type
 
     chosen = {m.module for m in plan.matrices}
     others = [name for name, _ in model.named_modules() if name not in chosen]
     task = options.task_type or task_type(model)
     prefix = str(model.base_model_prefix)
-    transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in chosen)
+    transposed = any(kind_of(model.get_submodule(name)) == "conv1d" for name in chosen)
     return adapter_config(plan, [*others, *source.kept_modules], prefix, base, task, transposed)
 
 
@@ -170,7 +169,7 @@ def _solve(
     for i, matrix in enumerate(plan.matrices):
         if records[i] is not None:
             continue
-        original = Original(matrix.name, modules[matrix.name], matrix.dtype, matrix.shape, matrix.kind == "conv1d", "")
+        original = Original(matrix.name, modules[matrix.name], matrix.dtype, matrix.shape, matrix.kind, "")
         base = model.get_submodule(matrix.module)
         layer = Layer(matrix.module, base, original, matrix.rank, plan.scaling(matrix))
         fitted = fit(layer, source.checkpoint, options)

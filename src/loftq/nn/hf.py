@@ -17,12 +17,13 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from loftq.architecture.kinds import kind_of
 from loftq.architecture.skeleton import renamer, spellings
 from loftq.errors import InputError, UsageError, command, listed, quoted
 from loftq.formats.config import Group, quantization_config, read_groups
 from loftq.formats.tensorfile import read_header
 from loftq.nn.layers import LoftQEmbedding, LoftQLinear, PackedWeight, can_pack, pack_like, replace_module
-from loftq.numerics import encode, quantize
+from loftq.numerics import encode, oriented, quantize
 from loftq.planning import natural
 from loftq.spec import QuantSpec
 
@@ -207,8 +208,8 @@ def _pack_random(model: Any, config: Any) -> None:
         dense: Any = model.get_submodule(name)
         packed = pack_like(dense, spec, device=dense.weight.device)
         if dense.weight.device.type != "meta":
-            rows = dense.weight.detach().float()
-            packed.load_stored(encode(quantize(rows.T if getattr(packed, "conv1d", False) else rows, spec), spec))
+            weight = oriented(kind_of(dense), dense.weight.detach().float())
+            packed.load_stored(encode(quantize(weight, spec), spec))
         if getattr(dense, "bias", None) is not None:
             packed.bias = dense.bias
         replace_module(model, name, packed)

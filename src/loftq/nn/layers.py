@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loftq.architecture.kinds import kind_of
 from loftq.errors import UsageError, option
 from loftq.nn import ops
+from loftq.numerics import oriented_shape
 from loftq.spec import QuantSpec, stored_tensors
 
 TORCH_DTYPES = {
@@ -184,9 +186,7 @@ class LoftQEmbedding(PackedWeight, nn.Embedding):
 
 def can_pack(module: nn.Module) -> bool:
     """Whether :func:`pack_like` takes ``module``."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, (nn.Linear, nn.Embedding, Conv1D))
+    return bool(kind_of(module))
 
 
 def pack_like(module: nn.Module, spec: QuantSpec, device: torch.device | str | None = None) -> PackedWeight:
@@ -196,9 +196,9 @@ def pack_like(module: nn.Module, spec: QuantSpec, device: torch.device | str | N
         return LoftQEmbedding(
             module.num_embeddings, module.embedding_dim, spec, module.padding_idx, device=device, dtype=dtype
         )
-    conv1d = not isinstance(module, nn.Linear)
-    rows, columns = module.weight.shape[::-1] if conv1d else module.weight.shape  # type: ignore[index, union-attr]
-    return LoftQLinear(columns, rows, module.bias is not None, spec, device, dtype, conv1d)  # type: ignore[arg-type]
+    kind = kind_of(module)
+    rows, columns = oriented_shape(kind, tuple(module.weight.shape))  # type: ignore[arg-type, union-attr]
+    return LoftQLinear(columns, rows, module.bias is not None, spec, device, dtype, kind == "conv1d")
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -21,6 +21,7 @@ from loftq.numerics.fitting import fitted_scales
 from loftq.numerics.lowrank import truncated_svd
 from loftq.numerics.metric import Metric, Moments, best_factors, beyond
 from loftq.numerics.norms import frobenius, product_square
+from loftq.numerics.orientation import oriented, oriented_shape
 from loftq.numerics.packing import pack, packed_shape, unpack
 from loftq.numerics.rounding import descend, feedback
 
@@ -43,6 +44,8 @@ __all__ = [
     "levels",
     "nearest",
     "normal_float",
+    "oriented",
+    "oriented_shape",
     "pack",
     "packed_shape",
     "product_square",

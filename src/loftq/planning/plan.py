@@ -9,6 +9,7 @@ from typing import Any
 
 from loftq import codes
 from loftq.errors import InputError, UsageError, checked_fields, listed, option, quoted
+from loftq.numerics import oriented_shape
 from loftq.planning.budget import SOLVERS, Choice, parse_budget
 from loftq.planning.patterns import Rules, parse_rules
 from loftq.spec import (
@@ -283,14 +284,14 @@ def make(
             scale_dtype=policy.scale_dtype,
             double_quant=policy.double_quant,
         )
-        oriented = (shape[1], shape[0]) if role.kind == "conv1d" else (shape[0], shape[1])
+        rows, columns = oriented_shape(role.kind, shape)
         rank = budgeted.rank if budgeted else ranks(role.module)
-        if rank >= min(oriented) and policy.rank_policy == "refuse":
-            refused.append(f"{name} {oriented[0]}x{oriented[1]} with rank {rank}")
+        if rank >= min(rows, columns) and policy.rank_policy == "refuse":
+            refused.append(f"{name} {rows}x{columns} with rank {rank}")
         check_scales(quant, policy.solve.scales)
-        rank, factors = min(rank, min(oriented) - 1), STORED[policy.adapter_dtype]
+        rank, factors = min(rank, min(rows, columns) - 1), STORED[policy.adapter_dtype]
         source = tensors[name][0] if tensors[name][0] != dtype else ""
-        matrices.append(Matrix(name, role.module, role.kind, oriented, dtype, quant, rank, factors, source))
+        matrices.append(Matrix(name, role.module, role.kind, (rows, columns), dtype, quant, rank, factors, source))
     if refused:
         raise UsageError(
             f"the rank must be below the shorter side of every matrix, and is not for {listed(refused)}; "
