@@ -215,7 +215,7 @@ class Made:
         return (cls or self.family.auto_class).from_pretrained(self.output, **options)
 
     def start(self, model: Any = None, **options: Any) -> PeftModel:
-        """The packed model with its LoftQ start, trainable."""
+        """The packed model with its LoftQ initialization, trainable."""
         model = self.load() if model is None else model
         return PeftModel.from_pretrained(model, self.output, subfolder="loftq_init", is_trainable=True, **options)
 

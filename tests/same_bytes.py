@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "The quick brown fox jumps over the lazy dog while seven wizards mix a very big potion of jade. "
 NOT_COMPARED = {"metrics.json", "trainer_state.json", "training_args.bin"}  # they hold times
-FORKED = """
+FORKED = r"""
 import json, os, sys
 import loftq.cli, peft, torch, transformers
 torch.set_num_threads(1)

@@ -111,7 +111,7 @@ def get_peft_model(
     progress: bool = True,
     **options: Any,
 ) -> nn.Module:
-    """A loaded full-precision model becomes a ``PeftModel`` with packed layers and the LoftQ start.
+    """A loaded full-precision model becomes a ``PeftModel`` with packed layers and the LoftQ initialization.
 
     The model is changed in place, layer by layer, so that little more memory is needed than it has already.
 
@@ -223,7 +223,7 @@ def replace_lora_weights(
     revision: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Give the LoRA layers of a ``PeftModel`` over any frozen base the start that makes up for its quantization.
+    """Give the LoRA layers of a ``PeftModel`` over any frozen base LoftQ's initialization for its quantization.
 
     Each layer's ``B`` and ``A`` become the best low-rank term between the original weight and what the frozen layer
     multiplies with, whatever quantized it, with the layer's scaling divided out; what they held before is lost. The

@@ -94,9 +94,9 @@ class SolveSpec:
         seed: seeds the random start of the factors and of the randomized SVD, together with the tensor's name.
         scales: ``formula`` the code's own (absmax and the like), or ``fitted`` to the least squared error of every
             block, with which no step raises the error. Both are stored and read in the same way.
-        metric: in which norm the start is close: of the ``weights`` themselves, or of what they do to the inputs of a
-            calibration, by the ``diagonal`` of their second moments or by these in ``full``; ``fisher`` weights rows
-            and columns by the mean squared gradients of the loss.
+        metric: in which norm the initialization is close: of the ``weights`` themselves, or of what they do to the
+            inputs of a calibration, by the ``diagonal`` of their second moments or by these in ``full``; ``fisher``
+            weights rows and columns by the mean squared gradients of the loss.
         rounding: how Q is found; see :class:`loftq.solver.rounding.Rounding`.
         start: the adapter that Q is first made for: ``zero``, or the directions of W that are worth more ``preserved``
             than their share of the quantization error (SRR, arXiv 2602.02001).
@@ -122,7 +122,7 @@ class SolveSpec:
         check_choice("start", self.start, STARTS)
         if self.order == "svd-first" and (self.rounding in ("shaped", "descent") or self.start != "zero"):
             raise UsageError(
-                "order svd-first goes with rounding nearest or feedback, and has a start of its own; "
+                "order svd-first goes with rounding nearest or feedback, and has an initialization of its own; "
                 f"choose {option('preset', 'fitted')} or {option('preset', 'loftq')}"
             )
 
@@ -145,7 +145,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def default_preset(calibrated: bool) -> str:
-    """The best start for what there is: the weights alone, or a calibration."""
+    """The best initialization for what there is: the weights alone, or a calibration."""
     return "descent" if calibrated else "fitted"
 
 

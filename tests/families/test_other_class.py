@@ -106,7 +106,7 @@ def test_a_start_of_another_model_or_none_is_refused(made, tmp_path):
     lost = "base_model.model.encoder.layer.1.output.dense.lora_B.weight"
     del factors[lost]
     save_file(factors, tmp_path / "loftq_init" / "adapter_model.safetensors")
-    with pytest.raises(InputError, match=f"no LoftQ start for {lost}"):
+    with pytest.raises(InputError, match=f"no LoftQ initialization for {lost}"):
         loftq.load_start(checkpoint.load(), tmp_path)
 
 

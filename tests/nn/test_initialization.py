@@ -52,8 +52,8 @@ def test_all_linear_is_enough_and_more_modules_may_be_named(made):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"r": 8}, r"other ranks than LoraConfig: model\.layers\.0\.\S+ \(8, the start has 4\).*; give r=4"),
-        ({"rank_pattern": {"q_proj": 2}}, r"model\.layers\.0\.self_attn\.q_proj \(2, the start has 4\), "),
+        ({"r": 8}, r"other ranks than LoraConfig: model\.layers\.0\.\S+ \(8, the initialization has 4\).*; give r=4"),
+        ({"rank_pattern": {"q_proj": 2}}, r"model\.layers\.0\.self_attn\.q_proj \(2, the initialization has 4\), "),
         ({"target_modules": ["q_proj", "v_proj"]}, r"target_modules leaves out model\.layers\.0\..* and 7 more"),
         ({"use_dora": True}, "DoRA needs the norms of a dense weight"),
         ({"lora_alpha": 0}, "set lora_alpha above 0"),
@@ -70,10 +70,12 @@ def test_without_a_start_it_is_an_error(made, tmp_path):
     checkpoint = made("llama")
     shutil.copytree(checkpoint.output, tmp_path, ignore=lambda *_: ["loftq_init"], dirs_exist_ok=True)
     packed = type(checkpoint.dense).from_pretrained(tmp_path)
-    with pytest.raises(UsageError, match=r"no LoftQ start in .*load the model from a directory that `loftq quantize`"):
+    with pytest.raises(
+        UsageError, match=r"no LoftQ initialization in .*load the model from a directory that `loftq quantize`"
+    ):
         get_peft_model(packed, config())
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="the LoftQ start")
+        warnings.filterwarnings("error", message="the LoftQ initialization")
         get_peft_model(packed, LoraConfig(r=2, target_modules=["q_proj"]))
     dense = type(checkpoint.dense).from_pretrained(checkpoint.source)
     with pytest.raises(
@@ -99,15 +101,17 @@ def test_as_a_second_adapter(made):
 
 @pytest.mark.parametrize("init", [True, False, "gaussian"])
 def test_a_start_that_is_not_used_is_told(made, init):
-    with pytest.warns(UserWarning, match=r"the LoftQ start of .* is not used: .*init_lora_weights='loftq'") as told:
+    with pytest.warns(
+        UserWarning, match=r"the LoftQ initialization of .* is not used: .*init_lora_weights='loftq'"
+    ) as told:
         get_peft_model(made("llama").load(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=init))
-    assert len([w for w in told if "LoftQ start" in str(w.message)]) == 1
+    assert len([w for w in told if "LoftQ initialization" in str(w.message)]) == 1
 
 
 def test_a_start_that_is_used_is_not(made, tmp_path):
     checkpoint = made("llama")
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="the LoftQ start")
+        warnings.filterwarnings("error", message="the LoftQ initialization")
         model = checkpoint.start()
         model.save_pretrained(tmp_path)
         PeftModel.from_pretrained(checkpoint.load(), tmp_path)

@@ -197,7 +197,7 @@ def test_fan_in_fan_out_means_nothing_to_a_packed_layer(made):
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora' reads a dense weight"),
         (  # r=3: the start's rank is 4
             {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
-            "the LoftQ start has other ranks than LoraConfig",
+            "the LoftQ initialization has other ranks than LoraConfig",
         ),
         ({"init_lora_weights": "mica"}, "init_lora_weights='mica' reads a dense weight"),
         ({"init_lora_weights": "orthogonal"}, "init_lora_weights='orthogonal' reads a dense weight"),

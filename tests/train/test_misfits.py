@@ -153,7 +153,7 @@ def test_a_start_that_was_made_with_another_rank(place):
     models.quantize(place / "model", place / "packed")  # rank 4
     packed = {"model": str(place / "packed"), "quantization": None, "training.max_steps": 1}
     for changes, wanted in (
-        ({"lora.rank": 8}, "lora.rank: 8, but the start in .* was made with 4; leave it out"),
+        ({"lora.rank": 8}, "lora.rank: 8, but the initialization in .* was made with 4; leave it out"),
         ({"lora.alpha": 64.0}, "lora.alpha: 64.0, but"),
         ({"lora.rslora": True}, "lora.rslora: True, but"),
     ):

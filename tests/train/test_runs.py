@@ -347,7 +347,7 @@ def test_a_quantized_model_wants_its_own_method(place):
     packed = {"model": str(place / "packed"), "quantization": None}
     finetune(tiny.recipe(place, "loftq", **packed))
     for method, changes, wanted in (
-        ("qlora", packed, "method: qlora, but the start in .* was made by loftq"),
+        ("qlora", packed, "method: qlora, but the initialization in .* was made by loftq"),
         ("lora", packed, "method lora wants a dense one"),
         ("loftq", {"model": str(place / "packed")}, "leave out the section quantization"),
         ("loftq", {"model": str(place / "dense"), "quantization": None}, "has --format dense"),

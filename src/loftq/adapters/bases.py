@@ -1,7 +1,8 @@
 """Adapters that name their base by where it lies from them, so that both can be moved and uploaded together.
 
-The start in ``loftq_init`` says ``base_model_name_or_path: ".."``. PEFT and transformers would take that for a place
-seen from the current directory; here they are given the directory that holds the adapter's, or the hub's repository.
+The initialization in ``loftq_init`` says ``base_model_name_or_path: ".."``. PEFT and transformers would take that for a
+place seen from the current directory; here they are given the directory that holds the adapter's, or the hub's
+repository.
 """
 
 import functools

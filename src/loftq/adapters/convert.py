@@ -1,4 +1,4 @@
-"""A model that is already loaded: packed layers and a LoftQ start, in place, in one call."""
+"""A model that is already loaded: packed layers and a LoftQ initialization, in place, in one call."""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +31,7 @@ def convert(
     progress: Callable[[Matrix, Solution], object] | None,
     statistics: Statistics | None = None,
 ) -> tuple[nn.Module, Plan]:
-    """Replace the planned layers of ``model`` by packed ones, and wrap it with the LoftQ start as ``default`` adapter.
+    """Replace the planned layers of ``model`` by packed ones; wrap it with the LoftQ initialization as ``default``.
 
     Raises: UsageError for a model that cannot be converted; what :func:`loftq.planning.make` raises; NumericalError for
         weights that are not finite. ``model`` is then unchanged; not if a matrix cannot be solved.
@@ -66,7 +66,7 @@ def convert(
             progress(matrix, solution)
     mark_quantized(model, planning.nominal_bits(policy.bits, plan))
     wrapped = wrap(model, config, start)
-    # Not the dense checkpoint: with that under it, the start would be added to weights that need none.
+    # Not the dense checkpoint: with that under it, the initialization would be added to weights that need none.
     wrapped.peft_config["default"].base_model_name_or_path = ""
     return wrapped, plan
 
@@ -116,7 +116,7 @@ def _replace(model: nn.Module, matrix: Matrix, solution: Solution) -> None:
 
 
 def _adapter_config(plan: Plan, model: Any) -> Any:
-    """PEFT's configuration of the start. Made first of all: not every model can have one."""
+    """PEFT's configuration of the initialization. Made first of all: not every model can have one."""
     from peft import LoraConfig
 
     chosen = {matrix.module for matrix in plan.matrices}

@@ -131,7 +131,7 @@ def _plain(config: Any) -> Any:
     for field in NOT_TRIED:
         if hasattr(config, field):
             setattr(config, field, None)
-    if getattr(config, "init_lora_weights", None) == "loftq":  # the start comes later, and reads no weight
+    if getattr(config, "init_lora_weights", None) == "loftq":  # the initialization comes later, and reads no weight
         config.init_lora_weights = True
     return config
 

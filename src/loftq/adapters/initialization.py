@@ -1,7 +1,7 @@
-"""``LoraConfig(init_lora_weights="loftq")`` on a packed model: the adapter begins with the start of its directory.
+"""``LoraConfig(init_lora_weights="loftq")`` on a packed model: the initialization of its directory.
 
-PEFT, or TRL, then make the adapter, with the user's ``lora_alpha``, dropout and task. The start's ``B`` is divided by
-the ratio of the two scalings, so that ``s · B @ A`` is what was solved for.
+PEFT, or TRL, then make the adapter, with the user's ``lora_alpha``, dropout and task. The initialization's ``B`` is
+divided by the ratio of the two scalings, so that ``s · B @ A`` is what was solved for.
 """
 
 import copy
@@ -25,7 +25,7 @@ FOLDER = "loftq_init"
 
 @dataclass(frozen=True)
 class Start:
-    """The start of a directory, for the modules that a model has."""
+    """The initialization of a directory, for the modules that a model has."""
 
     config: LoraConfig
     factors: dict[str, tuple[Tensor, Tensor]]  # module -> B (out, rank), A (rank, in)
@@ -36,7 +36,7 @@ class Start:
         return self.config.lora_alpha / (rank**0.5 if self.config.use_rslora else rank)
 
     def complete(self, config: LoraConfig) -> LoraConfig:
-        """A copy of ``config`` that PEFT initialises as usual; where it names no modules or ranks, with the start's."""
+        """A copy of ``config`` that PEFT initialises as usual; with our modules and ranks where it names none."""
         config = copy.copy(config)
         config.init_lora_weights, config.loftq_config = True, {}
         if config.target_modules is None:
@@ -51,8 +51,8 @@ class Start:
         left = [module for module in self.factors if module not in chosen]
         if left:
             raise UsageError(
-                f"target_modules leaves out {listed(left, 3)}: the LoftQ start corrects these too; leave "
-                "target_modules out and it is that of the start"
+                f"target_modules leaves out {listed(left, 3)}: the LoftQ initialization corrects these too; leave "
+                "target_modules out and it is that of the initialization"
             )
         alphas = [config.lora_alpha, *config.alpha_pattern.values()]
         if not min(alphas) > 0:
@@ -61,11 +61,11 @@ class Start:
         for module, (_, a) in self.factors.items():
             rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), module), config.r)
             if rank != len(a):
-                other.append(f"{module} ({rank}, the start has {len(a)})")
+                other.append(f"{module} ({rank}, the initialization has {len(a)})")
         if other:
             raise UsageError(
-                f"the LoftQ start has other ranks than LoraConfig: {listed(other, 3)}; give r={self.config.r} and no "
-                f"rank_pattern, or quantize with another {option('rank')}"
+                f"the LoftQ initialization has other ranks than LoraConfig: {listed(other, 3)}; give r={self.config.r} "
+                f"and no rank_pattern, or quantize with another {option('rank')}"
             )
 
     def fill(self, model: nn.Module, adapter: str) -> None:
@@ -75,18 +75,20 @@ class Start:
         for module, (b, a) in self.factors.items():
             layer: Any = model.get_submodule(module)
             if adapter not in getattr(layer, "scaling", {}):
-                raise InputError(f"{quoted(module)} got no adapter for its LoftQ start; leave target_modules out")
+                raise InputError(
+                    f"{quoted(module)} got no adapter for its LoftQ initialization; leave target_modules out"
+                )
             rows = len(factors(layer, adapter)[0])
             if rows != len(b):
                 raise UsageError(
-                    f"{quoted(module)} has {rows} rows, its LoftQ start {len(b)}; use loftq.load_start for a table "
-                    "that was resized"
+                    f"{quoted(module)} has {rows} rows, its LoftQ initialization {len(b)}; use loftq.load_start "
+                    "for a table that was resized"
                 )
             write(layer, adapter, b * (self.scaling(module) / layer.scaling[adapter]), a)
 
 
 def read_start(model: Any) -> Start:
-    """The start in the directory, or hub repository, that ``model`` was loaded from.
+    """The initialization in the directory, or hub repository, that ``model`` was loaded from.
 
     Raises: UsageError if there is none; InputError if a packed layer is without.
     """
@@ -103,7 +105,7 @@ def read_start(model: Any) -> Start:
         tensors = load_peft_weights(name, device="cpu", key_mapping=mapping, **place)
     except Exception as e:  # whatever PEFT, the hub and the network raise
         raise UsageError(
-            f"init_lora_weights='loftq': no LoftQ start in {quoted(name or 'a model from no directory')} "
+            f"init_lora_weights='loftq': no LoftQ initialization in {quoted(name or 'a model from no directory')} "
             f"({one_line(e)}); load the model from a directory that `loftq quantize` made"
         ) from e
     if not isinstance(config, LoraConfig):
@@ -113,7 +115,7 @@ def read_start(model: Any) -> Start:
     packed = [n.removesuffix(".base_layer") for n, m in model.named_modules() if isinstance(m, PackedWeight)]
     without = [n for n in packed if n not in factors]
     if without:
-        raise InputError(f"{quoted(name)}: no LoftQ start for {listed(without, 3)}; is it of another model?")
+        raise InputError(f"{quoted(name)}: no LoftQ initialization for {listed(without, 3)}; is it of another model?")
     return Start(config, factors)
 
 
@@ -130,7 +132,7 @@ def _pairs(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def has_start(model: Any) -> bool:
-    """Whether the place that ``model`` came from has a start, as far as can be told without the network."""
+    """Whether the place that ``model`` came from has an initialization, as far as can be told without the network."""
     name = str(getattr(model, "name_or_path", ""))
     if not name or Path(name).exists():
         return bool(name) and (Path(name) / FOLDER / "adapter_config.json").is_file()
@@ -149,7 +151,7 @@ def _is_packed(model: nn.Module) -> bool:
 
 
 def install(lora_model: Any) -> None:
-    """Let PEFT's LoRA take the start of a packed model.
+    """Let PEFT's LoRA take the initialization of a packed model.
 
     Args:
         lora_model: PEFT's ``LoraModel``.
@@ -164,8 +166,8 @@ def install(lora_model: Any) -> None:
         if not _is_packed(model):
             if not config.loftq_config:
                 raise UsageError(
-                    "init_lora_weights='loftq' takes the start of a packed model, and this one has no packed layers; "
-                    "load a directory that `loftq quantize` made, or give a loftq_config to have PEFT quantize"
+                    "init_lora_weights='loftq' takes the initialization of a packed model, and this one has no packed "
+                    "layers; load a directory that `loftq quantize` made, or give a loftq_config to have PEFT quantize"
                 )
             return inject(self, model, adapter_name, *args, **kwargs)
         start = None if is_filled_from_elsewhere() else read_start(model)
@@ -192,7 +194,7 @@ def install(lora_model: Any) -> None:
 
 
 def warn_of_unused_starts(model_class: Any) -> None:
-    """Let ``PeftModel`` say, once for each, that a new LoRA adapter on a packed model begins without the start.
+    """Let ``PeftModel`` say, once for each, that a new LoRA adapter on a packed model begins without LoftQ's.
 
     Args:
         model_class: ``PeftModel``.
@@ -206,9 +208,9 @@ def warn_of_unused_starts(model_class: Any) -> None:
         make(self, model, peft_config, *args, **kwargs)
         if unused:
             warnings.warn(
-                f"the LoftQ start of {quoted(model.name_or_path)} is not used: this adapter begins at zero, on weights "
-                "whose quantization error nothing makes up for. Give LoraConfig(init_lora_weights='loftq'), or use "
-                "loftq.load_start(model, directory)",
+                f"the LoftQ initialization of {quoted(model.name_or_path)} is not used: this adapter begins at zero, "
+                "on weights whose quantization error nothing makes up for. Give LoraConfig(init_lora_weights='loftq'), "
+                "or use loftq.load_start(model, directory)",
                 stacklevel=4,
             )
 

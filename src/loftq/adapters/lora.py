@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers of a model: which of an adapter's can be given a start, and how it gets into them."""
+"""PEFT's LoRA layers of a model: which of an adapter's can be given an initialization, and how it gets into them."""
 
 from typing import Any
 
@@ -23,7 +23,9 @@ def lora_layers(model: Any, adapter: str) -> tuple[dict[str, LoraLayer], dict[st
     if config is None:
         raise UsageError(f"no adapter {quoted(repr(adapter))}; the model has {listed(model.peft_config)}")
     if not isinstance(config, LoraConfig):
-        raise UsageError(f"adapter {quoted(repr(adapter))} is {type(config).__name__}; only LoRA has such a start")
+        raise UsageError(
+            f"adapter {quoted(repr(adapter))} is {type(config).__name__}; only LoRA has such an initialization"
+        )
     layers, skipped = {}, {}
     for name, layer in model.get_base_model().named_modules():
         if not isinstance(layer, LoraLayer) or adapter not in layer.r:
@@ -41,7 +43,9 @@ def lora_layers(model: Any, adapter: str) -> tuple[dict[str, LoraLayer], dict[st
 def _refuse(name: str, layer: Any, adapter: str) -> None:
     if adapter in layer.lora_variant:
         kind = type(layer.lora_variant[adapter]).__name__.removesuffix("Variant")
-        raise UsageError(f"{quoted(name)}: {kind} multiplies by more than s · B @ A; only plain LoRA has such a start")
+        raise UsageError(
+            f"{quoted(name)}: {kind} multiplies by more than s · B @ A; only plain LoRA has such an initialization"
+        )
     if layer.merged:
         raise UsageError(f"{quoted(name)}: an adapter is merged into the base; call unmerge_adapter() first")
     if not layer.scaling[adapter] > 0:

@@ -88,7 +88,7 @@ def _refuse(config: LoraConfig, target: nn.Module, parameter_name: str | None) -
     if config.init_lora_weights not in READ_NO_WEIGHT:
         raise UsageError(
             f"init_lora_weights={config.init_lora_weights!r} reads a dense weight, and this one is packed; use "
-            "'loftq', the start in the checkpoint's loftq_init folder, or True"
+            "'loftq', the initialization in the checkpoint's loftq_init folder, or True"
         )
 
 

@@ -1,4 +1,4 @@
-"""The LoftQ start put on a model of any class, also one whose head is new and is to be trained beside it."""
+"""The LoftQ initialization put on a model of any class, also one whose head is new and is to be trained beside it."""
 
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -36,12 +36,12 @@ def load_start(
     """``PeftModel.from_pretrained(model, directory, subfolder="loftq_init", is_trainable=True)``, whatever the class.
 
     PEFT's own call needs a model of the class that was quantized: it asks a classifier for the parts of a causal
-    language model, and the start for the tensors of a head that it does not have.
+    language model, and the initialization for the tensors of a head that it does not have.
 
     Args:
         model: a packed model.
         directory: of the LoftQ checkpoint, or its hub id.
-        lora_dropout: for training; the start has none.
+        lora_dropout: for training; the initialization has none.
         modules_to_save: modules that are trained and saved with the adapter. By default the head of a classifier or
             of question answering, all of it, and whatever else the checkpoint had no weights for.
 
@@ -72,8 +72,8 @@ def wrap(model: Any, config: LoraConfig, factors: dict[str, Tensor]) -> PeftMode
     fresh = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     missing = [name for name in fresh if ".lora_" in name and name not in factors]
     if missing:
-        raise InputError(f"no LoftQ start for {listed(missing)}; is it of another model?")
-    check_placed(model, "the LoftQ start", [], [name for name in factors if name not in fresh])
+        raise InputError(f"no LoftQ initialization for {listed(missing)}; is it of another model?")
+    check_placed(model, "the LoftQ initialization", [], [name for name in factors if name not in fresh])
     filled = {name: _resized(name, t, fresh[name]) for name, t in factors.items() if name in fresh}
     set_peft_model_state_dict(wrapped, {**fresh, **filled})
     return wrapped

@@ -1,4 +1,4 @@
-"""The LoftQ start as a plain PEFT adapter: its configuration, and the names and shapes of its tensors."""
+"""The LoftQ initialization as a plain PEFT adapter: its configuration, and the names and shapes of its tensors."""
 
 import inspect
 from typing import Any

@@ -8,7 +8,7 @@ from loftq.version import __version__
 
 app = typer.Typer(
     name="loftq",
-    help="LoftQ: quantize a Hugging Face model to 2, 3, 4 or 8 bits, with the LoRA start that makes up for it.",
+    help="LoftQ: quantize a Hugging Face model to 2, 3, 4 or 8 bits, with a LoRA initialization that makes up for it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

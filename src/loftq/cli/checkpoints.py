@@ -90,13 +90,13 @@ def quantize(
     curves: Curves = None,
     workers: Workers = 0,
     device: Annotated[str, typer.Option(help="Where to solve, and to calibrate: cpu, cuda, cuda:1, …")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Seeds random starts, together with each tensor's name.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of all random numbers, together with each tensor's name.")] = 0,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of the backbone: 500MB, 2GB.")] = "1GB",
     task_type: Annotated[str | None, typer.Option(help="PEFT task type to write into the adapter.")] = None,
     revision: Revision = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output of loftq.")] = False,
 ) -> None:
-    """Make a LoftQ checkpoint: packed backbone, LoRA start, manifest, model card. Continues where it was stopped."""
+    """Make a LoftQ checkpoint: packed backbone, LoRA initialization, manifest, card. Continues where it was stopped."""
     given = locals()
     from loftq.checkpoint.quantize import QuantizeOptions
     from loftq.checkpoint.quantize import quantize as run

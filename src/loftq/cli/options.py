@@ -24,7 +24,7 @@ Bits = Annotated[
 ]
 Rank = Annotated[str, typer.Option(help="Rank of the adapter, or patterns with a default: 'mlp=32,16'.")]
 Alpha = Annotated[
-    float | None, typer.Option(help="lora_alpha; the rank if not given. The start does not depend on it.")
+    float | None, typer.Option(help="lora_alpha; the rank if not given. The initialization does not depend on it.")
 ]
 Code = Annotated[
     str,
@@ -51,8 +51,9 @@ Preset = Annotated[
     typer.Option(
         "--preset",
         "--method",
-        help="loftq (the paper's), fitted, descent, svd (one step), qlora (quantize, zero start); with --calibrate "
-        "also qera-diag, qera-full, eora, cloq, projq, srr, lq-lora. Default: fitted; with --calibrate descent.",
+        help="loftq (the paper's), fitted, descent, svd (one step), qlora (quantize, zero initialization); with "
+        "--calibrate also qera-diag, qera-full, eora, cloq, projq, srr, lq-lora. Default: fitted; "
+        "with --calibrate descent.",
         show_default=False,
     ),
 ]

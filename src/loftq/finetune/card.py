@@ -9,7 +9,7 @@ METHODS = {
     "full": "fine-tuned in full",
     "lora": "with a LoRA adapter over the dense model",
     "qlora": "with a LoRA adapter over a quantized backbone, trained from zero (QLoRA)",
-    "loftq": "with a LoRA adapter over a quantized backbone, trained from its LoftQ start",
+    "loftq": "with a LoRA adapter over a quantized backbone, trained from its LoftQ initialization",
 }
 
 

@@ -251,7 +251,7 @@ def settings(recipe: Recipe, source: Path) -> dict[str, Any]:
 
 
 def _settings_of(packed: Path, recipe: Recipe) -> dict[str, Any]:
-    """The settings of an arm that trains the start in a directory of ``loftq quantize``: what it was made with."""
+    """The settings of an arm that trains a directory of ``loftq quantize``: what that was made with."""
     made = read_manifest(packed)["identity"]["options"]
     solver = made["solve"]
     bits = f"≤{made['budget']}" if made.get("budget") else made["bits"]

@@ -17,7 +17,7 @@ Row = Mapping[str, Any]
 NAMES = {"full": "Full FT", "lora": "LoRA", "qlora": "QLoRA", "loftq": "LoftQ"}
 ALWAYS = ("method", "bits")
 IN_NAME = ("preset",)  # told by the method's name
-CALIBRATION = ("calibrate", "samples")  # of some starts of LoftQ
+CALIBRATION = ("calibrate", "samples")  # of some initializations of LoftQ
 HEADINGS = {"steps": "T", "embeddings": "embeddings too", "calibrate": "texts"}
 COUNTS = ("n", "tokens")  # of one split or another; no results
 WORDS = ("method", "code", "scales", "order")
@@ -93,7 +93,7 @@ def arms(rows: Sequence[Row]) -> list[ArmResult]:
 def columns(found: Sequence[ArmResult]) -> list[str]:
     """The settings worth a column: method and bits, and what differs between arms of one method that have it.
 
-    All starts of LoftQ are one method here: what their names do not tell is shown.
+    All initializations of LoftQ are one method here: what their names do not tell is shown.
     """
     keys = dict.fromkeys(key for arm in found for key in arm.settings if key not in IN_NAME)
     values: dict[tuple[str, str], set[Any]] = {}

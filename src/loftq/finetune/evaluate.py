@@ -41,7 +41,7 @@ def evaluate(
     max_length: int | None = None,
     generation: str | None = None,
 ) -> Evaluation:
-    """Evaluate a run of ``loftq train``, a dense model, or a quantized directory with its start.
+    """Evaluate a run of ``loftq train``, a dense model, or a quantized directory with its initialization.
 
     Args:
         target: a directory, or a hub id.

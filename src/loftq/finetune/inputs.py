@@ -85,7 +85,7 @@ def _data(recipe: Recipe) -> dict[str, Any]:
 
 
 def _model(directory: Path) -> list[Any]:
-    """The files of a local model that are read. Of a start, how it was made, which holds no paths, and its adapter."""
+    """The files of a local model that are read. Of a LoftQ checkpoint, also how it was made, and its adapter."""
     if not directory.is_dir():
         return []
     weights = (".safetensors", ".bin")

@@ -52,7 +52,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, new_modules: Iterable[s
 
 
 def add_start(model: PreTrainedModel, directory: Path, dropout: float) -> PeftModel:
-    """The start that was made with the packed backbone in ``directory``, LoftQ's or QLoRA's."""
+    """The initialization that was made with the packed backbone in ``directory``, LoftQ's or QLoRA's."""
     return _trainable_in_float32(load_start(model, directory, lora_dropout=dropout))
 
 

@@ -248,12 +248,13 @@ def _check_quantized(recipe: Recipe, source: Path) -> None:
         )
     method = "qlora" if options["solve"]["steps"] == 0 else "loftq"
     if method != recipe.method:
-        raise UsageError(f"method: {recipe.method}, but the start in {quoted(source)} was made by {method}")
+        raise UsageError(f"method: {recipe.method}, but the initialization in {quoted(source)} was made by {method}")
     for name in ("rank", "alpha", "rslora"):
         asked = getattr(recipe.lora, name)
         if asked not in (options[name], type(recipe.lora).model_fields[name].default):
             raise UsageError(
-                f"lora.{name}: {asked}, but the start in {quoted(source)} was made with {options[name]}; leave it out"
+                f"lora.{name}: {asked}, but the initialization in {quoted(source)} was made with {options[name]}; "
+                "leave it out"
             )
 
 

@@ -1,4 +1,4 @@
-"""A start for adapters over a base that is quantized already, from the original weights on disk.
+"""An initialization for adapters over a base that is quantized already, from the original weights on disk.
 
 Layer by layer: the original matrix is read, the base's is decoded, and the low-rank term between them goes into the
 adapter. Of the original there is one matrix in memory at a time.
@@ -64,7 +64,7 @@ class Originals:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer to find a start for.
+    """One layer to find an initialization for.
 
     Attributes:
         name: of the module in the frozen model.
@@ -83,7 +83,7 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
-    """How the starts are found.
+    """How the initializations are found.
 
     Attributes:
         statistics: of the inputs, from the original model; where there are none, the weights' norm is used.
@@ -111,7 +111,7 @@ class Fitted:
 def replace(
     model: nn.Module, weights: str, adapter: str, options: FitOptions, revision: str | None, begin: Begin
 ) -> dict[str, Any]:
-    """Give every LoRA layer of ``adapter`` its start, all or none; see :func:`loftq.replace_lora_weights`."""
+    """Give every LoRA layer of ``adapter`` its initialization, all or none; see :func:`loftq.replace_lora_weights`."""
     from loftq.adapters.lora import factors, lora_layers, write
 
     found, skipped = lora_layers(model, adapter)
@@ -197,7 +197,7 @@ def fit(layer: Layer, checkpoint: Checkpoint, options: FitOptions) -> Fitted:
             raise InputError(f"the base differs from {original.tensor} by more than all of it; is it another model's?")
         b, a = (factor.to(layer.dtype) for factor in start.factors(layer.s))
         if not (b.isfinite().all() and a.isfinite().all()):
-            raise NumericalError(f"the start does not fit the adapter's {layer.dtype}; use float32 adapters")
+            raise NumericalError(f"the initialization does not fit the adapter's {layer.dtype}; use float32 adapters")
         left = torch.addmm(weight.sub_(base), b.float(), a.float(), alpha=-layer.s)
     report = {
         "name": layer.name,

@@ -1,4 +1,4 @@
-"""The norm in which a start is close to its weight, and the best low-rank term in that norm.
+"""The norm in which an initialization is close to its weight, and the best low-rank term in that norm.
 
 What a matrix does to its inputs matters more than its entries. With the second moments ``H = E[x xᵀ]`` of the inputs,
 and of the gradients with respect to the outputs ``G = diag E[d²]``,
@@ -121,7 +121,7 @@ class Moments:
     """What calibration found out about the inputs of one matrix.
 
     Attributes:
-        fit: the metric that a start is made for; shrunk where tokens were few.
+        fit: the metric that an initialization is made for; shrunk where tokens were few.
         held: the same of tokens that were kept out of it, and of which a step has to lower the error; not shrunk.
         tokens: how many ``fit`` is of; 0 if that is not known.
     """

@@ -39,13 +39,13 @@ def warnings(matrices: list[dict[str, Any]]) -> list[str]:
 
 
 def plot(inspected: dict[str, Any], file: Path) -> None:
-    """Error of every matrix, with the start over quantization alone, and the error per step, as a picture."""
+    """Error of every matrix, with the initialization over quantization alone, and the error per step, as a picture."""
     plt = pyplot()
     matrices = inspected["matrices"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), width_ratios=(3, 2), layout="constrained")
     at = range(len(matrices))
     left.bar(at, [judged(m)[1] for m in matrices], color="#c9c9c9", label="quantized alone")
-    left.bar(at, [judged(m)[0] for m in matrices], color="#2b6cb0", width=0.55, label="with the start")
+    left.bar(at, [judged(m)[0] for m in matrices], color="#2b6cb0", width=0.55, label="with the initialization")
     calibrated = all("output_errors" in m for m in matrices)
     left.set(
         xlabel="matrix, in the order of the table",

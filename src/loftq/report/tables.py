@@ -162,12 +162,12 @@ def print_summary(output: Path, manifest: dict[str, Any], made: bool) -> None:
 
 def print_start(output: Path, report: dict[str, Any]) -> None:
     """Every layer of an adapter that ``loftq start`` made, and what to do with it."""
-    columns = (("layer", "left"), ("shape", "right"), ("rank", "right"), ("base", "right"), ("start", "right"))
+    columns = (("layer", "left"), ("shape", "right"), ("rank", "right"), ("base", "right"), ("initialized", "right"))
     table = plain_table(*columns, ("", "left"))
     for layer in report["layers"]:
         before, after = layer["errors"]
         shape = "x".join(map(str, layer["shape"]))
-        reason = Text(f"zero start: {layer['reason']}" if layer["reason"] else "", "dim")
+        reason = Text(f"zero initialization: {layer['reason']}" if layer["reason"] else "", "dim")
         table.add_row(layer["name"], shape, str(layer["rank"]), f"{before:.4f}", f"{after:.4f}", reason)
     out = console()
     out.print(table)

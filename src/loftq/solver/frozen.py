@@ -1,9 +1,9 @@
-"""The start for a base that is quantized already: Q is given, and only the low-rank term is looked for.
+"""The initialization for a base that is quantized already: Q is given, and only the low-rank term is looked for.
 
     B, A = best rank-r factors of E = W - Q, in the metric of the moments
 
 It is one half-step of LoftQ, with the base that some other quantizer has left; in a metric of activations it is QERA's
-and EoRA's start (arXiv 2410.06040, 2410.21271).
+and EoRA's initialization (arXiv 2410.06040, 2410.21271).
 """
 
 import math
@@ -41,7 +41,7 @@ class FrozenStart:
     def factors(self, s: float) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
         """``B / sqrt(s)``, ``A / sqrt(s)``: what an adapter stores whose forward multiplies by ``s``.
 
-        A zero start has nothing to rescale, and keeps LoRA's distribution of A.
+        A zero initialization has nothing to rescale, and keeps LoRA's distribution of A.
         """
         root = 1.0 if self.reason else math.sqrt(s)
         return self.b / root, self.a / root
@@ -66,7 +66,7 @@ def fit_adapter(
         moments: of the inputs. The term is fitted in the metric of one part of the tokens, and taken only if it
             lowers the error on the other part. None: the Frobenius norm.
         svd: as in :class:`loftq.spec.SolveSpec`.
-        seed, name: seed the randomized SVD and the A of a zero start.
+        seed, name: seed the randomized SVD and the A of a zero initialization.
 
     Raises: UsageError for a rank that does not fit; NumericalError for values that are not finite.
     """

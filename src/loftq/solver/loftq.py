@@ -4,8 +4,8 @@
         Q_t      = quantize(W - B_{t-1} A_{t-1})          B_0 A_0 = 0
         B_t, A_t = best rank-r factors of W - Q_t
 
-T = 0 is QLoRA's start, T = 1 one SVD of the quantization error. The paper returns step T; with absmax scales the error
-is not monotone in t at 2 bits, so the step with the smallest error is returned instead, with the whole trace.
+T = 0 is QLoRA's initialization, T = 1 one SVD of the quantization error. The paper returns step T; with absmax scales
+the error is not monotone in t at 2 bits, so the step with the smallest error is returned instead, with the whole trace.
 
 With fitted scales it is monotone: the scales of Q_{t-1} are among those that Q_t chooses from, so that neither half of
 a step leaves more of W than the other half did.
@@ -102,7 +102,7 @@ class Solution:
     def factors(self, s: float) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
         """``B / sqrt(s)``, ``A / sqrt(s)``: what an adapter stores whose forward multiplies by ``s``.
 
-        A zero start has nothing to rescale, and keeps LoRA's distribution of A.
+        A zero initialization has nothing to rescale, and keeps LoRA's distribution of A.
         """
         root = math.sqrt(s) if self.kept else 1.0
         return self.b / root, self.a / root
@@ -234,7 +234,7 @@ def choose_metric(kind: str, moments: Moments | None) -> Metric:
 def preserved(
     weight: Tensor, rank: int, metric: Metric, svd: str, generator: torch.Generator
 ) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"]]:
-    """SRR's start: the k best directions of W, k chosen so that the r - k left are best spent on the error.
+    """SRR's initialization: the k best directions of W, k chosen so that the r - k left are best spent on the error.
 
     ``k = argmin_k rho_k(W) rho_{r-k}(E)`` in the metric (arXiv 2602.02001, section 4): rho_p is the share of the energy
     that is left after rank p, and the uniform noise E stands for the quantization error.
@@ -302,7 +302,7 @@ def tensor_seed(seed: int, name: str) -> int:
 
 
 def zero_start(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """LoRA's own start: B = 0 and A uniform within 1/sqrt(in), as PEFT draws it."""
+    """LoRA's own initialization: B = 0 and A uniform within 1/sqrt(in), as PEFT draws it."""
     rows, columns = weight.shape
     a = torch.empty(rank, columns, device="cpu", dtype=torch.float32).uniform_(-1, 1, generator=generator)
     return weight.new_zeros(rows, rank), (a / math.sqrt(columns)).to(weight.device)
