@@ -11,44 +11,71 @@ import wrapt
 from loftq.version import __version__ as __version__
 
 __all__ = [
+    "Code",
     "Moments",
+    "Plan",
     "Policy",
     "QuantSpec",
+    "Report",
     "Solution",
     "SolveSpec",
     "Statistics",
     "calibrate",
+    "compare",
+    "evaluate",
     "get_peft_model",
+    "inspect",
     "load_start",
+    "plan",
     "quantize",
     "quantize_weight",
+    "register_code",
+    "register_preset",
     "replace_lora_weights",
     "solve",
+    "start",
+    "train",
+    "verify",
 ]
 
 if TYPE_CHECKING:
     from loftq.adapters.start import load_start
     from loftq.api import calibrate, get_peft_model, quantize, quantize_weight, replace_lora_weights
+    from loftq.codes import Code, register_code
     from loftq.formats.statistics import Statistics
     from loftq.numerics import Moments
-    from loftq.planning import Policy
+    from loftq.planning import Plan, Policy
+    from loftq.report.report import Report
     from loftq.solver import Solution, solve
-    from loftq.spec import QuantSpec, SolveSpec
+    from loftq.spec import QuantSpec, SolveSpec, register_preset
+    from loftq.verbs import compare, evaluate, inspect, plan, start, train, verify
 
 _PUBLIC = {
+    "Code": "loftq.codes",
     "Moments": "loftq.numerics",
+    "Plan": "loftq.planning",
     "Policy": "loftq.planning",
     "QuantSpec": "loftq.spec",
+    "Report": "loftq.report.report",
     "SolveSpec": "loftq.spec",
     "Solution": "loftq.solver",
-    "solve": "loftq.solver",
     "Statistics": "loftq.formats.statistics",
     "calibrate": "loftq.api",
+    "compare": "loftq.verbs",
+    "evaluate": "loftq.verbs",
     "get_peft_model": "loftq.api",
+    "inspect": "loftq.verbs",
     "load_start": "loftq.adapters.start",
+    "plan": "loftq.verbs",
     "quantize": "loftq.api",
     "quantize_weight": "loftq.api",
+    "register_code": "loftq.codes",
+    "register_preset": "loftq.spec",
     "replace_lora_weights": "loftq.api",
+    "solve": "loftq.solver",
+    "start": "loftq.verbs",
+    "train": "loftq.verbs",
+    "verify": "loftq.verbs",
 }
 
 

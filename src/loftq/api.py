@@ -21,6 +21,7 @@ from loftq.formats.statistics import Statistics
 from loftq.frozen.replace import FitOptions, replace
 from loftq.numerics import Moments
 from loftq.planning import Matrix, Policy
+from loftq.report.report import Report, of_checkpoint, of_start
 from loftq.solver import Solution, checked, solve
 from loftq.sources.checkpoint import resolve
 from loftq.spec import QuantSpec, SolveSpec, check_statistics, check_whole, code_for, solve_spec
@@ -58,7 +59,7 @@ def quantize_weight(
     Raises: UsageError for options that do not fit, or what is no matrix of floating-point numbers; NumericalError for
         values that are not finite.
     """
-    check_names("quantize_weight", solver, (*_named(quantize_weight), *SOLVER))
+    check_names("quantize_weight", solver, (*named(quantize_weight), *SOLVER))
     weight = checked(_tensor(weight), rank)
     moments = _moments(moments, weight.shape[1])
     spec = solve_spec(preset, calibrated=moments is not None, code=code, **solver)
@@ -98,7 +99,7 @@ def _moments(given: Any, columns: int) -> Moments | None:
     return Moments.of(given)
 
 
-def _named(function: Callable[..., Any]) -> list[str]:
+def named(function: Callable[..., Any]) -> list[str]:
     """The options that a function names in its signature."""
     return [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
 
@@ -127,9 +128,9 @@ def get_peft_model(
         >>> model = loftq.get_peft_model(model, bits=2, rank=16)
         >>> model.print_trainable_parameters()
     """
-    check_names("get_peft_model", options, (*_named(get_peft_model), *POLICY))
+    check_names("get_peft_model", options, (*named(get_peft_model), *POLICY))
     check_whole("workers", workers or 0, 0)
-    policy, statistics = make_policy(calibrated=calibration is not None, **options), _statistics(calibration)
+    policy, statistics = make_policy(calibrated=calibration is not None, **options), statistics_from(calibration)
     errors: list[float] = []
     with tqdm(desc="LoftQ", unit=" matrices", disable=not progress) as bar:
 
@@ -182,7 +183,7 @@ def calibrate(
         return calibrate_loaded(model, data, tokenizer, options, begin)
 
 
-def quantize(model: str | Path, output: str | Path, *, format: str = "loftq", **options: Any) -> dict[str, Any]:
+def quantize(model: str | Path, output: str | Path, *, format: str = "loftq", **options: Any) -> Report:
     """What ``loftq quantize`` does: stream a checkpoint from disk into a LoftQ checkpoint; its manifest.
 
     Args:
@@ -194,21 +195,21 @@ def quantize(model: str | Path, output: str | Path, *, format: str = "loftq", **
             ``curves`` (a :class:`pathlib.Path`).
     """
     names = {f.name for f in dataclasses.fields(QuantizeOptions)} - {"policy", "format"}
-    check_names("quantize", options, (*_named(quantize), *sorted(names), *POLICY))
+    check_names("quantize", options, (*named(quantize), *sorted(names), *POLICY))
     if isinstance(model, nn.Module):
         raise UsageError(
             "model: wanted a directory or a hub id; a model in memory is quantized by loftq.get_peft_model"
         )
-    model, output = _path("model", model), Path(_path("output", output))
+    model, output = as_path("model", model), Path(as_path("output", output))
     own = {k: options.pop(k) for k in names if k in options}
     if isinstance(own.get("calibrate"), Statistics):
         raise UsageError("calibrate: wanted a file of texts or a directory of statistics, got statistics in memory")
     paths = {
-        name: _path(name, own[name]) for name in ("calibrate", "curves", "statistics") if own.get(name) is not None
+        name: as_path(name, own[name]) for name in ("calibrate", "curves", "statistics") if own.get(name) is not None
     }
     own |= {name: path if name == "calibrate" else Path(path) for name, path in paths.items()}
     policy = make_policy(calibrated="calibrate" in paths, **layouts.get(format).filled(options))
-    return _quantize(model, output, QuantizeOptions(policy=policy, format=format, **own))
+    return of_checkpoint(_quantize(model, output, QuantizeOptions(policy=policy, format=format, **own)))
 
 
 @checks_names
@@ -222,7 +223,7 @@ def replace_lora_weights(
     seed: int = 0,
     revision: str | None = None,
     progress: bool = True,
-) -> dict[str, Any]:
+) -> Report:
     """Give the LoRA layers of a ``PeftModel`` over any frozen base LoftQ's initialization for its quantization.
 
     Each layer's ``B`` and ``A`` become the best low-rank term between the original weight and what the frozen layer
@@ -252,28 +253,28 @@ def replace_lora_weights(
         >>> model = peft.get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
         >>> loftq.replace_lora_weights(model, "org/model")["error"]
     """
-    original = resolve(_path("weights", weights), revision)
-    options = FitOptions(statistics=_statistics(calibration, original), svd=svd, seed=seed)
+    original = resolve(as_path("weights", weights), revision)
+    options = FitOptions(statistics=statistics_from(calibration, original), svd=svd, seed=seed)
     with tqdm(desc="LoftQ", unit="matrix", disable=not progress) as bar:
 
         def begin(total: int, done: int) -> Callable[[dict[str, Any]], object]:
             bar.reset(total)
             return lambda report: bar.update()
 
-        return replace(model, str(original), adapter_name, options, None, begin)
+        return of_start(replace(model, str(original), adapter_name, options, None, begin))
 
 
-def _statistics(calibration: Statistics | str | Path | None, original: Path | None = None) -> Statistics | None:
+def statistics_from(calibration: Statistics | str | Path | None, original: Path | None = None) -> Statistics | None:
     """Statistics as they are, or those of a directory, which then have to be of the model in ``original``."""
     from loftq.calibration.calibrate import open_statistics, statistics_of
 
     if calibration is None or isinstance(calibration, Statistics):
         return calibration
-    directory = Path(_path("calibration", calibration))
+    directory = Path(as_path("calibration", calibration))
     return statistics_of(directory, original) if original else open_statistics(directory)
 
 
-def _path(what: str, value: Any) -> str:
+def as_path(what: str, value: Any) -> str:
     """A path as it was written: a hub id looks like one, and ``./org/name`` is none."""
     if not isinstance(value, (str, os.PathLike)):
         raise UsageError(f"{what}: wanted a path, got {type(value).__name__}")

@@ -2,8 +2,8 @@
 
 Every code decodes by one formula, ``value = (levels[code] - zero) * scale`` (docs/format.md). A code is one object: its
 widths, its levels, its rule for the scales, and what it stores beside them. Everything else asks the object, and knows
-no code by its name. To add one, write a subclass of :class:`Code` and :func:`register` it; a code that is not complete
-is refused there.
+no code by its name. To add one, write a subclass of :class:`Code` and give it to :func:`register_code`, which refuses
+one that is not complete.
 
 Tables are made once a process, so they must not depend on who asks first: models are often built under another
 default dtype, on the meta device, or in inference mode.
@@ -76,7 +76,7 @@ _CODES: dict[str, Code] = {}
 C = TypeVar("C", bound=Code)
 
 
-def register(kind: type[C]) -> type[C]:
+def register_code(kind: type[C]) -> type[C]:
     """Make a code known to every option, file and kernel; a decorator of its class.
 
     Example:
@@ -175,7 +175,7 @@ def normal_float(bits: int) -> Float[Tensor, " levels"]:
     return values / values.max()
 
 
-@register
+@register_code
 class NormalFloat(Absmax):
     """NormalFloat with absmax scales (QLoRA, LoftQ)."""
 
@@ -185,7 +185,7 @@ class NormalFloat(Absmax):
         return normal_float(bits)
 
 
-@register
+@register_code
 class Lloyd(Code):
     """The levels that leave Gaussian blocks of 64 the least squared error if scale and sign are fitted.
 
@@ -212,7 +212,7 @@ class Lloyd(Code):
         return torch.where(high >= -low, high, low), None
 
 
-@register
+@register_code
 class Uniform(Code):
     """The block uniform of LoftQ's released quantizer: no zero among the levels, scale = mean + 2.5 sigma."""
 
@@ -226,7 +226,7 @@ class Uniform(Code):
         return values.mean(-1) + 2.5 * _sigma(values), None
 
 
-@register
+@register_code
 class UniformTensor(Code):
     """The per-tensor uniform of LoftQ's GLUE code: clip at mean ± 2 sigma, then min-max, with one scale and offset.
 
@@ -252,7 +252,7 @@ class UniformTensor(Code):
         return scale, -low / scale
 
 
-@register
+@register_code
 class FloatingPoint(Absmax):
     """4-bit floating point E2M1, the elements of MXFP4 and NVFP4, with absmax scales.
 
@@ -268,7 +268,7 @@ class FloatingPoint(Absmax):
         return torch.cat([-half.flip(0), half])
 
 
-@register
+@register_code
 class Affine(Code):
     """Whole numbers with a scale and a whole zero point per block (the GPTQ and AWQ family)."""
 

@@ -139,6 +139,17 @@ def checked_fields(cls: C) -> C:
     return cls
 
 
+@contextlib.contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Around imports of packages that come with an extra: UsageError that names it if they are missing."""
+    try:
+        yield
+    except ModuleNotFoundError as e:
+        if (e.name or "").partition(".")[0] == "loftq":
+            raise
+        raise UsageError(f"this verb needs {e.name}, which is not installed: pip install 'loftq[{name}]'") from e
+
+
 def visible(text: str) -> str:
     """``text`` with every character escaped that cannot be seen, or that moves others (bidi), but for line ends."""
     if text.isprintable() and not _UNSEEN.search(text):

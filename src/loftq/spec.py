@@ -1,6 +1,7 @@
 """How one matrix is stored and how the solver runs: frozen values, refused at birth, strict when read back."""
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -142,6 +143,30 @@ PRESETS: dict[str, dict[str, Any]] = {
     "lq-lora": {"steps": 10, "metric": "fisher", "order": "svd-first"},
     "descent": {"steps": 6, "metric": "full", "rounding": "descent", "scales": "fitted"},
 }
+
+
+def register_preset(name: str, **fields: Any) -> SolveSpec:
+    """Make a method known under a name, to every call, command and recipe of this process; its spec.
+
+    Args:
+        name: small letters, digits and dashes.
+        fields: of :class:`SolveSpec`, where they differ from the paper's LoftQ; ``svd`` and ``seed`` are a run's.
+
+    Raises: UsageError if the name is taken by another method, or for fields that do not fit.
+
+    Example:
+        >>> loftq.register_preset("loftq-10", steps=10, scales="fitted")
+        >>> loftq.quantize_weight(torch.randn(64, 96), bits=2, rank=8, preset="loftq-10")
+    """
+    spec = SolveSpec(**fields)
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+        raise UsageError(f"a preset's name has small letters, digits and dashes, got {quoted(repr(name))}")
+    if {"svd", "seed"} & set(fields):
+        raise UsageError("svd and seed are a run's, and no part of a preset; leave them out")
+    if PRESETS.get(name, fields) != fields:
+        raise UsageError(f"a preset {name} is there already; choose another name")
+    PRESETS[name] = fields
+    return spec
 
 
 def default_preset(calibrated: bool) -> str:

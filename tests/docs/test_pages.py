@@ -16,12 +16,14 @@ import transformers
 
 import loftq
 import models
+from loftq import codes, spec
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```python(?P<about>[^\n]*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 PAGES = [
     page for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if BLOCK.search(page.read_text())
 ]
+CODES, PRESETS = set(codes.names()), set(spec.PRESETS)
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
 WORDS = ["a", "fine", "poor", "film", "how", "are", "you", "?", *(f"w{i}" for i in range(70))]
 CHAT = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} </s> {% endfor %}"
@@ -66,6 +68,15 @@ def sources(tmp_path_factory):
         (place / name).write_text("".join(json.dumps(row) + "\n" for row in mine))
     (place / "notes.txt").write_text(" ".join(WORDS * 20))
     return place
+
+
+@pytest.fixture(autouse=True)
+def registries():
+    """What examples register is forgotten."""
+    yield
+    for registry, kept in ((codes._CODES, CODES), (spec.PRESETS, PRESETS)):
+        for name in registry.keys() - kept:
+            del registry[name]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

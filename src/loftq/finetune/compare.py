@@ -18,7 +18,7 @@ import torch
 
 from loftq.architecture.loading import load_tokenizer
 from loftq.checkpoint.manifest import MANIFEST, read_manifest
-from loftq.errors import ConflictError, InputError, NumericalError, UsageError, quoted
+from loftq.errors import ConflictError, InputError, NumericalError, UsageError, option, quoted
 from loftq.finetune.comparison import page
 from loftq.finetune.comparison_plots import plot_bytes, plot_losses
 from loftq.finetune.convergence import constant_answer, failure
@@ -58,7 +58,9 @@ def compare(recipe: Recipe, begin: Begin | None = None) -> list[Row]:
         raises, but for a loss that is not finite, which is a result: the run did not converge.
     """
     if recipe.output is None:
-        raise UsageError("no output: say where the comparison goes, with `output:` in the recipe or --output")
+        raise UsageError(
+            f"no output: say where the comparison goes, with `output:` in the recipe or {option('output')}"
+        )
     output = local_path("output", recipe.output).absolute()
     rows = run_grids([grid(recipe)], output / "rows.jsonl", output, begin=begin)
     pictures = {"training loss": "losses.png", "metric by bytes": "bytes.png"}

@@ -64,6 +64,16 @@ class ArmResult:
         return sorted(worst if row["failed"] else row["metrics"][metric] for row in self.rows)
 
 
+class Comparison(list[Row]):
+    """A row for every run of :func:`loftq.compare`; a notebook shows the table of ``comparison.md``."""
+
+    def __repr__(self) -> str:
+        return f"<Comparison: {len(self)} runs of {len(arms(self))} arms>"
+
+    def _repr_markdown_(self) -> str:
+        return markdown(*table(self))
+
+
 def chosen_rate(rows: Iterable[Row]) -> float:
     """The learning rate of the best of an arm's runs with one seed: the rule by which rates are chosen.
 

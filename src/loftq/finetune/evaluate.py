@@ -9,7 +9,7 @@ import torch
 
 from loftq.architecture.loading import load_tokenizer
 from loftq.checkpoint.manifest import MANIFEST
-from loftq.errors import InputError, UsageError, quoted
+from loftq.errors import InputError, UsageError, option, quoted
 from loftq.finetune.inputs import read_data, splits_of, task_of
 from loftq.finetune.model import add_start, load_adapter, load_model, refuse_untrained
 from loftq.finetune.recipe import Recipe, parse
@@ -55,7 +55,7 @@ def evaluate(
     Raises: InputError for a model that was never trained for the task; what the parts raise.
     """
     if adapter is not None:
-        local_path("--adapter", adapter)
+        local_path(option("adapter"), adapter)
     run = RunDirectory(local_path("the target", target))
     is_run = run.recipe.is_file()
     recipe = run.read_recipe() if is_run else _recipe_for(target, task)
@@ -72,7 +72,9 @@ def evaluate(
 
 def _recipe_for(target: str, task: Any) -> Recipe:
     if task is None:
-        raise UsageError(f"{quoted(target)} is no run of `loftq train`: say --task, one of {', '.join(names())}")
+        raise UsageError(
+            f"{quoted(target)} is no run of `loftq train`: say {option('task')}, one of {', '.join(names())}"
+        )
     return parse({"model": target, "task": task, "method": "full"})
 
 
@@ -80,7 +82,7 @@ def _model(task: Task, recipe: Recipe, run: RunDirectory | None, adapter: Path |
     """The model and its tokenizer."""
     if run is not None:
         if adapter is not None:
-            raise UsageError("--adapter is for a model; a run has its own")
+            raise UsageError(f"{option('adapter')} is for a model; a run has its own")
         trained, result = run.trained, run.result()
         assert result is not None
         base = trained if trained == run.model else _base(run, Path(result.base))

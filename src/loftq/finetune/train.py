@@ -19,7 +19,7 @@ from loftq.architecture.loading import load_config, load_tokenizer
 from loftq.checkpoint.assemble import adapter_of
 from loftq.checkpoint.manifest import MANIFEST, read_manifest
 from loftq.checkpoint.quantize import Begin, QuantizeOptions, quantize
-from loftq.errors import InputError, LoftqError, UsageError, quoted
+from loftq.errors import InputError, LoftqError, UsageError, option, quoted
 from loftq.finetune.arguments import training_arguments
 from loftq.finetune.card import trained_card
 from loftq.finetune.inputs import contents, held, located, read_data, splits_of, task_of
@@ -54,7 +54,7 @@ def finetune(
         ConflictError if the output belongs to another recipe; NumericalError when the loss is not finite.
     """
     if recipe.output is None:
-        raise UsageError("no output: say where the run goes, with `output:` in the recipe or --output")
+        raise UsageError(f"no output: say where the run goes, with `output:` in the recipe or {option('output')}")
     run, recipe = RunDirectory(local_path("output", recipe.output).absolute()), located(recipe)
     task = task_of(recipe)
     arguments = training_arguments(recipe, task, run.checkpoints)

@@ -201,16 +201,28 @@ class Kept:
     missed: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
-    """Every decision about a checkpoint, in the order of the model's layers."""
+    """Every decision about a checkpoint, in the order of the model's layers.
+
+    Attributes:
+        matrices: those that are quantized, each with ``name``, ``shape``, ``quant``, ``rank`` and ``bytes``.
+        kept: all other tensors, each with the ``reason``.
+        rank: the adapter's default rank; matrices that differ are in its ``rank_pattern``.
+        coverage: share of the layers' matrices, in weights, that is quantized.
+    """
 
     matrices: tuple[Matrix, ...]
     kept: tuple[Kept, ...]
     lora_alpha: float
     use_rslora: bool
-    rank: int  # the adapter's default rank; matrices that differ are in its rank_pattern
+    rank: int
     solve: SolveSpec
+
+    def __repr__(self) -> str:
+        bits = 8 * sum(m.bytes for m in self.matrices) / max(1, sum(m.numel for m in self.matrices))
+        what = f"{len(self.matrices)} matrices at {bits:.2f} bits, rank {self.rank}, coverage {self.coverage:.0%}"
+        return f"Plan({what}; {len(self.kept)} tensors kept)"
 
     def scaling(self, matrix: Matrix) -> float:
         return scaling(self.lora_alpha, matrix.rank, self.use_rslora)

@@ -1,0 +1,37 @@
+"""What a verb reports, as Python calls return it: a dict that shows itself in one line."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class Report(dict[str, Any]):
+    """Plain values by name, as a JSON file has them; its ``repr`` is one line with the figures that matter.
+
+    Attributes:
+        line: that line.
+    """
+
+    def __init__(self, values: Mapping[str, Any], line: str) -> None:
+        super().__init__(values)
+        self.line = line
+
+    def __repr__(self) -> str:
+        return f"<Report: {self.line}; keys: {', '.join(self)}>"
+
+
+def of_checkpoint(values: Mapping[str, Any], found: str = "") -> Report:
+    """Of a LoftQ checkpoint, from what has its ``totals``.
+
+    Args:
+        found: to be said after the figures.
+    """
+    totals = values["totals"]
+    error = f"error {totals['error']:.4f} (quantized alone {totals['qlora_error']:.4f})"
+    size = f"{totals['matrices']} matrices at {totals['bits_per_weight']:.2f} bits, {totals['disk_bytes'] / 1e6:.1f} MB"
+    return Report(values, ", ".join(filter(None, (size, error, found))))
+
+
+def of_start(values: Mapping[str, Any]) -> Report:
+    """Of the initialization of a quantized base: its ``layers`` and the errors of all together."""
+    errors = f"error {values['error']:.4f} (before {values['error_before']:.4f})"
+    return Report(values, f"{len(values['layers'])} layers, {errors}")

@@ -1,0 +1,278 @@
+"""The verbs of the command line as Python calls: plan, inspect, verify, start; train, evaluate, compare.
+
+Those that make or calibrate something in memory are in :mod:`loftq.api`. Options have the command line's names.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from loftq.api import POLICY, as_path, make_policy, named, statistics_from
+from loftq.checkpoint.budget import check_budget, within_budget
+from loftq.checkpoint.manifest import read_manifest
+from loftq.checkpoint.verify import verify as _verify
+from loftq.errors import UsageError, check_names, checks_names, extra, option
+from loftq.formats.statistics import Statistics
+from loftq.frozen.replace import FitOptions
+from loftq.frozen.start import StartOptions
+from loftq.frozen.start import start as _start
+from loftq.planning import Plan, Policy
+from loftq.report.inspect import inspection
+from loftq.report.report import Report, of_checkpoint, of_start
+from loftq.sources.checkpoint import open_source, resolve
+from loftq.spec import SolveSpec, check_statistics, check_whole
+
+if TYPE_CHECKING:
+    from loftq.finetune.comparison import Comparison
+    from loftq.finetune.evaluate import Evaluation
+    from loftq.finetune.recipe import Recipe
+    from loftq.finetune.run import RunResult
+
+
+def plan(
+    model: str | Path,
+    *,
+    calibration: Statistics | str | Path | None = None,
+    curves: str | Path | None = None,
+    workers: int = 0,
+    revision: str | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Plan:
+    """How every tensor of a checkpoint would be quantized, or why not. Reads no weights, except with a budget.
+
+    Args:
+        model: a local directory or a hub id.
+        calibration: with a budget: statistics of the model, or their directory; its error is then that of the outputs.
+        curves: with a budget: a JSON file of measured errors; what it has of the same model is used again.
+        options: as :func:`quantize` takes them: ``bits="layers.0-3=4,2", rank=16, budget=2.5, …``.
+
+    Raises: UsageError for options that do not fit; InputError for what is no full-precision checkpoint.
+
+    Example:
+        >>> plan = loftq.plan("org/model", bits=2, rank=8)
+        >>> plan.coverage, {matrix.name: matrix.quant.bits for matrix in plan.matrices}
+    """
+    check_names("plan", options, (*named(plan), *POLICY))
+    check_whole("workers", workers, 0)
+    policy, model = make_policy(calibrated=calibration is not None, **options), as_path("model", model)
+    source = open_source(model, policy, revision)
+    statistics = statistics_from(calibration, source.directory)
+    check_statistics(policy.solve, statistics and statistics.kind)
+    if not policy.budget:
+        if curves is not None or calibration is not None:
+            raise UsageError(f"calibration and curves are of a budget here; give one: {option('budget', 2.5)}")
+        return source.plan
+    keep = None if curves is None else Path(as_path("curves", curves))
+    check_budget(source, policy, keep)
+    with _Bar("measuring", not progress) as bar:
+        source, _ = within_budget(source, policy, keep, statistics, workers=workers, begin=bar.begin)
+    return source.plan
+
+
+@checks_names
+def inspect(directory: str | Path) -> Report:
+    """What is in a LoftQ checkpoint: ``matrices`` (shape, bits, rank, bytes, errors, the step kept), ``totals`` and
+    ``warnings``.
+
+    Raises: InputError for a directory that `loftq quantize` did not finish.
+    """
+    return of_checkpoint(inspection(read_manifest(Path(as_path("directory", directory)))))
+
+
+@checks_names
+def verify(directory: str | Path) -> Report:
+    """Check hashes, shapes and finiteness of every file of a LoftQ checkpoint, without loading the model; its manifest.
+
+    Raises: InputError that lists all that is wrong.
+    """
+    manifest = _verify(Path(as_path("directory", directory)))
+    return of_checkpoint(manifest, f"{len(manifest['files'])} files, all good")
+
+
+@checks_names
+def start(
+    base: str | Path,
+    weights: str | Path,
+    output: str | Path,
+    *,
+    rank: int | str = 16,
+    alpha: float | None = None,
+    rank_policy: str = "refuse",
+    rslora: bool = False,
+    embeddings: bool = False,
+    min_coverage: float = 0.5,
+    calibration: Statistics | str | Path | None = None,
+    svd: str = "auto",
+    seed: int = 0,
+    device: str = "cpu",
+    task_type: str | None = None,
+    base_revision: str | None = None,
+    revision: str | None = None,
+    progress: bool = True,
+) -> Report:
+    """LoftQ's initialization for a model that is quantized already, as an adapter directory.
+
+    For a model in memory see :func:`replace_lora_weights`.
+
+    Args:
+        base: the quantized model, a directory or a hub id: by bitsandbytes, GPTQ, AWQ, HQQ, loftq, …
+        weights: the full-precision model that it was made from, a directory or a hub id.
+        output: the adapter's directory, to be made.
+        rank, alpha, rank_policy, rslora, embeddings, min_coverage: as :func:`quantize` takes them.
+        calibration: statistics of the original, or their directory: least error of the outputs.
+        base_revision, revision: branch, tag or commit of ``base`` and of ``weights``, where they are hub ids.
+
+    Returns: ``layers``, with the errors of each one before and after, and ``error_before`` and ``error`` of all.
+
+    Raises: ConflictError if ``output`` is taken; InputError if ``weights`` is not the original of ``base``.
+    """
+    original = as_path("weights", weights)
+    solver = SolveSpec(svd=svd, seed=seed)
+    policy = Policy(
+        rank=rank,  # type: ignore[arg-type]
+        alpha=alpha,
+        rank_policy=rank_policy,
+        rslora=rslora,
+        embeddings=embeddings,
+        min_coverage=min_coverage,
+        solve=solver,
+    )
+    statistics = None if calibration is None else statistics_from(calibration, resolve(original, revision))
+    options = StartOptions(
+        policy=policy,
+        fit=FitOptions(statistics=statistics, svd=svd, seed=seed),
+        device=device,
+        base_revision=base_revision,
+        revision=revision,
+        task_type=task_type,
+    )
+    place = Path(as_path("output", output))
+    with _Bar("LoftQ", not progress) as bar:
+        return of_start(_start(as_path("base", base), original, place, options, bar.begin))
+
+
+@checks_names
+def train(
+    recipe: str | Path | Mapping[str, Any],
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    output: str | Path | None = None,
+    restart: bool = False,
+    progress: bool = True,
+) -> "RunResult":
+    """Fine-tune as a recipe says, and evaluate; quantizes first where the method wants it. Continues if stopped.
+
+    Args:
+        recipe: a YAML file, or what would stand in it.
+        overrides: instead of what the recipe says, by dotted key: ``{"seed": 1, "lora.rank": 8}``.
+        output: directory of the run, instead of the recipe's.
+        restart: begin again instead of continuing.
+
+    Returns: metrics, losses, time and bytes, as in ``metrics.json``.
+
+    Raises: UsageError and InputError for what does not fit, before anything is trained; ConflictError if the output is
+        another recipe's; NumericalError when the loss is not finite.
+    """
+    asked = _recipe(recipe, overrides, output)
+    from loftq.finetune.train import finetune
+
+    with _Bar("LoftQ", not progress) as bar:
+        return finetune(asked, resume=not restart, begin=bar.begin)
+
+
+@checks_names
+def evaluate(
+    target: str | Path,
+    *,
+    task: str | Mapping[str, Any] | None = None,
+    data: str | Path | None = None,
+    splits: Sequence[str] = (),
+    adapter: str | Path | None = None,
+    batch_size: int | None = None,
+    max_length: int | None = None,
+    sampling: str | None = None,
+) -> "Evaluation":
+    """Evaluate a run of :func:`train`, a dense model, or a quantized directory on a task.
+
+    Args:
+        target: a directory, or a hub id.
+        task: a task's name, or a mapping as in a recipe; a run has its own.
+        data: a directory with files named by split, instead of the task's or the run's data.
+        splits: those to report on; by default the task's.
+        adapter: a trained adapter to put on ``target``.
+        batch_size: rows at a time; by default the run's, or 32.
+        max_length: tokens of an input; by default the run's or the task's.
+        sampling: how answers are written: ``greedy``, or ``paper`` (GSM8K's sampling).
+
+    Raises: InputError for a model that was never trained for the task.
+    """
+    with extra("train"):
+        from loftq.finetune.evaluate import evaluate as run
+    return run(
+        as_path("target", target),
+        task=dict(task) if isinstance(task, Mapping) else task,
+        data=None if data is None else as_path("data", data),
+        splits=splits,
+        adapter=None if adapter is None else Path(as_path("adapter", adapter)),
+        batch_size=batch_size,
+        max_length=max_length,
+        generation=sampling,
+    )
+
+
+@checks_names
+def compare(
+    recipe: str | Path | Mapping[str, Any],
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    output: str | Path | None = None,
+    progress: bool = True,
+) -> "Comparison":
+    """Fine-tune every arm of a recipe's section ``compare``. Continues if stopped.
+
+    Args:
+        recipe, overrides: as :func:`train` takes them.
+        output: directory of the comparison, instead of the recipe's.
+
+    Returns: a row for every run; a notebook shows them as a table.
+
+    Raises: as :func:`train`; a loss that is not finite is a result, and none of them.
+    """
+    asked = _recipe(recipe, overrides, output)
+    from loftq.finetune.compare import compare as run
+    from loftq.finetune.comparison import Comparison
+
+    with _Bar("compare", not progress) as bar:
+        return Comparison(run(asked, lambda runs: bar.begin(runs, 0)))
+
+
+def _recipe(
+    recipe: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None, output: str | Path | None
+) -> "Recipe":
+    with extra("train"):
+        from loftq.finetune.recipe import parse, read
+    asked = parse(dict(recipe)) if isinstance(recipe, Mapping) else read(as_path("recipe", recipe))
+    changes = {**(overrides or {}), **({} if output is None else {"output": as_path("output", output)})}
+    return asked.changed(**changes) if changes else asked
+
+
+class _Bar(AbstractContextManager["_Bar"]):
+    """A bar for work whose amount is told when it begins, if it does."""
+
+    def __init__(self, what: str, hidden: bool) -> None:
+        self._bar = tqdm(desc=what, disable=hidden, delay=0.5)
+
+    def begin(self, total: int, done: int) -> Callable[[Any], None]:
+        self._bar.reset(total)
+        self._bar.update(done)
+        return self._advance
+
+    def _advance(self, _: Any) -> None:
+        self._bar.update()
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
