@@ -5,7 +5,7 @@ import pickle
 import pytest
 from rich.console import Console
 
-from loftq.errors import ConflictError, InputError, StorageError, listed, quoted
+from loftq.errors import ConflictError, InputError, StorageError, listed, naming, quoted
 from loftq.report.tables import plain_table
 
 UNSEEN = {
@@ -62,3 +62,21 @@ def test_errors_travel_between_processes():
     error = pickle.loads(pickle.dumps(StorageError("a\u202eb")))
     assert type(error) is StorageError
     assert str(error) == "a\\u202eb"
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted", "message"),
+    [
+        (InputError("torn"), InputError, r"^layer\.weight: torn$"),
+        (
+            MemoryError(),
+            StorageError,
+            r"^layer\.weight: not enough memory for a matrix of shape \(2, 3\); use fewer --jobs$",
+        ),
+        (RuntimeError("can't allocate memory"), StorageError, "not enough memory"),
+        (RuntimeError("shapes differ"), RuntimeError, "^shapes differ$"),
+    ],
+)
+def test_work_on_a_matrix_names_it(error, wanted, message):
+    with pytest.raises(wanted, match=message), naming("layer.weight", (2, 3), "--jobs"):
+        raise error

@@ -35,7 +35,6 @@ from loftq.cli.options import (
     Scales,
     Workers,
     at_least,
-    choice,
     extra,
     policy,
     quiet,
@@ -100,12 +99,10 @@ def quantize(
     given = locals()
     from loftq.checkpoint.quantize import QuantizeOptions
     from loftq.checkpoint.quantize import quantize as run
-    from loftq.formats import layouts
     from loftq.planning import parse_size
     from loftq.report.tables import print_summary
     from loftq.spec import solve_spec
 
-    choice("--format", format, layouts.names())
     own = {"steps": steps, "order": order, "svd": svd, "seed": seed, "scales": scales}
     solver = solve_spec(preset, calibrated=calibrate is not None, code=code, **own)
     options = QuantizeOptions(
