@@ -150,6 +150,7 @@ def _read_relative_bases(module: Any) -> None:
 
     if module.__name__ == "peft.config":
         bases.read_config(module.PeftConfigMixin)
+        bases.write_config(module.PeftConfigMixin)
     elif module.__name__ == "peft.auto":
         bases.load_from_subfolder(module._BaseAutoPeftModel)
     else:

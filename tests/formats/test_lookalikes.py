@@ -42,6 +42,8 @@ ROWS = {
     "lightning": (["last.ckpt"], "a file of torch that is no checkpoint"),
     "another name": (["llama.safetensors"], "weights of other names, llama.safetensors"),
     "a run": (["checkpoint-9/config.json", "checkpoint-9/model.safetensors"], "name one of them: checkpoint-9"),
+    "runs": (["runs/a/config.json", "runs/a/model.safetensors"], "checkpoints below it; name one of them: runs/a"),
+    "a part of diffusers": (["config.json", "diffusion_pytorch_model.safetensors"], "a model of diffusers, and only"),
     "nothing": (["README.md"], "none of them; fetch the weights or check the path"),
 }
 
@@ -62,10 +64,10 @@ def test_the_base_of_an_adapter_is_named(tmp_path):
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"])
 def test_a_pointer_of_git_lfs(tmp_path, name):
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
-    with pytest.raises(InputError, match=f"{name}: a pointer of git-lfs, not the weights; run `git lfs pull`"):
+    with pytest.raises(InputError, match=f"{name}: a pointer of git-lfs, not the file; run `git lfs pull`"):
         open_checkpoint(tmp_path)
 
 
@@ -74,6 +76,16 @@ def llama(tmp_path_factory):
     directory = tmp_path_factory.mktemp("llama")
     tiny("llama").save_pretrained(directory)
     return directory
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "assets/voice.npy"])
+def test_a_pointer_beside_the_weights(llama, tmp_path, name):
+    source = shutil.copytree(llama, tmp_path / "source")
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(InputError, match=f"{name}: a pointer of git-lfs, not the file; run `git lfs pull`"):
+        loftq.quantize(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_beside_the_weights(llama, tmp_path):

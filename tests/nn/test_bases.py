@@ -81,6 +81,34 @@ def test_what_was_trained_from_it_names_it_whole(moved, logits, start, tmp_path,
         assert same(auto.from_pretrained(tmp_path / "trained"), logits)
 
 
+@pytest.mark.parametrize("loader", ["AutoPeftModel", "AutoModel"])
+def test_what_was_trained_and_moved_together_with_it(moved, logits, tmp_path, loader):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(moved), moved, subfolder="loftq_init")
+    model.save_pretrained(tmp_path / "moved" / "runs" / "trained")
+    (tmp_path / "moved").rename(tmp_path / "again")
+    auto = {"AutoPeftModel": AutoPeftModelForCausalLM, "AutoModel": AutoModelForCausalLM}[loader]
+    with pytest.warns(UserWarning, match=r"base .*moved/here is not there; .*again/here is taken, as moved with it"):
+        assert same(auto.from_pretrained(tmp_path / "again" / "runs" / "trained"), logits)
+
+
+def test_a_dense_model_at_the_end_of_the_path_is_not_taken(made, tmp_path):
+    shutil.copytree(made("llama").source, tmp_path / "here")
+    assert resolved("/elsewhere/here", tmp_path) == "/elsewhere/here"
+
+
+def test_a_base_of_a_relative_path_is_found_from_elsewhere(moved, tmp_path, monkeypatch):
+    monkeypatch.chdir(moved.parent)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained("here"), LoraConfig(r=4, init_lora_weights="loftq"))
+    model.save_pretrained("trained")
+    assert base_of(moved.parent / "trained") == str(moved)
+    assert model.peft_config["default"].base_model_name_or_path == "here"
+
+
+def test_a_link_to_the_start(moved, logits, tmp_path):
+    (tmp_path / "link").symlink_to(moved / "loftq_init")
+    assert same(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "link"), logits)
+
+
 def test_pipelines(moved):
     tokenizer = transformers.BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1, "word": 2, "[CLS]": 3, "[SEP]": 4})
     texts = []

@@ -234,3 +234,12 @@ def test_auto_config_reads_the_quantization(made):
 def test_tensor_parallel_loading_is_refused(made, asked):
     with pytest.raises(UsageError, match=r"tp_plan, tp_size, ep_size\) do not work on packed layers; load without"):
         AutoModelForCausalLM.from_pretrained(made("llama").output, **asked)
+
+
+def test_a_directory_without_a_start_is_named(made, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(made("llama").output)
+    for place in (made("llama").source, tmp_path / "nowhere"):
+        with pytest.raises(
+            InputError, match=rf"{place}/loftq_init: no adapter is there; name the directory that `loftq q"
+        ):
+            loftq.load_start(model, place)

@@ -21,7 +21,7 @@ KEPT = (
     *("source.spm", "target.spm", "bpe.codes", "vocab.json", "merges.txt", "tokenizer.model", "qwen.tiktoken"),
     *("chat_template.jinja", "additional_chat_templates/rag.jinja", "LICENSE", "NOTICE", "USE_POLICY.md"),
     *("preprocessor_config.json", "processor_config.json", "generation_config.json", "qformer_tokenizer/vocab.txt"),
-    *("1_Pooling/config.json", "config_sentence_transformers.json", "speaker_embeddings/a.npy"),
+    *("1_Pooling/config.json", "config_sentence_transformers.json", "speaker_embeddings/v2/a.npy"),
 )
 LEFT = {
     "modeling_own.py": "code",
@@ -34,7 +34,8 @@ LEFT = {
     "onnx/": "another framework's",
     "runs/": "of a training",
     "unet/": "a directory with weights of its own",
-    "deep/er/": "a directory of a directory",
+    "assets/onnx/": "another framework's",
+    "very/deep/down/below/all/": "more than 4 directories deep",
 }
 
 
@@ -51,7 +52,14 @@ def put(directory, *names):
 
 def test_what_is_copied_and_what_is_left_out(source, tmp_path):
     put(source, *KEPT, *(n for n in LEFT if not n.endswith("/")), "onnx/model.onnx", "runs/x", ".gitattributes")
-    put(source, "unet/config.json", "unet/model.safetensors", "deep/er/x.txt", "loftq_init/adapter_config.json")
+    put(
+        source,
+        "unet/config.json",
+        "unet/model.safetensors",
+        "assets/onnx/x",
+        "very/deep/down/below/all/x.txt",
+        "loftq_init/adapter_config.json",
+    )
     ended = cli("quantize", source, "-o", tmp_path / "out", *FLAGS)
     assert ended.code == 0, ended.err
     made = tree(tmp_path / "out")

@@ -12,6 +12,7 @@ import json
 import os
 import posixpath
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,15 +34,44 @@ def resolved(base: Any, place: str | os.PathLike, subfolder: str | None = None) 
         place: the adapter's directory or id on the hub, as a user gives it.
         subfolder: of ``place``, where the adapter is.
 
+    A whole path that is no longer there is looked for again: base and adapter may have been moved together.
+
     Returns: a whole path; for an adapter of the hub the id of its repository.
     """
-    if not is_relative(base):
-        return base
-    if os.path.isdir(place):
-        found = os.path.abspath(os.path.join(place, subfolder or "", base))
-        return found if os.path.isfile(os.path.join(found, "config.json")) else base
-    in_repository = posixpath.normpath(posixpath.join(subfolder or "", base))
-    return str(place) if in_repository == "." else base
+    local = os.path.isdir(place)
+    adapter = os.path.join(place, subfolder or "")
+    if is_relative(base):
+        if local:
+            places = (os.path.abspath(os.path.join(adapter, base)), os.path.realpath(os.path.join(adapter, base)))
+            return next((found for found in places if os.path.isfile(os.path.join(found, "config.json"))), base)
+        in_repository = posixpath.normpath(posixpath.join(subfolder or "", base))
+        return str(place) if in_repository == "." else base
+    if local and isinstance(base, str) and os.path.isabs(base) and not os.path.exists(base):
+        return _moved_with(adapter, base) or base
+    return base
+
+
+def _moved_with(adapter: str, base: str) -> str | None:
+    """The packed model at the end of ``base`` that lies nearest above ``adapter``, with a warning; None without one."""
+    names = Path(base).parts[1:]
+    for above in Path(os.path.abspath(adapter)).parents:
+        for i in range(len(names)):
+            found = str(above.joinpath(*names[i:]))
+            if _is_packed(found):
+                warnings.warn(
+                    f"the adapter's base {base} is not there; {found} is taken, as moved with it", stacklevel=2
+                )
+                return found
+    return None
+
+
+def _is_packed(directory: str) -> bool:
+    try:
+        config = strict_json.load_object(Path(directory) / "config.json", special=True)
+    except (InputError, StorageError):
+        return False
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "loftq"
 
 
 def is_relative(base: Any) -> bool:
@@ -61,6 +91,23 @@ def read_config(config_class: Any) -> None:
         return config
 
     config_class.from_pretrained = classmethod(from_pretrained)
+
+
+def write_config(config_class: Any) -> None:
+    """Let ``PeftConfig.save_pretrained`` write the whole name of a packed base that was given by a relative one."""
+    save = config_class.save_pretrained
+
+    @functools.wraps(save)
+    def save_pretrained(self, save_directory, **kwargs):  # type: ignore[no-untyped-def]
+        base: Any = getattr(self, KEY, None)
+        if isinstance(base, str) and _is_packed(base) and not _is_packed(os.path.join(save_directory, base)):
+            setattr(self, KEY, os.path.abspath(base))
+        try:
+            save(self, save_directory, **kwargs)
+        finally:
+            setattr(self, KEY, base)
+
+    config_class.save_pretrained = save_pretrained
 
 
 def load_from_subfolder(auto_class: Any) -> None:

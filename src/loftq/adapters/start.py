@@ -54,8 +54,12 @@ def load_start(
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise UsageError("a part of the model is offloaded; an adapter is trained on a model in memory, load all of it")
     local = Path(directory).is_dir()
-    with guarded() if local else nullcontext():
-        config = PeftConfig.from_pretrained(str(directory), subfolder=subfolder)
+    try:
+        with guarded() if local else nullcontext():
+            config = PeftConfig.from_pretrained(str(directory), subfolder=subfolder)
+    except ValueError as e:
+        where = f"{quoted(directory, 400)}/{quoted(subfolder)}"
+        raise InputError(f"{where}: no adapter is there; name the directory that `loftq quantize` made") from e
     if not isinstance(config, LoraConfig):
         raise InputError(f"{quoted(directory)}/{quoted(subfolder)}: not a LoRA adapter")
     mapping: dict[str, str] | None = model.__dict__.get("_checkpoint_conversion_mapping")

@@ -1,7 +1,7 @@
 """What belongs to a model beside its weights: the files that are copied into an output, and fetched from the hub.
 
 One rule: all that is small and is neither weights nor code nor another framework's. Of directories, those that hold no
-weights: processors, chat templates; and the modules of SentenceTransformers, which are copied with their weights.
+weights: processors, chat templates, voices; and the modules of SentenceTransformers, copied with their weights.
 """
 
 import os
@@ -52,7 +52,7 @@ class Belongings:
 def belongings(directory: Path) -> Belongings:
     """The files of a checkpoint's directory that go into an output as they are. Links are held to the source's rule.
 
-    Raises: InputError for a link out of the directory, for damaged weights of a module, and for too many files.
+    Raises: InputError for a link out of the directory, damaged modules, pointers of git-lfs, and too many files.
     """
     found = Belongings()
     modules = module_paths(directory)
@@ -108,14 +108,16 @@ def _take_file(path: Path, directory: Path, found: Belongings, why: str = "") ->
         check_link(path, directory)
         if path.stat().st_size > LARGEST:
             why = f"larger than {LARGEST >> 20} MB, not copied"
+        elif path.stat().st_size <= text.LARGEST_POINTER:
+            text.check_pointer(path.read_bytes(), path)
     if why:
         found.left_out[name] = why
     else:
         found.files.append(path)
 
 
-def _take_folder(path: Path, directory: Path, found: Belongings) -> None:
-    """The files of a folder without weights; of others, and of folders below, nothing."""
+def _take_folder(path: Path, directory: Path, found: Belongings, depth: int = DEEPEST) -> None:
+    """The files of a folder without weights, and of the folders in it; of others nothing."""
     why = next((reason for reason, names in FOLDERS.items() if re.fullmatch(names, path.name)), "")
     names = [] if path.is_symlink() or why else sorted(os.listdir(path))
     if path.is_symlink():
@@ -124,15 +126,18 @@ def _take_folder(path: Path, directory: Path, found: Belongings) -> None:
         why = "a directory with weights of its own"
     elif len(names) > MOST_FILES:
         why = f"a directory of more than {MOST_FILES} files"
+    elif not depth:
+        why = f"more than {DEEPEST} directories deep"
     if why:
         found.left_out[path.relative_to(directory).as_posix() + "/"] = why
         return
-    for name in names:
-        inner = path / name
-        if inner.is_dir():
-            found.left_out[inner.relative_to(directory).as_posix() + "/"] = "a directory of a directory"
-        elif not name.startswith("."):
-            _take_file(inner, directory, found)
+    for name in (name for name in names if not name.startswith(".")):
+        if len(found.files) > MOST_FILES:
+            return
+        if (path / name).is_dir():
+            _take_folder(path / name, directory, found, depth - 1)
+        else:
+            _take_file(path / name, directory, found)
 
 
 def _take_module(path: Path, directory: Path, found: Belongings) -> None:

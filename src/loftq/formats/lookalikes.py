@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from loftq.errors import InputError, StorageError, listed, quoted
-from loftq.formats import strict_json
+from loftq.formats import strict_json, text
 from loftq.formats.regular import open_regular, shown
 
 ADAPTER_CONFIG = "adapter_config.json"
-_LARGEST_POINTER = 1024
+_MOST_FOLDERS = 100
 _MERGE = "merge it into the model with PEFT's merge_and_unload(), and save what that returns"
 _WEIGHTS = r"(?:model|pytorch_model)"
 _SHARD = r"(?:-\d+-of-\d+)?"
@@ -45,12 +45,7 @@ def refuse_adapter(directory: Path) -> None:
 def refuse_pointer(path: Path) -> None:
     """InputError for what git leaves in the place of a large file that was not fetched."""
     with open_regular(path) as file:
-        if file.stamp.size <= _LARGEST_POINTER and file.read_at(0, file.stamp.size).startswith(
-            b"version https://git-lfs"
-        ):
-            raise InputError(
-                f"{shown(path)}: a pointer of git-lfs, not the weights; run `git lfs pull` in the directory"
-            )
+        text.check_pointer(file.read_at(0, min(file.stamp.size, text.LARGEST_POINTER + 1)), path)
 
 
 def described(directory: Path) -> str:
@@ -70,6 +65,8 @@ def _descriptions(directory: Path, names: list[str]) -> Iterator[str]:
         yield f"found a PEFT adapter{of}; {_MERGE}, or name the base to quantize that"
     if "model_index.json" in names:
         yield f"found a pipeline of diffusers; {_inside(directory, names, 'it is made of models of its own')}"
+    if any(name.startswith("diffusion_pytorch_model") for name in names):
+        yield "found a model of diffusers, and only those of transformers are quantized; its pipeline may hold others"
     if "modules.json" in names:
         yield f"found a SentenceTransformers folder without weights; {_inside(directory, names, 'fetch the weights')}"
     variants = sorted({m["late"] or m["index"] for m in map(_VARIANT.fullmatch, names) if m})
@@ -103,14 +100,22 @@ def _inside(directory: Path, names: list[str], otherwise: str) -> str:
 
 
 def _checkpoints(directory: Path, names: list[str]) -> list[str]:
-    """Folders in ``directory`` that hold a checkpoint of transformers."""
+    """Folders below ``directory``, down to the second level, that hold a checkpoint of transformers."""
     weights = ("model.safetensors", "pytorch_model.bin")
     found = (*weights, *(f"{name}.index.json" for name in weights))
+    places = [*names, *(f"{name}/{inner}" for name in names for inner in _folders(directory / name))]
     return [
-        name
-        for name in names
-        if (directory / name / "config.json").is_file() and any((directory / name / n).exists() for n in found)
+        place
+        for place in places
+        if (directory / place / "config.json").is_file() and any((directory / place / n).exists() for n in found)
     ]
+
+
+def _folders(directory: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())[:_MOST_FOLDERS]
+    except OSError:
+        return []
 
 
 def _is_sharded_by_torch(directory: Path, names: list[str]) -> bool:

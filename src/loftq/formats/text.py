@@ -10,6 +10,7 @@ from loftq.errors import InputError, quoted
 from loftq.formats.regular import open_regular, shown
 
 MAX_BYTES = 64 << 20
+LARGEST_POINTER = 1024  # bytes that git-lfs leaves
 MAX_DEPTH = 100  # levels of nesting
 MAX_VALUES = 2_000_000  # in one text
 MAX_DIGITS = 100  # of a whole number: no size and no count has as many, and 309 are more than a float holds
@@ -24,7 +25,15 @@ def read(path: Path, kind: str, max_bytes: int = MAX_BYTES) -> bytes:
     """
     with open_regular(path) as file:
         check_size(file.stamp.size, shown(path), kind, max_bytes)
-        return file.read_at(0, file.stamp.size)
+        raw = file.read_at(0, file.stamp.size)
+    check_pointer(raw, path)
+    return raw
+
+
+def check_pointer(raw: bytes, path: Path) -> None:
+    """InputError for what git leaves in the place of a large file that was not fetched."""
+    if len(raw) <= LARGEST_POINTER and raw.startswith(b"version https://git-lfs"):
+        raise InputError(f"{shown(path)}: a pointer of git-lfs, not the file; run `git lfs pull` in the directory")
 
 
 def check_size(size: int, where: str, kind: str, max_bytes: int) -> None:
