@@ -63,3 +63,13 @@ def test_at_80_columns_names_are_whole(monkeypatch):
 
 def test_a_pipe_is_as_wide_as_it_needs():
     assert tables.console().width == tables.WIDE
+
+
+def test_a_narrow_plan_has_every_rank_and_size(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(tables, "console", lambda: Console(file=out, width=60, highlight=False, markup=False))
+    row = {"name": "model.layers.31.mlp.down_proj.weight", "action": "quantize", "shape": [4096, 11008]}
+    tables.print_plan([{**row, "bits": 2, "code": "lloyd", "block_size": 64, "rank": 48, "bytes": 12_682_240}], 1.0)
+    text = out.getvalue()
+    assert "…" not in text
+    assert {"rank", "bytes", "4096x11008", "48", "12,682,240"} <= set(text.split())

@@ -38,10 +38,10 @@ def _cell(cell: Any) -> Any:
 
 
 def plain_table(*columns: tuple[str, str]) -> Table:
-    """A table without lines; a column is its heading and its side, left or right."""
+    """A table without lines; a column is its heading and its side: texts left, folded if need be, numbers right."""
     table = _Table(box=None, pad_edge=False, header_style="bold")
     for name, side in columns:
-        table.add_column(name, justify=side, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
+        table.add_column(name, justify=side, no_wrap=side == "right", overflow="fold")  # type: ignore[arg-type]
     return table
 
 
