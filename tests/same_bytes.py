@@ -115,7 +115,8 @@ def run(source: Path, place: Path, inputs: Path) -> dict[str, str]:
 
     place.mkdir()
     (place.parent / "commands.json").write_text(json.dumps(commands(inputs)), "utf-8")
-    environ = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}  # PEFT writes sets as they come
+    environ = {**os.environ, **fixed, "PYTHONPATH": str(source)}
     subprocess.run(
         [sys.executable, "-c", FORKED, str(place.parent / "commands.json")], cwd=place, env=environ, check=True
     )
@@ -123,7 +124,7 @@ def run(source: Path, place: Path, inputs: Path) -> dict[str, str]:
     return {
         path.relative_to(place).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in files
-        if path.name not in NOT_COMPARED and path.suffix != ".log" and "runs" not in path.parts
+        if path.name not in NOT_COMPARED and path.suffix != ".log" and not {"runs", "logs"} & {*path.parts}
     }
 
 

@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from loftq.adapters.convert import convert
-from loftq.checkpoint.quantize import QuantizeOptions
+from loftq.checkpoint.quantize import QuantizeOptions, quantize_options
 from loftq.checkpoint.quantize import quantize as _quantize
 from loftq.errors import UsageError, check_names, checks_names
-from loftq.formats import layouts
 from loftq.formats.statistics import Statistics
 from loftq.frozen.replace import FitOptions, replace
 from loftq.numerics import Moments
-from loftq.planning import Matrix, Policy
+from loftq.options import check_whole
+from loftq.planning import Matrix, Policy, make_policy
 from loftq.report.report import Report, of_checkpoint, of_start
 from loftq.solver import Solution, checked, solve
 from loftq.sources.checkpoint import resolve
-from loftq.spec import QuantSpec, SolveSpec, check_statistics, check_whole, code_for, solve_spec
+from loftq.spec import QuantSpec, SolveSpec, check_statistics, code_for, solve_spec
 
 SOLVER = tuple(field.name for field in dataclasses.fields(SolveSpec))
 POLICY = ("preset", *SOLVER, *(field.name for field in dataclasses.fields(Policy) if field.name != "solve"))
@@ -130,7 +130,7 @@ def get_peft_model(
     """
     check_names("get_peft_model", options, (*named(get_peft_model), *POLICY))
     check_whole("workers", workers or 0, 0)
-    policy, statistics = make_policy(calibrated=calibration is not None, **options), statistics_from(calibration)
+    policy, statistics = make_policy(options, calibrated=calibration is not None), statistics_from(calibration)
     errors: list[float] = []
     with tqdm(desc="LoftQ", unit=" matrices", disable=not progress) as bar:
 
@@ -201,15 +201,11 @@ def quantize(model: str | Path, output: str | Path, *, format: str = "loftq", **
             "model: wanted a directory or a hub id; a model in memory is quantized by loftq.get_peft_model"
         )
     model, output = as_path("model", model), Path(as_path("output", output))
-    own = {k: options.pop(k) for k in names if k in options}
-    if isinstance(own.get("calibrate"), Statistics):
+    if isinstance(options.get("calibrate"), Statistics):
         raise UsageError("calibrate: wanted a file of texts or a directory of statistics, got statistics in memory")
-    paths = {
-        name: as_path(name, own[name]) for name in ("calibrate", "curves", "statistics") if own.get(name) is not None
-    }
-    own |= {name: path if name == "calibrate" else Path(path) for name, path in paths.items()}
-    policy = make_policy(calibrated="calibrate" in paths, **layouts.get(format).filled(options))
-    return of_checkpoint(_quantize(model, output, QuantizeOptions(policy=policy, format=format, **own)))
+    paths = {k: as_path(k, options[k]) for k in ("calibrate", "curves", "statistics") if options.get(k) is not None}
+    paths = {name: path if name == "calibrate" else Path(path) for name, path in paths.items()}
+    return of_checkpoint(_quantize(model, output, quantize_options({**options, **paths, "format": format})))
 
 
 @checks_names
@@ -279,11 +275,3 @@ def as_path(what: str, value: Any) -> str:
     if not isinstance(value, (str, os.PathLike)):
         raise UsageError(f"{what}: wanted a path, got {type(value).__name__}")
     return os.fspath(value)
-
-
-def make_policy(*, calibrated: bool = False, **options: Any) -> Policy:
-    """A :class:`Policy` from keywords, the solver's fields beside the others."""
-    solver = {k: options.pop(k) for k in ("preset", *SOLVER) if k in options}
-    options = {key: value for key, value in options.items() if value is not None}
-    spec = solve_spec(calibrated=calibrated, code=options.get("code", "auto"), **solver)
-    return Policy(solve=spec, **options)

@@ -8,33 +8,7 @@ from typing import Any, TypeVar
 from loftq import codes
 from loftq.codes import BITS, Code
 from loftq.errors import UsageError, checked_fields, command, listed, option, quoted
-
-SCALE_DTYPES = ("float32", "bfloat16", "float16")
-KEPT_DTYPES = ("auto", "source", "bfloat16", "float16")
-SVDS = ("auto", "exact", "randomized")
-ORDERS = ("quantize-first", "svd-first")
-SCALES = ("formula", "fitted")
-METRICS = ("weights", "diagonal", "full", "fisher")
-ROUNDINGS = ("nearest", "feedback", "shaped", "descent")
-STARTS = ("zero", "preserved")
-
-
-def check_choice(what: str, value: object, allowed: tuple) -> None:
-    """UsageError for what is none of ``allowed``, which are of one type."""
-    if not isinstance(value, type(allowed[0])) or isinstance(value, bool) or value not in allowed:
-        raise UsageError(f"{what} must be one of {', '.join(map(str, allowed))}, got {quoted(repr(value))}")
-
-
-def check_whole(what: str, value: object, low: int) -> None:
-    """UsageError for what is no ``int`` of at least ``low``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise UsageError(f"{what} must be a whole number of at least {low}, got {quoted(repr(value))}")
-
-
-def check_flag(what: str, value: object) -> None:
-    """UsageError for what is neither true nor false."""
-    if not isinstance(value, bool):
-        raise UsageError(f"{what} must be true or false, got {quoted(repr(value))}")
+from loftq.options import check_choice, check_fields, default
 
 
 @checked_fields
@@ -57,9 +31,9 @@ class QuantSpec:
 
     bits: int
     code: str = "nf"
-    block_size: int = 64
-    scale_dtype: str = "bfloat16"
-    double_quant: bool = False
+    block_size: int = default("block_size")
+    scale_dtype: str = default("scale_dtype")
+    double_quant: bool = default("double_quant")
 
     def __post_init__(self) -> None:
         check_choice("bits", self.bits, BITS)
@@ -67,9 +41,7 @@ class QuantSpec:
         if self.bits not in widths:
             have = " or ".join(filter(None, (", ".join(map(str, widths[:-1])), str(widths[-1]))))
             raise UsageError(f"code {self.code} has {have} bits; use code nf for {self.bits}")
-        check_whole("block_size", self.block_size, 1)
-        check_choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
-        check_flag("double_quant", self.double_quant)
+        check_fields(self)
         if self.double_quant and self.codebook.per_tensor:
             raise UsageError(f"double_quant has nothing to do for code {self.code}: it stores one scale")
 
@@ -103,24 +75,17 @@ class SolveSpec:
             than their share of the quantization error (SRR, arXiv 2602.02001).
     """
 
-    steps: int = 5
-    order: str = "quantize-first"
-    svd: str = "auto"
-    seed: int = 0
-    scales: str = "formula"
-    metric: str = "weights"
-    rounding: str = "nearest"
-    start: str = "zero"
+    steps: int = default("steps")
+    order: str = default("order")
+    svd: str = default("svd")
+    seed: int = default("seed")
+    scales: str = default("scales")
+    metric: str = default("metric")
+    rounding: str = default("rounding")
+    start: str = default("start")
 
     def __post_init__(self) -> None:
-        check_whole("steps", self.steps, 0)
-        check_choice("order", self.order, ORDERS)
-        check_choice("svd", self.svd, SVDS)
-        check_whole("seed", self.seed, 0)
-        check_choice("scales", self.scales, SCALES)
-        check_choice("metric", self.metric, METRICS)
-        check_choice("rounding", self.rounding, ROUNDINGS)
-        check_choice("start", self.start, STARTS)
+        check_fields(self)
         if self.order == "svd-first" and (self.rounding in ("shaped", "descent") or self.start != "zero"):
             raise UsageError(
                 "order svd-first goes with rounding nearest or feedback, and has an initialization of its own; "

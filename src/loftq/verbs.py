@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from loftq.api import POLICY, as_path, make_policy, named, statistics_from
+from loftq.api import POLICY, as_path, named, statistics_from
 from loftq.checkpoint.budget import check_budget, within_budget
 from loftq.checkpoint.manifest import read_manifest
 from loftq.checkpoint.verify import verify as _verify
@@ -19,11 +19,12 @@ from loftq.formats.statistics import Statistics
 from loftq.frozen.replace import FitOptions
 from loftq.frozen.start import StartOptions
 from loftq.frozen.start import start as _start
-from loftq.planning import Plan, Policy
+from loftq.options import check_whole
+from loftq.planning import Plan, Policy, make_policy
 from loftq.report.inspect import inspection
 from loftq.report.report import Report, of_checkpoint, of_start
 from loftq.sources.checkpoint import open_source, resolve
-from loftq.spec import SolveSpec, check_statistics, check_whole
+from loftq.spec import SolveSpec, check_statistics
 
 if TYPE_CHECKING:
     from loftq.finetune.comparison import Comparison
@@ -58,7 +59,7 @@ def plan(
     """
     check_names("plan", options, (*named(plan), *POLICY))
     check_whole("workers", workers, 0)
-    policy, model = make_policy(calibrated=calibration is not None, **options), as_path("model", model)
+    policy, model = make_policy(options, calibrated=calibration is not None), as_path("model", model)
     source = open_source(model, policy, revision)
     statistics = statistics_from(calibration, source.directory)
     check_statistics(policy.solve, statistics and statistics.kind)

@@ -16,7 +16,8 @@ from torch import Tensor
 from loftq import codes
 from loftq.errors import NumericalError
 from loftq.numerics import Quantized, blockwise, decode, dequantize, encode, levels, scale_and_zero, unpack
-from loftq.spec import SCALE_DTYPES, QuantSpec, packed_shape, stored_bytes, stored_tensors
+from loftq.options import SCALE_DTYPES
+from loftq.spec import QuantSpec, packed_shape, stored_bytes, stored_tensors
 from quantizers import WIDTHS, Fitted, quantize
 
 BLOCKS = (64, 32, 7, 4096)  # whole blocks and a short last one; 7 leaves a last block of one value; larger than the row

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import reader
 from harness import FLAGS, POLICY, cli, refused, run, tiny_source, tree
-from loftq.spec import SCALES
+from loftq.options import SCALES
 from models import BERT
 from quantizers import WIDTHS
 

@@ -28,9 +28,9 @@ from loftq.formats.regular import local_path
 from loftq.formats.source import open_checkpoint
 from loftq.formats.statistics import FORMAT_VERSION, KINDS, Group, Statistics, write_groups
 from loftq.numerics.device import check_device
+from loftq.options import check_whole
 from loftq.sources.checkpoint import open_dense, resolve
 from loftq.sources.identity import sample
-from loftq.spec import check_whole
 from loftq.version import __version__
 
 logger = logging.getLogger("loftq")

@@ -8,7 +8,7 @@ command continues from the finished shards, and from the matrices of the unfinis
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,12 @@ from loftq.formats.statistics import Statistics
 from loftq.formats.tensorfile import file_size
 from loftq.numerics.device import check_device
 from loftq.numerics.machine import code_path
-from loftq.planning import Matrix, Policy
+from loftq.options import check_fields, check_whole, default, fields_of
+from loftq.planning import Matrix, Policy, make_policy
 from loftq.solver import ordered_map, workers_for
 from loftq.sources.checkpoint import Source, open_source
 from loftq.sources.identity import is_unchanged, stamp
-from loftq.spec import check_flag, check_statistics, check_whole, statistics_kind
+from loftq.spec import check_statistics, statistics_kind
 from loftq.version import __version__
 
 logger = logging.getLogger("loftq")
@@ -60,24 +61,29 @@ class QuantizeOptions:
     """
 
     policy: Policy = field(default_factory=Policy)
-    format: str = "loftq"
-    workers: int = 0  # 0: as many as CPUs, memory and device allow
-    device: str = "cpu"
+    format: str = default("format")
+    workers: int = default("workers")  # 0: as many as CPUs, memory and device allow
+    device: str = default("device")
     max_shard_bytes: int = 1 << 30
-    overwrite: bool = False
-    revision: str | None = None
-    task_type: str | None = None
-    calibrate: str | None = None
-    calibration_samples: int = 128
+    overwrite: bool = default("overwrite")
+    revision: str | None = default("revision")
+    task_type: str | None = default("task_type")
+    calibrate: str | None = default("calibrate")
+    calibration_samples: int = default("calibration_samples")
     statistics: Path | None = None  # where collected ones go; None: beside the output
     curves: Path | None = None  # where the error curves of a budget are kept; None: in the workspace
 
     def __post_init__(self) -> None:
         layouts.get(self.format)
-        check_whole(option("workers"), self.workers, 0)
         check_whole(option("max_shard_bytes"), self.max_shard_bytes, 1)
-        check_whole(option("calibration_samples"), self.calibration_samples, collect.HELD_EVERY)
-        check_flag(option("overwrite"), self.overwrite)
+        check_fields(self, option)
+
+
+def quantize_options(given: Mapping[str, Any]) -> QuantizeOptions:
+    """The options of a run out of a caller's, by name. What they leave open is what the format can hold."""
+    given = layouts.get(given.get("format", default("format"))).filled(given)
+    own = {name: value for name, value in fields_of(QuantizeOptions, given).items() if value is not None}
+    return QuantizeOptions(**own, policy=make_policy(given, calibrated=given.get("calibrate") is not None))
 
 
 Progress = Callable[[dict[str, Any]], None]  # called with the report of each matrix

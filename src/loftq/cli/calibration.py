@@ -1,20 +1,21 @@
 """The verb on statistics: calibrate."""
 
 import json
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from loftq.cli.app import app
 from loftq.cli.bars import StepBar
-from loftq.cli.options import Json, Model, Revision, at_least, choice, extra, quiet
+from loftq.cli.options import Json, Model, Output, extra, quiet, takes
+from loftq.options import check, check_choice, check_whole, default
 
 
 @app.command()
+@takes("device", "revision")
 def calibrate(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.", show_default=False)],
+    output: Output,
     data: Annotated[
         str,
         typer.Option(
@@ -23,7 +24,9 @@ def calibrate(
             show_default=False,
         ),
     ],
-    samples: Annotated[int, typer.Option(help="Rows of text, evenly from the whole; one in four is held out.")] = 128,
+    samples: Annotated[
+        int, typer.Option(help="Rows of text, evenly from the whole; one in four is held out.")
+    ] = default("calibration_samples"),
     max_length: Annotated[
         int, typer.Option(help="Tokens of a row; 512 if not given, or what the model takes.", show_default=False)
     ] = 0,
@@ -37,9 +40,8 @@ def calibrate(
     column: Annotated[
         str | None, typer.Option(help="Column of the texts (text, if not given), or two, 'a,b', tokenized as a pair.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where to run the model: cpu, cuda, cuda:1, …")] = "cpu",
-    revision: Revision = None,
     as_json: Json = False,
+    **given: Any,
 ) -> None:
     """Run texts through a model, block by block, and keep statistics of what its matrices are given."""
     with extra("train"):
@@ -47,16 +49,17 @@ def calibrate(
         from loftq.calibration.calibrate import calibrate as run
         from loftq.formats.statistics import KINDS
         from loftq.report.calibration import print_statistics, summary
-    choice("--kind", kind, KINDS)
+    check_choice("--kind", kind, KINDS)
+    check("calibration_samples", samples, "--samples")
+    check_whole("--max-length", max_length, 0)
     quiet()
     options = CalibrateOptions(
         data=data,
         kind=kind,
-        samples=at_least("--samples", samples, 4),
-        max_length=at_least("--max-length", max_length, 0),
+        samples=samples,
+        max_length=max_length,
         column=column,
-        revision=revision,
-        device=device,
+        **given,
     )
     with StepBar() as bar:
         made = summary(run(model, output, options, bar.begin))

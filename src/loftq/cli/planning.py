@@ -8,34 +8,9 @@ import typer
 
 from loftq.cli.app import app
 from loftq.cli.bars import Bar
-from loftq.cli.options import (
-    AdapterDtype,
-    Alpha,
-    Bits,
-    BlockSize,
-    Budget,
-    BudgetRanks,
-    BudgetSolver,
-    Code,
-    Curves,
-    DoubleQuant,
-    Dtype,
-    Embeddings,
-    Json,
-    MinCoverage,
-    Model,
-    Preset,
-    Rank,
-    RankPolicy,
-    Revision,
-    RsLora,
-    ScaleDtype,
-    Scales,
-    Workers,
-    at_least,
-    policy,
-)
+from loftq.cli.options import Json, Model, takes
 from loftq.errors import UsageError
+from loftq.options import Adapter, Dtypes, Storage, check
 
 if TYPE_CHECKING:
     from loftq.planning import Policy
@@ -43,48 +18,31 @@ if TYPE_CHECKING:
 
 
 @app.command()
+@takes("bits", Adapter, Storage, Dtypes, "preset", "scales", "curves", "workers", "revision")
 def plan(
     model: Model,
-    bits: Bits = "4",
-    rank: Rank = "16",
-    alpha: Alpha = None,
-    code: Code = "auto",
-    block_size: BlockSize = 64,
-    scale_dtype: ScaleDtype = None,
-    double_quant: DoubleQuant = False,
-    rank_policy: RankPolicy = "refuse",
-    rslora: RsLora = False,
-    embeddings: Embeddings = False,
-    dtype: Dtype = "auto",
-    adapter_dtype: AdapterDtype = "bfloat16",
-    min_coverage: MinCoverage = 0.5,
-    preset: Preset = None,
-    scales: Scales = None,
-    budget: Budget = "",
-    budget_ranks: BudgetRanks = "",
-    budget_solver: BudgetSolver = "greedy",
     calibrate: Annotated[
         Path | None,
         typer.Option(help="Directory made by `loftq calibrate`: a budget then goes by outputs.", show_default=False),
     ] = None,
-    curves: Curves = None,
-    workers: Workers = 0,
     plot: Annotated[Path | None, typer.Option(help="Save a picture of error against bytes: budget.png.")] = None,
-    revision: Revision = None,
     as_json: Json = False,
+    **given: Any,
 ) -> None:
     """Show, for every tensor, how it would be quantized or why not. Reads no weights, except with --budget."""
-    given = locals()
+    from loftq.planning import make_policy
     from loftq.report.budget import print_budget
     from loftq.report.tables import print_cost, print_plan
     from loftq.sources.checkpoint import open_source, plan_table
-    from loftq.spec import check_statistics, solve_spec, statistics_kind
+    from loftq.spec import check_statistics, statistics_kind
 
-    asked = policy(given, solve=solve_spec(preset, calibrated=calibrate is not None, code=code, scales=scales))
+    asked = make_policy(given, calibrated=calibrate is not None)
+    curves, workers = given["curves"], given["workers"]
+    check("workers", workers, "--workers")
     check_statistics(asked.solve, None if calibrate is None else statistics_kind(asked.solve))
-    source, spent = open_source(model, asked, revision), {}
-    if budget:
-        source, report = _spend(source, asked, calibrate, curves, at_least("--workers", workers, 0), plot)
+    source, spent = open_source(model, asked, given["revision"]), {}
+    if asked.budget:
+        source, report = _spend(source, asked, calibrate, curves, workers, plot)
         spent = {"budget": report}
     elif plot or curves or calibrate:
         raise UsageError("--plot and --curves are of a budget, and so is --calibrate here; give one: --budget 2.5")

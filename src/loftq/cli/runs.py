@@ -10,16 +10,9 @@ import typer
 
 from loftq.cli.app import app
 from loftq.cli.bars import Bar, RunBar
-from loftq.cli.options import (
-    Json,
-    Overrides,
-    RecipeFile,
-    at_least,
-    choice,
-    extra,
-    quiet,
-)
+from loftq.cli.options import Json, Overrides, RecipeFile, extra, quiet
 from loftq.errors import quoted
+from loftq.options import check_choice, check_whole
 
 
 @app.command()
@@ -77,7 +70,9 @@ def evaluate(
         from loftq.finetune.evaluate import evaluate as run
         from loftq.report.tables import print_metrics
     if sampling is not None:
-        choice("--sampling", sampling, ("greedy", "paper"))
+        check_choice("--sampling", sampling, ("greedy", "paper"))
+    check_whole("--batch-size", batch_size, 0)
+    check_whole("--max-length", max_length, 0)
     quiet()
     found = run(
         target,
@@ -85,8 +80,8 @@ def evaluate(
         data=None if data is None else str(data),
         splits=split or (),
         adapter=adapter,
-        batch_size=at_least("--batch-size", batch_size, 0) or None,
-        max_length=at_least("--max-length", max_length, 0) or None,
+        batch_size=batch_size or None,
+        max_length=max_length or None,
         generation=sampling,
     )
     if as_json:

@@ -14,17 +14,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from loftq import codes
 from loftq.errors import InputError, UsageError, listed, quoted
 from loftq.formats import strict_yaml
-from loftq.spec import ORDERS, PRESETS, SCALE_DTYPES, SCALES, SVDS, SolveSpec, solve_spec
+from loftq.options import Calibration, Option, Solver, Storage, Text, rows
+from loftq.spec import PRESETS, SolveSpec, solve_spec
 
 METHODS = ("full", "lora", "qlora", "loftq")
-# What of a quantization is not the plan's, but the solver's or the calibration's.
-SOLVER = ("preset", "steps", "order", "svd", "scales", "seed", "calibrate", "calibration_samples", "device")
 MOST_TOLD = 20  # mistakes of one recipe
 DEEPEST_KEY = 8  # parts of a dotted key
 SPLIT = re.compile(r"(train|validation|test)(_\w+)?")
@@ -86,50 +94,39 @@ class Data(Strict):
         return self
 
 
-class Quantization(Strict):
+def _of(*asked: Any) -> Any:
+    """A section with options of the tables. What a preset or a budget decides about is None if it is not given."""
+    fields: dict[str, Any] = {name: _field(name, *row) for name, row in rows(*asked).items()}
+    return create_model("Options", __base__=Strict, **fields)
+
+
+def _field(name: str, kind: Any, option: Option) -> tuple[Any, Any]:
+    registered = {"code": ("auto", *codes.names()), "preset": tuple(PRESETS)}
+    choices = registered.get(name, option.choices)
+    typed: Any = Literal[choices] if choices else Rules if kind == Text else kind  # type: ignore[valid-type]
+    if option.bounds:
+        typed = Annotated[typed, Field(**option.bounds)]
+    default = None if option.open in ("preset", "budget") else option.default
+    return (typed if default is not None else typed | None, default)
+
+
+class Quantization(_of(Storage, Solver, Calibration, "device")):
     """Fields of :class:`loftq.planning.Policy` and :class:`loftq.spec.SolveSpec`, by their names.
 
     Its seed is not the run's: runs that differ in the seed of training share a backbone. ``device`` is where it is
     solved and calibrated, not where it is trained.
     """
 
-    bits: Rules = "4"
-    budget: Rules | None = None
-    budget_ranks: Rules | None = None
-    budget_solver: Literal["greedy", "milp"] | None = None
-    code: Literal[("auto", *codes.names())] = "auto"  # type: ignore[valid-type]
-    block_size: Count = 64
-    scale_dtype: Literal[SCALE_DTYPES] = "bfloat16"  # type: ignore[valid-type]
-    double_quant: bool = False
-    embeddings: bool = False
-    min_coverage: Annotated[float, Field(ge=0, le=1)] = 0.5
-    preset: Literal[tuple(PRESETS)] | None = None  # type: ignore[valid-type]
-    steps: Annotated[int, Field(ge=0)] | None = None
-    order: Literal[ORDERS] | None = None  # type: ignore[valid-type]
-    svd: Literal[SVDS] = "auto"  # type: ignore[valid-type]
-    scales: Literal[SCALES] | None = None  # type: ignore[valid-type]
-    seed: Annotated[int, Field(ge=0)] = 0
-    calibrate: str | None = None
-    calibration_samples: Count = 128
-    device: str = "cpu"
-
     def solver(self, method: str) -> SolveSpec:
         """The solver's spec: the preset's, but for what is given beside it. QLoRA has no use for preset and steps."""
-        own = {"svd": self.svd, "scales": self.scales, "seed": self.seed}
+        own = {name: getattr(self, name) for name in rows(Solver)}
         if method == "qlora":
-            return solve_spec("qlora", **own)
-        calibrated = self.calibrate is not None
-        return solve_spec(self.preset, calibrated=calibrated, code=self.code, steps=self.steps, order=self.order, **own)
+            return solve_spec(**{**own, "preset": "qlora", "steps": None, "order": None})
+        return solve_spec(**own, calibrated=self.calibrate is not None, code=self.code)
 
 
-class Lora(Strict):
+class Lora(_of("rank", "alpha", "dropout", "rslora", "rank_policy")):
     """The adapter. ``alpha`` is the rank if not given."""
-
-    rank: Rules = "16"
-    alpha: Annotated[float, Field(gt=0)] | None = None
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    rslora: bool = False
-    rank_policy: Literal["refuse", "clamp"] = "refuse"
 
 
 class Generation(Strict):

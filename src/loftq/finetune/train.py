@@ -24,13 +24,14 @@ from loftq.finetune.arguments import training_arguments
 from loftq.finetune.card import trained_card
 from loftq.finetune.inputs import contents, held, located, read_data, splits_of, task_of
 from loftq.finetune.model import add_lora, add_start, load_model, precision, save
-from loftq.finetune.recipe import SOLVER, Quantization, Recipe
+from loftq.finetune.recipe import Quantization, Recipe
 from loftq.finetune.run import RunDirectory, RunResult
 from loftq.finetune.tasks import Task, score
 from loftq.finetune.tasks.next_token import NextToken
 from loftq.finetune.trainer import LoftQTrainer, callbacks
 from loftq.formats import fsio, layouts, strict_json
 from loftq.formats.regular import local_path
+from loftq.options import fields_of
 from loftq.planning import Policy
 from loftq.sources.checkpoint import open_source, resolve
 from loftq.spec import statistics_kind
@@ -181,8 +182,7 @@ def policy_of(recipe: Recipe) -> Policy:
     """
     given, lora = recipe.quantization or Quantization(), recipe.lora
     return Policy(
-        **given.model_dump(exclude={*SOLVER}, exclude_none=True),
-        **lora.model_dump(exclude={"dropout"}),
+        **fields_of(Policy, {**given.model_dump(exclude_none=True), **lora.model_dump()}),
         solve=given.solver(recipe.method),
         dtype="source",
         adapter_dtype="float32",

@@ -16,7 +16,8 @@ from loftq.errors import UsageError, option
 from loftq.formats.config import quantization_config, read_groups
 from loftq.formats.tensorfile import DTYPES, Entry
 from loftq.numerics import Quantized, decode, dequantize, encode, normal_float, oriented, oriented_shape
-from loftq.spec import QuantSpec, check_choice, stored_tensors
+from loftq.options import check_choice
+from loftq.spec import QuantSpec, stored_tensors
 
 
 class MatrixLike(Protocol):

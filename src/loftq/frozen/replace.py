@@ -16,10 +16,10 @@ from loftq.errors import InputError, NumericalError, naming, option, quoted
 from loftq.formats.source import Checkpoint, is_quantized_source, open_checkpoint
 from loftq.formats.statistics import Statistics
 from loftq.numerics import frobenius, oriented, oriented_shape
+from loftq.options import check_fields, default
 from loftq.planning import FLOATS
 from loftq.solver import fit_adapter
 from loftq.sources.checkpoint import resolve
-from loftq.spec import SVDS, check_choice, check_whole
 
 MATRICES = ("linear", "conv1d", "embedding")
 
@@ -91,12 +91,11 @@ class FitOptions:
     """
 
     statistics: Statistics | None = None
-    svd: str = "auto"
-    seed: int = 0
+    svd: str = default("svd")
+    seed: int = default("seed")
 
     def __post_init__(self) -> None:
-        check_choice(option("svd"), self.svd, SVDS)
-        check_whole(option("seed"), self.seed, 0)
+        check_fields(self, option)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from loftq.formats.regular import local_path, shown
 from loftq.formats.tensorfile import Entry, dtype_name, encode_header, read_chunks, read_header, tensor_bytes
 from loftq.frozen.replace import Begin, FitOptions, Layer, Original, fit, summary
 from loftq.numerics.device import check_device
+from loftq.options import default
 from loftq.planning import Matrix, Plan, Policy
 from loftq.sources.checkpoint import Source, open_source, resolve
 from loftq.sources.identity import stamp
@@ -61,7 +62,7 @@ class StartOptions:
 
     policy: Policy = field(default_factory=Policy)
     fit: FitOptions = field(default_factory=FitOptions)
-    device: str = "cpu"
+    device: str = default("device")
     base_revision: str | None = None
     revision: str | None = None
     task_type: str | None = None

@@ -9,7 +9,6 @@ from loftq.planning.plan import (
     Kept,
     Matrix,
     Plan,
-    Policy,
     Role,
     Stack,
     main_dtype,
@@ -19,6 +18,7 @@ from loftq.planning.plan import (
     nominal_bits,
     target_suffixes,
 )
+from loftq.planning.policy import Policy, make_policy
 
 __all__ = [
     "FLOATS",
@@ -43,6 +43,7 @@ __all__ = [
     "limit",
     "main_dtype",
     "make",
+    "make_policy",
     "mean_bits",
     "natural",
     "nominal_bits",

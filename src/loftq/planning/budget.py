@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 from loftq.errors import UsageError, option, quoted
 
-SOLVERS = ("greedy", "milp")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 GAP = 1e-6  # relative distance from the optimum at which the exact solver stops
 

@@ -2,37 +2,30 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from loftq import codes
-from loftq.errors import InputError, UsageError, checked_fields, listed, option, quoted
+from loftq.errors import InputError, UsageError, listed, option, quoted
 from loftq.numerics import oriented_shape
-from loftq.planning.budget import SOLVERS, Choice, parse_budget
+from loftq.planning.budget import Choice
 from loftq.planning.patterns import Rules, parse_rules
+from loftq.planning.policy import DENSE, Policy
 from loftq.spec import (
     BITS,
-    KEPT_DTYPES,
     STORED,
     QuantSpec,
     SolveSpec,
-    check_choice,
-    check_flag,
     check_scales,
     code_for,
     scaling,
     stored_bytes,
 )
 
-DENSE = 16  # as a number of bits: leave the matrix as it is
 WIDE = ("F64", "F32")
 FLOATS = ("F64", "F32", "F16", "BF16")
 HEADS = {"lm_head", "embed_out", "classifier", "score", "qa_outputs", "pooler", "cls", "classification_head"}
-RANK_POLICIES = ("refuse", "clamp")
-# Fields of a solver that came later, and the value with which a plan from before has its digest still.
-LATER = {"scales": "formula", "metric": "weights", "rounding": "nearest", "start": "zero"}
+FIRST = ("steps", "order", "svd", "seed")  # of a solver in every digest; what came later is, where it is no default
 
 
 @dataclass(frozen=True)
@@ -63,101 +56,6 @@ class Role:
     stack: Stack | None = None
     tied: tuple[str, ...] = ()
     keep: str = ""
-
-
-@checked_fields
-@dataclass(frozen=True, kw_only=True)
-class Policy:
-    """What the user asks for; ``docs/usage.md`` documents every field under the option of its name.
-
-    ``bits``, ``rank`` and ``budget`` may be given as numbers, ``budget_ranks`` as a list; they are kept as text.
-    """
-
-    bits: str = "4"
-    code: str = "auto"
-    block_size: int = 64
-    scale_dtype: str = "bfloat16"
-    double_quant: bool = False
-    rank: str = "16"
-    rank_policy: str = "refuse"
-    alpha: float | None = None
-    rslora: bool = False
-    embeddings: bool = False
-    dtype: str = "auto"
-    adapter_dtype: str = "bfloat16"
-    min_coverage: float = 0.5
-    solve: SolveSpec = field(default_factory=SolveSpec)
-    budget: str = ""
-    budget_ranks: str = ""
-    budget_solver: str = "greedy"
-
-    def __post_init__(self) -> None:
-        for name in ("bits", "rank", "budget", "budget_ranks"):
-            object.__setattr__(self, name, _text(name, getattr(self, name)))
-        code = QuantSpec.code if self.code == "auto" else self.code
-        QuantSpec(
-            bits=codes.get(code).widths[0],
-            code=code,
-            block_size=self.block_size,
-            scale_dtype=self.scale_dtype,
-            double_quant=self.double_quant,
-        )
-        check_choice(option("rank_policy"), self.rank_policy, RANK_POLICIES)
-        for name in ("rslora", "embeddings"):
-            check_flag(option(name), getattr(self, name))
-        if self.alpha is not None and not _is_number(self.alpha):
-            raise UsageError(f"{option('alpha')}: {quoted(repr(self.alpha))} is not a number to scale by")
-        if not _is_number(self.min_coverage) or not 0 <= self.min_coverage <= 1:
-            raise UsageError(
-                f"{option('min_coverage')} must lie between 0 and 1, got {quoted(repr(self.min_coverage))}"
-            )
-        if not isinstance(self.solve, SolveSpec):
-            raise UsageError(f"solve must be a SolveSpec, got {type(self.solve).__name__}")
-        check_choice(option("dtype"), self.dtype, KEPT_DTYPES)
-        check_choice(option("adapter_dtype"), self.adapter_dtype, tuple(STORED))
-        _check_budget(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values; without a budget none of its fields, so that earlier outputs are still known."""
-        values = asdict(self)
-        return values if self.budget else {k: v for k, v in values.items() if not k.startswith("budget")}
-
-
-def _text(name: str, value: object) -> str:
-    """An option that may be patterns or lists, as the command line has it."""
-    if isinstance(value, (list, tuple)) and name == "budget_ranks":
-        return ",".join(map(str, value))
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise UsageError(f"{option(name)}: wanted a number or text, got {quoted(repr(value))}")
-    return str(value)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_budget(policy: Policy) -> None:
-    check_choice(option("budget_solver"), policy.budget_solver, SOLVERS)
-    for rank in policy.budget_ranks.split(",") if policy.budget_ranks else ():
-        if not rank.isdecimal() or int(rank) < 1:
-            raise UsageError(
-                f"{option('budget_ranks')}: {quoted(policy.budget_ranks)} is not a list of whole numbers of at least "
-                "1, such as 8,16,32"
-            )
-    if not policy.budget:
-        if policy.budget_ranks or policy.budget_solver != SOLVERS[0]:
-            raise UsageError(
-                f"{option('budget_ranks')} and {option('budget_solver')} say how a budget is spent; give one: "
-                f"{option('budget', 2.5)}"
-            )
-        return
-    parse_budget(policy.budget)
-    if "=" not in policy.bits and policy.bits not in (Policy.bits, str(DENSE)):
-        raise UsageError(
-            f"{option('bits', quoted(policy.bits))} and {option('budget', quoted(policy.budget))} both say how wide "
-            "all matrices are; leave one out, or give patterns for those that the budget is not to choose: "
-            f"{option('bits', 'down_proj=4,4')}"
-        )
 
 
 @dataclass(frozen=True)
@@ -240,8 +138,8 @@ class Plan:
     def digest(self) -> str:
         """SHA-256 of the plan; equal plans give equal files."""
         plan = self.to_dict()
-        for name, value in LATER.items():
-            if plan["solve"][name] == value:
+        for name, value in asdict(SolveSpec()).items():
+            if name not in FIRST and plan["solve"][name] == value:
                 del plan["solve"][name]
         for matrix in plan["matrices"]:
             if matrix["factors"] == "F32":

@@ -35,8 +35,9 @@ from loftq.numerics import (
     product_square,
     truncated_svd,
 )
+from loftq.options import check_whole
 from loftq.solver.rounding import Rounding
-from loftq.spec import QuantSpec, SolveSpec, check_scales, check_whole
+from loftq.spec import QuantSpec, SolveSpec, check_scales
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

@@ -1,0 +1,274 @@
+"""Every option of a quantization, once: its type, default, check and help.
+
+From these tables are made the command line (:func:`loftq.cli.options.takes`), the sections of recipes
+(:mod:`loftq.finetune.recipe`), and the defaults and checks of the dataclasses that hold the values (:func:`default`,
+:func:`check_fields`). They are ``TypedDict`` classes, so that a Python call can name them too:
+``**options: Unpack[Solver]``. No torch is imported, so that ``loftq --help`` is quick.
+"""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
+
+from loftq.errors import UsageError, quoted
+
+SCALE_DTYPES = ("float32", "bfloat16", "float16")
+SCALES = ("formula", "fitted")
+Text = str | int | float  # a number, or patterns or a list in text; held as text
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is known of an option beside its name, its type and its help, which follows it.
+
+    Attributes:
+        default: of the dataclass that holds it. The command line names it, unless the help does.
+        choices: the words that it may be; for codes and presets their registries say which.
+        bounds: of a number: ``ge``, ``gt``, ``le``, ``lt``, as pydantic calls them.
+        open: what decides if it is left out, and ``default`` therefore does not: ``preset``, ``format``,
+            ``calibrate`` or ``budget``.
+        flags: on the command line, instead of ``--name``.
+        metavar: of its value in the command line's help.
+        help: for the command line.
+    """
+
+    default: Any
+    choices: tuple[str, ...] = ()
+    bounds: Mapping[str, Any] = field(default_factory=dict)
+    open: str = ""
+    flags: tuple[str, ...] = ()
+    metavar: str | None = None
+    help: str = ""
+
+
+class Storage(TypedDict, total=False):
+    """Which matrices are quantized, and how they are stored."""
+
+    bits: Annotated[
+        Text,
+        Option("4"),
+        "2, 3, 4 or 8; an average between 2.0 and 4.0 (first layers 4 bits, the rest 2, as in the paper: 2.25, "
+        "2.5, 3.0); or patterns with a default, 'layers.0-3=4,2'. 16 leaves a module dense.",
+    ]
+    budget: Annotated[
+        Text,
+        Option("", open="budget"),
+        "What to spend: 2.5 (average stored bits of a quantized weight, scales included) or 300MB (all tensors, "
+        "with the adapter). Bits and block of every matrix are chosen for the least error in all, which is "
+        "measured first, on the weights. Of --bits only patterns count.",
+    ]
+    budget_ranks: Annotated[Text, Option("", open="budget"), "Ranks that a budget may choose too, beside --rank: 8,32."]
+    budget_solver: Annotated[
+        str, Option("greedy", choices=("greedy", "milp"), open="budget"), "greedy, or milp: the optimum, by SciPy."
+    ]
+    code: Annotated[
+        str,
+        Option("auto"),
+        "nf, lloyd (2 to 4 bits), uniform, uniform-tensor, fp4 (4 bits), affine; auto: nf, at 2 bits with fitted "
+        "scales lloyd.",
+    ]
+    block_size: Annotated[int, Option(64, bounds={"ge": 1}), "Weights of a row that share a scale."]
+    scale_dtype: Annotated[
+        str,
+        Option("bfloat16", choices=SCALE_DTYPES, open="format"),
+        "bfloat16, float16 or float32. Default: bfloat16; bnb: float32.",
+    ]
+    double_quant: Annotated[bool, Option(False), "Quantize the scales too, as bitsandbytes does."]
+    embeddings: Annotated[bool, Option(False), "Embedding tables too."]
+    min_coverage: Annotated[
+        float, Option(0.5, bounds={"ge": 0, "le": 1}), "Refuse to work on less than this share of the layers' weights."
+    ]
+
+
+class Adapter(TypedDict, total=False):
+    """The adapter's rank and scaling."""
+
+    rank: Annotated[Text, Option("16"), "Rank of the adapter, or patterns with a default: 'mlp=32,16'."]
+    alpha: Annotated[
+        float | None,
+        Option(None, bounds={"gt": 0}),
+        "lora_alpha; the rank if not given. The initialization does not depend on it.",
+    ]
+    rslora: Annotated[bool, Option(False), "Scale by alpha / sqrt(rank)."]
+    rank_policy: Annotated[
+        str, Option("refuse", choices=("refuse", "clamp")), "A rank too large for a matrix: refuse or clamp."
+    ]
+
+
+class Dtypes(TypedDict, total=False):
+    """Types of what is stored beside the codes."""
+
+    dtype: Annotated[
+        str,
+        Option("auto", choices=("auto", "source", "bfloat16", "float16")),
+        "Of what is not packed: auto (16 bits where the source has 32: bfloat16), bfloat16, float16, or source.",
+    ]
+    adapter_dtype: Annotated[
+        str, Option("bfloat16", choices=SCALE_DTYPES), "Of the adapter's files: bfloat16, float16 or float32."
+    ]
+
+
+class Solver(TypedDict, total=False):
+    """How the backbone and the factors are found; a preset decides about what is left out."""
+
+    preset: Annotated[
+        str | None,
+        Option(None, flags=("--preset", "--method")),
+        "loftq (the paper's), fitted, descent, svd (one step), qlora (quantize, zero initialization); with "
+        "--calibrate also qera-diag, qera-full, eora, cloq, projq, srr, lq-lora. Default: fitted; "
+        "with --calibrate descent.",
+    ]
+    steps: Annotated[
+        int | None,
+        Option(5, bounds={"ge": 0}, open="preset"),
+        "Alternations T; the best step is kept. Default: the preset's, 5 for fitted and loftq, 6 for descent.",
+    ]
+    order: Annotated[
+        str | None,
+        Option("quantize-first", choices=("quantize-first", "svd-first"), open="preset"),
+        "quantize-first, or svd-first (the paper's ablation). Default: the preset's.",
+    ]
+    svd: Annotated[str, Option("auto", choices=("auto", "exact", "randomized")), "auto, exact or randomized."]
+    scales: Annotated[
+        str | None,
+        Option("formula", choices=SCALES, open="preset"),
+        "By the code's formula (absmax), or fitted to the least error at the same bytes. Default: the preset's; "
+        "fitted for fitted and descent.",
+    ]
+    seed: Annotated[int, Option(0, bounds={"ge": 0}), "Of all random numbers, together with each tensor's name."]
+
+
+class Method(TypedDict, total=False):
+    """What makes one preset another method; in Python only."""
+
+    metric: Annotated[str | None, Option("weights", choices=("weights", "diagonal", "full", "fisher"), open="preset")]
+    rounding: Annotated[
+        str | None, Option("nearest", choices=("nearest", "feedback", "shaped", "descent"), open="preset")
+    ]
+    start: Annotated[str | None, Option("zero", choices=("zero", "preserved"), open="preset")]
+
+
+class Calibration(TypedDict, total=False):
+    """What the error is measured on."""
+
+    calibrate: Annotated[
+        str | None,
+        Option(None, metavar="DIR|FILE|DATASET"),
+        "Statistics made by `loftq calibrate`, or texts to make them from: a file, or ORG/NAME of the hub.",
+    ]
+    calibration_samples: Annotated[
+        int,
+        Option(128, bounds={"ge": 4}, open="calibrate", flags=("--samples",)),
+        "Rows of text, of --calibrate FILE or DATASET. Default: 128.",
+    ]
+
+
+class Work(TypedDict, total=False):
+    """Where the work is done, and what becomes of it."""
+
+    format: Annotated[str, Option("loftq"), "loftq (packed), bnb (bitsandbytes NF4), or dense (dequantized)."]
+    curves: Annotated[
+        Path | None,
+        Option(None),
+        "JSON file of the errors measured for a budget; what it has of the same model is used again.",
+    ]
+    workers: Annotated[
+        int,
+        Option(0, bounds={"ge": 0}),
+        "Matrices worked on at a time. Default: as many as CPUs and memory allow; on a GPU one.",
+    ]
+    device: Annotated[str, Option("cpu"), "Where to compute: cpu, cuda, cuda:1, …"]
+    task_type: Annotated[str | None, Option(None), "PEFT task type to write into the adapter."]
+    revision: Annotated[str | None, Option(None), "Branch, tag or commit of a hub id."]
+    overwrite: Annotated[bool, Option(False), "Replace an earlier output of loftq."]
+
+
+class Training(TypedDict, total=False):
+    """Of the adapter while it is trained; in recipes only."""
+
+    dropout: Annotated[float, Option(0.0, bounds={"ge": 0, "lt": 1})]
+
+
+def _row(hint: Any) -> tuple[Any, Option]:
+    kind, option, *told = typing.get_args(hint)
+    kinds = [k for k in typing.get_args(kind) if k is not type(None)]
+    return kinds[0] if len(kinds) == 1 else kind, dataclasses.replace(option, help="".join(told))
+
+
+GROUPS = (Storage, Adapter, Dtypes, Solver, Method, Calibration, Work, Training)
+# name -> its type, without None, and the option
+TABLE = {name: _row(hint) for group in GROUPS for name, hint in group.__annotations__.items()}
+
+
+def rows(*asked: Any) -> dict[str, tuple[Any, Option]]:
+    """Rows of the tables, by groups and single names, in this order."""
+    names = [name for one in asked for name in ([one] if isinstance(one, str) else one.__annotations__)]
+    return {name: TABLE[name] for name in names}
+
+
+def default(name: str) -> Any:
+    """The default of an option, for the dataclass that holds it."""
+    return TABLE[name][1].default
+
+
+def fields_of(holder: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given options that are fields of a dataclass."""
+    return {f.name: given[f.name] for f in dataclasses.fields(holder) if f.name in given}
+
+
+def check_fields(holder: Any, say: Callable[[str], str] = str) -> None:
+    """UsageError for a field of a dataclass whose value its option does not allow.
+
+    Args:
+        say: an option's name as the caller writes it.
+    """
+    for f in dataclasses.fields(holder):
+        if f.name in TABLE:
+            check(f.name, getattr(holder, f.name), say(f.name))
+
+
+def check(name: str, value: object, what: str) -> None:
+    """UsageError, about ``what``, for a value that an option does not allow. A default of None is allowed."""
+    kind, option = TABLE[name]
+    if value is None and option.default is None:
+        return
+    if option.choices:
+        check_choice(what, value, option.choices)
+    elif kind is bool:
+        check_flag(what, value)
+    elif kind is int:
+        check_whole(what, value, option.bounds["ge"])
+    elif kind is float:
+        check_number(what, value, option.bounds)
+
+
+def check_choice(what: str, value: object, allowed: tuple) -> None:
+    """UsageError for what is none of ``allowed``, which are of one type."""
+    if not isinstance(value, type(allowed[0])) or isinstance(value, bool) or value not in allowed:
+        raise UsageError(f"{what} must be one of {', '.join(map(str, allowed))}, got {quoted(repr(value))}")
+
+
+def check_whole(what: str, value: object, low: int) -> None:
+    """UsageError for what is no ``int`` of at least ``low``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise UsageError(f"{what} must be a whole number of at least {low}, got {quoted(repr(value))}")
+
+
+def check_number(what: str, value: object, bounds: Mapping[str, Any]) -> None:
+    """UsageError for what is no finite number within ``bounds``: ``gt`` 0, or ``ge`` and ``le``."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise UsageError(f"{what}: {quoted(repr(value))} is not a number")
+    low, high = bounds.get("ge", 0), bounds.get("le", math.inf)
+    if not math.isfinite(value) or not low <= value <= high or value == bounds.get("gt"):
+        wanted = "be positive and finite" if "gt" in bounds else f"lie between {low} and {high}"
+        raise UsageError(f"{what} must {wanted}, got {value}")
+
+
+def check_flag(what: str, value: object) -> None:
+    """UsageError for what is neither true nor false."""
+    if not isinstance(value, bool):
+        raise UsageError(f"{what} must be true or false, got {quoted(repr(value))}")
