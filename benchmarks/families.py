@@ -2,7 +2,7 @@
 
 Each family goes the way of ``zoo/stages.py`` in a process of its own, with limits of time and memory. Results are
 appended to a file as they come, so a sweep that was stopped goes on where it was; ``--again DEFECT`` repeats what
-ended so. ``--page docs/families.md`` makes the page of that file.
+ended so. ``--page docs/families.md`` makes the page of that file, and leaves one result of every family in it.
 """
 
 import argparse
@@ -40,6 +40,7 @@ def main() -> None:
     if options.page:
         from zoo import configs, page
 
+        reduce(options.results)
         options.page.write_text(page.page(read(options.results), len(configs.types())), encoding="utf-8")
         return
     sweep(options)
@@ -49,6 +50,15 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     """The last result of every family."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return {r["family"]: r for r in map(json.loads, lines)}
+
+
+def reduce(path: Path) -> None:
+    """Leave the last result of every family, in the order of their names."""
+    results = read(path)
+    text = "".join(json.dumps(results[family]) + "\n" for family in sorted(results))
+    new = path.with_suffix(".new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
 
 
 def sweep(options: argparse.Namespace) -> None:
@@ -119,7 +129,7 @@ def in_child(family: str, seconds: float, gigabytes: float) -> dict[str, Any]:
     result = json.loads(lines[-1]) if lines else {"family": family, "outcome": "DEFECT", "stage": "", "passed": []}
     if not result.pop("done", False):
         result["why"] = why
-        if result["stage"] in ("", "build"):
+        if result["stage"] in ("", "build") or why.startswith("over the limit"):
             result["outcome"] = "not built"
     return result
 

@@ -14,6 +14,10 @@ class Failed(Exception):
     """A stage whose result is wrong; the message says how."""
 
 
+class Differ(Failed):
+    """Outputs that are not close."""
+
+
 def computed(model: Any, given: dict[str, Any]) -> list[Tensor]:
     """What the model computes, without gradients and always with the same random numbers."""
     torch.manual_seed(0)
@@ -47,7 +51,7 @@ def compare(got: list[Tensor], wanted: list[Tensor], what: str, tolerance: float
     """Failed if outputs differ by more than ``tolerance`` of the largest value."""
     found = difference(got, wanted)
     if not found <= tolerance:
-        raise Failed(f"{what}: outputs differ by {found:.1e} of their largest value")
+        raise Differ(f"{what}: outputs differ by {found:.1e} of their largest value")
 
 
 def difference(got: list[Tensor], wanted: list[Tensor]) -> float:
@@ -62,6 +66,19 @@ def difference(got: list[Tensor], wanted: list[Tensor]) -> float:
         if finite.any():
             g, w = g[finite].double(), w[finite].double()
             worst = max(worst, float((g - w).abs().max() / w.abs().max().clamp(min=1e-6)))
+    return worst
+
+
+def moved(model: Any, given: dict[str, Any], tries: int = 3) -> float:
+    """The largest difference of the outputs when every weight changes by about a millionth of itself."""
+    before, worst = computed(model, given), 0.0
+    for seed in range(tries):
+        near, draw = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in near.parameters():
+                if parameter.is_floating_point():
+                    parameter.mul_(1 + 1e-6 * torch.randn(parameter.shape, generator=draw))
+        worst = max(worst, difference(computed(near, given), before))
     return worst
 
 

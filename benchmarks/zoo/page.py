@@ -12,7 +12,8 @@ MEANING = {
     REFUSED: "one clear line, before anything is made",
     DEFECT: "something is made that is wrong or cannot run",
     UPSTREAM: "transformers itself does not read back what it saved of the tiny model",
-    NOT_BUILT: "this script found no sizes or inputs with which the tiny model runs; nothing is said about the family",
+    NOT_BUILT: "nothing is said about the family: this script found no sizes or inputs with which the tiny model runs, "
+    "its outputs jump, or it was over the limits of time and memory",
 }
 WAY = """\
 Made by `benchmarks/families.py`; do not edit. A tiny random model of every model type of transformers is taken the

@@ -27,6 +27,7 @@ MOST_PARAMETERS = 32_000_000
 MOST_CLASSES = 3  # tried, of a family
 MOST_SECONDS = 8  # of a processor, after which no other class, shrinkage or inputs are tried
 REPEATED = 1e-5  # the same weights at other places in memory
+JUMPS = "nothing can be compared: weights that differ by 1e-6 move outputs of the dense model by {:.0e} (a top-k)"
 WORKS, REFUSED, DEFECT, NOT_BUILT, UPSTREAM = "works", "refused", "DEFECT", "not built", "not in transformers"
 
 
@@ -85,10 +86,17 @@ class Journey:
                 before = self.report["stage"] == "quantize"
                 self._ended(REFUSED if before else DEFECT, f"{type(e).__name__}: {e}")
             except outputs.Failed as e:
-                self._ended(DEFECT, str(e))
+                jump = self._jump() if isinstance(e, outputs.Differ) else 0.0
+                self._ended(NOT_BUILT if jump else DEFECT, JUMPS.format(jump) if jump else str(e))
             except Exception as e:
                 self._ended(DEFECT, f"{_said(e)} [{_where(e)}]")
         return self.report
+
+    def _jump(self) -> float:
+        """How far a dense model's outputs move when its weights do by a millionth; 0 if it computes continuously."""
+        found = [outputs.moved(model, self.inputs) for model in (self.dense, self.expected, self.sum) if model]
+        worst = max(found, default=0.0)
+        return worst if worst > outputs.TOLERANCE else 0.0
 
     def _ended(self, outcome: str, why: str) -> None:
         self.report.update(outcome=outcome, why=why[:600])
@@ -190,6 +198,7 @@ def _saved(journey: Journey) -> None:
         raise Upstream(f"saved by transformers, it does not load: {_said(e)}") from e
     if difference > outputs.TOLERANCE:
         raise Upstream(f"saved and loaded by transformers, it gives other outputs (by {difference:.1e})")
+    journey.dense = again  # some classes make what stands for padding zero on loading
 
 
 def _quantize(journey: Journey) -> None:
@@ -275,7 +284,7 @@ def _backward(journey: Journey) -> None:
     reference = journey.sum.requires_grad_(True)
     try:
         able = outputs.backpropagate(reference, journey.inputs)
-    except RuntimeError:  # changes in place of what a gradient needs
+    except Exception:  # changes in place of what a gradient needs, or only in training mode
         able = False
     if not able:
         journey.report["unused"] = "all: the dense model has no gradient"

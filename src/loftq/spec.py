@@ -242,6 +242,10 @@ STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
 
 
+# Of all codes; a name is the module's, a dot and one of these.
+SUFFIXES = ("weight", "weight_scale", "weight_scale_absmax", "weight_scale_mean", "weight_zero")
+
+
 def stored_tensors(spec: QuantSpec, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     """What is stored for a ``(rows, columns)`` matrix: suffix -> (safetensors dtype, shape).
 

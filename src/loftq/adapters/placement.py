@@ -38,6 +38,30 @@ def keep_real_targets(conversion: Any) -> None:
         peft_config.target_modules = real | set(others)
 
     conversion.convert_peft_config_for_transformers = convert_the_others
+    _keep_placed_keys(conversion)
+
+
+def _keep_placed_keys(conversion: Any) -> None:
+    """Let PEFT rename only weights of an adapter that have no layer under the name which they have.
+
+    PEFT takes transformers' patterns for checkpoints of old, and they fit names of today too: ``mlp.shared_expert.``,
+    where the dot is any letter, makes ``mlp.shared_experts..up_proj`` of ``mlp.shared_experts.up_proj``.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    convert = conversion.convert_peft_adapter_state_dict_for_transformers
+
+    @functools.wraps(convert)
+    def convert_the_others(
+        model: Any, peft_config: Any, adapter_state_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        layers = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+        bare = {name.removeprefix("base_model.model.") for name in layers}
+        placed = {key: value for key, value in adapter_state_dict.items() if module_of(key) in bare}
+        others = {key: value for key, value in adapter_state_dict.items() if key not in placed}
+        return placed | convert(model, peft_config, others, *args, **kwargs)
+
+    conversion.convert_peft_adapter_state_dict_for_transformers = convert_the_others
 
 
 def _real(targets: Iterable[str], model: nn.Module) -> set[str]:

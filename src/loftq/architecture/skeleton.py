@@ -16,6 +16,7 @@ from loftq.architecture.reads import readers
 from loftq.errors import InputError, quoted
 from loftq.formats import strict_json
 from loftq.planning import Role, Stack
+from loftq.spec import SUFFIXES
 
 # Keys that steer transformers from inside a config file (CVE-2026-4372), with and without the underscore of their
 # private twins; never taken from a checkpoint.
@@ -30,6 +31,7 @@ INTERNAL_KEYS = (
 )
 LARGEST_SIZE = 1 << 31
 MOST_LAYERS = 4096
+PACKABLE = ("linear", "conv1d", "embedding")
 MOST_MODULES = 250_000  # five times as many as a model of 61 layers with 256 experts each has
 
 
@@ -184,8 +186,17 @@ def roles(model: nn.Module, tensor_names: Iterable[str]) -> dict[str, Role]:
     result = {}
     for tensor in tensor_names:
         runtime, converted = rename(tensor)
-        result[tensor] = modules.converted(tensor, runtime) if converted else modules.role(runtime)
+        role = modules.converted(tensor, runtime) if converted else modules.role(runtime)
+        if role.kind in PACKABLE and not role.keep and not _finds_packed(rename, tensor, role.module):
+            role = replace(role, keep="transformers would not find its packed tensors: it renames what it loads")
+        result[tensor] = role
     return result
+
+
+def _finds_packed(rename: Callable[[str], tuple[str, bool]], tensor: str, module: str) -> bool:
+    """Whether all that a packed matrix is written as, in the place of ``tensor``, becomes the layer's on loading."""
+    stem = tensor.removesuffix("weight")
+    return all(rename(stem + suffix) == (f"{module}.{suffix}", False) for suffix in SUFFIXES)
 
 
 def parameter_roles(model: nn.Module) -> dict[str, Role]:
@@ -207,7 +218,9 @@ def renamer(model: nn.Module) -> Callable[[str], tuple[str, bool]]:
     mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
-    parameters: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    layers = (name for name, module in model.named_modules(remove_duplicate=False) if _layer(module)[0])
+    packed = (f"{name}.{suffix}" for name in layers for suffix in SUFFIXES)
+    parameters: dict[str, Any] = dict.fromkeys(packed, True) | dict(model.named_parameters(remove_duplicate=False))
     prefix: str = model.base_model_prefix  # type: ignore[assignment]
 
     def rename(tensor: str) -> tuple[str, bool]:
