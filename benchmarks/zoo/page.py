@@ -11,7 +11,7 @@ MEANING = {
     WORKS: "every stage gives what the dense model gives",
     REFUSED: "one clear line, before anything is made",
     DEFECT: "something is made that is wrong or cannot run",
-    UPSTREAM: "transformers itself does not read back what it saved of the tiny model",
+    UPSTREAM: "transformers itself does not read back what it saved of the dense model, as it is or merged by PEFT",
     NOT_BUILT: "nothing is said about the family: this script found no sizes or inputs with which the tiny model runs, "
     "its outputs jump, or it was over the limits of time and memory",
 }

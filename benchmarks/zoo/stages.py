@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -373,7 +373,21 @@ def _merge(journey: Journey) -> None:
     outputs.compare(journey.forward(merged), journey.outputs, "merged")
     merged.save_pretrained(journey.directory / "merged")
     again = type(journey.dense).from_pretrained(journey.directory / "merged").eval()
-    outputs.compare(journey.forward(again), journey.outputs, "merged, saved and loaded")
+    try:
+        outputs.compare(journey.forward(again), journey.outputs, "merged, saved and loaded")
+    except outputs.Differ:
+        if _dense_merges_wrongly(journey):
+            raise Upstream("merged by PEFT and saved, the dense model too gives other outputs when loaded") from None
+        raise
+
+
+def _dense_merges_wrongly(journey: Journey) -> bool:
+    """Whether plain LoRA on the dense model, merged and saved, comes back as another model."""
+    lora = LoraConfig(r=4, target_modules=sorted(journey.packed))
+    merged = get_peft_model(copy.deepcopy(journey.dense), lora).merge_and_unload().eval()
+    merged.save_pretrained(journey.directory / "dense-merged")
+    again = type(journey.dense).from_pretrained(journey.directory / "dense-merged").eval()
+    return outputs.difference(journey.forward(again), journey.forward(merged)) > outputs.TOLERANCE
 
 
 def _in_memory(journey: Journey) -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional
 import loftq
 from loftq.architecture import skeleton
 from loftq.architecture.adapter import refusal
-from loftq.architecture.reads import readers
+from loftq.architecture.reads import holders, readers
 from loftq.planning import Policy, make
 from models import LLAMA, VOCAB, close, packed, quantize, substituted, written
 
@@ -322,3 +322,15 @@ def test_a_router_is_never_quantized_nor_missed(architecture, options):
     assert {k.reason for k in routers} == {"a router of experts"}
     assert not any(k.missed for k in routers)
     assert not any(4 in m.shape for m in plan.matrices)
+
+
+def test_what_a_plain_list_holds_too_is_found():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = [nn.Linear(4, 4), nn.ReLU()]
+            for i, layer in enumerate(self.layers):
+                self.add_module(str(i), layer)
+            self.last = nn.Linear(4, 4)
+
+    assert holders(nn.Sequential(Head())) == {"0.0": "Head.layers", "0.1": "Head.layers"}

@@ -69,6 +69,20 @@ def test_shared_experts_and_dense_layers_get_theirs(name, tmp_path):
     assert any(f"{shared}.lora_A.second" in name for name, _ in starts[0].named_parameters())
 
 
+def test_names_of_today_are_not_taken_for_those_of_old(tmp_path):
+    """Laguna's pattern for ``shared_expert.`` fits ``shared_experts`` too, as a dot is any letter."""
+    options = {**TEXT, **EXPERTS, **SHARED, "gating": False, "mlp_layer_types": ["dense", "sparse"]}
+    dense = transformers.LagunaForCausalLM(transformers.LagunaConfig(**options))
+    dense.save_pretrained(tmp_path / "dense")
+    manifest = quantize(tmp_path / "dense", tmp_path / "quantized", bits=4, min_coverage=0.0)
+    start = PeftModel.from_pretrained(
+        type(dense).from_pretrained(tmp_path / "quantized"), tmp_path / "quantized", subfolder="loftq_init"
+    )
+    layers = {n: m for n, m in start.get_base_model().named_modules() if isinstance(m, LoftQLoraLinear)}
+    assert layers.keys() == {m["module"] for m in manifest["plan"]["matrices"]}
+    assert all(m.lora_B["default"].weight.abs().max() for n, m in layers.items() if "shared_experts" in n)
+
+
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")  # PEFT's own targets
 def test_targets_that_name_experts_are_left_to_peft():
     config = transformers.MixtralConfig(**{**TEXT, "num_local_experts": 4, "num_experts_per_tok": 2})

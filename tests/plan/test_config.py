@@ -251,3 +251,17 @@ def test_roles_come_from_modules_not_names(tmp_path):
     assert roles[names[3]].tied == ("cls.predictions.decoder.weight",)
     assert not roles[names[4]].backbone
     assert roles[names[5]].module == "bert.encoder.layer.0.output.LayerNorm"  # as old checkpoints spell it
+
+
+def test_what_transformers_would_not_find_packed_stays_dense(tmp_path, monkeypatch):
+    """Some patterns end at a name: what is written in its place, scales above all, must be renamed as well."""
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    model = skeleton.build(directory(tmp_path, model_type="bert", architectures=["BertForMaskedLM"], **BERT))
+    renamings = [WeightRenaming(r"dense_matrix$", r"dense.weight"), WeightRenaming(r"inner\.", r"intermediate.")]
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda model: renamings)
+    layer = "bert.encoder.layer.0"
+    roles = skeleton.roles(model, [f"{layer}.output.dense_matrix", f"{layer}.inner.dense.weight"])
+    assert [role.module for role in roles.values()] == [f"{layer}.output.dense", f"{layer}.intermediate.dense"]
+    assert [role.keep[:45] for role in roles.values()] == ["transformers would not find its packed tensor", ""]

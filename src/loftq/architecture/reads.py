@@ -15,6 +15,7 @@ from torch import nn
 from loftq.architecture.syntax import FIRST, ITEM, Given, Guard, Method, bases, source_of
 
 UNKNOWN = object()
+REGISTERED = ("_modules", "_parameters", "_buffers")
 
 
 def readers(model: nn.Module) -> dict[str, str]:
@@ -27,6 +28,24 @@ def readers(model: nn.Module) -> dict[str, str]:
                 for place in _places(module, read.chain.path):
                     method = f"{type(module).__name__}.{read.method}"
                     found.setdefault(f"{name}.{place}" if name else place, method)
+    return found
+
+
+def holders(model: nn.Module) -> dict[str, str]:
+    """Name of a module that another one has in a plain list too -> the attribute (``Mask2FormerMLP.layers``).
+
+    What is put in the place of a child is not in that list.
+    """
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    found: dict[str, str] = {}
+    for owner in model.modules():
+        for attribute, value in vars(owner).items():
+            items = list(value.values()) if isinstance(value, dict) and attribute not in REGISTERED else value
+            for held in items if isinstance(items, (list, tuple)) else [items]:
+                if isinstance(held, nn.Module):
+                    found.update(dict.fromkeys(names.get(id(held), ()), f"{type(owner).__name__}.{attribute}"))
     return found
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from loftq.architecture import bounds
 from loftq.architecture.adapter import refusal
 from loftq.architecture.kinds import kind_of
-from loftq.architecture.reads import readers
+from loftq.architecture.reads import holders, readers
 from loftq.errors import InputError, quoted
 from loftq.formats import strict_json
 from loftq.planning import Role, Stack
@@ -241,7 +241,7 @@ class _Modules:
         self._twins: dict[int, list[str]] = {}
         for name, parameter in self.parameters.items():
             self._twins.setdefault(id(parameter), []).append(name)
-        self._read = readers(model)
+        self._read, self._held = readers(model), holders(model)
         self._refusal = functools.cache(functools.partial(refusal, model))
         self._head = output_head(model)
         prefix: str = model.base_model_prefix  # type: ignore[assignment]
@@ -275,6 +275,8 @@ class _Modules:
         """Why a layer that could be packed has to stay dense."""
         if name in self._read:
             return f"{self._read[name]} reads its weight directly, past any packed layer or adapter"
+        if name in self._held:
+            return f"{self._held[name]} holds it in a list of its own, past any packed layer or adapter"
         return self._refusal(name.rpartition(".")[2])
 
 
