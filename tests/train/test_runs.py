@@ -274,7 +274,7 @@ def test_what_cannot_be_evaluated(place):
     data = str(place / "data")
     finetune(tiny.recipe(place, "lora"))
     adapter = place / "lora" / "adapter"
-    with pytest.raises(UsageError, match="is no run of `loftq train`: say --task"):
+    with pytest.raises(UsageError, match="is no run of `loftq train`: say task"):
         evaluate(str(place / "model"))
     with pytest.raises(InputError, match=r"no weights for classifier: not trained for this task; see --adapter"):
         evaluate(str(place / "model"), task="sst2", data=data, max_length=16)

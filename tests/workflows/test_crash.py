@@ -49,7 +49,7 @@ ANYWHERE = {"save_file", "save_model", "save_pretrained", "torch.save", "pickle.
 def test_nothing_but_fsio_changes_files():
     """What every test of this file rests on. In training the Trainer writes, and a run counts by its last file."""
     for file in Path(loftq.__path__[0]).rglob("*.py"):
-        if file.parent.name == "train":
+        if file.parent.name == "finetune" and file.name in ("arguments.py", "checkpoints.py", "model.py", "trainer.py"):
             continue
         for node in ast.walk(ast.parse(file.read_text())):
             if not isinstance(node, ast.Call) or file.name == "fsio.py":

@@ -403,7 +403,7 @@ def test_a_changed_source(source, output, change):
 
 def test_a_newer_version(source, output, monkeypatch):
     interrupted(source, output)
-    monkeypatch.setattr(module.loftq, "__version__", "9.9")
+    monkeypatch.setattr(module, "__version__", "9.9")
     with pytest.raises(ConflictError, match=r"loftq: .* -> 9\.9"):
         run(source, output)
 
