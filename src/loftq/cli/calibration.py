@@ -7,7 +7,8 @@ import typer
 
 from loftq.cli.app import app
 from loftq.cli.bars import StepBar
-from loftq.cli.options import Json, Model, Output, extra, quiet, takes
+from loftq.cli.options import Json, Model, Output, quiet, takes
+from loftq.errors import extra
 from loftq.options import check, check_choice, check_whole, default
 
 

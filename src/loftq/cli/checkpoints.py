@@ -8,8 +8,8 @@ import typer
 
 from loftq.cli.app import app
 from loftq.cli.bars import Bar, StepBar
-from loftq.cli.options import Directory, Json, Model, Output, extra, quiet, takes
-from loftq.errors import UsageError, quoted
+from loftq.cli.options import Directory, Json, Model, Output, quiet, takes
+from loftq.errors import UsageError, extra, quoted
 from loftq.options import Adapter, Calibration, Dtypes, Solver, Storage, Work, check
 
 

@@ -1,14 +1,12 @@
 """Options that several verbs have, and the checks of their values."""
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
-from loftq.errors import UsageError
 from loftq.options import Option, Text, rows
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -51,17 +49,6 @@ def _parameter(name: str, kind: Any, option: Option) -> inspect.Parameter:
     told = typer.Option(*flags, help=option.help, metavar=option.metavar, show_default=shown)
     annotation = Annotated[typed if default is not None else typed | None, told]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-@contextlib.contextmanager
-def extra(name: str) -> Iterator[None]:
-    """Around imports of packages that come with an extra."""
-    try:
-        yield
-    except ModuleNotFoundError as e:
-        if (e.name or "").partition(".")[0] == "loftq":
-            raise
-        raise UsageError(f"this verb needs {e.name}, which is not installed: pip install 'loftq[{name}]'") from e
 
 
 def quiet() -> None:

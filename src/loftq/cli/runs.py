@@ -10,8 +10,8 @@ import typer
 
 from loftq.cli.app import app
 from loftq.cli.bars import Bar, RunBar
-from loftq.cli.options import Json, Overrides, RecipeFile, extra, quiet
-from loftq.errors import quoted
+from loftq.cli.options import Json, Overrides, RecipeFile, quiet
+from loftq.errors import extra, quoted
 from loftq.options import check_choice, check_whole
 
 
