@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ import datasets
 import transformers
 from tqdm.auto import tqdm
 
-from loftq.finetune.compare import finished, read_rows, run_grids
+from loftq.finetune.compare import finished, read_rows, run_grids, settings
 from loftq.finetune.comparison import print_comparison
-from loftq.finetune.grid import Arm, Run, grid
+from loftq.finetune.grid import Arm, Run, grid, planned, schedule
 from loftq.finetune.recipe import Recipe, parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +42,7 @@ def options(doc: str, *, model: Path | None, tasks: Sequence[str]) -> argparse.N
     parser.add_argument("--model", type=Path, default=model, required=model is None, help="directory of the model")
     parser.add_argument("--name", help="of the model, in the rows [default: of its directory]")
     parser.add_argument("--tasks", nargs="+", choices=tasks, help="only these")
+    parser.add_argument("--only", nargs="+", default=[], help="only arms with these settings: method=loftq bits=2")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "study", help="for backbones and runs")
     parser.add_argument("--rows", type=Path, default=ROWS, help="directory of the rows")
@@ -68,15 +69,19 @@ def run(study: str, given: argparse.Namespace, recipes: Sequence[Recipe]) -> Non
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     file = given.rows / f"{study}-{given.size}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
-    grids = [grid(r) for r in recipes if not given.tasks or r.task in given.tasks]
     every = [grid(r) for r in recipes]
+    of_tasks = [arms for r, arms in zip(recipes, every, strict=True) if not given.tasks or r.task in given.tasks]
+    grids = [arms for all_arms in of_tasks if (arms := [arm for arm in all_arms if _has(arm, given.only)])]
+    if not grids:
+        raise SystemExit(f"--only {' '.join(given.only)}: the study has no such arm")
     _drop_others(file, every)
-    about = {
-        "model": given.name or given.model.name,
-        "size": given.size,
-        "study": study,
-        "runs_planned": sum(len(arm) for arms in every for arm in arms),
-    }
+
+    def about(rows: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        """``runs_planned``: with those of rates that were the best until the grid grew, so of all rows in the file."""
+        earlier = len(rows.keys() - {run.key for run in schedule(every, rows)})
+        names = {"model": given.name or given.model.name, "size": given.size, "study": study}
+        return {**names, "runs_planned": planned(every, rows) + earlier}
+
     try:
         run_grids(grids, file, given.work / study, begin=_bar(given.minutes), about=about, keep=False)
     except TimeoutError:
@@ -88,13 +93,20 @@ def run(study: str, given: argparse.Namespace, recipes: Sequence[Recipe]) -> Non
         print(f"\n{arms[0].recipe.task}: {len(rows)} runs done, {missing} missing\n")
 
 
+def _has(arm: Arm, only: Sequence[str]) -> bool:
+    """Whether a row of the arm would have these settings, each as ``bits=2``."""
+    shown = settings(arm.recipe, Path(arm.recipe.model))
+    return all(str(shown.get(name)) == value for name, _, value in (one.partition("=") for one in only))
+
+
 def _below(root: Path, names: str | list[str]) -> str | list[str]:
     return [str(root / name) for name in names] if isinstance(names, list) else str(root / names)
 
 
 def _drop_others(file: Path, grids: Sequence[Sequence[Arm]]) -> None:
     """Take out rows of runs that the study does not have, or no longer has."""
-    known = {Run(a, rate, seed).key for arms in grids for a in arms for rate in a.learning_rates for seed in a.seeds}
+    arms = [arm for arms in grids for arm in arms]
+    known = {Run(a, rate, s).key for a in arms for rate in (*a.learning_rates, *a.further_rates) for s in a.seeds}
     lines = file.read_text("utf-8").splitlines(keepends=True) if file.exists() else []
     kept = [line for line, row in zip(lines, read_rows(file), strict=True) if row["key"] in known]
     if len(kept) < len(lines):
@@ -102,14 +114,15 @@ def _drop_others(file: Path, grids: Sequence[Sequence[Arm]]) -> None:
         file.write_text("".join(kept), "utf-8")
 
 
-def _bar(minutes: float) -> Callable[[int], Callable[[dict[str, Any] | None], None]]:
+def _bar(minutes: float) -> Callable[[int], Callable[[dict[str, Any] | None, int], None]]:
     """A bar over runs that raises TimeoutError after a run when the time is over."""
     began = time.monotonic()
 
-    def begin(total: int) -> Callable[[dict[str, Any]], None]:
+    def begin(total: int) -> Callable[[dict[str, Any] | None, int], None]:
         bar = tqdm(total=total, unit="run", dynamic_ncols=True)
 
-        def advance(row: dict[str, Any] | None) -> None:
+        def advance(row: dict[str, Any] | None, runs: int) -> None:
+            bar.total = runs
             if row is None:
                 return bar.set_postfix_str("waiting for runs of other processes")
             value = "N.A." if row["failed"] else f"{row['metrics'][row['metric']]:.4g}"

@@ -18,7 +18,7 @@ import study
 WIKITEXT = {"train": "wikitext/wt103.train_prefix.txt.gz", "validation": "wikitext/wt103.valid.txt.gz"}
 GSM8K = {"train": "gsm8k/train.jsonl.gz", "test": "gsm8k/test.jsonl.gz"}
 WIDTHS = [4, "3.0", 2.5, "layers.0.mlp=4,2", 2]
-RATES = [1.0e-3, 4.0e-3]
+RATES = {"learning_rates": [1.0e-3, 4.0e-3], "further_rates": [2.5e-4, 1.6e-2]}
 
 
 def recipe(given: argparse.Namespace, task: str) -> study.Recipe:
@@ -42,7 +42,7 @@ def recipe(given: argparse.Namespace, task: str) -> study.Recipe:
             "max_length": length,
             "compare": {
                 "seeds": [0, 1, 2],
-                "learning_rates": RATES,
+                **RATES,
                 "arms": [
                     {"method": "lora"},
                     {"method": ["qlora", "loftq"], "quantization.bits": WIDTHS},

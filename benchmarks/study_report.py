@@ -43,7 +43,7 @@ def section(study: str, size: str, images: Path) -> Iterator[str]:
     if not rows:
         yield f"Not yet run: {command}."
         return
-    planned = rows[-1]["runs_planned"]
+    planned = max(row["runs_planned"] for row in rows)  # each says how many were known when it came: grids grow
     state = "all" if len(rows) == planned else f"**{len(rows)} of {planned} runs; the others are not yet run**"
     yield f"{command}: {state}. {provenance(rows)}"
     tasks: dict[str, list[dict[str, Any]]] = {}

@@ -22,7 +22,8 @@ TASKS = {
         "test": "cnn_dailymail/test_subset.jsonl.gz",
     },
 }
-RATES = [1.0e-3, 4.0e-3]
+RATES = {"learning_rates": [1.0e-3, 4.0e-3], "further_rates": [2.5e-4, 8.0e-3]}
+FULL_RATES = {"learning_rates": [2.0e-4, 1.0e-3], "further_rates": [5.0e-5, 2.0e-3]}
 
 
 def recipe(given: argparse.Namespace, task: str) -> study.Recipe:
@@ -30,7 +31,7 @@ def recipe(given: argparse.Namespace, task: str) -> study.Recipe:
     limits: dict[str, Any] = {"max_eval_samples": 200} if small else {}
     both = ["qlora", "loftq"]
     arms: list[dict[str, Any]] = [
-        {"method": "full", "learning_rates": [2.0e-4, 1.0e-3], "seeds": [0]},
+        {"method": "full", **FULL_RATES, "seeds": [0]},
         {"method": "lora"},
         {"method": both, "quantization.bits": [4, 2]},
     ]
@@ -55,7 +56,7 @@ def recipe(given: argparse.Namespace, task: str) -> study.Recipe:
             "generation": {"num_beams": 1 if small else 4, "max_new_tokens": 48 if task == "xsum" else 64},
             "max_length": 256,
             "max_target_length": 64,
-            "compare": {"seeds": [0, 1, 2], "learning_rates": RATES, "arms": arms},
+            "compare": {"seeds": [0, 1, 2], **RATES, "arms": arms},
         },
     )
 

@@ -248,7 +248,7 @@ def compare(
     from loftq.finetune.comparison import Comparison
 
     with _Bar("compare", not progress) as bar:
-        return Comparison(run(asked, lambda runs: bar.begin(runs, 0)))
+        return Comparison(run(asked, bar.runs))
 
 
 def _recipe(
@@ -274,6 +274,16 @@ class _Bar(AbstractContextManager["_Bar"]):
 
     def _advance(self, _: Any) -> None:
         self._bar.update()
+
+    def runs(self, total: int) -> Callable[[Any, int], None]:
+        """For a comparison, whose amount may grow."""
+        self._bar.reset(total)
+
+        def advance(row: Any, total: int) -> None:
+            self._bar.total = total
+            self._bar.update(row is not None)  # else it waits for other processes
+
+        return advance
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()

@@ -76,7 +76,7 @@ def counted(monkeypatch):
 
 def test_equal_terms_and_going_on(recipe, counted, tmp_path):
     seen = []
-    rows = compare(recipe, lambda total: seen.append(total) or seen.append)
+    rows = compare(recipe, lambda total: seen.append(total) or (lambda row, runs: seen.append(row)))
     assert seen == [8, *rows]
     out = tmp_path / "out"
     assert {p.name for p in out.iterdir()} >= {"rows.jsonl", "comparison.md", "losses.png", "bytes.png"}
@@ -110,6 +110,36 @@ def test_equal_terms_and_going_on(recipe, counted, tmp_path):
     assert [{k: v for k, v in r.items() if k not in timing} for r in again] == [
         {k: v for k, v in r.items() if k not in timing} for r in rows
     ]
+
+
+def test_a_grid_grows_beside_rows_that_are_there(recipe, monkeypatch, tmp_path):
+    """The rows of another grid, and of a winner before, stay where they are; a new one stands where it is run."""
+    better = {1e-3: 60.0, 1e-2: 70.0, 1e-1: 80.0}
+
+    def faked(run, *_):
+        result = {"metric": "accuracy", "greater_is_better": True, "metrics": {"accuracy": better[run.learning_rate]}}
+        return {"key": run.key, "learning_rate": run.learning_rate, "seed": run.seed, "failed": None, **result}
+
+    def ran(**compare):
+        arms = grid(recipe.changed(compare={"seeds": [0, 1], "learning_rates": [1e-3, 1e-2], **compare}))
+        told.clear()
+        begin = lambda runs: told.append(runs) or (lambda row, runs: told.append(runs))  # noqa: E731
+        rows = workflow.run_grids([arms], file, tmp_path / "work", begin=begin, about=lambda rows: {"rows": len(rows)})
+        return [(row["learning_rate"], row["seed"]) for row in rows]
+
+    monkeypatch.setattr(workflow, "_row", faked)
+    file, told = tmp_path / "rows.jsonl", []
+    ran(arms=[{"method": "qlora"}])
+    assert ran(arms=[{"method": "lora"}]) == [(1e-3, 0), (1e-2, 0), (1e-2, 1)]
+    assert told == [3, 3, 3, 3]
+    before = read_rows(file)
+    assert ran(arms=[{"method": "lora"}], further_rates=[1e-1]) == [(1e-3, 0), (1e-2, 0), (1e-1, 0), (1e-1, 1)]
+    assert told == [4, 4, 4, 4, 4]
+    rows = read_rows(file)
+    assert [row for row in rows if row in before] == before
+    assert rows[-1]["rows"] == len(rows) == 8
+    assert ran(arms=[{"method": "loftq"}], further_rates=[1e-1])
+    assert told == [3, 3, 4, 4, 4]
 
 
 def test_a_loss_that_is_not_finite_is_a_result(recipe, monkeypatch):

@@ -73,6 +73,13 @@ def test_an_arm_of_which_every_run_failed():
     assert table(rows)[1][1] == ["QLoRA", "2", "N.A.", "0.1 of 0.1, 0.2", "1", "", ""]
 
 
+def test_arms_whose_best_rate_is_at_an_edge_are_named():
+    assert "It is the largest for LoRA, and the smallest for LoftQ 2-bit nf, rank 8: a rate bey" in notes(ROWS)[0]
+    more = [*ROWS, row("lora", 84.0, rate=0.4), row("loftq", 60.0, bits="2", rate=0.05)]
+    assert "a rate beyond" not in notes(more)[0]
+    assert [line[3] for line in table(more)[1]] == ["0.2 of 0.1, 0.2, 0.4", "0.1 of 0.1, 0.2", "0.1 of 0.05, 0.1, 0.2"]
+
+
 def test_lower_is_better():
     lower = {"metric": "perplexity", "greater_is_better": False}
     rows = [

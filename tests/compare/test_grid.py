@@ -8,7 +8,7 @@ import pytest
 import models
 from loftq.errors import UsageError
 from loftq.finetune import tasks
-from loftq.finetune.grid import Run, grid, schedule
+from loftq.finetune.grid import Run, grid, planned, schedule
 from loftq.finetune.inputs import contents
 from loftq.finetune.recipe import parse
 
@@ -36,7 +36,7 @@ def test_rates_and_seeds_of_all_and_of_one():
     one, other = arms({"method": "full", "learning_rates": [1], "seeds": [7]}, {}, learning_rates=[0.1, 0.2], seeds=[1])
     assert (one.learning_rates, one.seeds) == ((1.0,), (7,))
     assert (other.learning_rates, other.seeds) == ((0.1, 0.2), (1,))
-    assert (len(one), len(other)) == (1, 2)
+    assert (planned([[one]], {}), planned([[other]], {})) == (1, 2)
 
 
 def test_arms_that_mean_the_same_are_one():
@@ -63,6 +63,11 @@ def test_an_arm_in_two_blocks_has_one_set_of_rates():
         ({"quantization.bit": 2}, "did you mean bits"),
         ({"learning_rates": [0]}, "learning_rates.0: wanted greater than 0"),
         ({"seeds": []}, "seeds"),
+        (
+            {"learning_rates": [1, 4], "further_rates": [8, 2]},
+            "further_rates: 2 is not below or above learning_rates, which are 1 to 4; put it there",
+        ),
+        ({"further_rates": [0.0]}, "further_rates.0: wanted greater than 0"),
     ],
 )
 def test_blocks_that_are_refused(block, why):
@@ -104,7 +109,67 @@ def test_every_arm_has_a_rate_before_any_has_the_next_and_then_the_best_repeats(
         ("lora", 0.2, 5),
         ("loftq", 0.3, 5),
     ]
-    assert len(order) == sum(map(len, (*first, *second)))
+    assert len(order) == planned([first, second], {}) == planned([first, second], rows)
+
+
+def followed(arm, accuracy, rows=None):
+    """Rates and seeds as they are run; a rate without an accuracy does not converge."""
+    rows, order = {} if rows is None else rows, []
+    for run in schedule([[arm]], rows):
+        order.append((run.learning_rate, run.seed))
+        value = accuracy.get(run.learning_rate)
+        rows[run.key] = row(run, 0.0 if value is None else value, None if value else "nan")
+    assert len(order) == planned([[arm]], rows)
+    return order
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "rates", "chosen"),
+    [
+        ({1: 60, 2: 70, 4: 60}, [1, 2, 4], 2),  # beyond the upper edge, one more
+        ({1: 60, 2: 70, 4: 80, 8: 90}, [1, 2, 4, 8], 8),  # as many as there are
+        ({1: 60, 2: 70}, [1, 2, 4], 2),  # 4 did not converge
+        ({1: 70, 2: 60, 0.5: 80, 0.25: 75}, [1, 2, 0.5, 0.25], 0.5),
+        ({1: 70, 2: 70, 0.5: 70}, [1, 2, 0.5], 1),  # the first of equals
+        ({}, [1, 2, 0.5], 1),  # nothing converged
+    ],
+)
+def test_a_grid_grows_while_its_best_rate_is_outermost(accuracy, rates, chosen):
+    (arm,) = arms({}, learning_rates=[1, 2], further_rates=[8, 4, 0.25, 0.5], seeds=[0, 5])
+    assert planned([[arm]], {}) == 3
+    assert followed(arm, accuracy) == [*((rate, 0) for rate in rates), (chosen, 5)]
+
+
+def test_a_grid_of_one_rate_grows_on_both_sides():
+    (arm,) = arms({}, learning_rates=[1], further_rates=[2, 4, 0.5], seeds=[0])
+    assert followed(arm, {1: 60, 0.5: 50, 2: 70, 4: 50}) == [(1, 0), (0.5, 0), (2, 0), (4, 0)]
+
+
+def test_rows_of_a_smaller_grid_are_kept_and_a_new_winner_gets_all_seeds():
+    (small,) = arms({}, learning_rates=[1, 2], seeds=[0, 5])
+    (arm,) = arms({}, learning_rates=[1, 2], further_rates=[4], seeds=[0, 5])
+    assert small.key == arm.key
+    rows = {}
+    assert followed(small, {1: 60, 2: 70}) == [(1, 0), (2, 0), (2, 5)]
+    assert followed(small, {1: 60, 2: 70}, rows)
+    assert followed(arm, {1: 60, 2: 70, 4: 80}, rows) == [(1, 0), (2, 0), (4, 0), (4, 5)]
+    assert len(rows) == 5  # with the second seed of the earlier winner
+
+
+def test_without_the_row_of_a_rate_none_follows():
+    (arm,) = arms({}, learning_rates=[1, 2], further_rates=[4], seeds=[0, 5])
+    runs = [Run(arm, rate, 0) for rate in (1, 2, 4)]
+    rows = {run.key: row(run, 50.0 + run.learning_rate) for run in runs[:2]}
+    assert [run.learning_rate for run in schedule([[arm]], {runs[0].key: rows[runs[0].key]})] == [1, 2]
+    assert list(schedule([[arm]], rows)) == runs
+
+
+def test_further_rates_of_all_and_of_one():
+    one, other, third = arms(
+        {"method": "full", "learning_rates": [1]}, {}, {"method": "lora", "further_rates": [3]},
+        learning_rates=[0.1, 0.2], further_rates=[0.4],
+    )  # fmt: skip
+    assert (one.further_rates, other.further_rates, third.further_rates) == ((), (0.4,), (3.0,))
 
 
 def test_a_rate_that_did_not_converge_is_not_chosen():

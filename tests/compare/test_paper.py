@@ -81,7 +81,7 @@ def test_the_readme_reaches_every_arm(file):
         given = [o for o in overrides if not o.endswith("=RATE")]
         given += rates_said_in_words(file, overrides)
         recipe = read(file, given)
-        arm = Arm(essential(recipe), (), ())
+        arm = Arm(essential(recipe), (), (), ())
         assert arm.key in arms, overrides
         named.append(arm.key)
         rates = arms[arm.key].learning_rates

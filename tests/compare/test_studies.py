@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from rows import ROWS
+from test_comparison import row
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -91,6 +92,14 @@ def test_a_study_stops_and_goes_on(module, started, tmp_path, monkeypatch, capsy
     assert len(list((tmp_path / "docs" / "images" / "study").glob("*.png"))) == 2
 
 
+def test_only_the_arms_that_are_asked_for(started, tmp_path):
+    started(study_decoder, "--minutes", 0, "--only", "method=loftq", "bits=2", "preset=fitted")
+    (row,) = map(json.loads, (tmp_path / "rows" / "decoder-small.jsonl").read_text().splitlines())
+    assert row["settings"]["preset"] == "fitted"
+    with pytest.raises(SystemExit, match="--only bits=5: the study has no such arm"):
+        started(study_decoder, "--only", "bits=5")
+
+
 def test_all_recipes_of_the_full_size(data, source, tmp_path):
     """They are read, and stand for more arms than the small ones."""
     for module in MODELS:
@@ -100,3 +109,13 @@ def test_all_recipes_of_the_full_size(data, source, tmp_path):
             given = study.argparse.Namespace(size=size, data=data, model=_source(source, module), work=tmp_path)
             count[size] = sum(len(study.grid(module.recipe(given, task))) for task in tasks)
         assert count["full"] >= count["small"]
+
+
+def test_a_report_of_rows_from_before_and_after_a_grid_grew(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_report, "ROWS", tmp_path)
+    rows = [row("lora", 80.0, runs_planned=2), row("lora", 85.0, rate=0.2, runs_planned=2)]
+    state = {2: "all", 3: "**2 of 3 runs; the others are not yet run**"}
+    for planned, said in state.items():
+        rows[0]["runs_planned"] = planned  # the newer row stands before the older one
+        (tmp_path / "encoder-small.jsonl").write_text("".join(json.dumps({"key": "k", **r}) + "\n" for r in rows))
+        assert f"`: {said}. loftq 1 at abc" in list(study_report.section("encoder", "small", tmp_path))[2]

@@ -65,7 +65,8 @@ class RunBar(_Bar):
         self._open(total, "run", "compare")
         return self._advance
 
-    def _advance(self, row: dict[str, Any] | None) -> None:
+    def _advance(self, row: dict[str, Any] | None, total: int) -> None:
+        self._bar.total = total
         if row is None:
             return self._bar.set_postfix_str("waiting for runs of other processes")
         metric = row["metric"]

@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from loftq.errors import ConflictError, InputError, NumericalError, UsageError, 
 from loftq.finetune.comparison import page
 from loftq.finetune.comparison_plots import plot_bytes, plot_losses
 from loftq.finetune.convergence import constant_answer, failure
-from loftq.finetune.grid import Arm, Run, grid, schedule
+from loftq.finetune.grid import Arm, Run, grid, planned, schedule
 from loftq.finetune.inputs import held, read_data, splits_of, task_of
 from loftq.finetune.recipe import Quantization, Recipe
 from loftq.finetune.run import RunDirectory, RunResult
@@ -43,8 +44,9 @@ TOLD = {"bits", "budget", "code", "preset", "steps", "order", "scales", "calibra
 MOST_BYTES = 1 << 30  # of all rows together, each with its curve
 
 Row = dict[str, Any]
-# Given the number of runs; what it returns, the row of every run, and None while it waits for other processes.
-Begin = Callable[[int], Callable[[Row | None], None]]
+# Given the number of runs; what it returns, the row of every run, or None while it waits for other processes, and the
+# number of runs by now, for a grid may grow.
+Begin = Callable[[int], Callable[[Row | None, int], None]]
 
 
 def compare(recipe: Recipe, begin: Begin | None = None) -> list[Row]:
@@ -77,7 +79,7 @@ def run_grids(
     directory: Path,
     *,
     begin: Begin | None = None,
-    about: Mapping[str, Any] | None = None,
+    about: Callable[[Mapping[str, Row]], Mapping[str, Any]] = lambda rows: {},
     keep: bool = True,
 ) -> list[Row]:
     """Run what is missing of several grids, in turn; their rows.
@@ -90,7 +92,7 @@ def run_grids(
     Args:
         file: where the rows are, and new ones go; rows of other runs in it are left alone.
         directory: for runs and backbones.
-        about: more to be said in every new row.
+        about: given all rows by key, a new one among them, what more that one is to say.
         keep: False removes each run's files once its row is written.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -98,25 +100,24 @@ def run_grids(
             "a launcher splits one run; to share the runs of a comparison, start the command several times"
         )
     fsio.make_dirs(directory)
-    planned = sum(len(arm) for arms in grids for arm in arms)
     there = _by_key(file)
     for first in (Run(arm, arm.learning_rates[0], arm.seeds[0]) for arms in grids for arm in arms):
         if first.key not in there:
             check_recipe(first.recipe)
-    advance = begin(planned) if begin else lambda row: None
+    advance = begin(planned(grids, there)) if begin else lambda row, runs: None
     told: set[str] = set()
     while True:
         rows, idle = _by_key(file), True
         for run in schedule(grids, rows):
-            row = rows.get(run.key) or _taken(run, grids, file, directory, about or {}, keep)
+            row = rows.get(run.key) or _taken(run, grids, file, directory, about, keep)
             if row and run.key not in told:
                 rows[run.key], idle = row, False
                 told.add(run.key)
-                advance(row)
-        if len(told) == planned:
+                advance(row, planned(grids, rows))
+        if len(told) == planned(grids, rows):
             return finished(grids, file)[0]
         if idle:  # others are at what is left
-            advance(None)
+            advance(None, planned(grids, rows))
             time.sleep(1)
 
 
@@ -124,7 +125,7 @@ def finished(grids: Sequence[Sequence[Arm]], file: Path) -> tuple[list[Row], int
     """The rows there are of the grids' runs, as scheduled, and how many are missing."""
     rows = _by_key(file)
     mine = [rows[run.key] for run in schedule(grids, rows) if run.key in rows]
-    return mine, sum(len(arm) for arms in grids for arm in arms) - len(mine)
+    return mine, planned(grids, rows) - len(mine)
 
 
 def read_rows(file: Path) -> list[Row]:
@@ -145,9 +146,14 @@ def _by_key(file: Path) -> dict[str, Row]:
 
 
 def _taken(
-    run: Run, grids: Sequence[Sequence[Arm]], file: Path, directory: Path, about: Mapping[str, Any], keep: bool
+    run: Run,
+    grids: Sequence[Sequence[Arm]],
+    file: Path,
+    directory: Path,
+    about: Callable[[Mapping[str, Row]], Mapping[str, Any]],
+    keep: bool,
 ) -> Row | None:
-    """Do a run and add its row, in the order of the schedule; None if another process is at it."""
+    """Do a run and add its row, before those that the schedule has later; None if another process is at it."""
     with ExitStack() as locks:
         try:
             locks.enter_context(fsio.DirectoryLock(directory / f"{run.key}.lock"))
@@ -158,16 +164,20 @@ def _taken(
             return done
         place = directory / "runs" / f"{run.arm.recipe.method}-{run.key}"
         _check_unchanged(run.arm)
-        row = {**_row(run, place, directory / "backbones"), **about}
+        row = _row(run, place, directory / "backbones")
         try:
             _check_unchanged(run.arm)
         except ConflictError:
             fsio.remove_tree(place)  # of which files it is, is not known
             raise
         locks.enter_context(fsio.DirectoryLock(directory / "rows.lock", wait=True))
-        rows = {**_by_key(file), run.key: row}
-        places = {other.key: place for place, other in enumerate(schedule(grids, rows))}
-        ordered = sorted(rows.values(), key=lambda r: places.get(r["key"], -1))
+        others = _by_key(file)
+        row |= about({**others, run.key: row})
+        order = (other.key for other in schedule(grids, {**others, run.key: row}))
+        later = set(itertools.dropwhile(run.key.__ne__, order))
+        at = next((i for i, key in enumerate(others) if key in later), len(others))
+        ordered = [*others.values()]
+        ordered.insert(at, row)
         fsio.write_atomic(file, [json.dumps(r, allow_nan=False).encode() + b"\n" for r in ordered])
         fsio.remove_tree(place if not keep or not row["metrics"] else place / "checkpoints")
         return row

@@ -30,6 +30,7 @@ class ArmResult:
 
     Attributes:
         rate: the learning rate chosen, of ``rates``.
+        tried: those of ``rates`` that the first seed has had; of an unfinished comparison not all.
         rows: the runs with that rate, one a seed.
     """
 
@@ -37,6 +38,7 @@ class ArmResult:
     settings: dict[str, Any]
     rate: float
     rates: tuple[float, ...]
+    tried: tuple[float, ...]
     rows: tuple[Row, ...]
 
     @property
@@ -94,9 +96,12 @@ def arms(rows: Sequence[Row]) -> list[ArmResult]:
     result = []
     for group in groups.values():
         first = group[0]
-        rate = chosen_rate([row for row in group if row["seed"] == first["seed"]])
+        choosing = [row for row in group if row["seed"] == first["seed"]]
+        rate = chosen_rate(choosing)
+        tried = sorted(row["learning_rate"] for row in choosing)
+        rates = sorted({*tried, *first["learning_rates"]})
         kept = tuple(row for row in group if row["learning_rate"] == rate)
-        result.append(ArmResult(first["task"], dict(first["settings"]), rate, tuple(first["learning_rates"]), kept))
+        result.append(ArmResult(first["task"], dict(first["settings"]), rate, tuple(rates), tuple(tried), kept))
     return result
 
 
@@ -173,13 +178,24 @@ def notes(rows: Sequence[Row]) -> list[str]:
         f"{first['model']}, {first['task']}, n = {first['n']}; {first['train_steps']} steps for every arm"
         + "".join(f"; {told}" for told in _equal(found))
         + ". Median over seeds (smallest to largest). The learning rate is the one of those named that did best with "
-        f"the first seed, by {first['metric']} on the rows that are reported.",
+        f"the first seed, by {first['metric']} on the rows that are reported." + _edges(found),
     ]
     for arm in found:
         for row in arm.rows:
             if row["failed"]:
                 lines.append(f"{NOT_CONVERGED} ({arm.task}, {arm.name}, seed {row['seed']}): {row['failed']}.")
     return lines
+
+
+def _edges(found: Sequence[ArmResult]) -> str:
+    """Which arms did best at an end of the rates that were tried, so that one beyond might do better."""
+    chosen = [arm for arm in found if len(arm.tried) > 1 and not arm.rows[0]["failed"]]
+    sides = {
+        "largest": [arm.name for arm in chosen if arm.rate == arm.tried[-1]],
+        "smallest": [arm.name for arm in chosen if arm.rate == arm.tried[0]],
+    }
+    told = [f"the {side} for {'; '.join(names)}" for side, names in sides.items() if names]
+    return f" It is {', and '.join(told)}: a rate beyond might do better." if told else ""
 
 
 def _equal(found: Sequence[ArmResult]) -> list[str]:

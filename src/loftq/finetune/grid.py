@@ -5,20 +5,24 @@ The ``compare`` section of a recipe::
     compare:
       seeds: [0, 1, 2]
       learning_rates: [1.0e-4, 5.0e-4]        # default: the recipe's own
+      further_rates: [2.0e-5, 2.0e-3]         # tried only where the best so far is the outermost on that side
       arms:                                   # each block stands for the product of its lists
         - {method: full, learning_rates: [5.0e-5], seeds: [0]}
         - {method: [qlora, loftq], quantization.bits: [4, 2], lora.rank: 16}
 
 An arm is a way to fine-tune. It may change the method, ``quantization.*`` and ``lora.*``, and have learning rates and
-seeds of its own; data, their order, steps and batch are the recipe's, so they are equal for all arms.
+seeds of its own; data, their order, steps and batch are the recipe's, so they are equal for all arms. A block with
+learning rates of its own has further rates of its own, or none.
+
+The number of runs follows from results: the grid grows while the best learning rate is at its edge.
 """
 
 import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -29,12 +33,16 @@ from loftq.finetune.inputs import NOT_ESSENTIAL, held
 from loftq.finetune.recipe import Quantization, Recipe, Strict, section
 from loftq.spec import BITS, code_for
 
+Rate = Annotated[float, Field(gt=0)]
+Rows = Mapping[str, Mapping[str, Any]]  # key of a run -> its row
+
 
 class Open(Strict):
     """What a comparison varies within an arm."""
 
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
-    learning_rates: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = None
+    learning_rates: Annotated[list[Rate], Field(min_length=1)] | None = None
+    further_rates: list[Rate] | None = None
 
 
 class Section(Open):
@@ -47,16 +55,36 @@ class Section(Open):
 class Arm:
     """One way to fine-tune: a recipe whose learning rate and seed are still open.
 
-    The first seed chooses one of the learning rates, the other seeds repeat it.
+    The first seed chooses a learning rate, the other seeds repeat it. ``learning_rates`` are all tried. Of
+    ``further_rates``, which lie below or above them, the nearest is tried while the best so far is the outermost on
+    that side.
     """
 
     recipe: Recipe
     learning_rates: tuple[float, ...]
+    further_rates: tuple[float, ...]
     seeds: tuple[int, ...]
 
-    def __len__(self) -> int:
-        """The number of runs."""
-        return len(self.learning_rates) + len(self.seeds) - 1
+    def rates(self, rows: Rows) -> tuple[float, ...]:
+        """The learning rates to try, as far as the rows tell: without the last one's row, none follows."""
+        rates = self.learning_rates
+        while (best := self._best(rates, rows)) is not None and (new := self._beyond(best, rates)):
+            rates += new
+        return rates
+
+    def rate(self, rows: Rows) -> float | None:
+        """The learning rate for further seeds; None while rows of rates to try are missing."""
+        return self._best(self.rates(rows), rows)
+
+    def _best(self, rates: Sequence[float], rows: Rows) -> float | None:
+        first = [rows.get(Run(self, rate, self.seeds[0]).key) for rate in rates]
+        return chosen_rate([row for row in first if row]) if all(first) else None
+
+    def _beyond(self, best: float, rates: Sequence[float]) -> tuple[float, ...]:
+        """Where ``best`` is the outermost rate, the next one on its side; of a single rate, on both."""
+        lower = [rate for rate in self.further_rates if rate < min(rates) == best]
+        upper = [rate for rate in self.further_rates if rate > max(rates) == best]
+        return tuple([max(lower)] if lower else []) + tuple([min(upper)] if upper else [])
 
     @functools.cached_property
     def key(self) -> str:
@@ -65,7 +93,15 @@ class Arm:
 
     def digest(self, *, seed: int, learning_rate: float) -> str:
         """Twelve digits for everything that the result of a run depends on."""
-        return digest(self.recipe.changed(**{"seed": seed, "training.learning_rate": learning_rate}), self.held)
+        asked = (seed, learning_rate)
+        if asked not in self._digests:
+            recipe = self.recipe.changed(**{"seed": seed, "training.learning_rate": learning_rate})
+            self._digests[asked] = digest(recipe, self.held)
+        return self._digests[asked]
+
+    @functools.cached_property
+    def _digests(self) -> dict[tuple[int, float], str]:
+        return {}
 
     @functools.cached_property
     def held(self) -> dict[str, Any]:
@@ -102,29 +138,35 @@ def grid(recipe: Recipe) -> tuple[Arm, ...]:
     for number, block in enumerate(parsed.arms, 1):
         for arm in _arms(recipe, block, parsed, f"compare.arms, block {number}"):
             known = arms.setdefault(arm.key, arm)
-            if (known.learning_rates, known.seeds) != (arm.learning_rates, arm.seeds):
+            if known != replace(arm, recipe=known.recipe):
                 raise UsageError(
                     f"compare.arms, block {number}: an arm of an earlier block again ({arm.recipe.method}), with other "
-                    "learning_rates or seeds; give all of an arm's in one block"
+                    "learning_rates, further_rates or seeds; give all of an arm's in one block"
                 )
     return tuple(arms.values())
 
 
-def schedule(grids: Sequence[Sequence[Arm]], rows: Mapping[str, Mapping[str, Any]]) -> Iterator[Run]:
+def schedule(grids: Sequence[Sequence[Arm]], rows: Rows) -> Iterator[Run]:
     """Every run, in an order in which an interrupted comparison is already a balanced one.
 
     First all arms of all grids with their first seed and first learning rate, then with the second rate, and so on;
-    then, with the rate that did best, seed by seed. ``rows`` (key of a run -> its row) is read when the rates are
-    chosen: the further seeds of an arm come only if the rows of all its rates are there by then.
+    then, with the rate that did best, seed by seed. ``rows`` is read as runs are taken: a further rate of an arm, and
+    its further seeds, come only if the rows of all its rates before are there by then.
     """
     arms = [arm for g in grids for arm in g]
-    for i in range(max(len(arm.learning_rates) for arm in arms)):
-        yield from (Run(arm, arm.learning_rates[i], arm.seeds[0]) for arm in arms if i < len(arm.learning_rates))
+    for i in range(max(len(arm.learning_rates) + len(arm.further_rates) for arm in arms)):
+        for arm in arms:
+            if i < len(rates := arm.rates(rows)):
+                yield Run(arm, rates[i], arm.seeds[0])
     for j in range(1, max(len(arm.seeds) for arm in arms)):
         for arm in arms:
-            rate = _best(arm, rows) if j < len(arm.seeds) else None
-            if rate is not None:
+            if j < len(arm.seeds) and (rate := arm.rate(rows)) is not None:
                 yield Run(arm, rate, arm.seeds[j])
+
+
+def planned(grids: Iterable[Iterable[Arm]], rows: Rows) -> int:
+    """The number of runs, as far as the rows tell; a row of a learning rate can add one."""
+    return sum(len(arm.rates(rows)) + len(arm.seeds) - 1 for arms in grids for arm in arms)
 
 
 def digest(recipe: Recipe, held: Mapping[str, Any]) -> str:
@@ -144,12 +186,6 @@ def digest(recipe: Recipe, held: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _best(arm: Arm, rows: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """The rate for further seeds; None while rows are missing."""
-    first = [rows.get(Run(arm, rate, arm.seeds[0]).key) for rate in arm.learning_rates]
-    return chosen_rate([row for row in first if row]) if all(first) else None
-
-
 def _own_rate(recipe: Recipe) -> list[float]:
     from transformers import TrainingArguments
 
@@ -160,19 +196,25 @@ def _arms(recipe: Recipe, block: Mapping[str, Any], given: Open, place: str) -> 
     """The product of the lists of a block, each a recipe."""
     own = section(Open, {key: block[key] for key in Open.model_fields if key in block}, place)
     rates = own.learning_rates or given.learning_rates or _own_rate(recipe)
+    further = own.further_rates if own.learning_rates or own.further_rates is not None else given.further_rates
+    if inside := [rate for rate in further or () if min(rates) <= rate <= max(rates)]:
+        raise UsageError(
+            f"{place}: further_rates: {inside[0]:g} is not below or above learning_rates, which are "
+            f"{min(rates):g} to {max(rates):g}; put it there"
+        )
     seeds = own.seeds or given.seeds or [0, 1, 2]
     axes = {k: v if isinstance(v, list) else [v] for k, v in block.items() if k not in Open.model_fields}
     for key, values in axes.items():
         if key != "method" and key.partition(".")[0] not in ("quantization", "lora"):
             raise UsageError(
                 f"{place}: {quoted(key)} cannot differ between arms, only method, quantization.*, lora.*, "
-                "learning_rates and seeds can; set it in the recipe, for all arms alike"
+                "learning_rates, further_rates and seeds can; set it in the recipe, for all arms alike"
             )
         if not values:
             raise UsageError(f"{place}: {quoted(key)} is an empty list")
     for combination in itertools.product(*axes.values()):
         changed = recipe.changed(**dict(zip(axes, combination, strict=True)))
-        yield Arm(essential(changed), tuple(dict.fromkeys(map(float, rates))), tuple(dict.fromkeys(seeds)))
+        yield Arm(essential(changed), tuple(dict.fromkeys(rates)), tuple(further or ()), tuple(dict.fromkeys(seeds)))
 
 
 def essential(recipe: Recipe) -> Recipe:
