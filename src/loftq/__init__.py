@@ -12,6 +12,8 @@ from loftq.version import __version__ as __version__
 
 __all__ = [
     "Code",
+    "Entry",
+    "Layout",
     "Moments",
     "Plan",
     "Policy",
@@ -22,6 +24,7 @@ __all__ = [
     "Statistics",
     "calibrate",
     "compare",
+    "dequantize",
     "evaluate",
     "get_peft_model",
     "inspect",
@@ -30,6 +33,7 @@ __all__ = [
     "quantize",
     "quantize_weight",
     "register_code",
+    "register_format",
     "register_preset",
     "replace_lora_weights",
     "solve",
@@ -42,49 +46,40 @@ if TYPE_CHECKING:
     from loftq.adapters.start import load_start
     from loftq.api import calibrate, get_peft_model, quantize, quantize_weight, replace_lora_weights
     from loftq.codes import Code, register_code
+    from loftq.formats.layouts import Layout, register_format
     from loftq.formats.statistics import Statistics
-    from loftq.numerics import Moments
+    from loftq.formats.tensorfile import Entry
+    from loftq.numerics import Moments, dequantize
     from loftq.planning import Plan, Policy
     from loftq.report.report import Report
     from loftq.solver import Solution, solve
     from loftq.spec import QuantSpec, SolveSpec, register_preset
     from loftq.verbs import compare, evaluate, inspect, plan, start, train, verify
 
+# module -> the public names that lie in it
 _PUBLIC = {
-    "Code": "loftq.codes",
-    "Moments": "loftq.numerics",
-    "Plan": "loftq.planning",
-    "Policy": "loftq.planning",
-    "QuantSpec": "loftq.spec",
-    "Report": "loftq.report.report",
-    "SolveSpec": "loftq.spec",
-    "Solution": "loftq.solver",
-    "Statistics": "loftq.formats.statistics",
-    "calibrate": "loftq.api",
-    "compare": "loftq.verbs",
-    "evaluate": "loftq.verbs",
-    "get_peft_model": "loftq.api",
-    "inspect": "loftq.verbs",
-    "load_start": "loftq.adapters.start",
-    "plan": "loftq.verbs",
-    "quantize": "loftq.api",
-    "quantize_weight": "loftq.api",
-    "register_code": "loftq.codes",
-    "register_preset": "loftq.spec",
-    "replace_lora_weights": "loftq.api",
-    "solve": "loftq.solver",
-    "start": "loftq.verbs",
-    "train": "loftq.verbs",
-    "verify": "loftq.verbs",
+    "loftq.adapters.start": ["load_start"],
+    "loftq.api": ["calibrate", "get_peft_model", "quantize", "quantize_weight", "replace_lora_weights"],
+    "loftq.codes": ["Code", "register_code"],
+    "loftq.formats.layouts": ["Layout", "register_format"],
+    "loftq.formats.statistics": ["Statistics"],
+    "loftq.formats.tensorfile": ["Entry"],
+    "loftq.numerics": ["Moments", "dequantize"],
+    "loftq.planning": ["Plan", "Policy"],
+    "loftq.report.report": ["Report"],
+    "loftq.solver": ["Solution", "solve"],
+    "loftq.spec": ["QuantSpec", "SolveSpec", "register_preset"],
+    "loftq.verbs": ["compare", "evaluate", "inspect", "plan", "start", "train", "verify"],
 }
+_HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name not in _HOMES:
         raise AttributeError(f"module 'loftq' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

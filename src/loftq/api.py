@@ -1,7 +1,5 @@
 """The calls for people in Python; the command line makes the same ones."""
 
-import dataclasses
-import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -11,37 +9,32 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from typing_extensions import Unpack
 
 from loftq.adapters.convert import convert
-from loftq.checkpoint.quantize import QuantizeOptions, quantize_options
 from loftq.checkpoint.quantize import quantize as _quantize
-from loftq.errors import UsageError, check_names, checks_names
+from loftq.checkpoint.quantize import quantize_options
+from loftq.errors import UsageError, checks_names
 from loftq.formats.statistics import Statistics
 from loftq.frozen.replace import FitOptions, replace
 from loftq.numerics import Moments
-from loftq.options import check_whole
-from loftq.planning import Matrix, Policy, make_policy
+from loftq.options import Collecting, OneMatrix, Plans, Quantizing, check_whole, default, fields_of, keywords
+from loftq.planning import Matrix, make_policy
 from loftq.report.report import Report, of_checkpoint, of_start
 from loftq.solver import Solution, checked, solve
 from loftq.sources.checkpoint import resolve
 from loftq.spec import QuantSpec, SolveSpec, check_statistics, code_for, solve_spec
 
-SOLVER = tuple(field.name for field in dataclasses.fields(SolveSpec))
-POLICY = ("preset", *SOLVER, *(field.name for field in dataclasses.fields(Policy) if field.name != "solve"))
 
-
+@checks_names
+@keywords
 def quantize_weight(
     weight: Tensor | np.ndarray,
     *,
-    bits: int = 4,
-    rank: int = 16,
-    code: str = "auto",
-    block_size: int = 64,
-    scale_dtype: str = "bfloat16",
-    double_quant: bool = False,
-    preset: str | None = None,
+    bits: int = int(default("bits")),
+    rank: int = int(default("rank")),
     moments: Moments | Tensor | np.ndarray | None = None,
-    **solver: Any,
+    **options: Unpack[OneMatrix],
 ) -> Solution:
     """LoftQ of one matrix ``(out, in)``: ``weight ≈ solution.dequantize() + solution.b @ solution.a``.
 
@@ -51,29 +44,24 @@ def quantize_weight(
 
     Args:
         weight: ``(out_features, in_features)``, of any floating-point type; a numpy array is copied.
-        preset: a method by its name, of :data:`loftq.spec.PRESETS`; None: ``fitted``, with moments ``descent``.
+        bits: 2, 3, 4 or 8.
+        rank: of the adapter.
         moments: of the matrix's inputs, for presets that are calibrated: what ``statistics.moments(name)`` gives, or
             second moments of your own, ``H = E[x xᵀ]`` of shape ``(in, in)``, as :meth:`Moments.of` takes them.
-        solver: fields of :class:`loftq.spec.SolveSpec` that are to differ from the preset's: ``steps=10, seed=1``.
+        options: of the code, and of the solver.
 
     Raises: UsageError for options that do not fit, or what is no matrix of floating-point numbers; NumericalError for
         values that are not finite.
     """
-    check_names("quantize_weight", solver, (*named(quantize_weight), *SOLVER))
     weight = checked(_tensor(weight), rank)
     moments = _moments(moments, weight.shape[1])
-    spec = solve_spec(preset, calibrated=moments is not None, code=code, **solver)
-    quant = QuantSpec(
-        bits=bits,
-        code=code_for(code, bits, spec.scales),
-        block_size=block_size,
-        scale_dtype=scale_dtype,
-        double_quant=double_quant,
-    )
+    code = options.get("code") or default("code")
+    spec = solve_spec(options.get("preset"), calibrated=moments is not None, code=code, **fields_of(SolveSpec, options))
+    stored = {**fields_of(QuantSpec, options), "code": code_for(code, bits, spec.scales)}
     check_statistics(
         spec, moments and moments.fit.kind, "moments=loftq.calibrate(model, texts, tokenizer).moments(name)"
     )
-    return solve(weight, quant, rank, spec, moments=moments)
+    return solve(weight, QuantSpec(bits=bits, **stored), rank, spec, moments=moments)
 
 
 def _tensor(array: Any) -> Any:
@@ -99,18 +87,15 @@ def _moments(given: Any, columns: int) -> Moments | None:
     return Moments.of(given)
 
 
-def named(function: Callable[..., Any]) -> list[str]:
-    """The options that a function names in its signature."""
-    return [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
-
-
+@checks_names
+@keywords
 def get_peft_model(
     model: nn.Module,
     *,
     calibration: Statistics | str | Path | None = None,
     workers: int | None = None,
     progress: bool = True,
-    **options: Any,
+    **options: Unpack[Plans],
 ) -> nn.Module:
     """A loaded full-precision model becomes a ``PeftModel`` with packed layers and the LoftQ initialization.
 
@@ -121,14 +106,13 @@ def get_peft_model(
         calibration: what :func:`calibrate` found out about this model, or the directory where `loftq calibrate` put it;
             only names and shapes tell whether it is of this model.
         workers: matrices solved at a time; default as many as CPUs and memory allow, on a GPU one.
-        options: fields of :class:`Policy` and the solver's: ``bits=2, rank=16, alpha=32, preset="cloq", …``.
+        options: of the plan, and of the solver.
 
     Example:
         >>> model = AutoModelForCausalLM.from_pretrained("org/model")
         >>> model = loftq.get_peft_model(model, bits=2, rank=16)
         >>> model.print_trainable_parameters()
     """
-    check_names("get_peft_model", options, (*named(get_peft_model), *POLICY))
     check_whole("workers", workers or 0, 0)
     policy, statistics = make_policy(options, calibrated=calibration is not None), statistics_from(calibration)
     errors: list[float] = []
@@ -145,57 +129,74 @@ def get_peft_model(
 
 
 @checks_names
+@keywords
 def calibrate(
-    model: nn.Module,
+    model: nn.Module | str | Path,
     data: str | Path | Iterable[str] | Iterable[Mapping[str, Any]],
     tokenizer: Any = None,
     *,
-    kind: str = "full",
-    samples: int = 128,
-    max_length: int = 0,
-    column: str | None = None,
+    output: str | Path | None = None,
     progress: bool = True,
+    **options: Unpack[Collecting],
 ) -> Statistics:
-    """Statistics of what the matrices of a loaded model are given, in memory.
+    """Statistics of what a model's matrices are given: of a loaded model in memory, of a checkpoint in a directory.
 
     Args:
-        model: a transformers model in full precision.
-        data: a file or data set as ``loftq calibrate --data`` takes it; or texts; or batches with ``input_ids`` and, if
-            there is padding, ``attention_mask``, as a ``DataLoader`` gives them.
-        tokenizer: for texts; batches need none.
-        kind: ``full``, ``diagonal`` or ``fisher``.
-        samples, max_length, column: as on the command line.
+        model: a transformers model in full precision; or, as the other verbs take it, a local directory or a hub id,
+            of which one block after the other is in memory.
+        data: a file or data set as ``loftq calibrate --data`` takes it. For a loaded model also texts; or batches with
+            ``input_ids`` and, if there is padding, ``attention_mask``, as a ``DataLoader`` gives them.
+        tokenizer: for texts and a loaded model; batches need none, a checkpoint has its own.
+        output: of a checkpoint: the directory to be made. Statistics that the same call made earlier are left alone.
+        options: of the collection. A loaded model has no ``revision``, and runs on the device that it is on.
 
     Example:
         >>> statistics = loftq.calibrate(model, "notes.txt", tokenizer, samples=64)
         >>> statistics.moments("model.layers.0.mlp.down_proj").tokens
         24576
+        >>> statistics = loftq.calibrate("org/model", "notes.txt", output="STATS")
     """
-    from loftq.calibration.calibrate import CalibrateOptions, calibrate_loaded
+    from loftq.calibration.calibrate import CalibrateOptions, calibrate_loaded, open_statistics
+    from loftq.calibration.calibrate import calibrate as run
 
-    options = CalibrateOptions(data="", kind=kind, samples=samples, max_length=max_length, column=column)
+    loaded = not isinstance(model, (str, os.PathLike))
+    if loaded and (output is not None or options.get("revision") is not None):
+        raise UsageError("output and revision are of a checkpoint, and the model is in memory; leave them out")
+    if not loaded and (output is None or tokenizer is not None):
+        raise UsageError(f"{model} is a checkpoint: give output=DIR for its statistics, and no tokenizer")
+    chosen = CalibrateOptions(data="" if loaded else as_path("data", data), **fields_of(CalibrateOptions, options))
     with tqdm(desc="calibrate", unit="step", disable=not progress) as bar:
 
         def begin(total: int) -> Any:
             bar.reset(total)
             return bar.update
 
-        return calibrate_loaded(model, data, tokenizer, options, begin)
+        if loaded:
+            return calibrate_loaded(model, data, tokenizer, chosen, begin)
+        place = Path(as_path("output", output))
+        run(as_path("model", model), place, chosen, begin)
+        return open_statistics(place)
 
 
-def quantize(model: str | Path, output: str | Path, *, format: str = "loftq", **options: Any) -> Report:
+@checks_names
+@keywords
+def quantize(
+    model: str | Path,
+    output: str | Path,
+    *,
+    max_shard_bytes: int = 1 << 30,
+    statistics: str | Path | None = None,
+    **options: Unpack[Quantizing],
+) -> Report:
     """What ``loftq quantize`` does: stream a checkpoint from disk into a LoftQ checkpoint; its manifest.
 
     Args:
         model: a local directory or a hub id.
         output: the directory to be made.
-        format: ``loftq``, ``dense`` or ``bnb``.
-        options: fields of :class:`Policy`; ``preset``, ``steps``, ``order``, ``svd``, ``seed``, ``scales``; and
-            ``calibrate``, ``calibration_samples``, ``workers``, ``device``, ``overwrite``, ``max_shard_bytes``,
-            ``curves`` (a :class:`pathlib.Path`).
+        max_shard_bytes: of the largest file of the backbone.
+        statistics: where those that are collected go; by default beside the output.
+        options: of the plan, the solver and the run.
     """
-    names = {f.name for f in dataclasses.fields(QuantizeOptions)} - {"policy", "format"}
-    check_names("quantize", options, (*named(quantize), *sorted(names), *POLICY))
     if isinstance(model, nn.Module):
         raise UsageError(
             "model: wanted a directory or a hub id; a model in memory is quantized by loftq.get_peft_model"
@@ -203,9 +204,11 @@ def quantize(model: str | Path, output: str | Path, *, format: str = "loftq", **
     model, output = as_path("model", model), Path(as_path("output", output))
     if isinstance(options.get("calibrate"), Statistics):
         raise UsageError("calibrate: wanted a file of texts or a directory of statistics, got statistics in memory")
-    paths = {k: as_path(k, options[k]) for k in ("calibrate", "curves", "statistics") if options.get(k) is not None}
-    paths = {name: path if name == "calibrate" else Path(path) for name, path in paths.items()}
-    return of_checkpoint(_quantize(model, output, quantize_options({**options, **paths, "format": format})))
+    given = {**options, "max_shard_bytes": max_shard_bytes, "statistics": statistics}
+    for name in ("calibrate", "curves", "statistics"):
+        if given.get(name) is not None:
+            given[name] = as_path(name, given[name])
+    return of_checkpoint(_quantize(model, output, quantize_options(given)))
 
 
 @checks_names
@@ -215,8 +218,8 @@ def replace_lora_weights(
     *,
     adapter_name: str = "default",
     calibration: Statistics | str | Path | None = None,
-    svd: str = "auto",
-    seed: int = 0,
+    svd: str = default("svd"),
+    seed: int = default("seed"),
     revision: str | None = None,
     progress: bool = True,
 ) -> Report:

@@ -111,9 +111,18 @@ def check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
     known = list(known)
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            cure = f"did you mean {near[0]!r}?" if near else f"it has {listed(known, len(known))}"
-            raise UsageError(f"{what} has no option {quoted(repr(name))}; {cure}")
+            raise UsageError(f"{what} has no option {quoted(repr(name))}{nearest(name, known)}")
+
+
+def nearest(name: str, known: Iterable[str], show: Callable[[str], str] = repr) -> str:
+    """The end of a message about a name that is none of ``known``: which one may be meant, or what there is.
+
+    Args:
+        show: a name as the caller writes it; in Python in quotes.
+    """
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {show(near[0])}?" if near else f"; it has {listed(known, 20)}"
 
 
 F = TypeVar("F", bound=Callable[..., Any])

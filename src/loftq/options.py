@@ -1,24 +1,29 @@
-"""Every option of a quantization, once: its type, default, check and help.
+"""Every option, once: its type, default, check and help.
 
-From these tables are made the command line (:func:`loftq.cli.options.takes`), the sections of recipes
-(:mod:`loftq.finetune.recipe`), and the defaults and checks of the dataclasses that hold the values (:func:`default`,
-:func:`check_fields`). They are ``TypedDict`` classes, so that a Python call can name them too:
-``**options: Unpack[Solver]``. No torch is imported, so that ``loftq --help`` is quick.
+From these tables are made the command line (:func:`loftq.cli.options.takes`), the keywords of the Python calls
+(:func:`keywords`), the sections of recipes (:mod:`loftq.finetune.recipe`), and the defaults and checks of the
+dataclasses that hold the values (:func:`default`, :func:`check_fields`). They are ``TypedDict`` classes, so that a call
+names them too: ``**options: Unpack[Solver]``. No torch is imported, so that ``loftq --help`` is quick.
 """
 
 import dataclasses
+import functools
+import inspect
 import math
+import operator
+import re
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, TypedDict, TypeVar
 
 from loftq.errors import UsageError, quoted
 
 SCALE_DTYPES = ("float32", "bfloat16", "float16")
 SCALES = ("formula", "fitted")
 Text = str | int | float  # a number, or patterns or a list in text; held as text
+Place = str | Path
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Option:
             ``calibrate`` or ``budget``.
         flags: on the command line, instead of ``--name``.
         metavar: of its value in the command line's help.
-        help: for the command line.
+        help: for the command line and the calls.
     """
 
     default: Any
@@ -44,9 +49,14 @@ class Option:
     metavar: str | None = None
     help: str = ""
 
+    @property
+    def left_out(self) -> Any:
+        """What a command and a call have where it is not given: None if something else then decides."""
+        return None if self.open in ("preset", "format", "calibrate") else self.default
 
-class Storage(TypedDict, total=False):
-    """Which matrices are quantized, and how they are stored."""
+
+class Widths(TypedDict, total=False):
+    """How many bits every matrix gets."""
 
     bits: Annotated[
         Text,
@@ -61,10 +71,19 @@ class Storage(TypedDict, total=False):
         "with the adapter). Bits and block of every matrix are chosen for the least error in all, which is "
         "measured first, on the weights. Of --bits only patterns count.",
     ]
-    budget_ranks: Annotated[Text, Option("", open="budget"), "Ranks that a budget may choose too, beside --rank: 8,32."]
+    budget_ranks: Annotated[
+        Text | list[int] | tuple[int, ...],
+        Option("", open="budget"),
+        "Ranks that a budget may choose too, beside --rank: 8,32.",
+    ]
     budget_solver: Annotated[
         str, Option("greedy", choices=("greedy", "milp"), open="budget"), "greedy, or milp: the optimum, by SciPy."
     ]
+
+
+class Codes(TypedDict, total=False):
+    """How a matrix is stored."""
+
     code: Annotated[
         str,
         Option("auto"),
@@ -73,15 +92,24 @@ class Storage(TypedDict, total=False):
     ]
     block_size: Annotated[int, Option(64, bounds={"ge": 1}), "Weights of a row that share a scale."]
     scale_dtype: Annotated[
-        str,
+        str | None,
         Option("bfloat16", choices=SCALE_DTYPES, open="format"),
         "bfloat16, float16 or float32. Default: bfloat16; bnb: float32.",
     ]
     double_quant: Annotated[bool, Option(False), "Quantize the scales too, as bitsandbytes does."]
+
+
+class Coverage(TypedDict, total=False):
+    """Which matrices are quantized."""
+
     embeddings: Annotated[bool, Option(False), "Embedding tables too."]
     min_coverage: Annotated[
         float, Option(0.5, bounds={"ge": 0, "le": 1}), "Refuse to work on less than this share of the layers' weights."
     ]
+
+
+class Storage(Widths, Codes, Coverage, total=False):
+    """Which matrices are quantized, and how they are stored."""
 
 
 class Adapter(TypedDict, total=False):
@@ -112,8 +140,8 @@ class Dtypes(TypedDict, total=False):
     ]
 
 
-class Solver(TypedDict, total=False):
-    """How the backbone and the factors are found; a preset decides about what is left out."""
+class Preset(TypedDict, total=False):
+    """The method, by its name."""
 
     preset: Annotated[
         str | None,
@@ -122,6 +150,11 @@ class Solver(TypedDict, total=False):
         "--calibrate also qera-diag, qera-full, eora, cloq, projq, srr, lq-lora. Default: fitted; "
         "with --calibrate descent.",
     ]
+
+
+class Steps(TypedDict, total=False):
+    """How the backbone and the factors are found; a preset decides about what is left out."""
+
     steps: Annotated[
         int | None,
         Option(5, bounds={"ge": 0}, open="preset"),
@@ -132,47 +165,99 @@ class Solver(TypedDict, total=False):
         Option("quantize-first", choices=("quantize-first", "svd-first"), open="preset"),
         "quantize-first, or svd-first (the paper's ablation). Default: the preset's.",
     ]
-    svd: Annotated[str, Option("auto", choices=("auto", "exact", "randomized")), "auto, exact or randomized."]
     scales: Annotated[
         str | None,
         Option("formula", choices=SCALES, open="preset"),
         "By the code's formula (absmax), or fitted to the least error at the same bytes. Default: the preset's; "
         "fitted for fitted and descent.",
     ]
+
+
+class Decomposition(TypedDict, total=False):
+    """How a low-rank term is computed."""
+
+    svd: Annotated[str, Option("auto", choices=("auto", "exact", "randomized")), "auto, exact or randomized."]
     seed: Annotated[int, Option(0, bounds={"ge": 0}), "Of all random numbers, together with each tensor's name."]
+
+
+class Solver(Preset, Steps, Decomposition, total=False):
+    """How the backbone and the factors are found."""
 
 
 class Method(TypedDict, total=False):
     """What makes one preset another method; in Python only."""
 
-    metric: Annotated[str | None, Option("weights", choices=("weights", "diagonal", "full", "fisher"), open="preset")]
-    rounding: Annotated[
-        str | None, Option("nearest", choices=("nearest", "feedback", "shaped", "descent"), open="preset")
+    metric: Annotated[
+        str | None,
+        Option("weights", choices=("weights", "diagonal", "full", "fisher"), open="preset"),
+        "What the error is measured in. Default: the preset's.",
     ]
-    start: Annotated[str | None, Option("zero", choices=("zero", "preserved"), open="preset")]
+    rounding: Annotated[
+        str | None,
+        Option("nearest", choices=("nearest", "feedback", "shaped", "descent"), open="preset"),
+        "How codes are chosen. Default: the preset's.",
+    ]
+    start: Annotated[
+        str | None,
+        Option("zero", choices=("zero", "preserved"), open="preset"),
+        "The adapter before the first step. Default: the preset's.",
+    ]
 
 
 class Calibration(TypedDict, total=False):
     """What the error is measured on."""
 
     calibrate: Annotated[
-        str | None,
+        Place | None,
         Option(None, metavar="DIR|FILE|DATASET"),
         "Statistics made by `loftq calibrate`, or texts to make them from: a file, or ORG/NAME of the hub.",
     ]
     calibration_samples: Annotated[
-        int,
+        int | None,
         Option(128, bounds={"ge": 4}, open="calibrate", flags=("--samples",)),
         "Rows of text, of --calibrate FILE or DATASET. Default: 128.",
     ]
 
 
-class Work(TypedDict, total=False):
-    """Where the work is done, and what becomes of it."""
+class Collection(TypedDict, total=False):
+    """What statistics of the inputs are collected."""
+
+    samples: Annotated[
+        int, Option(128, bounds={"ge": 4}), "Rows of text, evenly from the whole; one in four is held out."
+    ]
+    max_length: Annotated[int, Option(0, bounds={"ge": 0}), "Tokens of a row. Default: 512, or what the model takes."]
+    kind: Annotated[
+        str,
+        Option("full", choices=("full", "diagonal", "fisher")),
+        "full: second moments of inputs; diagonal: of every feature alone, with little memory; fisher: squared "
+        "gradients of the loss, with the whole model in memory.",
+    ]
+    column: Annotated[
+        str | None,
+        Option(None),
+        "Column of the texts (text, if not given), or two, 'a,b', tokenized as a pair.",
+    ]
+
+
+class Machine(TypedDict, total=False):
+    """Of which version of a model, and where it is computed."""
+
+    device: Annotated[str, Option("cpu"), "Where to compute: cpu, cuda, cuda:1, …"]
+    revision: Annotated[str | None, Option(None), "Branch, tag or commit of a hub id."]
+
+
+class Made(Machine, total=False):
+    """Of what is made."""
+
+    task_type: Annotated[str | None, Option(None), "PEFT task type to write into the adapter."]
+
+
+class Work(Made, total=False):
+    """How a checkpoint is made."""
 
     format: Annotated[str, Option("loftq"), "loftq (packed), bnb (bitsandbytes NF4), or dense (dequantized)."]
     curves: Annotated[
-        Path | None,
+        Place | None,
         Option(None),
         "JSON file of the errors measured for a budget; what it has of the same model is used again.",
     ]
@@ -181,9 +266,6 @@ class Work(TypedDict, total=False):
         Option(0, bounds={"ge": 0}),
         "Matrices worked on at a time. Default: as many as CPUs and memory allow; on a GPU one.",
     ]
-    device: Annotated[str, Option("cpu"), "Where to compute: cpu, cuda, cuda:1, …"]
-    task_type: Annotated[str | None, Option(None), "PEFT task type to write into the adapter."]
-    revision: Annotated[str | None, Option(None), "Branch, tag or commit of a hub id."]
     overwrite: Annotated[bool, Option(False), "Replace an earlier output of loftq."]
 
 
@@ -193,13 +275,40 @@ class Training(TypedDict, total=False):
     dropout: Annotated[float, Option(0.0, bounds={"ge": 0, "lt": 1})]
 
 
+class Plans(Storage, Adapter, Dtypes, Solver, Method, total=False):
+    """Of :func:`loftq.plan` and :func:`loftq.get_peft_model`."""
+
+
+class Quantizing(Plans, Calibration, Work, total=False):
+    """Of :func:`loftq.quantize`."""
+
+
+class OneMatrix(Codes, Solver, Method, total=False):
+    """Of :func:`loftq.quantize_weight`."""
+
+
+class OwnPreset(Steps, Method, total=False):
+    """Of :func:`loftq.register_preset`."""
+
+
+class Starting(Adapter, Coverage, Decomposition, Made, total=False):
+    """Of :func:`loftq.start`."""
+
+
+class Collecting(Collection, Machine, total=False):
+    """Of :func:`loftq.calibrate`."""
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
 def _row(hint: Any) -> tuple[Any, Option]:
     kind, option, *told = typing.get_args(hint)
-    kinds = [k for k in typing.get_args(kind) if k is not type(None)]
-    return kinds[0] if len(kinds) == 1 else kind, dataclasses.replace(option, help="".join(told))
+    kinds = [k for k in typing.get_args(kind) if k is not type(None)] or [kind]
+    return functools.reduce(operator.or_, kinds), dataclasses.replace(option, help="".join(told))
 
 
-GROUPS = (Storage, Adapter, Dtypes, Solver, Method, Calibration, Work, Training)
+GROUPS = (Storage, Adapter, Dtypes, Solver, Method, Calibration, Collection, Work, Training)
 # name -> its type, without None, and the option
 TABLE = {name: _row(hint) for group in GROUPS for name, hint in group.__annotations__.items()}
 
@@ -210,14 +319,54 @@ def rows(*asked: Any) -> dict[str, tuple[Any, Option]]:
     return {name: TABLE[name] for name in names}
 
 
+def is_text(kind: Any) -> bool:
+    """Whether an option may be a number, or patterns or a list in text, and is held as text."""
+    return str in typing.get_args(kind) and int in typing.get_args(kind)
+
+
 def default(name: str) -> Any:
     """The default of an option, for the dataclass that holds it."""
     return TABLE[name][1].default
 
 
 def fields_of(holder: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The given options that are fields of a dataclass."""
-    return {f.name: given[f.name] for f in dataclasses.fields(holder) if f.name in given}
+    """The given options that are fields of a dataclass; None is as good as left out."""
+    return {f.name: given[f.name] for f in dataclasses.fields(holder) if given.get(f.name) is not None}
+
+
+def keywords(call: F) -> F:
+    """Decorate a call that takes ``**options: Unpack[GROUP]``: its signature and its docstring name each option.
+
+    In the docstring they stand in the place of the entry ``options``.
+    """
+    signature = inspect.signature(call)
+    *named, given = signature.parameters.values()
+    group = typing.get_args(given.annotation)[0]
+    added = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=TABLE[name][1].left_out,
+            annotation=typing.get_args(hint)[0],
+        )
+        for name, hint in group.__annotations__.items()
+    ]
+    call.__signature__ = signature.replace(parameters=[*named, *added])  # type: ignore[attr-defined]
+    call.__doc__ = described(call.__doc__ or "", group)
+    return call
+
+
+def described(docstring: str, group: Any) -> str:
+    """A docstring with an entry for every option of a group instead of its entry ``options``."""
+
+    def entries(entry: re.Match) -> str:
+        return "".join(f"{entry[1]}{name}: {_in_python(TABLE[name][1].help)}\n" for name in group.__annotations__)
+
+    return re.sub(r"^( +)options: .*\n(?:\1 +.*\n)*", entries, docstring, flags=re.MULTILINE)
+
+
+def _in_python(help: str) -> str:
+    return re.sub(r"--([a-z-]+)", lambda flag: flag[1].replace("-", "_"), help)
 
 
 def check_fields(holder: Any, say: Callable[[str], str] = str) -> None:

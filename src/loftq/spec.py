@@ -5,10 +5,12 @@ import re
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from typing_extensions import Unpack
+
 from loftq import codes
 from loftq.codes import BITS, Code
 from loftq.errors import UsageError, checked_fields, command, listed, option, quoted
-from loftq.options import check_choice, check_fields, default
+from loftq.options import OwnPreset, check_choice, check_fields, default, keywords
 
 
 @checked_fields
@@ -110,12 +112,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def register_preset(name: str, **fields: Any) -> SolveSpec:
+@keywords
+def register_preset(name: str, **options: Unpack[OwnPreset]) -> SolveSpec:
     """Make a method known under a name, to every call, command and recipe of this process; its spec.
 
     Args:
         name: small letters, digits and dashes.
-        fields: of :class:`SolveSpec`, where they differ from the paper's LoftQ; ``svd`` and ``seed`` are a run's.
+        options: fields of :class:`SolveSpec`, where they differ from the paper's LoftQ.
 
     Raises: UsageError if the name is taken by another method, or for fields that do not fit.
 
@@ -123,10 +126,11 @@ def register_preset(name: str, **fields: Any) -> SolveSpec:
         >>> loftq.register_preset("loftq-10", steps=10, scales="fitted")
         >>> loftq.quantize_weight(torch.randn(64, 96), bits=2, rank=8, preset="loftq-10")
     """
+    fields: dict[str, Any] = {**options}
     spec = SolveSpec(**fields)
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9-]*", name):
         raise UsageError(f"a preset's name has small letters, digits and dashes, got {quoted(repr(name))}")
-    if {"svd", "seed"} & set(fields):
+    if {"svd", "seed"} & {*fields}:
         raise UsageError("svd and seed are a run's, and no part of a preset; leave them out")
     if PRESETS.get(name, fields) != fields:
         raise UsageError(f"a preset {name} is there already; choose another name")

@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
+from typing_extensions import Unpack
 
-from loftq.api import POLICY, as_path, named, statistics_from
+from loftq.api import as_path, statistics_from
 from loftq.checkpoint.budget import check_budget, within_budget
 from loftq.checkpoint.manifest import read_manifest
 from loftq.checkpoint.verify import verify as _verify
-from loftq.errors import UsageError, check_names, checks_names, extra, option
+from loftq.errors import UsageError, checks_names, extra, option
 from loftq.formats.statistics import Statistics
-from loftq.frozen.replace import FitOptions
-from loftq.frozen.start import StartOptions
 from loftq.frozen.start import start as _start
-from loftq.options import check_whole
-from loftq.planning import Plan, Policy, make_policy
+from loftq.frozen.start import start_options
+from loftq.options import Plans, Starting, check_whole, default, keywords
+from loftq.planning import Plan, make_policy
 from loftq.report.inspect import inspection
 from loftq.report.report import Report, of_checkpoint, of_start
 from loftq.sources.checkpoint import open_source, resolve
-from loftq.spec import SolveSpec, check_statistics
+from loftq.spec import check_statistics
 
 if TYPE_CHECKING:
     from loftq.finetune.comparison import Comparison
@@ -33,15 +33,17 @@ if TYPE_CHECKING:
     from loftq.finetune.run import RunResult
 
 
+@checks_names
+@keywords
 def plan(
     model: str | Path,
     *,
     calibration: Statistics | str | Path | None = None,
     curves: str | Path | None = None,
-    workers: int = 0,
+    workers: int = default("workers"),
     revision: str | None = None,
     progress: bool = True,
-    **options: Any,
+    **options: Unpack[Plans],
 ) -> Plan:
     """How every tensor of a checkpoint would be quantized, or why not. Reads no weights, except with a budget.
 
@@ -49,7 +51,9 @@ def plan(
         model: a local directory or a hub id.
         calibration: with a budget: statistics of the model, or their directory; its error is then that of the outputs.
         curves: with a budget: a JSON file of measured errors; what it has of the same model is used again.
-        options: as :func:`quantize` takes them: ``bits="layers.0-3=4,2", rank=16, budget=2.5, …``.
+        workers: with a budget: matrices measured at a time; 0: as many as CPUs and memory allow.
+        revision: branch, tag or commit of a hub id.
+        options: of the plan, and of the solver.
 
     Raises: UsageError for options that do not fit; InputError for what is no full-precision checkpoint.
 
@@ -57,7 +61,6 @@ def plan(
         >>> plan = loftq.plan("org/model", bits=2, rank=8)
         >>> plan.coverage, {matrix.name: matrix.quant.bits for matrix in plan.matrices}
     """
-    check_names("plan", options, (*named(plan), *POLICY))
     check_whole("workers", workers, 0)
     policy, model = make_policy(options, calibrated=calibration is not None), as_path("model", model)
     source = open_source(model, policy, revision)
@@ -95,25 +98,16 @@ def verify(directory: str | Path) -> Report:
 
 
 @checks_names
+@keywords
 def start(
     base: str | Path,
     weights: str | Path,
     output: str | Path,
     *,
-    rank: int | str = 16,
-    alpha: float | None = None,
-    rank_policy: str = "refuse",
-    rslora: bool = False,
-    embeddings: bool = False,
-    min_coverage: float = 0.5,
     calibration: Statistics | str | Path | None = None,
-    svd: str = "auto",
-    seed: int = 0,
-    device: str = "cpu",
-    task_type: str | None = None,
     base_revision: str | None = None,
-    revision: str | None = None,
     progress: bool = True,
+    **options: Unpack[Starting],
 ) -> Report:
     """LoftQ's initialization for a model that is quantized already, as an adapter directory.
 
@@ -123,37 +117,22 @@ def start(
         base: the quantized model, a directory or a hub id: by bitsandbytes, GPTQ, AWQ, HQQ, loftq, …
         weights: the full-precision model that it was made from, a directory or a hub id.
         output: the adapter's directory, to be made.
-        rank, alpha, rank_policy, rslora, embeddings, min_coverage: as :func:`quantize` takes them.
         calibration: statistics of the original, or their directory: least error of the outputs.
-        base_revision, revision: branch, tag or commit of ``base`` and of ``weights``, where they are hub ids.
+        base_revision: branch, tag or commit of ``base``, where it is a hub id; ``revision`` is of ``weights``.
+        options: of the adapter, and of the run.
 
     Returns: ``layers``, with the errors of each one before and after, and ``error_before`` and ``error`` of all.
 
     Raises: ConflictError if ``output`` is taken; InputError if ``weights`` is not the original of ``base``.
     """
     original = as_path("weights", weights)
-    solver = SolveSpec(svd=svd, seed=seed)
-    policy = Policy(
-        rank=rank,  # type: ignore[arg-type]
-        alpha=alpha,
-        rank_policy=rank_policy,
-        rslora=rslora,
-        embeddings=embeddings,
-        min_coverage=min_coverage,
-        solve=solver,
-    )
-    statistics = None if calibration is None else statistics_from(calibration, resolve(original, revision))
-    options = StartOptions(
-        policy=policy,
-        fit=FitOptions(statistics=statistics, svd=svd, seed=seed),
-        device=device,
-        base_revision=base_revision,
-        revision=revision,
-        task_type=task_type,
-    )
+    statistics = None
+    if calibration is not None:
+        statistics = statistics_from(calibration, resolve(original, options.get("revision")))
+    asked = start_options(options, statistics, base_revision)
     place = Path(as_path("output", output))
     with _Bar("LoftQ", not progress) as bar:
-        return of_start(_start(as_path("base", base), original, place, options, bar.begin))
+        return of_start(_start(as_path("base", base), original, place, asked, bar.begin))
 
 
 @checks_names

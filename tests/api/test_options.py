@@ -1,19 +1,23 @@
 """An option is written once: every face is made from the tables of ``loftq.options``."""
 
 import dataclasses
+import inspect
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 import typer.main
+import typing_extensions
 
 import loftq
 import loftq.cli
 from loftq import codes, options
 from loftq.calibration.collect import HELD_EVERY
 from loftq.checkpoint.quantize import QuantizeOptions, quantize_options
+from loftq.cli.entry import usage
 from loftq.errors import UsageError
 from loftq.finetune import recipe
 from loftq.formats import layouts
@@ -43,7 +47,7 @@ def test_a_dataclass_has_the_default_of_the_table(holder):
 
 
 def test_quantize_has_every_option_but_those_of_python_and_recipes():
-    elsewhere = {*options.rows(options.Method, options.Training)}
+    elsewhere = {*options.rows(options.Method, options.Collection, options.Training)}
     ours = {name: flag for name, flag in flags("quantize").items() if name in options.TABLE}
     assert {*ours} == {*options.TABLE} - elsewhere
     for name, flag in ours.items():
@@ -59,6 +63,47 @@ def test_recipes_have_the_options_of_storage_solver_and_calibration():
     assert {*recipe.Lora.model_fields} == {*options.rows(options.Adapter, options.Training)}
     for name, field in {**section, **recipe.Lora.model_fields}.items():
         assert field.default in (None, options.default(name))
+
+
+CALLS = {
+    loftq.plan: options.Plans,
+    loftq.get_peft_model: options.Plans,
+    loftq.quantize: options.Quantizing,
+    loftq.quantize_weight: options.OneMatrix,
+    loftq.start: options.Starting,
+    loftq.calibrate: options.Collecting,
+    loftq.register_preset: options.OwnPreset,
+}
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+def test_a_call_names_its_options_in_signature_types_and_docstring(call):
+    parameters, hints = inspect.signature(call).parameters, CALLS[call].__annotations__
+    assert {*hints} <= {*parameters}
+    for name, hint in hints.items():
+        kind, option = typing.get_args(hint)[:2]
+        assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+        assert parameters[name].default in (None, option.default)
+        assert parameters[name].annotation == kind
+        assert parameters[name].default is not None or type(None) in typing.get_args(kind), name
+        assert call.__doc__.count(f"\n        {name}: ") == 1
+    assert "\n        options:" not in call.__doc__
+
+
+def test_no_public_callable_takes_options_of_any_type():
+    """What pyright and editors read: the annotations of the source, not the signatures made of them."""
+    for name in loftq.__all__:
+        public = getattr(loftq, name)
+        members = vars(public).values() if inspect.isclass(public) else [public]
+        for member in members:
+            function = inspect.unwrap(getattr(member, "__func__", member))
+            code = getattr(function, "__code__", None)
+            if code is None or (inspect.isclass(public) and function.__name__.startswith("_")):
+                continue
+            names = code.co_varnames[code.co_argcount + code.co_kwonlyargcount :]
+            if code.co_flags & inspect.CO_VARKEYWORDS:
+                rest = names[bool(code.co_flags & inspect.CO_VARARGS)]
+                assert typing_extensions.get_origin(function.__annotations__[rest]) is typing_extensions.Unpack, name
 
 
 def test_help_names_what_the_registries_have():
@@ -82,6 +127,7 @@ def test_the_same_did_you_mean(name):
     with pytest.raises(Exception, match=f"No such option: {flag}") as e:  # typer's own, of a class that is not public
         verb.make_context("quantize", ["org/model", "-o", "out", flag, "1"])
     assert flags("quantize")[name].opts[0] in e.value.possibilities
+    assert usage(e.value) == f"No such option: {flag}; did you mean {flags('quantize')[name].opts[0]}?"
     with pytest.raises(UsageError, match=f"quantization.{wrong}: unknown key; did you mean {name}"):
         quantization(**{wrong: 1})
     with pytest.raises(UsageError, match=f"no option '{wrong}'; did you mean '{name}'"):
@@ -113,6 +159,7 @@ assert (flag.opts, flag.help) == (["--shrink"], "Of Q.")
 from loftq.finetune import recipe
 read = recipe.parse({"model": "m", "task": "sst2", "method": "loftq", "quantization": {"shrink": 0.5}})
 assert read.quantization.solver("loftq").shrink == 0.5
+from loftq.cli.entry import usage
 from loftq.checkpoint.quantize import quantize_options
 assert quantize_options({"shrink": 0.5}).policy.solve.shrink == 0.5
 try:
@@ -133,7 +180,7 @@ def test_an_option_of_the_solver_is_two_lines_beside_its_use(tmp_path):
     for name, before, line in (
         (
             "options.py",
-            "    seed: Annotated[",
+            "    scales: Annotated[",
             'shrink: Annotated[float, Option(0.0, bounds={"ge": 0, "le": 1}), "Of Q."]',
         ),
         ("spec.py", '    start: str = default("start")', 'shrink: float = default("shrink")'),

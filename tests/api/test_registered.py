@@ -57,13 +57,14 @@ def test_in_every_call(own, tmp_path):
 
 
 def test_in_recipes():
-    """In a new process, before the first recipe is read."""
+    """In a new process, after recipes were imported and read."""
     code = (
+        "from loftq.finetune.recipe import parse;"
+        "base = {'model': 'm', 'task': 'sst2', 'method': 'loftq'}; parse({**base, 'quantization': {'bits': 2}});"
         "import loftq, test_registered; loftq.register_code(test_registered.Thirds);"
         "loftq.register_preset('two-steps', steps=2);"
-        "from loftq.finetune.recipe import parse;"
         "own = {'bits': 2, 'code': 'thirds', 'preset': 'two-steps'};"
-        "recipe = parse({'model': 'm', 'task': 'sst2', 'method': 'loftq', 'quantization': own});"
+        "recipe = parse({**base, 'quantization': own});"
         "print(recipe.quantization.code, recipe.quantization.solver('loftq').steps)"
     )
     paths = f"import sys; sys.path[:0] = {sys.path!r};"

@@ -13,14 +13,11 @@ from loftq.checkpoint.manifest import read_manifest
 from loftq.checkpoint.verify import verify
 from loftq.errors import InputError, UsageError
 from loftq.formats import layouts
-from loftq.formats.layouts import Layout, register
-from loftq.formats.tensorfile import Entry
-from loftq.numerics import dequantize
 
 OPTIONS = {"rank": 4, "block_size": 8, "workers": 1}
 
 
-class Halves(Layout):
+class Halves(loftq.Layout):
     """``Q = high + low``, each in float16: another package would add them up."""
 
     name = "halves"
@@ -30,10 +27,10 @@ class Halves(Layout):
 
     def entries(self, matrix):
         stem = matrix.name.removesuffix("weight")
-        return [Entry(stem + part, "F16", matrix.shape) for part in ("high", "low")]
+        return [loftq.Entry(stem + part, "F16", matrix.shape) for part in ("high", "low")]
 
     def encode(self, matrix, quantized):
-        weight = dequantize(quantized, matrix.quant)
+        weight = loftq.dequantize(quantized, matrix.quant)
         return [weight.half(), (weight - weight.half().float()).half()]
 
     def decode(self, matrix, tensors):
@@ -46,7 +43,7 @@ class Halves(Layout):
 @pytest.fixture
 def halves(monkeypatch):
     monkeypatch.setattr(layouts, "_LAYOUTS", dict(layouts._LAYOUTS))
-    return register(Halves)
+    return loftq.register_format(Halves)
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +70,13 @@ def test_a_format_from_outside_makes_a_checkpoint(source, tmp_path, halves):
 
 def test_its_tensors_are_verified(source, tmp_path, halves, monkeypatch):
     loftq.quantize(source, tmp_path / "out", format="halves", **OPTIONS)
-    monkeypatch.setattr(Halves, "entries", lambda self, matrix: [Entry(matrix.name + "_sum", "F16", matrix.shape)])
+    monkeypatch.setattr(
+        Halves, "entries", lambda self, matrix: [loftq.Entry(matrix.name + "_sum", "F16", matrix.shape)]
+    )
     with pytest.raises(InputError, match="weight_sum: found nothing, the plan says"):
         verify(tmp_path / "out")
     monkeypatch.setattr(layouts, "_LAYOUTS", {})
-    layouts.register(layouts.DenseLayout)
+    layouts.register_format(layouts.DenseLayout)
     with pytest.raises(InputError, match="format must be one of dense, got 'halves'; import the package"):
         verify(tmp_path / "out")
 
@@ -89,7 +88,7 @@ def test_a_budget_counts_other_bytes(source, tmp_path, halves):
 
 def test_a_name_is_given_once(halves):
     with pytest.raises(UsageError, match="a format halves is there already"):
-        register(Halves)
+        loftq.register_format(Halves)
 
 
 def test_what_is_left_open_fits_bitsandbytes_from_python_too(source, tmp_path):

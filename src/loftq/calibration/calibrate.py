@@ -26,9 +26,9 @@ from loftq.formats import fsio, hashed_json
 from loftq.formats.hashed_json import differences
 from loftq.formats.regular import local_path
 from loftq.formats.source import open_checkpoint
-from loftq.formats.statistics import FORMAT_VERSION, KINDS, Group, Statistics, write_groups
+from loftq.formats.statistics import FORMAT_VERSION, Group, Statistics, write_groups
 from loftq.numerics.device import check_device
-from loftq.options import check_whole
+from loftq.options import check_fields, default
 from loftq.sources.checkpoint import open_dense, resolve
 from loftq.sources.identity import sample
 from loftq.version import __version__
@@ -53,12 +53,18 @@ class CalibrateOptions:
     """
 
     data: str
-    kind: str = "full"
-    samples: int = 128
-    max_length: int = 0
-    column: str | None = None
-    revision: str | None = None
-    device: str = "cpu"
+    kind: str = default("kind")
+    samples: int = default("samples")
+    max_length: int = default("max_length")
+    column: str | None = default("column")
+    revision: str | None = default("revision")
+    device: str = default("device")
+
+    def __post_init__(self) -> None:
+        check_fields(self, option)
+        if self.max_length == 1:
+            raise UsageError(f"{option('max_length')}: {self.max_length} is not a number of tokens, 2 or more")
+        check_device(self.device)
 
 
 def calibrate(model: str, output: Path, options: CalibrateOptions, begin: Begin | None = None) -> dict[str, Any]:
@@ -73,7 +79,6 @@ def calibrate(model: str, output: Path, options: CalibrateOptions, begin: Begin 
     Raises: ConflictError if ``output`` holds something else; UsageError, InputError, NumericalError, StorageError as
         their names say.
     """
-    check_options(options)
     output = Path(os.path.realpath(local_path(option("output"), output)))
     directory = resolve(model, options.revision)
     _check_place(output, directory)
@@ -118,7 +123,6 @@ def calibrate_loaded(
     """
     from transformers import PreTrainedModel
 
-    check_options(options)
     if not isinstance(model, PreTrainedModel):
         raise UsageError(f"wanted a model of transformers, got {type(model).__name__}; give it before PEFT wraps it")
     length = length_for(model, tokenizer, options.max_length)
@@ -193,21 +197,6 @@ def check_model(statistics: Statistics, directory: Path, model: Path) -> None:
             f"{quoted(directory, 400)}: statistics of another model than {quoted(model, 400)} ({changed}); "
             "collect them for this one"
         )
-
-
-def check_options(options: CalibrateOptions) -> None:
-    """UsageError for what cannot be meant."""
-    check_whole(option("samples"), options.samples, 0)
-    check_whole(option("max_length"), options.max_length, 0)
-    if options.kind not in KINDS:
-        raise UsageError(f"{option('kind')}: {options.kind!r} is not one of {', '.join(KINDS)}")
-    if options.samples < HELD_EVERY:
-        raise UsageError(
-            f"{option('samples')}: {options.samples} is less than {HELD_EVERY}, for one in {HELD_EVERY} is held out"
-        )
-    if options.max_length == 1:
-        raise UsageError(f"{option('max_length')}: {options.max_length} is not a number of tokens, 2 or more")
-    check_device(options.device)
 
 
 def length_for(model: Any, tokenizer: Any, asked: int) -> int:

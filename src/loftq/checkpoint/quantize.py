@@ -82,8 +82,9 @@ class QuantizeOptions:
 def quantize_options(given: Mapping[str, Any]) -> QuantizeOptions:
     """The options of a run out of a caller's, by name. What they leave open is what the format can hold."""
     given = layouts.get(given.get("format", default("format"))).filled(given)
-    own = {name: value for name, value in fields_of(QuantizeOptions, given).items() if value is not None}
-    return QuantizeOptions(**own, policy=make_policy(given, calibrated=given.get("calibrate") is not None))
+    paths = {name: Path(given[name]) for name in ("curves", "statistics") if given.get(name) is not None}
+    policy = make_policy(given, calibrated=given.get("calibrate") is not None)
+    return QuantizeOptions(**fields_of(QuantizeOptions, {**given, **paths}), policy=policy)
 
 
 Progress = Callable[[dict[str, Any]], None]  # called with the report of each matrix

@@ -9,11 +9,11 @@ from loftq.cli.app import app
 from loftq.cli.bars import StepBar
 from loftq.cli.options import Json, Model, Output, quiet, takes
 from loftq.errors import extra
-from loftq.options import check, check_choice, check_whole, default
+from loftq.options import Collecting, fields_of
 
 
 @app.command()
-@takes("device", "revision")
+@takes(Collecting)
 def calibrate(
     model: Model,
     output: Output,
@@ -25,22 +25,6 @@ def calibrate(
             show_default=False,
         ),
     ],
-    samples: Annotated[
-        int, typer.Option(help="Rows of text, evenly from the whole; one in four is held out.")
-    ] = default("calibration_samples"),
-    max_length: Annotated[
-        int, typer.Option(help="Tokens of a row; 512 if not given, or what the model takes.", show_default=False)
-    ] = 0,
-    kind: Annotated[
-        str,
-        typer.Option(
-            help="full: second moments of inputs; diagonal: of every feature alone, with little memory; fisher: "
-            "squared gradients of the loss, with the whole model in memory."
-        ),
-    ] = "full",
-    column: Annotated[
-        str | None, typer.Option(help="Column of the texts (text, if not given), or two, 'a,b', tokenized as a pair.")
-    ] = None,
     as_json: Json = False,
     **given: Any,
 ) -> None:
@@ -48,20 +32,9 @@ def calibrate(
     with extra("train"):
         from loftq.calibration.calibrate import CalibrateOptions
         from loftq.calibration.calibrate import calibrate as run
-        from loftq.formats.statistics import KINDS
         from loftq.report.calibration import print_statistics, summary
-    check_choice("--kind", kind, KINDS)
-    check("calibration_samples", samples, "--samples")
-    check_whole("--max-length", max_length, 0)
     quiet()
-    options = CalibrateOptions(
-        data=data,
-        kind=kind,
-        samples=samples,
-        max_length=max_length,
-        column=column,
-        **given,
-    )
+    options = CalibrateOptions(data=data, **fields_of(CalibrateOptions, given))
     with StepBar() as bar:
         made = summary(run(model, output, options, bar.begin))
     if as_json:

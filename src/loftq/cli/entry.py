@@ -5,12 +5,12 @@ import logging
 import os
 import signal
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
 from loftq.cli.app import app
-from loftq.errors import Interrupted, LoftqError, StorageError, UsageError, quoted, speak_as_command_line
+from loftq.errors import Interrupted, LoftqError, StorageError, UsageError, nearest, quoted, speak_as_command_line
 
 
 class _Quoting(logging.Formatter):
@@ -75,11 +75,19 @@ def _failed(e: Exception) -> int:
     elif isinstance(e, MemoryError):
         kind, text = StorageError, "not enough memory; use fewer --workers"
     elif type(e).__module__.partition(".")[0] in ("click", "typer"):
-        kind, text = UsageError, getattr(e, "format_message", e.__str__)() or "no command given"
+        kind, text = UsageError, usage(e)
     else:
         kind, text = LoftqError, f"{type(e).__name__}: {e}; this is a bug of loftq, please report it"
     _say(text, kind.label)
     return kind.exit_code
+
+
+def usage(e: Any) -> str:
+    """What the parser of the command line has against it; of an unknown option, which one may be meant."""
+    if getattr(e, "option_name", None) and getattr(e, "ctx", None) and hasattr(e, "possibilities"):
+        known = [flag for parameter in e.ctx.command.params for flag in parameter.opts if flag.startswith("--")]
+        return f"No such option: {e.option_name}{nearest(e.option_name, known, str)}"
+    return getattr(e, "format_message", e.__str__)() or "no command given"
 
 
 def _say(text: object, label: str) -> None:

@@ -8,11 +8,11 @@ import typer
 from loftq.cli.app import app
 from loftq.cli.bars import Bar
 from loftq.cli.options import quiet_transformers, takes
-from loftq.options import Adapter, fields_of
+from loftq.options import Starting
 
 
 @app.command()
-@takes(Adapter, "embeddings", "min_coverage", "svd", "seed", "device", "task_type", "revision")
+@takes(Starting)
 def start(
     base: Annotated[
         str,
@@ -32,27 +32,18 @@ def start(
     **given: Any,
 ) -> None:
     """Make the adapter that makes up for the quantization of a model that is quantized already, by whatever method."""
-    from loftq.frozen.replace import FitOptions
-    from loftq.frozen.start import StartOptions
     from loftq.frozen.start import start as run
-    from loftq.planning import Policy
+    from loftq.frozen.start import start_options
     from loftq.report.tables import print_start
-    from loftq.spec import SolveSpec
 
     quiet_transformers()
-    solver = SolveSpec(**fields_of(SolveSpec, given))
     statistics = None
     if calibrate is not None:
         from loftq.calibration.calibrate import statistics_of
         from loftq.sources.checkpoint import resolve
 
         statistics = statistics_of(calibrate, resolve(weights, given["revision"]))
-    options = StartOptions(
-        policy=Policy(**fields_of(Policy, given), solve=solver),
-        fit=FitOptions(statistics=statistics, **fields_of(FitOptions, given)),
-        base_revision=base_revision,
-        **fields_of(StartOptions, given),
-    )
+    options = start_options(given, statistics, base_revision)
     with Bar() as bar:
         report = run(base, weights, output, options, bar.begin)
     print_start(output, report)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from loftq.options import Option, Text, rows
+from loftq.options import Option, Place, is_text, rows
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -42,10 +42,10 @@ def takes(*asked: Any) -> Callable[[F], F]:
 
 
 def _parameter(name: str, kind: Any, option: Option) -> inspect.Parameter:
-    default = None if option.open in ("preset", "format", "calibrate") else option.default
+    default = option.left_out
     shown = default not in (None, "") and "Default:" not in option.help
     flags = option.flags or (f"--{name.replace('_', '-')}",)
-    typed: Any = str if kind == Text else kind
+    typed: Any = str if kind == Place or is_text(kind) else kind
     told = typer.Option(*flags, help=option.help, metavar=option.metavar, show_default=shown)
     annotation = Annotated[typed if default is not None else typed | None, told]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -37,7 +37,7 @@ def plan(
     from loftq.spec import check_statistics, statistics_kind
 
     asked = make_policy(given, calibrated=calibrate is not None)
-    curves, workers = given["curves"], given["workers"]
+    curves, workers = given["curves"] and Path(given["curves"]), given["workers"]
     check("workers", workers, "--workers")
     check_statistics(asked.solve, None if calibrate is None else statistics_kind(asked.solve))
     source, spent = open_source(model, asked, given["revision"]), {}

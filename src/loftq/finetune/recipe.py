@@ -4,17 +4,18 @@
 together is found out by the workflow that uses it.
 """
 
-import difflib
+import functools
 import itertools
 import re
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -24,12 +25,12 @@ from pydantic import (
     create_model,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from loftq import codes
-from loftq.errors import InputError, UsageError, listed, quoted
+from loftq.errors import InputError, UsageError, listed, nearest, quoted
 from loftq.formats import strict_yaml
-from loftq.options import Calibration, Option, Solver, Storage, Text, rows
+from loftq.options import Calibration, Option, Place, Solver, Storage, is_text, rows
 from loftq.spec import PRESETS, SolveSpec, solve_spec
 
 METHODS = ("full", "lora", "qlora", "loftq")
@@ -100,10 +101,23 @@ def _of(*asked: Any) -> Any:
     return create_model("Options", __base__=Strict, **fields)
 
 
+# What these may be, is asked when a recipe is read: others may have been registered since the import.
+REGISTERED = {"code": lambda: ("auto", *codes.names()), "preset": lambda: tuple(PRESETS)}
+
+
+def _registered(known: Callable[[], tuple[str, ...]], value: str) -> str:
+    if value not in known():
+        *others, last = map(repr, known())
+        raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
+    return value
+
+
 def _field(name: str, kind: Any, option: Option) -> tuple[Any, Any]:
-    registered = {"code": ("auto", *codes.names()), "preset": tuple(PRESETS)}
-    choices = registered.get(name, option.choices)
-    typed: Any = Literal[choices] if choices else Rules if kind == Text else kind  # type: ignore[valid-type]
+    typed: Any = Rules if is_text(kind) else str if kind == Place else kind
+    if option.choices:
+        typed = Literal[option.choices]
+    if name in REGISTERED:
+        typed = Annotated[str, AfterValidator(functools.partial(_registered, REGISTERED[name]))]
     if option.bounds:
         typed = Annotated[typed, Field(**option.bounds)]
     default = None if option.open in ("preset", "budget") else option.default
@@ -277,7 +291,7 @@ def _told(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
     for problem in error.errors():
         place = [str(part) for part in problem["loc"] if part not in UNION_BRANCHES]
         if problem["type"] == "extra_forbidden":
-            yield f"{quoted('.'.join(place))}: unknown key{_nearest(place[-1], _keys(model, place[:-1]))}"
+            yield f"{quoted('.'.join(place))}: unknown key{nearest(place[-1], _keys(model, place[:-1]), str)}"
         elif problem["type"] == "missing":
             yield f"{'.'.join(place)}: missing"
         else:
@@ -293,11 +307,6 @@ def _keys(model: Any, place: list[str]) -> list[str]:
     return list(model.model_fields)
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}" if len(known) < 20 else ""
-
-
 def _training_problems(training: Any) -> Iterator[str]:
     """What is wrong with the section that goes to ``Seq2SeqTrainingArguments`` as it is."""
     if not isinstance(training, dict) or not training:
@@ -311,7 +320,7 @@ def _training_problems(training: Any) -> Iterator[str]:
         if key in ELSEWHERE:
             yield f"{place}: not to be given here; say {ELSEWHERE[key]}"
         elif key not in fields:
-            yield f"{place}: no field of transformers.TrainingArguments{_nearest(str(key), fields)}"
+            yield f"{place}: no field of transformers.TrainingArguments{nearest(str(key), fields, str)}"
         else:
             yield from _value_problems(place, value, hints[key])
 

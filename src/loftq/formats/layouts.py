@@ -89,8 +89,21 @@ _LAYOUTS: dict[str, Layout] = {}
 L = TypeVar("L", bound=Layout)
 
 
-def register(kind: type[L]) -> type[L]:
-    """Make a layout known to ``--format``, budgets, cards and ``loftq verify``; a decorator of its class.
+def register_format(kind: type[L]) -> type[L]:
+    """Make an output format known to ``format``, budgets, cards and ``loftq verify``; a decorator of its class.
+
+    Example:
+        >>> @loftq.register_format
+        ... class Halves(loftq.Layout):
+        ...     name, packages = "halves", ("halves",)
+        ...     def entries(self, matrix):
+        ...         stem = matrix.name.removesuffix("weight")
+        ...         return [loftq.Entry(stem + part, "F16", matrix.shape) for part in ("high", "low")]
+        ...     def encode(self, matrix, quantized):
+        ...         weight = loftq.dequantize(quantized, matrix.quant)
+        ...         return [weight.half(), (weight - weight.half().float()).half()]
+        ...     def decode(self, matrix, tensors):
+        ...         return tensors[0].float() + tensors[1].float()
 
     Raises: UsageError if the name is taken.
     """
@@ -112,7 +125,7 @@ def names() -> tuple[str, ...]:
     return tuple(_LAYOUTS)
 
 
-@register
+@register_format
 class PackedLayout(Layout):
     """Our own format, docs/format.md."""
 
@@ -144,7 +157,7 @@ class PackedLayout(Layout):
         return {(module, group.quant) for group in read_groups(config) for module in group.modules}
 
 
-@register
+@register_format
 class DenseLayout(Layout):
     """The dequantized backbone in the dtype of what is kept: loads anywhere, saves nothing."""
 
@@ -162,7 +175,7 @@ class DenseLayout(Layout):
         return oriented(matrix.kind, tensors[0].float())
 
 
-@register
+@register_format
 class BitsAndBytesLayout(Layout):
     """bitsandbytes' 4-bit NF4 tensors, as its ``Linear4bit`` saves them: loads without our package.
 

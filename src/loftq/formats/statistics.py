@@ -29,10 +29,11 @@ from loftq.formats.tensorfile import (
     tensor_bytes,
 )
 from loftq.numerics import Metric, Moments
+from loftq.options import TABLE
 
 logger = logging.getLogger("loftq")
 
-KINDS = ("full", "diagonal", "fisher")
+KINDS = TABLE["kind"][1].choices
 FORMAT_VERSION = 1
 ENOUGH = 4  # tokens per input feature below which second moments are shrunk so much that a warning says so
 

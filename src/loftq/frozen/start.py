@@ -6,7 +6,7 @@ absent or complete whatever happens.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,13 +21,15 @@ from loftq.checkpoint.shards import Workspace
 from loftq.errors import InputError, LoftqError, StorageError, option, quoted
 from loftq.formats import fsio, hashed_json
 from loftq.formats.regular import local_path, shown
+from loftq.formats.statistics import Statistics
 from loftq.formats.tensorfile import Entry, dtype_name, encode_header, read_chunks, read_header, tensor_bytes
 from loftq.frozen.replace import Begin, FitOptions, Layer, Original, fit, summary
 from loftq.numerics.device import check_device
-from loftq.options import default
+from loftq.options import default, fields_of
 from loftq.planning import Matrix, Plan, Policy
 from loftq.sources.checkpoint import Source, open_source, resolve
 from loftq.sources.identity import stamp
+from loftq.spec import SolveSpec
 from loftq.version import __version__
 
 REPORT = "loftq_start.json"
@@ -64,8 +66,19 @@ class StartOptions:
     fit: FitOptions = field(default_factory=FitOptions)
     device: str = default("device")
     base_revision: str | None = None
-    revision: str | None = None
-    task_type: str | None = None
+    revision: str | None = default("revision")
+    task_type: str | None = default("task_type")
+
+
+def start_options(given: Mapping[str, Any], statistics: Statistics | None, base_revision: str | None) -> StartOptions:
+    """The options of a run out of a caller's, by name."""
+    solve = SolveSpec(**fields_of(SolveSpec, given))
+    return StartOptions(
+        policy=Policy(**fields_of(Policy, given), solve=solve),
+        fit=FitOptions(**fields_of(FitOptions, given), statistics=statistics),
+        base_revision=base_revision,
+        **fields_of(StartOptions, given),
+    )
 
 
 def start(base: str, weights: str, output: Path, options: StartOptions, begin: Begin) -> dict[str, Any]:

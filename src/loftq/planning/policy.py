@@ -6,7 +6,7 @@ from typing import Any
 
 from loftq import codes
 from loftq.errors import UsageError, checked_fields, option, quoted
-from loftq.options import TABLE, Text, check_fields, default, fields_of
+from loftq.options import TABLE, check_fields, default, fields_of, is_text
 from loftq.planning.budget import parse_budget
 from loftq.spec import QuantSpec, SolveSpec, solve_spec
 
@@ -40,7 +40,7 @@ class Policy:
     budget_solver: str = default("budget_solver")
 
     def __post_init__(self) -> None:
-        for name in (f.name for f in fields(self) if f.name in TABLE and TABLE[f.name][0] == Text):
+        for name in (f.name for f in fields(self) if f.name in TABLE and is_text(TABLE[f.name][0])):
             object.__setattr__(self, name, _text(name, getattr(self, name)))
         code = QuantSpec.code if self.code == "auto" else self.code
         QuantSpec(**{**fields_of(QuantSpec, vars(self)), "code": code, "bits": codes.get(code).widths[0]})
@@ -89,6 +89,6 @@ def _check_budget(policy: Policy) -> None:
 
 def make_policy(given: Mapping[str, Any], *, calibrated: bool = False) -> Policy:
     """The policy among ``given`` options, the solver's fields beside the others; None is as good as left out."""
-    own = {name: value for name, value in fields_of(Policy, given).items() if value is not None}
-    code, solver = own.get("code", default("code")), fields_of(SolveSpec, given)
+    own, solver = fields_of(Policy, given), fields_of(SolveSpec, given)
+    code = own.get("code", default("code"))
     return Policy(**{**own, "solve": solve_spec(given.get("preset"), calibrated=calibrated, code=code, **solver)})
