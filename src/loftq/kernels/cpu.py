@@ -207,11 +207,11 @@ def _over_rows(kernel: Callable[..., None], rows: int, *args: Any) -> None:
 
 
 def _array(tensor: Tensor) -> np.ndarray:
-    """A contiguous tensor's memory as an array; bytes and bfloat16 as unsigned integers.
+    """A contiguous tensor's memory as an array; bytes and bfloat16 as unsigned integers, int16 as it is.
 
     Not by ``Tensor.numpy``, which forbids the storage to be resized from then on: FSDP2 frees gathered parameters so.
     """
-    dtype = {torch.int8: "u1", torch.uint8: "u1", torch.bfloat16: "u2"}.get(tensor.dtype, "f4")
+    dtype = {torch.int8: "u1", torch.uint8: "u1", torch.bfloat16: "u2", torch.int16: "i2"}.get(tensor.dtype, "f4")
     memory = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
     return np.frombuffer(memoryview(memory), dtype).reshape(tensor.shape)
 
