@@ -32,6 +32,7 @@ INTERNAL_KEYS = (
 LARGEST_SIZE = 1 << 31
 MOST_LAYERS = 4096
 PACKABLE = ("linear", "conv1d", "embedding")
+Rename = Callable[[str], tuple[str, str | None]]
 MOST_MODULES = 250_000  # five times as many as a model of 61 layers with 256 experts each has
 
 
@@ -185,18 +186,18 @@ def roles(model: nn.Module, tensor_names: Iterable[str]) -> dict[str, Role]:
     rename, modules = renamer(model), _Modules(model)
     result = {}
     for tensor in tensor_names:
-        runtime, converted = rename(tensor)
-        role = modules.converted(tensor, runtime) if converted else modules.role(runtime)
+        runtime, pattern = rename(tensor)
+        role = modules.converted(tensor, runtime) if pattern else modules.role(runtime)
         if role.kind in PACKABLE and not role.keep and not _finds_packed(rename, tensor, role.module):
             role = replace(role, keep="transformers would not find its packed tensors: it renames what it loads")
         result[tensor] = role
     return result
 
 
-def _finds_packed(rename: Callable[[str], tuple[str, bool]], tensor: str, module: str) -> bool:
+def _finds_packed(rename: Rename, tensor: str, module: str) -> bool:
     """Whether all that a packed matrix is written as, in the place of ``tensor``, becomes the layer's on loading."""
     stem = tensor.removesuffix("weight")
-    return all(rename(stem + suffix) == (f"{module}.{suffix}", False) for suffix in SUFFIXES)
+    return all(rename(stem + suffix) == (f"{module}.{suffix}", None) for suffix in SUFFIXES)
 
 
 def parameter_roles(model: nn.Module) -> dict[str, Role]:
@@ -210,24 +211,35 @@ def adaptable(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if _layer(module)[0]]
 
 
-def renamer(model: nn.Module) -> Callable[[str], tuple[str, bool]]:
-    """Checkpoint tensor -> the parameter it becomes, and whether transformers converts it (fuses, splits) first."""
+def converters(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    """transformers' renamings and converters (which fuse, split, …) of the tensors that a model is loaded from."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
 
     mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    return renamings, [m for m in mapping if isinstance(m, WeightConverter)]
+
+
+def renamer(model: nn.Module, mapping: tuple[list[Any], list[Any]] | None = None) -> Rename:
+    """Checkpoint tensor -> the parameter it becomes, and the pattern of the converter that it goes through first.
+
+    Args:
+        mapping: of :func:`converters`, if these are at hand.
+    """
+    from transformers.core_model_loading import rename_source_key
+
+    renamings, converting = mapping or converters(model)
     layers = (name for name, module in model.named_modules(remove_duplicate=False) if _layer(module)[0])
     packed = (f"{name}.{suffix}" for name in layers for suffix in SUFFIXES)
     parameters: dict[str, Any] = dict.fromkeys(packed, True) | dict(model.named_parameters(remove_duplicate=False))
     prefix: str = model.base_model_prefix  # type: ignore[assignment]
 
-    def rename(tensor: str) -> tuple[str, bool]:
-        name, source = rename_source_key(tensor, renamings, converters, prefix, parameters)
+    def rename(tensor: str) -> tuple[str, str | None]:
+        name, pattern = rename_source_key(tensor, renamings, converting, prefix, parameters)
         if name not in parameters and tensor in parameters:
-            return tensor, False
-        return name, source is not None
+            return tensor, None
+        return name, pattern
 
     return rename
 

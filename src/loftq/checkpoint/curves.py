@@ -100,7 +100,7 @@ def check_place(keep: Path) -> None:
 def _curve(
     matrix: Matrix, found: list[Candidate], source: Source, device: str, moments: Moments | None
 ) -> list[Choice]:
-    weight = oriented(matrix.kind, source.checkpoint.read(matrix.name)).contiguous().to(device)
+    weight = oriented(matrix.kind, source.checkpoint.read(matrix.name, matrix.made)).contiguous().to(device)
     quants, ranks = [candidate.quant for candidate in found], found[0].ranks
     metric = None if moments is None else moments.fit
     errors = errors_by_rank(weight, quants, ranks, source.plan.solve, matrix.name, metric)

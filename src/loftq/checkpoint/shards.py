@@ -88,7 +88,7 @@ def solve_matrix(
 ) -> Solved:
     """Read, solve and encode one matrix; measure the errors on the tensors that will be written."""
     with naming(matrix.name, matrix.shape, option("workers")):
-        raw = checkpoint.read(matrix.name)
+        raw = checkpoint.read(matrix.name, matrix.made)
         source_sha256 = hashlib.sha256(tensor_bytes(raw)).hexdigest()
         weight = oriented(matrix.kind, raw).contiguous()
         solution = solve(weight.to(device), matrix.quant, matrix.rank, plan.solve, matrix.name, moments)
@@ -205,7 +205,7 @@ class Workspace:
             yield encode_header(unit.entries(layout), {"format": "pt"})
             for tensor in unit.tensors:
                 if isinstance(tensor, Kept):
-                    yield tensor_bytes(read_finite(tensor, checkpoint))
+                    yield from map(tensor_bytes, read_finite(tensor, checkpoint))
                     continue
                 result = next(solved)
                 reports.append(result.report)
@@ -226,15 +226,19 @@ class Workspace:
         return record
 
 
-def read_finite(kept: Kept, checkpoint: Checkpoint) -> Tensor:
-    """A tensor that is copied, in its new dtype. NumericalError if it holds NaN or infinity, or comes to."""
-    original = checkpoint.read(kept.name)
-    tensor = original.to(DTYPES[kept.dtype])
-    if tensor.is_floating_point() and not kept.dtype.startswith("F8"):
-        try:
-            check_finite(tensor)
-        except NumericalError as e:
-            cure = f"; it has values beyond that dtype, use {option('dtype', 'bfloat16')}"
-            cure = cure if original.isfinite().all() else ""
-            raise NumericalError(f"{quoted(kept.name)}: {e}{cure}") from e
-    return tensor
+def read_finite(kept: Kept, checkpoint: Checkpoint) -> Iterator[Tensor]:
+    """A tensor that is copied, in its new dtype, one expert after the other if it is put together of many.
+
+    Raises: NumericalError if it holds NaN or infinity, or comes to.
+    """
+    for made in [(pieces,) for pieces in kept.made] or [()]:
+        original = checkpoint.read(kept.name, made)
+        tensor = original.to(DTYPES[kept.dtype])
+        if tensor.is_floating_point() and not kept.dtype.startswith("F8"):
+            try:
+                check_finite(tensor)
+            except NumericalError as e:
+                cure = f"; it has values beyond that dtype, use {option('dtype', 'bfloat16')}"
+                cure = cure if original.isfinite().all() else ""
+                raise NumericalError(f"{quoted(kept.name)}: {e}{cure}") from e
+        yield tensor

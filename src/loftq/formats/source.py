@@ -10,7 +10,7 @@ import os
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +86,40 @@ class Checkpoint:
         self._stamps = {shard.path: shard.stamp for shard in shards}
         self._loaded = _LoadedShard()
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor in fresh memory; InputError if its file changed since the opening."""
+    def read(self, name: str, made: Iterable[Iterable[Any]] = ()) -> torch.Tensor:
+        """The tensor in fresh memory; InputError if its file changed since the opening.
+
+        Args:
+            made: what it is put together of (:class:`loftq.planning.Piece`), if no file holds it as it is.
+        """
+        parts = [torch.cat([self._rows(piece) for piece in pieces]) for pieces in made]
+        if parts:
+            return torch.stack(parts) if len(parts) > 1 else parts[0]
         info = self._info(name)
         stamp = self._stamps[info.file]
         if self.kind == "safetensors":
             return read_tensor(info, stamp)
         return self._loaded.read(info, stamp)
+
+    def _rows(self, piece: Any) -> torch.Tensor:
+        if not piece.transposed:
+            return self._range(piece.tensor, piece.start, piece.stop)[:: piece.step]
+        inner, width = piece.shape[-2:]  # the rows are columns of one of the stack's matrices
+        place = piece.start // width
+        first = place * width
+        block = self._range(piece.tensor, place * inner, (place + 1) * inner).T
+        return block[piece.start - first : piece.stop - first : piece.step]
+
+    def _range(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of a tensor, seen as a matrix of its last axis; a vector's are its values."""
+        info = self._info(name)
+        columns = info.shape[1:] and info.shape[-1:]
+        if self.kind != "safetensors":
+            return self.read(name).reshape(-1, *columns)[start:stop]
+        row = info.torch_dtype.itemsize * math.prod(columns)
+        begin, end = info.start + start * row, info.start + stop * row
+        part = replace(info, shape=(stop - start, *columns), start=begin, stop=end, nbytes=end - begin)
+        return read_tensor(part, self._stamps[info.file])
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """The tensor's bytes for a byte-exact copy, a few megabytes at a time."""

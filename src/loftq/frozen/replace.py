@@ -17,7 +17,7 @@ from loftq.formats.source import Checkpoint, is_quantized_source, open_checkpoin
 from loftq.formats.statistics import Statistics
 from loftq.numerics import frobenius, oriented, oriented_shape
 from loftq.options import check_fields, default
-from loftq.planning import FLOATS
+from loftq.planning import FLOATS, Made, sources
 from loftq.solver import fit_adapter
 from loftq.sources.checkpoint import resolve
 
@@ -36,6 +36,7 @@ class Original:
         shape: ``(out, in)``.
         kind: as in :class:`loftq.planning.Role`.
         keep: why it cannot be taken as it is; empty if it can.
+        made: what it is put together of, where no tensor of the original is it.
     """
 
     tensor: str
@@ -44,6 +45,7 @@ class Original:
     shape: tuple[int, ...]
     kind: str
     keep: str
+    made: Made = ()
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ def open_originals(weights: str, revision: str | None) -> Originals:
     Raises: InputError for one that is quantized itself.
     """
     from loftq.architecture import skeleton
+    from loftq.architecture.conversion import converted_roles
 
     directory = resolve(weights, revision)
     checkpoint = open_checkpoint(directory)
@@ -148,14 +151,20 @@ def open_originals(weights: str, revision: str | None) -> Originals:
         raise InputError(f"{directory}: quantized with {method}; give the full-precision checkpoint")
     built = skeleton.build(directory, len(checkpoint.tensors))
     modules: dict[str, Original] = {}
-    for tensor, role in skeleton.roles(built, checkpoint.tensors).items():
-        info = checkpoint.tensors[tensor]
+    tensors, roles = converted_roles(built, {n: (t.dtype, t.shape) for n, t in checkpoint.tensors.items()})
+    for tensor, role in roles.items():
+        dtype, shape = tensors[tensor]
         if role.kind not in MATRICES and not role.keep:
             continue
-        shape, named = oriented_shape(role.kind, info.shape), role.module.removesuffix(".weight")
-        original = Original(tensor, named, info.dtype, shape, role.kind, role.keep)
+        shape, named = oriented_shape(role.kind, shape), role.module.removesuffix(".weight")
+        original = Original(tensor, named, dtype, shape, role.kind, role.keep, role.made)
         for module in (named, *(n.rpartition(".")[0] for n in role.tied)):
             modules[module] = original
+    for role in roles.values():  # a base may hold what transformers fuses as the layers that it came from
+        for tensor, shape in sources(role.made).items():
+            module, whole = tensor.removesuffix(".weight"), checkpoint.tensors[tensor]
+            if len(shape) == 2 and module != tensor:
+                modules.setdefault(module, Original(tensor, module, whole.dtype, shape, "linear", ""))
     return Originals(directory, checkpoint, modules, str(built.base_model_prefix))
 
 
@@ -183,7 +192,7 @@ def fit(layer: Layer, checkpoint: Checkpoint, options: FitOptions) -> Fitted:
     original = layer.original
     with naming(layer.name, original.shape):
         base = dequantized(layer.base)
-        weight = oriented(original.kind, checkpoint.read(original.tensor)).to(base.device).float()
+        weight = oriented(original.kind, checkpoint.read(original.tensor, original.made)).to(base.device).float()
         if weight.shape != base.shape:
             raise InputError(
                 f"{original.tensor} is {tuple(weight.shape)}, the layer {tuple(base.shape)}; is it another model's?"

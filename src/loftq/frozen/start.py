@@ -183,7 +183,7 @@ def _solve(
     for i, matrix in enumerate(plan.matrices):
         if records[i] is not None:
             continue
-        original = Original(matrix.name, modules[matrix.name], matrix.dtype, matrix.shape, matrix.kind, "")
+        original = Original(matrix.name, modules[matrix.name], matrix.dtype, matrix.shape, matrix.kind, "", matrix.made)
         base = model.get_submodule(matrix.module)
         layer = Layer(matrix.module, base, original, matrix.rank, plan.scaling(matrix))
         fitted = fit(layer, source.checkpoint, options)

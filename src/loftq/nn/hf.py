@@ -115,8 +115,8 @@ class LoftQHfQuantizer(HfQuantizer):
                     parameter.requires_grad_(False)
         return model
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        return unpack_model(model, dtype)
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        return unpack_model(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
 
 def _refuse_tensor_parallel(model: Any) -> None:
@@ -163,9 +163,25 @@ def mark_quantized(model: Any, bits: float) -> None:
     model.config.quantization_config = config
     model.hf_quantizer = LoftQHfQuantizer(config)
     model.is_quantized, model.quantization_method = True, "loftq"
+    model._weight_conversions = _renamings(model)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = True  # asked for by models that would read a weight otherwise
+
+
+def _renamings(model: Any) -> list[Any]:
+    """What ``save_pretrained`` undoes of a model's loading: the names. Fused or split, packed tensors would be others.
+
+    As transformers does for a model that was never loaded, without prefixes.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightRenaming
+
+    used = getattr(model, "_weight_conversions", None)
+    if used is None:
+        found = get_model_conversion_mapping(model, add_legacy=False)
+        used = [conversion for conversion in found if not isinstance(conversion, PrefixChange)]
+    return [conversion for conversion in used if isinstance(conversion, WeightRenaming)]
 
 
 def pack_from_config(modeling: Any) -> None:

@@ -3,6 +3,7 @@
 from loftq.planning.budget import Allocation, Choice, allocate, check_solver, frontier, parse_size
 from loftq.planning.candidates import Candidate, candidates, curve, factor_bytes, first_layers, limit
 from loftq.planning.patterns import Rules, parse_rules
+from loftq.planning.pieces import Made, Piece, of_stack, sources
 from loftq.planning.plan import (
     FLOATS,
     HEADS,
@@ -27,7 +28,9 @@ __all__ = [
     "Candidate",
     "Choice",
     "Kept",
+    "Made",
     "Matrix",
+    "Piece",
     "Plan",
     "Policy",
     "Role",
@@ -47,7 +50,9 @@ __all__ = [
     "mean_bits",
     "natural",
     "nominal_bits",
+    "of_stack",
     "parse_rules",
     "parse_size",
+    "sources",
     "target_suffixes",
 ]

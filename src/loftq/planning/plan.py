@@ -10,6 +10,7 @@ from loftq.errors import InputError, UsageError, listed, option, quoted
 from loftq.numerics import oriented_shape
 from loftq.planning.budget import Choice
 from loftq.planning.patterns import Rules, parse_rules
+from loftq.planning.pieces import Made, sources
 from loftq.planning.policy import DENSE, Policy
 from loftq.spec import (
     BITS,
@@ -48,6 +49,8 @@ class Role:
         backbone: inside the base model, not in a task head.
         tied: names of other parameters that are the same tensor.
         keep: a reason known to the model's side why it must stay dense.
+        made: what transformers makes it of, if the checkpoint does not hold it as it is.
+        converter: which of transformers' converters does; its tensors are all written as the model has them, or none.
     """
 
     module: str = ""
@@ -56,6 +59,8 @@ class Role:
     stack: Stack | None = None
     tied: tuple[str, ...] = ()
     keep: str = ""
+    made: Made = ()
+    converter: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Matrix:
     """A tensor to quantize. ``shape`` is ``(out, in)`` as solved; a Conv1D's tensor is stored transposed.
 
     ``dtype`` is what it has where it is written dense, ``source`` what it has in the source (empty: the same),
-    ``factors`` that of the adapter's tensors.
+    ``factors`` that of the adapter's tensors. ``made``: what it is put together of, if the source does not hold it.
     """
 
     name: str
@@ -75,6 +80,7 @@ class Matrix:
     rank: int
     factors: str = "F32"
     source: str = ""
+    made: Made = ()
 
     @property
     def numel(self) -> int:
@@ -97,6 +103,7 @@ class Kept:
     bytes: int
     reason: str
     missed: bool = False
+    made: Made = ()
 
 
 @dataclass(frozen=True, repr=False)
@@ -146,6 +153,9 @@ class Plan:
                 del matrix["factors"]
             if not matrix["source"]:
                 del matrix["source"]
+        for tensor in (*plan["matrices"], *plan["kept"]):
+            if not tensor["made"]:
+                del tensor["made"]
         text = json.dumps(plan, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -184,7 +194,7 @@ def make(
             reason = "left dense by --bits"
         if reason:
             missed = role.module not in routers and _is_missed(role, shape, smallest)
-            kept.append(Kept(name, dtype, shape, _numel(shape) * _itemsize(dtype), reason, missed))
+            kept.append(Kept(name, dtype, shape, _numel(shape) * _itemsize(dtype), reason, missed, role.made))
             continue
         budgeted = chosen.get(role.module) if chosen else None
         quant = QuantSpec(
@@ -201,7 +211,8 @@ def make(
         check_scales(quant, policy.solve.scales)
         rank, factors = min(rank, min(rows, columns) - 1), STORED[policy.adapter_dtype]
         source = tensors[name][0] if tensors[name][0] != dtype else ""
-        matrices.append(Matrix(name, role.module, role.kind, (rows, columns), dtype, quant, rank, factors, source))
+        place = (name, role.module, role.kind, (rows, columns), dtype)
+        matrices.append(Matrix(*place, quant, rank, factors, source, role.made))
     if refused:
         raise UsageError(
             f"the rank must be below the shorter side of every matrix, and is not for {listed(refused)}; "
@@ -209,9 +220,23 @@ def make(
         )
     alpha = float(ranks.default if policy.alpha is None else policy.alpha)
     scaling(alpha, ranks.default, policy.rslora)
+    kept = _as_in_source(kept, roles, {roles[m.name].converter for m in matrices})
     plan = Plan(tuple(matrices), tuple(kept), alpha, policy.rslora, ranks.default, policy.solve)
     _check_coverage(plan, policy)
     return plan
+
+
+def _as_in_source(kept: list[Kept], roles: Mapping[str, Role], converters: set[str]) -> list[Kept]:
+    """What is kept, by the names of the source; but as the model has it where the same converter makes a matrix."""
+    result: dict[str, Kept] = {}
+    for k in kept:
+        if not k.made or roles[k.name].converter in converters:
+            result[k.name] = k
+            continue
+        for tensor, shape in sources(k.made).items():
+            size = _numel(shape) * _itemsize(k.dtype)
+            result[tensor] = Kept(tensor, k.dtype, shape, size, k.reason, k.missed)
+    return list(result.values())
 
 
 def _narrow(

@@ -24,7 +24,7 @@ class Source:
     hub_id: str | None  # None: a local directory
     checkpoint: Checkpoint
     plan: Plan
-    tensors: dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape
+    tensors: dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape; what is converted as the model has it
     roles: dict[str, Role]
     prefix: str  # of the base model
     architecture: str
@@ -37,11 +37,11 @@ def open_source(model: str, policy: Policy, revision: str | None = None) -> Sour
     """Headers, skeleton and plan of a local directory or a hub id. Reads no weights, so a budget is not spent yet."""
     from loftq.architecture import skeleton
     from loftq.architecture.adapter import task_type
+    from loftq.architecture.conversion import converted_roles
 
     directory = resolve(model, revision)
     checkpoint, built = open_dense(directory)
-    tensors = {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
-    roles = skeleton.roles(built, tensors)
+    tensors, roles = converted_roles(built, {n: (t.dtype, t.shape) for n, t in checkpoint.tensors.items()})
     plan = planning.make(tensors, roles, policy)
     chosen = {m.module for m in plan.matrices}
     return Source(
