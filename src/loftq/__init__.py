@@ -29,6 +29,7 @@ __all__ = [
     "get_peft_model",
     "inspect",
     "load_start",
+    "merge",
     "plan",
     "quantize",
     "quantize_weight",
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from loftq.report.report import Report
     from loftq.solver import Solution, solve
     from loftq.spec import QuantSpec, SolveSpec, register_preset
-    from loftq.verbs import compare, evaluate, inspect, plan, start, train, verify
+    from loftq.verbs import compare, evaluate, inspect, merge, plan, start, train, verify
 
 # module -> the public names that lie in it
 _PUBLIC = {
@@ -69,7 +70,7 @@ _PUBLIC = {
     "loftq.report.report": ["Report"],
     "loftq.solver": ["Solution", "solve"],
     "loftq.spec": ["QuantSpec", "SolveSpec", "register_preset"],
-    "loftq.verbs": ["compare", "evaluate", "inspect", "plan", "start", "train", "verify"],
+    "loftq.verbs": ["compare", "evaluate", "inspect", "merge", "plan", "start", "train", "verify"],
 }
 _HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
 

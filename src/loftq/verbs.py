@@ -1,4 +1,5 @@
-"""The verbs of the command line as Python calls: plan, inspect, verify, start; train, evaluate, compare.
+"""The verbs of the command line as Python calls: plan, inspect, verify, start, merge; train, evaluate,
+compare.
 
 Those that make or calibrate something in memory are in :mod:`loftq.api`. Options have the command line's names.
 """
@@ -16,6 +17,8 @@ from loftq.checkpoint.budget import check_budget, within_budget
 from loftq.checkpoint.manifest import read_manifest
 from loftq.checkpoint.verify import verify as _verify
 from loftq.errors import UsageError, checks_names, extra, option
+from loftq.export.merge import MergeOptions
+from loftq.export.merge import merge as _merge
 from loftq.formats.statistics import Statistics
 from loftq.frozen.start import start as _start
 from loftq.frozen.start import start_options
@@ -136,6 +139,47 @@ def start(
 
 
 @checks_names
+def merge(
+    directory: str | Path,
+    output: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    dtype: str = "bfloat16",
+    max_shard_bytes: int = 5 << 30,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Report:
+    """A plain dense checkpoint of a quantized directory and an adapter: ``decode(Q) + s · B @ A``, streamed.
+
+    The adapter is added to the quantized weights, which it was trained on. One matrix is in memory at a time.
+
+    Args:
+        directory: made by :func:`quantize`, in any format.
+        output: the directory to be made.
+        adapter: what PEFT wrote, or a run of :func:`train`; None: the directory's own initialization; ``"none"``: no
+            adapter, the quantized weights alone.
+        dtype: of the matrices: ``bfloat16``, ``float16`` or ``float32``. Vectors stay as they are.
+        max_shard_bytes: of a file.
+        overwrite: replace an earlier output.
+
+    Returns: ``files``, with sizes and hashes, and ``identity``: what they were made of.
+
+    Raises: InputError for an adapter of another model, or that is more than LoRA; NumericalError for a value beyond
+        ``dtype``; ConflictError if ``output`` is taken.
+    """
+    options = MergeOptions(
+        adapter=None if adapter is None else as_path("adapter", adapter),
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+    )
+    with _Bar("merge", not progress) as bar:
+        made = _merge(Path(as_path("directory", directory)), Path(as_path("output", output)), options, bar.steps)
+    size = sum(f["size"] for f in made["files"].values()) / 1e6
+    return Report(made, f"{len(made['files'])} files, {size:.1f} MB, {dtype}")
+
+
+@checks_names
 def train(
     recipe: str | Path | Mapping[str, Any],
     *,
@@ -250,6 +294,10 @@ class _Bar(AbstractContextManager["_Bar"]):
         self._bar.reset(total)
         self._bar.update(done)
         return self._advance
+
+    def steps(self, total: int) -> Callable[[], Any]:
+        self._bar.reset(total)
+        return self._bar.update
 
     def _advance(self, _: Any) -> None:
         self._bar.update()

@@ -115,7 +115,7 @@ def _why(error: Exception, config: dict[str, Any]) -> str:
     return next((f"{_not_a_size(*size)}; {reason}" for size in odd), reason)
 
 
-def build(directory: Path, tensors: int | None = None) -> nn.Module:
+def build(directory: Path, tensors: int | None = None, *, quantized: bool = False) -> nn.Module:
     """The model of ``config.json`` on the meta device: all its modules, none of its weights.
 
     The class is the one named under ``architectures``, else the base model. Code shipped with the checkpoint is
@@ -123,9 +123,11 @@ def build(directory: Path, tensors: int | None = None) -> nn.Module:
 
     Args:
         tensors: how many the checkpoint has; a model that they could not fill is refused unbuilt.
+        quantized: whether the checkpoint may be quantized; the model is the dense one that it stands for.
     """
     path = directory / "config.json"
-    values = read_config(directory)
+    values = read_config(directory, quantized=quantized)
+    values.pop("quantization_config", None)
     if tensors is not None:
         bounds.check_layers(path, values, tensors)
     model_class, config_class = classes(path, values)

@@ -1,6 +1,7 @@
 """The manifest of a result, which is written last: read back whole, each field of the type that its readers rely on."""
 
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ from loftq.errors import InputError, listed, quoted
 from loftq.formats import hashed_json
 from loftq.formats.regular import local_path, shown
 from loftq.formats.tensorfile import DTYPES, MAX_DIM, check_name
+from loftq.planning import Matrix
 from loftq.spec import QuantSpec, from_dict
 
 MANIFEST = "loftq_manifest.json"
@@ -162,6 +164,16 @@ def checked(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
     if names != [row["name"] for row in manifest["plan"]["matrices"]] or len(set(names)) != len(names):
         raise InputError(f"{shown(path)}: matrices are not those of the plan, each once; not a manifest of this loftq")
     return manifest
+
+
+def planned(manifest: dict[str, Any]) -> list[Matrix]:
+    """The matrices of a manifest's plan, in order."""
+    return [_matrix(row) for row in manifest["plan"]["matrices"]]
+
+
+def _matrix(row: dict[str, Any]) -> Matrix:
+    known = {field.name: row[field.name] for field in fields(Matrix) if field.name in row}
+    return Matrix(**{**known, "shape": tuple(row["shape"]), "quant": from_dict(QuantSpec, row["quant"])})
 
 
 def _rows(manifest: dict[str, Any], path: Path) -> Iterator[tuple[str, tuple[str, ...], Any]]:

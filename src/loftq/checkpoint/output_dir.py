@@ -30,13 +30,14 @@ def check_places(source: Path, work: Workspace, output: Path) -> None:
 def already_done(
     output: Path,
     identity: dict[str, Any],
-    overwrite: bool,
+    overwrite: bool | None,
     mark: str = MANIFEST,
     check: Callable[[dict[str, Any], Path], dict[str, Any]] = checked,
 ) -> dict[str, Any] | None:
     """What is written last of an output that this very command made earlier; ConflictError for anything else there.
 
     Args:
+        overwrite: None if the command has no such option.
         mark: the name of that file.
         check: returns its content, or raises InputError.
     """
@@ -57,7 +58,7 @@ def already_done(
     if overwrite:
         return None
     problem = f"made by another command ({changed})" if changed else f"damaged ({damaged})"
-    cure = option("overwrite", True) if mark == MANIFEST else "remove it"
+    cure = "remove it" if overwrite is None else option("overwrite", True)
     raise ConflictError(f"{output}: {problem}; choose another {option('output')}, or {cure}")
 
 

@@ -3,12 +3,12 @@
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from loftq.architecture.adapter import adapter_shapes
 from loftq.checkpoint.assemble import ADAPTER
-from loftq.checkpoint.manifest import MANIFEST, read_manifest
+from loftq.checkpoint.manifest import MANIFEST, planned, read_manifest
 from loftq.errors import InputError, LoftqError, UsageError, listed, quoted
 from loftq.formats import fsio, layouts, strict_json
 from loftq.formats.layouts import Layout
@@ -16,7 +16,6 @@ from loftq.formats.regular import shown
 from loftq.formats.source import check_link
 from loftq.formats.tensorfile import TensorFile, read_header, read_tensor
 from loftq.planning import Matrix
-from loftq.spec import QuantSpec, from_dict
 
 NOTES = {"", ".md", ".png", ".pdf", ".svg"}  # endings of files that no loader reads: people may add them
 TRAINED = re.compile(r"checkpoint-\d+")  # what a Trainer puts beside the model that it trains
@@ -30,8 +29,8 @@ def verify(directory: Path) -> dict[str, Any]:
     if not problems:
         files = [read_header(directory / name) for name in manifest["files"] if name.endswith(".safetensors")]
         tensors = {t.name: (t.dtype, t.shape) for f in files for t in f.tensors.values()}
-        layout = _layout(directory, manifest)
-        problems = [p for m in manifest["plan"]["matrices"] for p in _matrix_problems(m, tensors, layout)]
+        layout = layout_of(directory, manifest)
+        problems = [p for m in planned(manifest) for p in _matrix_problems(m, tensors, layout)]
         problems += [p for f in files for p in _values_problems(f)]
     if problems:
         raise InputError(f"{shown(directory)}: {listed(problems)}; make it again, or download it again")
@@ -39,7 +38,8 @@ def verify(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def _layout(directory: Path, manifest: dict[str, Any]) -> Layout:
+def layout_of(directory: Path, manifest: dict[str, Any]) -> Layout:
+    """How the matrices of a checkpoint are written."""
     try:
         return layouts.get(manifest["identity"]["options"]["format"])
     except UsageError as e:
@@ -94,19 +94,13 @@ def _file_problems(directory: Path, name: str, wanted: Mapping[str, Any]) -> lis
     return [] if same else [f"{quoted(name)}: its bytes have changed (sha256)"]
 
 
-def _matrix_problems(matrix: dict[str, Any], tensors: dict[str, tuple], layout: Layout) -> list[str]:
+def _matrix_problems(matrix: Matrix, tensors: dict[str, tuple], layout: Layout) -> list[str]:
     """Tensors of a matrix and its adapter that are missing or have another shape than the plan says."""
-    rows, columns = matrix["shape"]
-    rank, problems = matrix["rank"], []
-    factors = {(rank, columns), (rows, rank)} if matrix["kind"] != "embedding" else {(rank, rows), (columns, rank)}
-    stem = f"base_model.model.{matrix['module']}"
-    names = (f"{stem}.lora_A.weight", f"{stem}.lora_embedding_A")
-    if not any(name in tensors and tensors[name][1] in factors for name in names):
-        problems.append(f"{ADAPTER}: no adapter of rank {rank} for {quoted(matrix['module'])}")
-    known = {field.name: matrix[field.name] for field in fields(Matrix) if field.name in matrix}
-    planned = Matrix(**{**known, "shape": (rows, columns), "quant": from_dict(QuantSpec, matrix["quant"])})
+    problems = []
+    if any(name not in tensors or tensors[name][1] != shape for name, shape in adapter_shapes(matrix).items()):
+        problems.append(f"{ADAPTER}: no adapter of rank {matrix.rank} for {quoted(matrix.module)}")
     try:
-        wanted = {entry.name: (entry.dtype, entry.shape) for entry in layout.entries(planned)}
+        wanted = {entry.name: (entry.dtype, entry.shape) for entry in layout.entries(matrix)}
     except UsageError as e:
         return [*problems, str(e)]
     odd = {name: tensors.get(name, "nothing") for name in wanted if tensors.get(name) != wanted[name]}
@@ -128,12 +122,12 @@ def _check_config(directory: Path, manifest: dict[str, Any]) -> None:
     path = directory / "config.json"
     config = strict_json.load_object(path, special=True)
     try:
-        listed_there = _layout(directory, manifest).modules_in(config.get("quantization_config"))
+        listed_there = layout_of(directory, manifest).modules_in(config.get("quantization_config"))
     except InputError as e:
         raise InputError(f"{shown(path)}: {e}") from e
-    planned = {(m["module"], from_dict(QuantSpec, m["quant"])) for m in manifest["plan"]["matrices"]}
-    if listed_there is not None and listed_there != planned:
-        odd = sorted(module for module, _ in listed_there ^ planned)
+    wanted = {(matrix.module, matrix.quant) for matrix in planned(manifest)}
+    if listed_there is not None and listed_there != wanted:
+        odd = sorted(module for module, _ in listed_there ^ wanted)
         raise InputError(
             f"{shown(directory / 'config.json')}: the packed modules are not those of the plan: {listed(odd)}"
         )

@@ -75,8 +75,12 @@ class RunBar(_Bar):
 
 
 class StepBar(_Bar):
-    """The steps of a calibration: blocks times batches."""
+    """Steps of equal worth; of a calibration, blocks times batches."""
+
+    def __init__(self, what: str = "calibrate", unit: str = "step") -> None:
+        super().__init__()
+        self._what, self._unit = what, unit
 
     def begin(self, total: int) -> Any:
-        self._open(total, "step", "calibrate")
+        self._open(total, self._unit, self._what)
         return self._step

@@ -99,7 +99,7 @@ def start(base: str, weights: str, output: Path, options: StartOptions, begin: B
     for place in (source.directory, directory):
         check_places(place, work, output)
     identity = _identity(source, directory, options)
-    done = already_done(output, identity, False, REPORT, _checked)
+    done = already_done(output, identity, None, REPORT, _checked)
     if done and not (work.root.exists() and is_ours(work, identity)):  # nothing to clean away
         return done
     if not done:
@@ -109,7 +109,7 @@ def start(base: str, weights: str, output: Path, options: StartOptions, begin: B
         config = _adapter_config(plan, source, model, name, options)
     fsio.make_dirs(work.root)
     with fsio.DirectoryLock(work.lock):
-        done = done or already_done(output, identity, False, REPORT, _checked)  # another process may have finished
+        done = done or already_done(output, identity, None, REPORT, _checked)  # another process may have finished
         if not done:
             claim(work, identity, source.directory)
             try:

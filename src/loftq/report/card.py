@@ -76,3 +76,41 @@ def model_card(
             "",
         ]
     )
+
+
+def merged_card(manifest: dict[str, Any], identity: dict[str, Any], licence: dict[str, str]) -> str:
+    """README.md of a merged checkpoint: what it was made of, by their hashes.
+
+    Args:
+        manifest: of the quantized base.
+        identity: of the merge.
+        licence: as :func:`model_card` takes it.
+    """
+    options, totals = manifest["identity"]["options"], manifest["totals"]
+    adapter = identity["adapter"] or {}
+    rows = {
+        "dtype": identity["options"]["dtype"],
+        "base": f"{options['bits']} bits, format {options['format']}; manifest sha256 {identity['base']}",
+        **{f"adapter, {name}": f"sha256 {digest}" for name, digest in adapter.items()},
+        **({} if adapter else {"adapter": "none: the quantized weights alone"}),
+        "relative weight error of the base with its initialization": f"{totals['error']:.4f}",
+        "made with": f"loftq {identity['loftq']}",
+    }
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            *(f"{key}: {json.dumps(value)}" for key, value in licence.items()),
+            "tags: [loftq, lora, merged]",
+            "---",
+            "# A quantized model with its adapter merged",
+            "",
+            "The weights are the dequantized ones of a LoftQ checkpoint plus the product of a LoRA adapter. They are",
+            "dense, and need no package but transformers.",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in rows.items()),
+            "",
+        ]
+    )

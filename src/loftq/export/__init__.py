@@ -1,0 +1,1 @@
+"""Ways out: what was trained, as files that other software reads."""

@@ -1,0 +1,248 @@
+"""An adapter that PEFT wrote, as what it does to the weights: ``W + s · B @ A``, and tensors that replace others.
+
+Only what is exactly that is taken. Options of PEFT that change more are refused by their names, those of a later PEFT
+too: every option that is not known here must have the value that switches it off.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from loftq.errors import InputError, UsageError, listed, option, quoted
+from loftq.export.base import Base, Dense
+from loftq.formats import fsio, strict_json
+from loftq.formats.picklefile import read_pickle_tensors
+from loftq.formats.regular import local_path, shown
+from loftq.formats.tensorfile import read_header, read_tensor
+from loftq.spec import scaling
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+FACTORS = re.compile(r"(?P<module>.+)\.lora_(?P<part>A\.weight|B\.weight|B\.bias|embedding_A|embedding_B)")
+# Options of PEFT's LoRA that say nothing of the product, or are read here.
+KNOWN = {
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias", "init_lora_weights", "task_type"),
+    *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "bias"),
+    *("lora_dropout", "fan_in_fan_out", "base_model_name_or_path", "revision", "inference_mode", "peft_type"),
+    *("peft_version", "auto_mapping", "runtime_config", "loftq_config", "eva_config", "ensure_weight_tying"),
+    *("megatron_core", "qalora_group_size"),  # of others that are switched off
+}
+# Initializations that leave the weight under the adapter as it is.
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "loftq")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Of one module: ``s · B @ A`` is added to its weight ``(out, in)``, ``s · bias`` to its bias.
+
+    ``a`` and ``b`` are names of the adapter's tensors. An embedding's are the other way round: its table gets
+    ``s · (B @ A).T``.
+    """
+
+    a: str
+    b: str
+    rank: int
+    scaling: float
+    embedding: bool = False
+    bias: str = ""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter of a base: what it adds, and what it puts in the place of other tensors.
+
+    Attributes:
+        factors: tensor of the base -> what is added to it.
+        biases: tensor of the base -> of which factors the bias is added to it.
+        replaced: tensor of the base -> the adapter's tensor.
+        new: parameter of a head that the base lacks -> the adapter's tensor.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+    factors: dict[str, Factors] = field(default_factory=dict)
+    biases: dict[str, Factors] = field(default_factory=dict)
+    replaced: dict[str, str] = field(default_factory=dict)
+    new: dict[str, str] = field(default_factory=dict)
+
+    def add_to(self, weight: Tensor, tensor: Dense) -> Tensor:
+        """``weight``, oriented as :meth:`Base.read` gives it, with what the adapter does to it, in float32."""
+        if tensor.name in self.replaced:
+            return self.read(self.replaced[tensor.name])
+        if tensor.name in self.biases:
+            factors = self.biases[tensor.name]
+            return weight.float() + factors.scaling * self.read(factors.bias).float()
+        if tensor.name not in self.factors:
+            return weight
+        b, a, s = self.product(tensor.name)
+        return weight.float().addmm_(b, a, alpha=s)
+
+    def product(self, name: str) -> tuple[Tensor, Tensor, float]:
+        """``B (out, rank)``, ``A (rank, in)`` in float32, and ``s``, for the weight ``name`` of the base."""
+        factors = self.factors[name]
+        a, b = self.read(factors.a).float(), self.read(factors.b).float()
+        return (a.T, b.T, factors.scaling) if factors.embedding else (b, a, factors.scaling)
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of its two files."""
+        names = (name for name in (CONFIG, *WEIGHTS) if (self.directory / name).is_file())
+        return {name: fsio.sha256_file(self.directory / name).sha256 for name in names}
+
+
+def place_of(given: Path) -> Path:
+    """The directory with the adapter: ``given``, or ``adapter`` in a run of ``loftq train``."""
+    given = local_path(option("adapter"), given)
+    for place in (given, given / "adapter"):
+        if (place / CONFIG).is_file():
+            return place
+    inner = sorted(path.parent.name for path in given.glob(f"*/{CONFIG}")) if given.is_dir() else []
+    cure = f"name one of {listed(inner)} in it" if inner else "name what PEFT's save_pretrained wrote, or a run"
+    raise InputError(f"{shown(given)}: no adapter: there is no {CONFIG}; {cure}")
+
+
+def open_adapter(directory: Path, base: Base) -> Adapter:
+    """Open an adapter for ``base``; weights are read later.
+
+    Raises: InputError for an adapter of another model, or that does more than add ``s · B @ A``.
+    """
+    config = strict_json.load_object(directory / CONFIG)
+    _refuse_others(directory / CONFIG, config)
+    adapter = Adapter(directory, config, *_tensors(directory))
+    parts: dict[str, dict[str, str]] = {}
+    for name in adapter.shapes:
+        bare = name.removeprefix("base_model.model.")
+        if found := FACTORS.fullmatch(bare):
+            parts.setdefault(found["module"], {})[found["part"]] = name
+        elif ".lora_" in bare or "token_adapter" in bare:
+            raise InputError(f"{shown(directory)}: {quoted(name)}: more than LoRA's A and B; only plain LoRA is taken")
+        else:
+            _place_whole(adapter, base, bare.replace(".base_layer.", "."), name)
+    for module, held in parts.items():
+        _place_factors(adapter, base, module, held)
+    if not parts and not adapter.replaced and not adapter.new:
+        raise InputError(f"{shown(directory)}: an adapter without tensors; save it again")
+    return adapter
+
+
+def _refuse_others(path: Path, config: dict[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{shown(path)}: peft_type is {quoted(config.get('peft_type'))}; only LORA can be merged")
+    more = sorted(name for name, value in config.items() if value and name not in KNOWN)
+    if more:
+        raise InputError(
+            f"{shown(path)}: {listed(more, 3)}: the adapter is more than s · B @ A; only plain LoRA is taken. "
+            "Merge it with PEFT: merge_and_unload()"
+        )
+    if config.get("init_lora_weights", True) not in PLAIN_STARTS:
+        raise InputError(
+            f"{shown(path)}: init_lora_weights {quoted(config['init_lora_weights'])} changed the weights under the "
+            "adapter; convert it first, with path_initial_model_for_weight_conversion of PEFT's save_pretrained"
+        )
+
+
+def _tensors(directory: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]:
+    """Shapes by name, and how a tensor is read."""
+    plain, pickled = (directory / name for name in WEIGHTS)
+    if plain.is_file() or not pickled.is_file():
+        file = read_header(plain)
+        shapes = {name: info.shape for name, info in file.tensors.items()}
+        return shapes, lambda name: read_tensor(file.tensors[name], file.stamp)
+    tensors = read_pickle_tensors(pickled)
+    return {name: tuple(t.shape) for name, t in tensors.items()}, tensors.__getitem__
+
+
+def _place_whole(adapter: Adapter, base: Base, parameter: str, name: str) -> None:
+    """A tensor that was trained whole."""
+    found = base.parameter(parameter)
+    if found is None:
+        if held := base.tied_to(parameter):
+            if adapter.config.get("ensure_weight_tying"):
+                return  # the same as what replaces the tensor that it is tied to
+            raise _tied(adapter, parameter, held)
+        adapter.new[parameter] = name
+        return
+    _refuse_tied(adapter, found)
+    if adapter.shapes[name] != found.shape:
+        raise InputError(
+            f"{shown(adapter.directory)}: {quoted(parameter)} has shape {adapter.shapes[name]}, in the base "
+            f"{found.shape}: its vocabulary was resized, or it is of another model; merge it with PEFT, on the "
+            "model that was resized alike"
+        )
+    adapter.replaced[found.name] = name
+
+
+def _place_factors(adapter: Adapter, base: Base, module: str, held: dict[str, str]) -> None:
+    where = f"{shown(adapter.directory)}: {quoted(module)}"
+    embedding = "embedding_A" in held
+    names = [held.get(f"embedding_{x}" if embedding else f"{x}.weight", "") for x in "AB"]
+    found = base.parameter(f"{module}.weight")
+    if found is None:
+        if adapter.config.get("ensure_weight_tying") and base.tied_to(f"{module}.weight"):
+            return
+        if tied := base.tied_to(f"{module}.weight"):
+            raise _tied(adapter, module, tied)
+        raise InputError(f"{where}: the base has no such weight; is the adapter of another model?")
+    if found.kind not in ("linear", "conv1d", "embedding"):
+        raise InputError(f"{where}: LoRA on {found.kind or 'a parameter'} of the base; only layers are taken")
+    _refuse_tied(adapter, found)
+    a, b = (adapter.shapes.get(name, ()) for name in names)
+    rows, columns = found.shape[::-1] if found.kind == "conv1d" else found.shape
+    rank = a[0] if a else 0
+    if (a, b) != (((rank, rows), (columns, rank)) if embedding else ((rank, columns), (rows, rank))):
+        raise InputError(f"{where}: A {a} and B {b} do not fit a weight of {rows}x{columns}; of another model?")
+    factors = Factors(*names, rank, _scaling(adapter, module, rank), embedding, held.get("B.bias", ""))
+    adapter.factors[found.name] = factors
+    if factors.bias:
+        bias = base.parameter(f"{module}.bias")
+        if bias is None:
+            raise InputError(f"{where}: lora_bias, and the layer has no bias to add it to")
+        adapter.biases[bias.name] = factors
+
+
+def _scaling(adapter: Adapter, module: str, rank: int) -> float:
+    """By PEFT's rule: the first pattern that the module's name ends with."""
+    from peft.utils.other import get_pattern_key
+
+    config = adapter.config
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    wanted = ranks.get(get_pattern_key(ranks, module), config.get("r"))
+    alpha = alphas.get(get_pattern_key(alphas, module), config.get("lora_alpha"))
+    if wanted != rank or not isinstance(alpha, (int, float)):
+        told = f"rank {quoted(wanted)} and alpha {quoted(alpha)} for {quoted(module)}, whose A has rank {rank}"
+        raise InputError(f"{shown(adapter.directory / CONFIG)}: {told}; the two files are not of one adapter")
+    try:
+        return scaling(alpha, rank, bool(config.get("use_rslora")))
+    except UsageError as e:
+        raise InputError(f"{shown(adapter.directory / CONFIG)}: {e}") from e
+
+
+def _refuse_tied(adapter: Adapter, found: Dense) -> None:
+    if found.role.tied and not adapter.config.get("ensure_weight_tying"):
+        raise _tied(adapter, found.runtime, listed(found.role.tied))
+
+
+def _tied(adapter: Adapter, name: str, other: str) -> InputError:
+    return InputError(
+        f"{shown(adapter.directory)}: {quoted(name)} is tied to {quoted(other)}, and the adapter is of one of the two: "
+        "merged, it would change both; keep the adapter apart, or train with ensure_weight_tying=True"
+    )
+
+
+def own_files(adapter: Adapter) -> Iterator[Path]:
+    """The files of the tokenizer beside the adapter, if there is one: training may have changed the chat template."""
+    if (adapter.directory / "tokenizer_config.json").is_file():
+        for path in sorted(adapter.directory.iterdir()):
+            if path.is_file() and path.name.startswith(TOKENIZER):
+                yield path
+
+
+TOKENIZER = (
+    *("tokenizer", "vocab", "merges", "tekken", "spiece", "spm", "sentencepiece"),
+    *("special_tokens_map", "added_tokens", "chat_template"),
+)

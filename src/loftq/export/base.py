@@ -1,0 +1,138 @@
+"""A finished LoftQ checkpoint as the dense model that it stands for, one tensor at a time."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loftq.architecture import skeleton
+from loftq.checkpoint.manifest import MANIFEST, planned, read_manifest
+from loftq.checkpoint.verify import layout_of
+from loftq.errors import InputError, NumericalError, listed, option, quoted
+from loftq.formats.layouts import Layout
+from loftq.formats.regular import shown
+from loftq.formats.source import Checkpoint, open_checkpoint
+from loftq.numerics import oriented, oriented_shape
+from loftq.planning import Matrix, Role, natural
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A tensor of the dense model.
+
+    Attributes:
+        name: as the checkpoint of the original has it.
+        runtime: the parameter that it becomes, or a part of it.
+        role: what it is in the model; ``module`` and ``kind`` also of what is quantized.
+        shape, dtype: as it is stored where it is dense.
+        matrix: how it is quantized; None for what is kept.
+    """
+
+    name: str
+    runtime: str
+    role: Role
+    shape: tuple[int, ...]
+    dtype: str
+    matrix: Matrix | None = None
+
+    @property
+    def kind(self) -> str:
+        return self.matrix.kind if self.matrix else self.role.kind
+
+
+@dataclass(frozen=True)
+class Base:
+    """A LoftQ checkpoint, opened: headers, plan, and the modules of its model. Weights are read one by one."""
+
+    directory: Path
+    manifest: dict[str, Any]
+    checkpoint: Checkpoint
+    layout: Layout
+    model: Any  # on the meta device
+    tensors: dict[str, Dense]  # by name, in the order of the model
+
+    @property
+    def identity(self) -> str:
+        """The hash of the manifest, which holds those of all files."""
+        return self.manifest["sha256"]
+
+    @cached_property
+    def by_parameter(self) -> dict[str, Dense]:
+        return {tensor.runtime: tensor for tensor in self.tensors.values()}
+
+    def parameter(self, name: str) -> Dense | None:
+        """The tensor that a parameter is read from, also if the name is that of another head over the same model."""
+        for spelled in skeleton.spellings(name, str(self.model.base_model_prefix)):
+            if spelled in self.by_parameter:
+                return self.by_parameter[spelled]
+        return None
+
+    def tied_to(self, name: str) -> str:
+        """The parameter that holds the weight of ``name`` too; empty if it has its own, or there is none."""
+        ties: dict[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
+        spelled = skeleton.spellings(name, str(self.model.base_model_prefix))
+        return next((ties[one] for one in spelled if one in ties), "")
+
+    def stored(self, matrix: Matrix) -> list[Tensor]:
+        """The tensors of a quantized matrix as they are in the files."""
+        return [self.checkpoint.read(entry.name) for entry in self.layout.entries(matrix)]
+
+    def read(self, tensor: Dense) -> Tensor:
+        """A matrix that is quantized as float32 ``(out, in)``; another one oriented alike; all else as it is."""
+        if tensor.matrix is not None:
+            return self.layout.decode(tensor.matrix, self.stored(tensor.matrix))
+        return oriented(tensor.kind, self.checkpoint.read(tensor.name))
+
+
+def open_base(directory: Path) -> Base:
+    """Open what ``loftq quantize`` made. InputError for a directory that it did not finish, or whose files changed."""
+    manifest = read_manifest(directory)
+    layout = layout_of(directory, manifest)
+    checkpoint = open_checkpoint(directory)
+    matrices = planned(manifest)
+    entries = {entry.name: entry for matrix in matrices for entry in layout.entries(matrix)}
+    found = checkpoint.tensors
+    odd = [n for n, e in entries.items() if n not in found or (found[n].dtype, found[n].shape) != (e.dtype, e.shape)]
+    if odd:
+        raise InputError(
+            f"{shown(directory)}: {listed(odd, 3)}: missing, or not what {MANIFEST} says; run `loftq verify` on it"
+        )
+    names = [name for name in found if name not in entries]
+    model = skeleton.build(directory, len(names) + len(matrices), quantized=True)
+    rename = skeleton.renamer(model)
+    roles = skeleton.roles(model, names)
+    kept = (Dense(n, rename(n)[0], roles[n], found[n].shape, found[n].dtype) for n in names)
+    dense = (_dense(matrix) for matrix in matrices)
+    by_name = {tensor.name: tensor for tensor in (*kept, *dense)}
+    ordered = {name: by_name[name] for name in sorted(by_name, key=natural)}
+    return Base(directory, manifest, checkpoint, layout, model, _with_ties(ordered, model))
+
+
+def _dense(matrix: Matrix) -> Dense:
+    shape = oriented_shape(matrix.kind, matrix.shape)
+    return Dense(matrix.name, f"{matrix.module}.weight", Role(matrix.module, matrix.kind), shape, matrix.dtype, matrix)
+
+
+def _with_ties(tensors: dict[str, Dense], model: Any) -> dict[str, Dense]:
+    """The tensors, those that are another parameter too with its name."""
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    others: dict[str, list[str]] = {}
+    for name, held in ties.items():
+        others.setdefault(held, []).append(name)
+    return {
+        name: replace(t, role=replace(t.role, tied=tuple(others.get(t.runtime, ())))) for name, t in tensors.items()
+    }
+
+
+def narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """``tensor`` in another floating-point type. NumericalError if it does not fit."""
+    cast = tensor.to(dtype)
+    if not cast.isfinite().all():
+        why = "not finite; check the adapter, and the base with `loftq verify`"
+        if tensor.isfinite().all():
+            why = f"has values beyond {str(dtype).removeprefix('torch.')}; use {option('dtype', 'bfloat16')}"
+        raise NumericalError(f"{quoted(name)}: {why}")
+    return cast

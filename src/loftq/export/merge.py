@@ -1,0 +1,141 @@
+"""``loftq merge``: a plain dense checkpoint of the quantized base and its adapter, one matrix in memory at a time.
+
+The adapter is added to the weights that it was trained on, the dequantized ones, and not to the original's: it makes
+up for their error.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from loftq.checkpoint.assemble import ADAPTER
+from loftq.errors import option
+from loftq.export import heads
+from loftq.export.adapter import Adapter, open_adapter, own_files, place_of
+from loftq.export.base import Base, Dense, narrowed, open_base
+from loftq.export.output import Files, copy, produce, write_shards
+from loftq.formats import fsio, strict_json
+from loftq.formats.belongings import belongings, licence
+from loftq.formats.regular import local_path
+from loftq.formats.tensorfile import DTYPES, Entry
+from loftq.numerics import oriented
+from loftq.options import check_choice, check_whole
+from loftq.report.card import merged_card
+from loftq.spec import STORED
+from loftq.version import __version__
+
+NO_ADAPTER = "none"
+Begin = Callable[[int], Callable[[], object]]  # called once with the number of tensors; returns what each one calls
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """What to make.
+
+    Attributes:
+        adapter: directory of an adapter or of a run; None: the initialization of the base; ``none``: no adapter.
+        dtype: of the matrices. Vectors stay as they are.
+        max_shard_bytes: of a file.
+    """
+
+    adapter: str | None = None
+    dtype: str = "bfloat16"
+    max_shard_bytes: int = 5 << 30
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice(option("dtype"), self.dtype, tuple(STORED))
+        check_whole(option("max_shard_bytes"), self.max_shard_bytes, 1)
+
+
+def open_both(directory: Path, adapter: str | None) -> tuple[Base, Adapter | None]:
+    """A base and the adapter that is asked for, which must be of it."""
+    base = open_base(local_path("the directory", directory))
+    if adapter == NO_ADAPTER:
+        return base, None
+    place = base.directory / ADAPTER if adapter is None else place_of(Path(adapter))
+    return base, open_adapter(place, base)
+
+
+def sources_of(base: Base, adapter: Adapter | None) -> tuple[list[Path], dict[str, Any]]:
+    """The directories that an export reads, and what of its identity follows from them."""
+    if adapter is None:
+        return [base.directory], {"base": base.identity, "adapter": None}
+    inside = adapter.directory.resolve().parent == base.directory.resolve()
+    places = [base.directory] if inside else [base.directory, adapter.directory]
+    return places, {"base": base.identity, "adapter": adapter.digests()}
+
+
+def merge(directory: Path, output: Path, options: MergeOptions, begin: Begin) -> dict[str, Any]:
+    """Merge into the directory ``output``; what its ``loftq_export.json`` says.
+
+    Raises: InputError for a directory that is not finished, an adapter that is not of it, or a value that does not fit
+        the dtype; ConflictError if ``output`` is taken.
+    """
+    base, adapter = open_both(directory, options.adapter)
+    head = heads.find(base, adapter)
+    places, read = sources_of(base, adapter)
+    identity = {
+        **read,
+        "options": {"verb": "merge", "dtype": options.dtype, "max_shard_bytes": options.max_shard_bytes},
+        "loftq": __version__,
+    }
+
+    def fill(place: Path) -> Files:
+        made = _write_weights(place, base, adapter, options, begin)
+        config = {**strict_json.load_object(base.directory / "config.json", special=True), **head}
+        config.pop("quantization_config", None)
+        made["config.json"] = fsio.write_json(place / "config.json", strict_json.tagged(_typed(config, options.dtype)))
+        made |= copy(belongings(base.directory).files, base.directory, place)
+        if adapter is not None:
+            made |= copy(own_files(adapter), adapter.directory, place)
+        card = merged_card(base.manifest, identity, licence(base.directory / "README.md"))
+        made["README.md"] = fsio.write_atomic(place / "README.md", [card.encode()])
+        return made
+
+    return produce(output, identity, places, options.overwrite, fill)
+
+
+def _write_weights(place: Path, base: Base, adapter: Adapter | None, options: MergeOptions, begin: Begin) -> Files:
+    wide = STORED[options.dtype]
+    entries = [Entry(t.name, _dtype(t, wide), t.shape) for t in base.tensors.values()]
+    new = {} if adapter is None else adapter.new
+    entries += [Entry(name, wide, adapter.shapes[held]) for name, held in new.items()]  # type: ignore[union-attr]
+    advance = begin(len(entries))
+
+    def read(entry: Entry) -> Tensor:
+        tensor = base.tensors.get(entry.name)
+        value = adapter.read(new[entry.name]) if tensor is None else _merged(tensor, base, adapter)  # type: ignore[union-attr]
+        if value.is_floating_point() and entry.dtype in FLOATS:
+            value = narrowed(value, DTYPES[entry.dtype], entry.name)
+        advance()
+        return value
+
+    return write_shards(place, entries, read, options.max_shard_bytes)
+
+
+FLOATS = (*STORED.values(), "F64")
+
+
+def _dtype(tensor: Dense, wide: str) -> str:
+    """Matrices in the dtype that is asked for; norms, biases and what is no floating-point number as they are."""
+    return wide if tensor.dtype in FLOATS and len(tensor.shape) > 1 else tensor.dtype
+
+
+def _merged(tensor: Dense, base: Base, adapter: Adapter | None) -> Tensor:
+    value = base.read(tensor)
+    if adapter is not None:
+        if tensor.name in adapter.replaced:
+            return adapter.read(adapter.replaced[tensor.name])
+        value = adapter.add_to(value, tensor)
+    return oriented(tensor.kind, value)
+
+
+def _typed(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A configuration, and those nested in it, that says what the matrices are."""
+    typed = {name: _typed(value, dtype) if isinstance(value, dict) else value for name, value in config.items()}
+    typed.pop("torch_dtype", None)
+    return {**typed, "dtype": dtype} if {"dtype", "torch_dtype", "architectures"} & config.keys() else typed
