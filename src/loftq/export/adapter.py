@@ -180,7 +180,7 @@ def _place_whole(adapter: Adapter, base: Base, parameter: str, name: str) -> Non
 def _place_factors(adapter: Adapter, base: Base, module: str, held: dict[str, str]) -> None:
     where = f"{shown(adapter.directory)}: {quoted(module)}"
     embedding = "embedding_A" in held
-    names = [held.get(f"embedding_{x}" if embedding else f"{x}.weight", "") for x in "AB"]
+    ours, theirs = (held.get(f"embedding_{x}" if embedding else f"{x}.weight", "") for x in "AB")
     found = base.parameter(f"{module}.weight")
     if found is None:
         if adapter.config.get("ensure_weight_tying") and base.tied_to(f"{module}.weight"):
@@ -191,12 +191,12 @@ def _place_factors(adapter: Adapter, base: Base, module: str, held: dict[str, st
     if found.kind not in ("linear", "conv1d", "embedding"):
         raise InputError(f"{where}: LoRA on {found.kind or 'a parameter'} of the base; only layers are taken")
     _refuse_tied(adapter, found)
-    a, b = (adapter.shapes.get(name, ()) for name in names)
+    a, b = (adapter.shapes.get(name, ()) for name in (ours, theirs))
     rows, columns = found.shape[::-1] if found.kind == "conv1d" else found.shape
     rank = a[0] if a else 0
     if (a, b) != (((rank, rows), (columns, rank)) if embedding else ((rank, columns), (rows, rank))):
         raise InputError(f"{where}: A {a} and B {b} do not fit a weight of {rows}x{columns}; of another model?")
-    factors = Factors(*names, rank, _scaling(adapter, module, rank), embedding, held.get("B.bias", ""))
+    factors = Factors(ours, theirs, rank, _scaling(adapter, module, rank), embedding, held.get("B.bias", ""))
     adapter.factors[found.name] = factors
     if factors.bias:
         bias = base.parameter(f"{module}.bias")
@@ -211,8 +211,8 @@ def _scaling(adapter: Adapter, module: str, rank: int) -> float:
 
     config = adapter.config
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    wanted = ranks.get(get_pattern_key(ranks, module), config.get("r"))
-    alpha = alphas.get(get_pattern_key(alphas, module), config.get("lora_alpha"))
+    wanted = ranks.get(get_pattern_key(list(ranks), module), config.get("r"))
+    alpha = alphas.get(get_pattern_key(list(alphas), module), config.get("lora_alpha"))
     if wanted != rank or not isinstance(alpha, (int, float)):
         told = f"rank {quoted(wanted)} and alpha {quoted(alpha)} for {quoted(module)}, whose A has rank {rank}"
         raise InputError(f"{shown(adapter.directory / CONFIG)}: {told}; the two files are not of one adapter")
