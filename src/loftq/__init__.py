@@ -121,12 +121,14 @@ def _extend_trained_tokens(layer: Any) -> None:
 
 def _extend_peft_models(peft_model: Any) -> None:
     from loftq.adapters.initialization import warn_of_unused_starts
+    from loftq.adapters.origins import warn_on_loading
     from loftq.adapters.placement import check_loading
     from loftq.nn.counts import count_weights_under
 
     count_weights_under(peft_model.PeftModel)
     warn_of_unused_starts(peft_model.PeftModel)
     check_loading(peft_model.PeftModel)
+    warn_on_loading(peft_model.PeftModel)
 
 
 def _extend_mixed_models(mixed_model: Any) -> None:
@@ -142,15 +144,18 @@ def _keep_real_targets(conversion: Any) -> None:
 
 
 def _read_relative_bases(module: Any) -> None:
-    from loftq.adapters import bases
+    from loftq.adapters import bases, origins
 
     if module.__name__ == "peft.config":
         bases.read_config(module.PeftConfigMixin)
         bases.write_config(module.PeftConfigMixin)
+        origins.write_with_config(module.PeftConfigMixin)
     elif module.__name__ == "peft.auto":
         bases.load_from_subfolder(module._BaseAutoPeftModel)
     else:
         module.find_adapter_config_file = bases.find_config(module.find_adapter_config_file)
+        if module.__name__ == "transformers.integrations.peft":
+            origins.warn_on_loading(module.PeftAdapterMixin)
 
 
 wrapt.register_post_import_hook(_register_quantizer, "transformers.quantizers.auto")

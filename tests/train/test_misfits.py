@@ -172,14 +172,19 @@ def test_a_split_that_is_not_used_may_be_as_it_likes(place):
         evaluate(str(place / "lora"), splits=["test"])
 
 
-def test_an_adapter_on_another_base_is_told(place, caplog):
+def test_an_adapter_on_another_base_is_refused(place, caplog):
     recipe = tiny.recipe(place, "loftq", **{"training.max_steps": 1})
     finetune(recipe)
     options = {"task": "sst2", "data": str(place / "data"), "max_length": 16, "adapter": place / "loftq" / "adapter"}
-    told = f"an adapter of {place / 'loftq' / 'backbone'}, put on {place / 'model'}"
     evaluate(str(place / "loftq" / "backbone"), **options)
     assert "an adapter of" not in caplog.text
-    evaluate(str(place / "model"), **options)
+    with pytest.raises(InputError, match=r"adapter: the adapter belongs to the quantized model .*model is another"):
+        evaluate(str(place / "model"), **options)
+    (place / "loftq" / "adapter" / "loftq_base.json").unlink()
+    (place / "loftq" / "backbone").rename(place / "gone")
+    (place / "loftq" / "backbone").symlink_to(place / "model")  # nothing is known but a place that is another one
+    evaluate(str(place / "gone"), **options)
+    told = f"an adapter of {place / 'loftq' / 'backbone'}, put on {place / 'gone'}"
     assert [record.levelno for record in caplog.records if told in record.getMessage()] == [logging.WARNING]
 
 

@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_mod
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
+from loftq.adapters.origins import identity, refuse_other
 from loftq.adapters.placement import check_placed, filled_from_elsewhere
 from loftq.architecture.adapter import task_type
 from loftq.architecture.loading import guarded
@@ -45,7 +46,8 @@ def load_start(
         modules_to_save: modules that are trained and saved with the adapter. By default the head of a classifier or
             of question answering, all of it, and whatever else the checkpoint had no weights for.
 
-    Raises: UsageError for a model without packed layers, or offloaded; InputError if a packed layer has no start.
+    Raises: UsageError for a model without packed layers, or offloaded; InputError if a packed layer has no start, or
+        the directory is of another model.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"wanted a packed model, got {type(model).__name__}; load it with from_pretrained first")
@@ -54,6 +56,9 @@ def load_start(
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise UsageError("a part of the model is offloaded; an adapter is trained on a model in memory, load all of it")
     local = Path(directory).is_dir()
+    name = str(getattr(model, "name_or_path", "") or "")
+    if local and subfolder and identity(name) is not None:
+        refuse_other(Path(directory) / subfolder, Path(name))
     try:
         with guarded() if local else nullcontext():
             config = PeftConfig.from_pretrained(str(directory), subfolder=subfolder)

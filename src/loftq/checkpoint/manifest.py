@@ -9,12 +9,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from loftq.errors import InputError, listed, quoted
 from loftq.formats import hashed_json
+from loftq.formats.config import MANIFEST as MANIFEST
 from loftq.formats.regular import local_path, shown
 from loftq.formats.tensorfile import DTYPES, MAX_DIM, check_name
 from loftq.planning import Matrix
 from loftq.spec import QuantSpec, from_dict
-
-MANIFEST = "loftq_manifest.json"
 
 
 class Part(BaseModel):

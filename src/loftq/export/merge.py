@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from loftq.adapters.origins import refuse_other
 from loftq.checkpoint.assemble import ADAPTER
 from loftq.errors import option
 from loftq.export import heads
@@ -56,7 +57,10 @@ def open_both(directory: Path, adapter: str | None) -> tuple[Base, Adapter | Non
     base = open_base(local_path("the directory", directory))
     if adapter == NO_ADAPTER:
         return base, None
-    place = base.directory / ADAPTER if adapter is None else place_of(Path(adapter))
+    if adapter is None:
+        return base, open_adapter(base.directory / ADAPTER, base)
+    place = place_of(Path(adapter))
+    refuse_other(place, base.directory)
     return base, open_adapter(place, base)
 
 

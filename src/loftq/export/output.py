@@ -14,10 +14,10 @@ from loftq.checkpoint.output_dir import already_done, check_places, claim, publi
 from loftq.checkpoint.shards import Workspace
 from loftq.errors import InputError, option
 from loftq.formats import fsio, hashed_json
+from loftq.formats.config import EXPORTED
 from loftq.formats.regular import local_path, shown
 from loftq.formats.tensorfile import Entry, encode_header, tensor_bytes
 
-MARK = "loftq_export.json"
 Files = dict[str, fsio.FileDigest]
 
 
@@ -48,18 +48,20 @@ def produce(
     work = Workspace(output)
     for source in sources:
         check_places(source, work, output)
-    done = already_done(output, identity, overwrite, MARK, _checked)
+    done = already_done(output, identity, overwrite, EXPORTED, _checked)
     if done:
         return done
     fsio.make_dirs(work.root)
     with fsio.DirectoryLock(work.lock):
-        done = already_done(output, identity, overwrite, MARK, _checked)  # another process may have finished meanwhile
+        done = already_done(
+            output, identity, overwrite, EXPORTED, _checked
+        )  # another process may have finished meanwhile
         if not done:
             claim(work, identity, sources[0])
             files = {name: asdict(digest) for name, digest in fill(work.output).items()}
             content = {"format_version": 1, "identity": identity, "files": files, **report()}
-            done = hashed_json.write(work.output / MARK, content)
-            publish(work, output, {**files, MARK: asdict(fsio.sha256_file(work.output / MARK))}, overwrite)
+            done = hashed_json.write(work.output / EXPORTED, content)
+            publish(work, output, {**files, EXPORTED: asdict(fsio.sha256_file(work.output / EXPORTED))}, overwrite)
         fsio.remove_tree(work.root)
     return done
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from loftq.adapters.origins import refuse_other
 from loftq.adapters.start import load_start, new_adapter
 from loftq.architecture.loading import guarded, load_config, load_weights
 from loftq.architecture.skeleton import one_line
@@ -57,15 +58,16 @@ def add_start(model: PreTrainedModel, directory: Path, dropout: float) -> PeftMo
 
 
 def load_adapter(model: PreTrainedModel, directory: Path, new_modules: Iterable[str], base: Path) -> PeftModel:
-    """A trained adapter put on ``model``, which was loaded from ``base``; a warning if it was trained on another.
+    """A trained adapter put on ``model``, which was loaded from ``base``.
 
-    Raises: InputError if it is no adapter for the model, or leaves a new module of it untrained.
+    Raises: InputError if it is no adapter for the model, was trained on another, or leaves a new module untrained.
     """
     file = directory / "adapter_config.json"
     if not file.is_file():
         raise InputError(f"{quoted(directory)}: no adapter for this model: there is no adapter_config.json")
     if strict_json.load_object(file).get("megatron_config"):
         raise InputError(f"{quoted(directory)}: its megatron_config has PEFT import modules; take it out")
+    refuse_other(directory, base)
     try:
         with guarded():
             adapted = PeftModel.from_pretrained(model, str(directory))

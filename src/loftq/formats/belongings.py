@@ -14,6 +14,7 @@ from typing import Any
 
 from loftq.errors import InputError, StorageError, quoted
 from loftq.formats import strict_json, text
+from loftq.formats.config import EXPORTED, MANIFEST
 from loftq.formats.picklefile import read_pickle_tensors
 from loftq.formats.regular import open_regular, shown
 from loftq.formats.source import check_link
@@ -37,7 +38,7 @@ FOLDERS = {
     "of a training": r"runs|wandb|logs|lightning_logs|checkpoint-\d+",
     "another framework's": "onnx|openvino|original",
 }
-REPLACED = {"config.json", "README.md", "loftq_manifest.json", "loftq_init"}
+REPLACED = {"config.json", "README.md", MANIFEST, EXPORTED, "loftq_init"}
 REPLACED_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|consolidated.*")
 
 

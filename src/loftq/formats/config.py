@@ -9,6 +9,8 @@ from loftq.errors import InputError, UsageError, listed, quoted
 from loftq.spec import QuantSpec, from_dict
 
 FORMAT_VERSION = 1
+MANIFEST = "loftq_manifest.json"  # of a quantized directory, written last
+EXPORTED = "loftq_export.json"  # of what was made from one
 
 
 @dataclass(frozen=True)

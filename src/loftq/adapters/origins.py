@@ -1,0 +1,121 @@
+"""Which base an adapter belongs to: the hash of its manifest travels with the adapter.
+
+An adapter with a LoftQ initialization makes up for the error of one quantized model. On another one, the original
+above all, it adds that error. PEFT's ``save_pretrained`` therefore leaves ``loftq_base.json`` beside
+``adapter_config.json``, with the hash of the base's manifest; Trainer's checkpoints and uploads have it too. The
+initialization in a quantized directory needs none: its base is the directory that it lies in.
+"""
+
+import functools
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from loftq.adapters.bases import KEY, resolved
+from loftq.errors import InputError, LoftqError, quoted
+from loftq.formats import fsio, strict_json
+from loftq.formats.config import EXPORTED, MANIFEST
+from loftq.nn.layers import PackedWeight
+
+BESIDE = "loftq_base.json"
+FIELD = "manifest_sha256"
+
+
+def identity(directory: str | os.PathLike) -> str | None:
+    """The hash of the manifest in ``directory``, or of that of the base whose weights alone were exported to it; None
+    for any other model.
+    """
+    manifest = _read(Path(directory) / MANIFEST)
+    exported = _read(Path(directory) / EXPORTED).get("identity")
+    whole = isinstance(exported, dict) and exported.get("adapter") is None
+    found = manifest.get("sha256") or (exported.get("base") if whole else None)  # type: ignore[union-attr]
+    return found if isinstance(found, str) else None
+
+
+def recorded(adapter: str | os.PathLike) -> str | None:
+    """The hash of the base that the adapter in a local directory was made or trained on; None if it is not known."""
+    found = _read(Path(adapter) / BESIDE).get(FIELD)
+    if isinstance(found, str):
+        return found
+    base = resolved(_read(Path(adapter) / "adapter_config.json").get(KEY), adapter)
+    return identity(base) if isinstance(base, str) and os.path.isdir(base) else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return strict_json.load_object(path, special=True) if path.is_file() else {}
+    except LoftqError:
+        return {}  # whoever needs the file says what is wrong with it
+
+
+def refuse_other(adapter: Path, base: Path) -> None:
+    """InputError if an adapter is known to belong to another base than the one in the directory ``base``."""
+    wanted, found = recorded(adapter), identity(base)
+    if wanted is not None and wanted != found:
+        raise InputError(f"{quoted(adapter, 400)}: {_told(wanted, found, quoted(base, 400))}")
+
+
+def warn_of_other(model: Any, adapter: Any, subfolder: str | None = None) -> None:
+    """Warn if an adapter is known to belong to another base than ``model``, a model of transformers."""
+    place = os.path.join(str(adapter), subfolder or "")
+    wanted = recorded(place) if os.path.isdir(place) else None
+    name = str(getattr(model, "name_or_path", "") or "")
+    if wanted is None or not name:
+        return
+    found = identity(name) if os.path.isdir(name) else None
+    unknown = found is None and any(isinstance(module, PackedWeight) for module in model.modules())
+    if wanted != found and not unknown:
+        warnings.warn(f"{quoted(place, 400)}: {_told(wanted, found, quoted(name, 400))}", stacklevel=3)
+
+
+def _told(wanted: str, found: str | None, name: str) -> str:
+    here = f"of manifest {found[:12]}" if found else "without a manifest"
+    return (
+        f"the adapter belongs to the quantized model of manifest {wanted[:12]}, and {name} is another model, {here}: "
+        "it makes up for an error that is not there; load the base that it was trained on"
+    )
+
+
+def write_with_config(config_class: Any) -> None:
+    """Let ``PeftConfig.save_pretrained`` leave the hash of the base beside the configuration."""
+    save, read = config_class.save_pretrained, config_class.from_pretrained.__func__
+
+    @functools.wraps(read)
+    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):  # type: ignore[no-untyped-def]
+        config = read(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config._loftq_base = recorded(os.path.join(pretrained_model_name_or_path, subfolder or ""))
+        return config
+
+    @functools.wraps(save)
+    def save_pretrained(self, save_directory, **kwargs):  # type: ignore[no-untyped-def]
+        save(self, save_directory, **kwargs)
+        base = resolved(getattr(self, KEY, None), save_directory)
+        local = isinstance(base, str) and os.path.isdir(base)
+        found = identity(base) if local else getattr(self, "_loftq_base", None)
+        beside = Path(save_directory) / BESIDE
+        if found is not None:
+            fsio.write_json(beside, {FIELD: found})
+        elif beside.is_file():
+            fsio.remove(beside)  # of an adapter that was here before
+
+    config_class.from_pretrained, config_class.save_pretrained = classmethod(from_pretrained), save_pretrained
+
+
+def warn_on_loading(model_class: Any) -> None:
+    """Let ``load_adapter`` of ``PeftModel``, or of transformers' own models, warn of an adapter of another base."""
+    load = model_class.load_adapter
+
+    @functools.wraps(load)
+    def load_adapter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = load(self, *args, **kwargs)
+        place = args[0] if args else kwargs.get("model_id", kwargs.get("peft_model_id"))
+        subfolder = kwargs.get("subfolder") or (kwargs.get("adapter_kwargs") or {}).get("subfolder")
+        if place is not None:
+            base: Any = self.get_base_model() if hasattr(self, "get_base_model") else self
+            warn_of_other(base, place, subfolder)
+        return result
+
+    model_class.load_adapter = load_adapter
