@@ -12,8 +12,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from loftq.adapters.bases import KEY, resolved
 from loftq.errors import InputError, LoftqError, quoted
 from loftq.formats import fsio, strict_json
@@ -109,7 +107,7 @@ def warn_on_loading(model_class: Any) -> None:
     load = model_class.load_adapter
 
     @functools.wraps(load)
-    def load_adapter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = load(self, *args, **kwargs)
         place = args[0] if args else kwargs.get("model_id", kwargs.get("peft_model_id"))
         subfolder = kwargs.get("subfolder") or (kwargs.get("adapter_kwargs") or {}).get("subfolder")
