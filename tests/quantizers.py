@@ -9,7 +9,12 @@ from loftq.kernels import reference
 from loftq.numerics import Quantized
 from loftq.spec import QuantSpec
 
-WIDTHS = [(code, bits) for code in codes.names() for bits in codes.get(code).widths]  # all that there are
+WIDTHS = [  # of all codes in blocks
+    (code, bits)
+    for code in codes.names()
+    if codes.get(code).form == "blocks"
+    for bits in codes.get(code).widths
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from loftq.spec import QuantSpec, SolveSpec, check_statistics, code_for, solve_s
 def quantize_weight(
     weight: Tensor | np.ndarray,
     *,
-    bits: int = int(default("bits")),
+    bits: float = int(default("bits")),
     rank: int = int(default("rank")),
     moments: Moments | Tensor | np.ndarray | None = None,
     **options: Unpack[OneMatrix],

@@ -9,10 +9,13 @@ Tables are made once a process, so they must not depend on who asks first: model
 default dtype, on the meta device, or in inference mode.
 """
 
+import base64
 import functools
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -22,6 +25,7 @@ from torch import Tensor
 from loftq.errors import UsageError, quoted
 
 BITS = (2, 3, 4, 8)  # widths that the format has
+RATE_UNIT = 16  # a trellis has any number of sixteenths of a bit a weight
 HOST: Any = {"dtype": torch.float32, "device": "cpu"}
 Stored = Callable[[Tensor], Tensor]  # a scale -> the scale as a reader of the file gets it
 
@@ -36,8 +40,12 @@ class Code(ABC):
         zero: safetensors dtype of its zero points: ``U8`` for whole numbers, ``F32`` for any (per tensor only), or None
             if it has none.
         clips: whether its rule leaves the largest weights of a block beyond the outer levels.
+        form: how codes are laid out: ``blocks`` of a row, each with a scale, or ``trellis``.
+        fields: those of :class:`loftq.spec.QuantSpec` that it has, beside its name and bits.
     """
 
+    form: ClassVar[str] = "blocks"
+    fields: ClassVar[tuple[str, ...]] = ("block_size", "scale_dtype", "double_quant")
     name: ClassVar[str] = ""
     widths: ClassVar[tuple[int, ...]] = BITS
     per_tensor: ClassVar[bool] = False
@@ -46,7 +54,10 @@ class Code(ABC):
 
     @abstractmethod
     def levels(self, bits: int) -> Float[Tensor, " levels"]:
-        """The ``2**bits`` levels in float32 on the CPU, ascending. Zero may be there twice, as in floating point."""
+        """The ``2**bits`` levels in float32 on the CPU, ascending. Zero may be there twice, as in floating point.
+
+        A trellis has a table for every width of its windows instead, in no order.
+        """
 
     @abstractmethod
     def scale(
@@ -283,3 +294,39 @@ class Affine(Code):
         low, high = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
         scale = (high - low) / top
         return scale, (-low / torch.where(scale == 0, 1, scale)).round().clamp(0, top)
+
+
+class Trellis(Code):
+    """Windows into a string of bits that neighbouring weights share (:mod:`loftq.numerics.trellis`); a scale a row.
+
+    The levels are those that leave Gaussian weights at 2 bits the least squared error: Lloyd's algorithm over Viterbi's
+    paths. benchmarks/trellis_levels.py makes the tables.
+    """
+
+    form = "trellis"
+    fields = ("scale_dtype", "window", "column_rates")
+    name = "trellis"
+    widths = tuple(p // RATE_UNIT if p % RATE_UNIT == 0 else p / RATE_UNIT for p in range(1, 4 * RATE_UNIT + 1))
+    WINDOWS: ClassVar = (8, 10, 12)
+
+    @staticmethod
+    @functools.cache
+    def tables() -> dict[str, str]:
+        """The tables as ``config.json`` has them: ``trellis-L`` -> base64 of 2^L little-endian float16."""
+        return json.loads((Path(__file__).parent / "trellis_levels.json").read_text("utf-8"))
+
+    def table(self, window: int) -> dict[str, str]:
+        """The part of :meth:`tables` for windows of so many bits."""
+        return {f"{self.name}-{window}": self.tables()[f"{self.name}-{window}"]}
+
+    def levels(self, bits: int) -> Tensor:
+        """The levels of windows of so many bits."""
+        (text,) = self.table(bits).values()
+        return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float16).float()
+
+    def scale(self, values: Tensor, bits: int, stored: Stored) -> tuple[Tensor, None]:
+        norm = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float64)
+        return (norm / values.shape[-1] ** 0.5).float(), None
+
+
+_CODES[Trellis.name] = Trellis()

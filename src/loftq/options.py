@@ -42,7 +42,7 @@ class Option:
     """
 
     default: Any
-    choices: tuple[str, ...] = ()
+    choices: tuple[str, ...] | tuple[int, ...] = ()
     bounds: Mapping[str, Any] = field(default_factory=dict)
     open: str = ""
     flags: tuple[str, ...] = ()
@@ -97,6 +97,9 @@ class Codes(TypedDict, total=False):
         "bfloat16, float16 or float32. Default: bfloat16; bnb: float32.",
     ]
     double_quant: Annotated[bool, Option(False), "Quantize the scales too, as bitsandbytes does."]
+    window: Annotated[
+        int, Option(10, choices=(8, 10, 12)), "Of code trellis: bits that choose a level. 8 is quicker, 12 better."
+    ]
 
 
 class Coverage(TypedDict, total=False):

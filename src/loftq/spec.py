@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from typing_extensions import Unpack
 
 from loftq import codes
-from loftq.codes import BITS, Code
+from loftq.codes import BITS, RATE_UNIT, Code
 from loftq.errors import UsageError, checked_fields, command, listed, option, quoted
 from loftq.options import OwnPreset, check_choice, check_fields, default, keywords
 
@@ -22,38 +22,78 @@ class QuantSpec:
     scales are is not a matter of storage: :attr:`SolveSpec.scales` says how they are chosen.
 
     Attributes:
-        bits: width of a code: 2, 3, 4 or 8.
+        bits: width of a code: 2, 3, 4 or 8; of a trellis any number of sixteenths up to 4, such as 2.1875.
         code: name of a :class:`loftq.codes.Code`: what a code's integers stand for, and the rule for its scales.
         block_size: consecutive input features of one row that share a scale; a row's last block may be short.
             A code with one scale for the matrix ignores it.
         scale_dtype: stored type of the scales. The codes are chosen against the *stored* scales.
         double_quant: store the scales as bitsandbytes' 8-bit dynamic code with one float32 absmax per 256
             scales and one float32 mean. ``scale_dtype`` is then ignored.
+        window: of a trellis: bits from which a weight's level is read: 8, 10 or 12.
+        column_rates: of a trellis: whether every column has a rate of its own, ``bits`` being their mean.
+
+    What a code does not have is ignored, and is at its default.
     """
 
-    bits: int
+    bits: int | float
     code: str = "nf"
     block_size: int = default("block_size")
     scale_dtype: str = default("scale_dtype")
     double_quant: bool = default("double_quant")
+    window: int = default("window")
+    column_rates: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("bits", self.bits, BITS)
-        widths = codes.get(self.code).widths
-        if self.bits not in widths:
-            have = " or ".join(filter(None, (", ".join(map(str, widths[:-1])), str(widths[-1]))))
-            raise UsageError(f"code {self.code} has {have} bits; use code nf for {self.bits}")
+        check_width(self.code, self.bits)
+        object.__setattr__(self, "bits", int(self.bits) if self.bits == int(self.bits) else self.bits)
         check_fields(self)
-        if self.double_quant and self.codebook.per_tensor:
-            raise UsageError(f"double_quant has nothing to do for code {self.code}: it stores one scale")
+        if self.double_quant and (self.codebook.per_tensor or "double_quant" not in self.codebook.fields):
+            few = "one scale" if self.codebook.per_tensor else "one scale a row"
+            raise UsageError(f"double_quant has nothing to do for code {self.code}: it stores {few}")
+        for f in dataclasses.fields(self)[2:]:
+            if f.name not in self.codebook.fields:
+                object.__setattr__(self, f.name, f.default)
 
     @property
     def codebook(self) -> Code:
         return codes.get(self.code)
 
+    @property
+    def width(self) -> int:
+        """Bits of the integer that stands for a weight, and chooses its level."""
+        return self.window if self.codebook.form == "trellis" else int(self.bits)
+
+    @property
+    def rate(self) -> int:
+        """``bits`` in sixteenths of a bit."""
+        return round(self.bits * RATE_UNIT)
+
     def block(self, columns: int) -> int:
-        """Weights of a row of ``columns`` that share a scale; all of them if one scale serves the matrix."""
-        return columns if self.codebook.per_tensor else min(self.block_size, columns)
+        """Weights of a row of ``columns`` that share a scale; all of them if one scale serves the row or the matrix."""
+        whole = self.codebook.per_tensor or "block_size" not in self.codebook.fields
+        return columns if whole else min(self.block_size, columns)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that the code has, for JSON."""
+        return {name: getattr(self, name) for name in ("bits", "code", *self.codebook.fields)}
+
+
+def check_width(code: str, bits: Any) -> None:
+    """UsageError for a number of bits that a code does not have."""
+    kind, trellis = codes.get(code), codes.get("trellis")
+    number = isinstance(bits, int if kind.form == "blocks" else (int, float)) and not isinstance(bits, bool)
+    if number and bits in kind.widths:
+        return
+    widths = kind.widths
+    have = " or ".join(filter(None, (", ".join(map(str, widths[:-1])), str(widths[-1]))))
+    have = f"multiples of 1/{RATE_UNIT} up to {widths[-1]}" if kind is trellis else have
+    if type(bits) in (int, float) and bits not in BITS and bits in trellis.widths:
+        raise UsageError(f"code {code} has {have} bits; use code trellis for {bits}")
+    if type(bits) is int and bits in BITS:
+        raise UsageError(f"code {code} has {have} bits; use code nf for {bits}")
+    if kind is trellis:
+        raise UsageError(f"bits of code {code} must be one of the {have}, got {quoted(repr(bits))}")
+    check_choice("bits", bits, BITS)
 
 
 @checked_fields
@@ -209,9 +249,11 @@ def code_for(code: str, bits: int, scales: str) -> str:
     return "lloyd" if scales == "fitted" and bits == 2 else "nf"
 
 
-def check_scales(quant: QuantSpec, scales: str) -> None:
-    """Refuse a choice of scales that a code does not have."""
-    if scales == "fitted" and quant.codebook.per_tensor:
+def check_solver(quant: QuantSpec, spec: SolveSpec) -> None:
+    """Refuse a choice of scales, or a rounding, that a code does not have."""
+    if spec.rounding != "nearest" and quant.codebook.form == "trellis":
+        raise UsageError(f"code {quant.code} has no rounding {spec.rounding} yet; use {option('preset', 'fitted')}")
+    if spec.scales == "fitted" and quant.codebook.per_tensor:
         raise UsageError(f"scales are fitted to blocks, and code {quant.code} has none; use code uniform, or affine")
 
 
@@ -247,7 +289,7 @@ ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
 
 
 # Of all codes; a name is the module's, a dot and one of these.
-SUFFIXES = ("weight", "weight_scale", "weight_scale_absmax", "weight_scale_mean", "weight_zero")
+SUFFIXES = ("weight", "weight_scale", "weight_scale_absmax", "weight_scale_mean", "weight_zero", "weight_rate")
 
 
 def stored_tensors(spec: QuantSpec, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -256,8 +298,10 @@ def stored_tensors(spec: QuantSpec, rows: int, columns: int) -> dict[str, tuple[
     The suffix follows the module's name: ``model.layers.0.mlp.up_proj.`` + ``weight_scale``.
     """
     code = spec.codebook
+    if code.form == "trellis":
+        return _trellis_tensors(spec, rows, columns)
     scales = (1, 1) if code.per_tensor else (rows, -(-columns // spec.block_size))
-    tensors = {"weight": ("I8", packed_shape(rows, columns, spec.bits))}
+    tensors = {"weight": ("I8", packed_shape(rows, columns, int(spec.bits)))}
     if spec.double_quant:
         blocks = -(-scales[0] * scales[1] // NESTED_BLOCK)
         tensors["weight_scale"] = ("U8", scales)
@@ -268,6 +312,41 @@ def stored_tensors(spec: QuantSpec, rows: int, columns: int) -> dict[str, tuple[
     if code.zero:
         tensors["weight_zero"] = (code.zero, scales)
     return tensors
+
+
+def _trellis_tensors(spec: QuantSpec, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    groups, length = trellis_groups(rows)
+    bits = length // RATE_UNIT * spec.rate * columns
+    tensors = {"weight": ("I8", (groups, -(-bits // 8))), "weight_scale": (STORED[spec.scale_dtype], (rows, 1))}
+    return {**tensors, "weight_rate": ("U8", (columns,))} if spec.column_rates else tensors
+
+
+def trellis_groups(rows: int) -> tuple[int, int]:
+    """Groups of the rows of a matrix, and rows of a group, which are a multiple of 16 near 128.
+
+    Of the multiples from 96 to 192 the one that adds the fewest rows, of these the nearest to 128, then the smaller.
+    Fewer than 96 rows are one group.
+    """
+    units = -(-rows // RATE_UNIT)
+    if units < 6:
+        return 1, units * RATE_UNIT
+    size = min(range(6, 13), key=lambda n: (-(-units // n) * n, abs(n - 8), n))
+    return -(-units // size), size * RATE_UNIT
+
+
+def why_no_trellis(spec: QuantSpec, rows: int) -> str:
+    """Why a trellis of this spec cannot hold a matrix of so many rows; empty if it can."""
+    length = trellis_groups(rows)[1]
+    if rows < 2 * RATE_UNIT:
+        return f"{rows} rows are too few for a trellis, which needs {2 * RATE_UNIT}"
+    if length * spec.rate < spec.window * RATE_UNIT:
+        return f"{length} weights at {spec.bits} bits are fewer bits than the window's {spec.window}"
+    return ""
+
+
+def stored_rows(spec: QuantSpec, stored: dict[str, Any]) -> int:
+    """Rows of the matrix that stored tensors stand for."""
+    return len(stored["weight_scale" if spec.codebook.form == "trellis" else "weight"])
 
 
 def stored_bytes(spec: QuantSpec, rows: int, columns: int) -> int:

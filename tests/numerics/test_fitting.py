@@ -8,7 +8,7 @@ from loftq import codes
 from loftq.errors import UsageError
 from loftq.numerics import Quantized, dequantize, encode, fitted_scales, levels, nearest, normal_float, quantize
 from loftq.numerics.codebooks import halfway
-from loftq.spec import QuantSpec, check_scales, stored_bytes
+from loftq.spec import QuantSpec, SolveSpec, check_solver, stored_bytes
 from quantizers import WIDTHS
 
 SPECS = {
@@ -111,6 +111,6 @@ def test_lloyd_levels_are_where_gaussian_blocks_want_them(bits: int) -> None:
 
 def test_what_cannot_be_fitted_is_refused() -> None:
     with pytest.raises(UsageError, match="uniform-tensor has none; use code uniform"):
-        check_scales(QuantSpec(bits=4, code="uniform-tensor"), "fitted")
+        check_solver(QuantSpec(bits=4, code="uniform-tensor"), SolveSpec(scales="fitted"))
     with pytest.raises(UsageError, match="lloyd has 2, 3 or 4 bits; use code nf for 8"):
         QuantSpec(bits=8, code="lloyd")

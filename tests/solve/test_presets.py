@@ -266,7 +266,7 @@ def test_presets_and_what_may_differ_from_them() -> None:
 
 def test_the_reference_back_end_solves_to_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = solved("descent", moments_for("descent"))
-    monkeypatch.setattr("loftq.solver.rounding.backend", lambda device: reference)
+    monkeypatch.setattr("loftq.solver.rounding.backend", lambda *_: reference)
     plain = solved("descent", moments_for("descent"))
     assert torch.equal(compiled.quantized.codes, plain.quantized.codes)
     assert compiled.output_errors == plain.output_errors

@@ -52,12 +52,12 @@ def quantize_residual(
         scales = _absmax_scales(target, spec) if isinstance(spec.codebook, Absmax) else fit_scales(target, spec)
     scale, zero, block = _expanded(scales, spec, target.shape)
     codes, residual = torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target) if out is None else out
-    gaps, table = midpoints(spec.code, spec.bits), levels(spec.code, spec.bits)
+    gaps, table = midpoints(spec.code, spec.width), levels(spec.code, spec.width)
     arrays = target, weight, scale, zero
     if len(gaps) <= FEW_GAPS:
         _over_rows(_quantize_by_counting, len(target), *arrays, gaps, table, block, codes, residual)
     else:
-        cells = _cells(spec.code, spec.bits)
+        cells = _cells(spec.code, spec.width)
         _over_rows(_quantize_by_cells, len(target), *arrays, *cells, table, block, codes, residual)
     return Quantized(codes, scales), residual
 
@@ -79,7 +79,7 @@ def descend(
 
 
 def _round_block(values: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    gaps, table = midpoints(spec.code, spec.bits), levels(spec.code, spec.bits)
+    gaps, table = midpoints(spec.code, spec.width), levels(spec.code, spec.width)
     codes, fed = torch.empty_like(values, dtype=torch.uint8), torch.empty_like(values)
     _over_rows(rounding.round_block, len(values), values, upper, scale, zero, gaps, table, codes, fed)
     return codes, fed
@@ -88,7 +88,7 @@ def _round_block(values: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, spe
 def _descend_block(
     pull: Tensor, codes: Tensor, own: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec
 ) -> tuple[Tensor, Tensor]:
-    gaps, table = midpoints(spec.code, spec.bits), levels(spec.code, spec.bits)
+    gaps, table = midpoints(spec.code, spec.width), levels(spec.code, spec.width)
     codes, moved = codes.clone(), torch.empty_like(pull)
     _over_rows(rounding.descend_block, len(pull), pull, codes, own.contiguous(), scale, zero, gaps, table, moved)
     return codes, moved
@@ -98,8 +98,8 @@ def _search(target: Tensor, spec: QuantSpec, near: tuple[Tensor, Tensor] | None)
     block = min(spec.block_size, target.shape[1])
     result = target.new_empty(2, len(target), -(-target.shape[1] // block))
     start = target.new_empty(2, 0, 0) if near is None else torch.stack(near)
-    factors = torch.tensor(start_parts(spec.code, spec.bits) if near is None else AROUND, **HOST)
-    gaps, table = midpoints(spec.code, spec.bits), levels(spec.code, spec.bits)
+    factors = torch.tensor(start_parts(spec.code, spec.width) if near is None else AROUND, **HOST)
+    gaps, table = midpoints(spec.code, spec.width), levels(spec.code, spec.width)
     args = target, start, factors, ROUNDS, gaps, table, spec.codebook.zero is not None, block, result
     _over_rows(fitting.search, len(target), *args)
     return result[0], result[1]
@@ -107,7 +107,7 @@ def _search(target: Tensor, spec: QuantSpec, near: tuple[Tensor, Tensor] | None)
 
 def _block_errors(target: Tensor, scales: dict[str, Tensor], spec: QuantSpec, least: float) -> Tensor:
     scale, zero, block = _expanded(scales, spec, target.shape)
-    gaps, table, errors = midpoints(spec.code, spec.bits), levels(spec.code, spec.bits), torch.empty_like(scale)
+    gaps, table, errors = midpoints(spec.code, spec.width), levels(spec.code, spec.width), torch.empty_like(scale)
     args = target, scale, zero, gaps, table, np.float32(least), block, errors
     _over_rows(fitting.block_errors, len(target), *args)
     return errors
@@ -117,7 +117,7 @@ def _absmax_scales(target: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
     block = min(spec.block_size, target.shape[1])
     absmax = target.new_empty(len(target), -(-target.shape[1] // block))
     _over_rows(_absmax, len(target), target, block, absmax)
-    return store_scales(absmax.div_(levels(spec.code, spec.bits)[-1].item()), spec)
+    return store_scales(absmax.div_(levels(spec.code, spec.width)[-1].item()), spec)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -138,8 +138,8 @@ def decode_into(out: Tensor, stored: dict[str, Tensor], spec: QuantSpec) -> Tens
     """The dense weight in memory that is there, float32 or bfloat16; ``out``."""
     packed = stored["weight"].detach().contiguous().flatten(1)
     scale, zero, block = _expanded(stored, spec, out.shape)
-    kernel = _decoder(spec.bits, out.dtype == torch.bfloat16)
-    _over_rows(kernel, len(packed), packed, scale, zero, _lookup(spec.code, spec.bits), block, out)
+    kernel = _decoder(spec.width, out.dtype == torch.bfloat16)
+    _over_rows(kernel, len(packed), packed, scale, zero, _lookup(spec.code, spec.width), block, out)
     return out
 
 
@@ -157,7 +157,7 @@ def linear(x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, 
     packed = stored["weight"].detach().contiguous().flatten(1)
     scale, zero, block = _expanded(stored, spec, (len(packed), columns))
     y, rows = x.new_empty(len(packed), tokens), x.detach().reshape(tokens, columns).contiguous()
-    _over_rows(_product(spec.bits), len(packed), packed, scale, zero, _lookup(spec.code, spec.bits), block, rows, y)
+    _over_rows(_product(spec.width), len(packed), packed, scale, zero, _lookup(spec.code, spec.width), block, rows, y)
     y = y.T.contiguous().view(*x.shape[:-1], len(packed))
     return y if bias is None else y.add_(bias)
 
@@ -187,8 +187,8 @@ def _parts(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Iterator
     for start in range(0, len(packed), step):
         part = slice(start, min(start + step, len(packed)))
         weight = held[: (part.stop - start) * columns].view(-1, columns)
-        args = packed[part], scale[part], zero[part], _lookup(spec.code, spec.bits), block, weight
-        _over_rows(_decoder(spec.bits, False), len(weight), *args)
+        args = packed[part], scale[part], zero[part], _lookup(spec.code, spec.width), block, weight
+        _over_rows(_decoder(spec.width, False), len(weight), *args)
         yield part, weight
 
 

@@ -108,16 +108,16 @@ def _weight(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> tuple[W
         absmax=held.get("weight_scale_absmax"),
         mean=held.get("weight_scale_mean"),
         dynamic=_dynamic(packed.device) if nested else None,
-        levels=_levels(spec.code, spec.bits, packed.device),
+        levels=_levels(spec.code, spec.width, packed.device),
         n_bytes=packed.shape[1],
         columns=columns,
         blocks=scale.shape[1] if scale.shape[0] > 1 else 0,
     )
-    codes, n_bytes = GROUPS[spec.bits]
+    codes, n_bytes = GROUPS[spec.width]
     block = 0 if spec.block(columns) == columns else spec.block_size
     scaled = 1 if block % codes == 0 else codes
     tile = {"R": ROWS, "G": COLUMNS // codes, "C": COLUMNS}
-    return weight, {"BITS": spec.bits, "CODES": codes, "BYTES": n_bytes, "BLOCK": block, "SCALED": scaled, **tile}
+    return weight, {"BITS": spec.width, "CODES": codes, "BYTES": n_bytes, "BLOCK": block, "SCALED": scaled, **tile}
 
 
 @functools.cache

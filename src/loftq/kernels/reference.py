@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from loftq.numerics import Quantized, decode, decode_rows, fit_scales, fitted_scales, nearest
+from loftq.numerics import Quantized, decode, decode_rows, quantize
 from loftq.numerics import dequantize as dequantize_codes
 from loftq.numerics import descend as descend
 from loftq.numerics import feedback as feedback
@@ -29,9 +29,7 @@ def quantize_residual(
         fitted: scales of the least squared error, instead of those of the code's formula.
         earlier: a quantized matrix, much like the target; fitted scales are at least as good for it as these.
     """
-    target = target.detach().float().contiguous()
-    given = earlier and earlier.scales
-    quantized = nearest(target, fitted_scales(target, spec, given) if fitted else fit_scales(target, spec), spec)
+    quantized = quantize(target, spec, fitted=fitted, earlier=earlier)
     return quantized, torch.sub(weight.float(), dequantize_codes(quantized, spec), out=out)
 
 

@@ -6,18 +6,17 @@ its spec as a string. Forward and backward both decode the packed weight; the de
 
 import functools
 import json
-from dataclasses import asdict
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from loftq.kernels import backend
-from loftq.spec import QuantSpec, from_dict, stored_tensors
+from loftq.spec import QuantSpec, from_dict, stored_rows, stored_tensors
 
 
 def spec_key(spec: QuantSpec) -> str:
-    return json.dumps(asdict(spec), sort_keys=True)
+    return json.dumps(spec.to_dict(), sort_keys=True)
 
 
 @functools.cache
@@ -29,7 +28,13 @@ def _spec(key: str) -> tuple[QuantSpec, tuple[str, ...]]:
 def _named(stored: list[Tensor], key: str) -> tuple[ModuleType, dict[str, Tensor], QuantSpec]:
     """The back end for the tensors' device, the tensors by suffix, and their spec."""
     quant, names = _spec(key)
-    return backend(stored[0].device), dict(zip(names, stored, strict=True)), quant
+    return backend(stored[0].device, quant), dict(zip(names, stored, strict=True)), quant
+
+
+def _rows(stored: list[Tensor], key: str) -> int:
+    """Rows of the matrix."""
+    quant, names = _spec(key)
+    return stored_rows(quant, dict(zip(names, stored, strict=True)))
 
 
 def _own(result: Tensor) -> Tensor:
@@ -46,7 +51,7 @@ def dequantize(stored: list[Tensor], spec: str, columns: int, dtype: torch.dtype
 
 @dequantize.register_fake
 def _(stored: list[Tensor], spec: str, columns: int, dtype: torch.dtype) -> Tensor:
-    return stored[0].new_empty((stored[0].shape[0], columns), dtype=dtype)
+    return stored[0].new_empty((_rows(stored, spec), columns), dtype=dtype)
 
 
 @torch.library.custom_op("loftq::linear", mutates_args=())
@@ -58,7 +63,7 @@ def linear(x: Tensor, stored: list[Tensor], spec: str, columns: int, bias: Tenso
 
 @linear.register_fake
 def _(x: Tensor, stored: list[Tensor], spec: str, columns: int, bias: Tensor | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], stored[0].shape[0]))
+    return x.new_empty((*x.shape[:-1], _rows(stored, spec)))
 
 
 @torch.library.custom_op("loftq::linear_grad_input", mutates_args=())

@@ -6,18 +6,15 @@ Plain torch, written to be read: this is the oracle that every faster path is co
 from loftq.codes import levels, normal_float
 from loftq.numerics.blockwise import (
     Quantized,
-    decode,
     decode_rows,
-    dequantize,
-    encode,
     fit_scales,
     nearest,
-    quantize,
     scale_and_zero,
     store_scales,
 )
 from loftq.numerics.codebooks import dynamic_8bit
 from loftq.numerics.fitting import fitted_scales
+from loftq.numerics.forms import decode, dequantize, encode, quantize
 from loftq.numerics.lowrank import truncated_svd
 from loftq.numerics.metric import Metric, Moments, best_factors, beyond
 from loftq.numerics.norms import frobenius, product_square

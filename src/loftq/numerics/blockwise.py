@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int16, UInt8
 from torch import Tensor
 
 from loftq.codes import Absmax, levels
@@ -24,28 +24,17 @@ CHUNK = 1 << 22  # elements worked on at a time: bounds temporaries, and stays n
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized matrix: one code per weight, and the tensors that scale it, as stored."""
+    """A quantized matrix: one code per weight, of a trellis one window, and the tensors that scale it, as stored."""
 
-    codes: UInt8[Tensor, "out in"]
-    scales: dict[str, Tensor]  # by suffix: weight_scale, weight_zero, weight_scale_absmax, weight_scale_mean
-
-
-def quantize(weight: Float[Tensor, "out in"], spec: QuantSpec) -> Quantized:
-    """Nearest codes of ``weight`` under ``spec``, with scales by the code's formula.
-
-    Scales are computed in float32. A block whose stored scale is zero decodes to exact zeros.
-
-    Raises: NumericalError if a scale does not fit float32, or does not fit ``spec.scale_dtype``.
-    """
-    weight = weight.detach().float().contiguous()
-    return nearest(weight, fit_scales(weight, spec), spec)
+    codes: UInt8[Tensor, "out in"] | Int16[Tensor, "out in"]
+    scales: dict[str, Tensor]  # by suffix, as loftq.spec.stored_tensors has them
 
 
 def nearest(weight: Float[Tensor, "out in"], scales: dict[str, Tensor], spec: QuantSpec) -> Quantized:
     """Nearest codes of a float32 ``weight`` against scales as they are stored."""
     scale, zero = scale_and_zero(scales)
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
-    gaps = midpoints(spec.code, spec.bits).to(weight.device)
+    gaps = midpoints(spec.code, spec.width).to(weight.device)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for rows in row_chunks(weight):
         parts = zip(in_blocks(weight[rows], spec), in_blocks(codes[rows], spec), strict=True)
@@ -59,7 +48,7 @@ def nearest(weight: Float[Tensor, "out in"], scales: dict[str, Tensor], spec: Qu
 
 def dequantize(quantized: Quantized, spec: QuantSpec) -> Float[Tensor, "out in"]:
     """``(levels[code] - zero) * scale`` in float32."""
-    table = levels(spec.code, spec.bits).to(quantized.codes.device)
+    table = levels(spec.code, spec.width).to(quantized.codes.device)
     values = torch.empty(quantized.codes.shape, dtype=torch.float32, device=quantized.codes.device)
     for rows in row_chunks(values):
         values[rows] = table[quantized.codes[rows].int()]
@@ -68,7 +57,7 @@ def dequantize(quantized: Quantized, spec: QuantSpec) -> Float[Tensor, "out in"]
 
 def encode(quantized: Quantized, spec: QuantSpec) -> dict[str, Tensor]:
     """The tensors of the file format, by suffix: packed codes and scales."""
-    return {"weight": pack(quantized.codes, spec.bits), **quantized.scales}
+    return {"weight": pack(quantized.codes, spec.width), **quantized.scales}
 
 
 def decode(tensors: dict[str, Tensor], spec: QuantSpec, columns: int) -> Float[Tensor, "out in"]:
@@ -77,11 +66,11 @@ def decode(tensors: dict[str, Tensor], spec: QuantSpec, columns: int) -> Float[T
     Where a byte holds whole codes, a table of 256 rows maps it to its levels at once.
     """
     packed = tensors["weight"]
-    if 8 % spec.bits:
-        codes = unpack(packed, spec.bits, columns)
+    if 8 % spec.width:
+        codes = unpack(packed, spec.width, columns)
         return dequantize(Quantized(codes, tensors), spec)
     every_byte = torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.int8)[:, None]
-    table = levels(spec.code, spec.bits)[unpack(every_byte, spec.bits, 8 // spec.bits).int()]
+    table = levels(spec.code, spec.width)[unpack(every_byte, spec.width, 8 // spec.width).int()]
     bytes_ = packed.reshape(packed.shape[0], -1).view(torch.uint8)
     values = torch.nn.functional.embedding(bytes_.int(), table.to(packed.device)).flatten(1)
     return _rescale(values[:, :columns].contiguous(), tensors, spec)
@@ -125,8 +114,8 @@ def _fit(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
     """Scales and zero points of every block, float32, before they are stored."""
     code, stored = spec.codebook, functools.partial(_rounded, spec=spec)
     if code.per_tensor:
-        return code.scale(weight.reshape(1, 1, -1), spec.bits, stored)
-    found = [code.scale(block, spec.bits, stored) for _, block in in_blocks(weight, spec)]
+        return code.scale(weight.reshape(1, 1, -1), spec.width, stored)
+    found = [code.scale(block, spec.width, stored) for _, block in in_blocks(weight, spec)]
     zeros = [zero for _, zero in found if zero is not None]
     return torch.cat([scale for scale, _ in found], 1), torch.cat(zeros, 1) if zeros else None
 

@@ -48,7 +48,7 @@ def search(weight: Float[Tensor, "out in"], spec: QuantSpec, near: Raw | None = 
     Args:
         near: an earlier scale and zero point, to start from.
     """
-    table, gaps = (each(spec.code, spec.bits).to(weight.device) for each in (levels, midpoints))
+    table, gaps = (each(spec.code, spec.width).to(weight.device) for each in (levels, midpoints))
     result = weight.new_empty(2, len(weight), -(-weight.shape[1] // spec.block_size))
     for rows in row_chunks(weight):
         for at, block in in_blocks(weight[rows], spec):
@@ -118,7 +118,7 @@ def _starts(block: Tensor, spec: QuantSpec, near: Raw | None) -> Iterator[Raw]:
     if near is not None:
         yield from ((near[0] * factor, near[1]) for factor in AROUND)
         return
-    parts, table = start_parts(spec.code, spec.bits), levels(spec.code, spec.bits)
+    parts, table = start_parts(spec.code, spec.width), levels(spec.code, spec.width)
     if spec.codebook.zero is not None:
         low, high = block.amin(-1).clamp(max=0), block.amax(-1).clamp(min=0)
         reach = (high - low) / table[-1].item()

@@ -50,7 +50,7 @@ def round_block(
         upper: the block's part of the upper Cholesky factor of ``H⁻¹``.
         scale, zero: of every row.
     """
-    table, gaps = (each(spec.code, spec.bits).to(values.device) for each in (levels, midpoints))
+    table, gaps = (each(spec.code, spec.width).to(values.device) for each in (levels, midpoints))
     safe = torch.where(scale == 0, 1, scale)
     codes, fed = torch.empty_like(values, dtype=torch.uint8), torch.empty_like(values)
     for i in range(values.shape[1]):
@@ -75,7 +75,7 @@ def descend_block(
         pull: ``(T − Q) H`` in the block's columns; changed as Q moves.
         own: the block's part of H. A column whose diagonal is zero keeps its codes.
     """
-    table, gaps = (each(spec.code, spec.bits).to(pull.device) for each in (levels, midpoints))
+    table, gaps = (each(spec.code, spec.width).to(pull.device) for each in (levels, midpoints))
     safe = torch.where(scale == 0, 1, scale)
     codes, moved = codes.clone(), torch.zeros_like(pull)
     for i in range(pull.shape[1]):
@@ -141,7 +141,7 @@ def descend(
     h = columns.float()
     h = torch.where(h.diagonal() > DEAD * h.diagonal().mean(), h, 0)  # no pull on, and no move of, dead columns
     scale, zero = _each_row(quantized.scales, len(target))
-    codes, table = quantized.codes.clone(), levels(spec.code, spec.bits).to(target.device)
+    codes, table = quantized.codes.clone(), levels(spec.code, spec.width).to(target.device)
     grid = _Grid(quantized.scales, spec)
     pull = (target - dequantize(quantized, spec)) @ h
     for index, block in _blocks(target.shape[1], spec):

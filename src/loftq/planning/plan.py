@@ -17,7 +17,7 @@ from loftq.spec import (
     STORED,
     QuantSpec,
     SolveSpec,
-    check_scales,
+    check_solver,
     code_for,
     scaling,
     stored_bytes,
@@ -208,7 +208,7 @@ def make(
         rank = budgeted.rank if budgeted else ranks(role.module)
         if rank >= min(rows, columns) and policy.rank_policy == "refuse":
             refused.append(f"{name} {rows}x{columns} with rank {rank}")
-        check_scales(quant, policy.solve.scales)
+        check_solver(quant, policy.solve)
         rank, factors = min(rank, min(rows, columns) - 1), STORED[policy.adapter_dtype]
         source = tensors[name][0] if tensors[name][0] != dtype else ""
         place = (name, role.module, role.kind, (rows, columns), dtype)

@@ -17,7 +17,7 @@ from torch import Tensor
 from loftq.kernels import backend
 from loftq.numerics import Metric, frobenius, truncated_svd
 from loftq.solver.loftq import checked, fitting, tensor_seed
-from loftq.spec import QuantSpec, SolveSpec, check_scales
+from loftq.spec import QuantSpec, SolveSpec, check_solver
 
 
 def errors_by_rank(
@@ -43,8 +43,8 @@ def errors_by_rank(
     whole = metric.norm(weight) ** 2
     found, residual = {}, None
     for quant in quants:
-        check_scales(quant, spec.scales)
-        _, residual = backend(weight.device).quantize_residual(
+        check_solver(quant, spec)
+        _, residual = backend(weight.device, quant).quantize_residual(
             weight, weight, quant, residual, fitted=spec.scales == "fitted"
         )
         error = metric.whiten(residual)

@@ -37,7 +37,7 @@ from loftq.numerics import (
 )
 from loftq.options import check_whole
 from loftq.solver.rounding import Rounding
-from loftq.spec import QuantSpec, SolveSpec, check_scales
+from loftq.spec import QuantSpec, SolveSpec, check_solver
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -132,7 +132,7 @@ def solve(
     Raises: UsageError for a rank or scales that do not fit; NumericalError for values that are not finite.
     """
     spec = spec or SolveSpec()
-    check_scales(quant, spec.scales)
+    check_solver(quant, spec)
     weight = checked(weight, rank)
     generator = torch.Generator("cpu").manual_seed(tensor_seed(spec.seed, name))
     metric = fitting(choose_metric(spec.metric, moments), weight)

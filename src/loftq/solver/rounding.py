@@ -23,7 +23,7 @@ class Rounding:
     """
 
     def __init__(self, weight: Float[Tensor, "out in"], quant: QuantSpec, spec: SolveSpec, metric: Metric) -> None:
-        self._kernels, self._weight, self._quant = backend(weight.device), weight, quant
+        self._kernels, self._weight, self._quant = backend(weight.device, quant), weight, quant
         self._kind, self._fitted = spec.rounding, spec.scales == "fitted"
         nearest = self._kind == "nearest" or (self._kind == "feedback" and metric.columns is None)
         self._kind = "nearest" if nearest else self._kind
