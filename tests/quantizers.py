@@ -10,10 +10,7 @@ from loftq.numerics import Quantized
 from loftq.spec import QuantSpec
 
 WIDTHS = [  # of all codes in blocks
-    (code, bits)
-    for code in codes.names()
-    if codes.get(code).form == "blocks"
-    for bits in codes.get(code).widths
+    (code, bits) for code in codes.names() if codes.get(code).form == "blocks" for bits in codes.get(code).widths
 ]
 
 

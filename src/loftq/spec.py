@@ -238,14 +238,18 @@ def statistics_kind(spec: SolveSpec) -> str:
     return "full" if spec.metric == "weights" else spec.metric
 
 
-def code_for(code: str, bits: int, scales: str) -> str:
+def code_for(code: str, bits: float, scales: str) -> str:
     """What ``auto`` stands for: NormalFloat; at 2 bits, where scales are fitted, the levels made for that.
+
+    A width that only a trellis has is that of a trellis.
 
     Wider lloyd codes have a smaller squared error than NormalFloat's too, but models are not better with them: see
     ``docs/experiments.md``.
     """
     if code != "auto":
         return code
+    if bits not in BITS and bits in codes.get("trellis").widths:
+        return "trellis"
     return "lloyd" if scales == "fitted" and bits == 2 else "nf"
 
 

@@ -1,9 +1,9 @@
 """The hot operations, in one contract with several back ends.
 
 A back end is a module with the functions of :mod:`loftq.kernels.reference`. The form of the code and the device of the
-tensors choose it: ``cpu`` (compiled with Numba), ``cuda`` (Triton), ``reference`` (plain PyTorch) for every other. The environment
-variable ``LOFTQ_KERNELS=reference`` selects the reference for all. A back end that cannot be used is named once, with
-the reason, before the reference takes its place.
+tensors choose it: ``cpu`` (compiled with Numba), ``cuda`` (Triton), ``reference`` (plain PyTorch) for every other. The
+environment variable ``LOFTQ_KERNELS=reference`` selects the reference for all. A back end that cannot be used is named
+once, with the reason, before the reference takes its place.
 """
 
 import functools

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from loftq import codes
 from loftq.errors import InputError, UsageError, listed, option, quoted
 from loftq.numerics import oriented_shape
+from loftq.options import fields_of
 from loftq.planning.budget import Choice
 from loftq.planning.patterns import Rules, parse_rules
 from loftq.planning.pieces import Made, sources
@@ -21,6 +23,7 @@ from loftq.spec import (
     code_for,
     scaling,
     stored_bytes,
+    why_no_trellis,
 )
 
 WIDE = ("F64", "F32")
@@ -69,6 +72,7 @@ class Matrix:
 
     ``dtype`` is what it has where it is written dense, ``source`` what it has in the source (empty: the same),
     ``factors`` that of the adapter's tensors. ``made``: what it is put together of, if the source does not hold it.
+    ``instead``: why it has another code than was asked for (empty: it has that).
     """
 
     name: str
@@ -81,6 +85,7 @@ class Matrix:
     factors: str = "F32"
     source: str = ""
     made: Made = ()
+    instead: str = ""
 
     @property
     def numel(self) -> int:
@@ -140,7 +145,12 @@ class Plan:
         return done / (done + missed) if done + missed else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        plan = asdict(self)
+        for matrix, written in zip(self.matrices, plan["matrices"], strict=True):
+            written["quant"] = matrix.quant.to_dict()
+            if not matrix.instead:
+                del written["instead"]
+        return plan
 
     def digest(self) -> str:
         """SHA-256 of the plan; equal plans give equal files."""
@@ -181,7 +191,7 @@ def make(
     wanted = {n: _reason_to_keep(n, *tensors[n], roles[n], policy.embeddings, ranks, routers) for n in tensors}
     smallest = _smallest_matrix([tensors[n][1] for n, reason in wanted.items() if not reason])
     modules = [roles[n].module for n, reason in wanted.items() if not reason]
-    bits = _bits_rules(policy.bits, [roles[n] for n, reason in wanted.items() if not reason])
+    bits = _bits_rules(policy.bits, policy.code, [roles[n] for n, reason in wanted.items() if not reason])
     bits.refuse_unmatched(option("bits"), modules)
     ranks.refuse_unmatched(option("rank"), modules)
     matrices, kept, refused = [], [], []
@@ -197,14 +207,8 @@ def make(
             kept.append(Kept(name, dtype, shape, _numel(shape) * _itemsize(dtype), reason, missed, role.made))
             continue
         budgeted = chosen.get(role.module) if chosen else None
-        quant = QuantSpec(
-            bits=budgeted.bits if budgeted else width,
-            code=code_for(policy.code, budgeted.bits if budgeted else width, policy.solve.scales),
-            block_size=budgeted.block_size if budgeted else policy.block_size,
-            scale_dtype=policy.scale_dtype,
-            double_quant=policy.double_quant,
-        )
         rows, columns = oriented_shape(role.kind, shape)
+        quant, instead = _quant(policy, width, budgeted, role.kind, rows)
         rank = budgeted.rank if budgeted else ranks(role.module)
         if rank >= min(rows, columns) and policy.rank_policy == "refuse":
             refused.append(f"{name} {rows}x{columns} with rank {rank}")
@@ -212,7 +216,7 @@ def make(
         rank, factors = min(rank, min(rows, columns) - 1), STORED[policy.adapter_dtype]
         source = tensors[name][0] if tensors[name][0] != dtype else ""
         place = (name, role.module, role.kind, (rows, columns), dtype)
-        matrices.append(Matrix(*place, quant, rank, factors, source, role.made))
+        matrices.append(Matrix(*place, quant, rank, factors, source, role.made, instead))
     if refused:
         raise UsageError(
             f"the rank must be below the shorter side of every matrix, and is not for {listed(refused)}; "
@@ -237,6 +241,24 @@ def _as_in_source(kept: list[Kept], roles: Mapping[str, Role], converters: set[s
             size = _numel(shape) * _itemsize(k.dtype)
             result[tensor] = Kept(tensor, k.dtype, shape, size, k.reason, k.missed)
     return list(result.values())
+
+
+def _quant(policy: Policy, width: float, chosen: Choice | None, kind: str, rows: int) -> tuple[QuantSpec, str]:
+    """How a matrix is stored, and why not as a trellis, where that was asked for and cannot hold it.
+
+    The scalar code in its place is the one of the nearest width, of two the narrower.
+    """
+    stored = {**fields_of(QuantSpec, vars(policy)), **({"block_size": chosen.block_size} if chosen else {})}
+    bits = chosen.bits if chosen else width
+    quant = QuantSpec(**{**stored, "bits": bits, "code": code_for(policy.code, bits, policy.solve.scales)})
+    if quant.codebook.form != "trellis":
+        return quant, ""
+    why = "the rows of an embedding are read alone" if kind == "embedding" else why_no_trellis(quant, rows)
+    if not why:
+        return quant, ""
+    bits = min(BITS, key=lambda width: (abs(width - bits), width))
+    code = code_for("auto", bits, policy.solve.scales)
+    return QuantSpec(**{**stored, "bits": bits, "code": code}), f"no trellis of {quant.bits} bits: {why}"
 
 
 def _narrow(
@@ -369,22 +391,24 @@ def _reason_to_keep(
     return ""
 
 
-def _bits_rules(text: str, roles: list[Role]) -> Rules[int]:
-    """``--bits``: a width, patterns, or a decimal average by the paper's rule.
+def _bits_rules(text: str, code: str, roles: list[Role]) -> Rules[float]:
+    """``--bits``: a width, patterns, or, unless the code is a trellis, a decimal average by the paper's rule.
 
     The paper's mixed precision (section 4.4; LoftQ's code): with an average of ``a`` bits, the first
     ``int(L * (a - 2) / 2)`` of a stack's ``L`` layers have 4 bits, everything else 2.
     """
-    if "." not in text or "=" in text:
+    if "." not in text or "=" in text or code == "trellis":
         return parse_rules(option("bits"), text, _bits_value)
     try:
         average = float(text)
     except ValueError:
         average = -1.0
+    if average < 2 and average in codes.get("trellis").widths:
+        return parse_rules(option("bits"), text, _bits_value)
     if not 2 <= average <= 4:
         raise UsageError(
             f"{option('bits')} {quoted(text)}: an average must lie between 2.0 and 4.0 (the first layers "
-            "get 4 bits, the rest 2)"
+            "get 4 bits, the rest 2); below 2 bits there are the trellis's, such as 1.5"
         )
     stacks = {r.stack.name: r.stack.length for r in roles if r.stack}
     rules = []
@@ -400,13 +424,17 @@ def _bits_rules(text: str, roles: list[Role]) -> Rules[int]:
     return Rules(tuple(rules), 2)
 
 
-def _bits_value(text: str) -> int:
-    if text not in {str(b) for b in (*BITS, DENSE)}:
+def _bits_value(text: str) -> float:
+    try:
+        width = float(text)
+    except ValueError:
+        width = -1.0
+    if width not in (*BITS, DENSE, *codes.get("trellis").widths):
         raise UsageError(
-            f"{option('bits')}: {quoted(text)} is not a width; wanted 2, 3, 4, 8, 16 (leave dense), an average "
-            "such as 2.5, or patterns such as 'layers.0-3=4,2'"
+            f"{option('bits')}: {quoted(text)} is not a width; wanted 2, 3, 4, 8, 16 (leave dense), sixteenths up to "
+            "4 for a trellis, such as 1.5, an average such as 2.5, or patterns such as 'layers.0-3=4,2'"
         )
-    return int(text)
+    return int(width) if width == int(width) else width
 
 
 def _rank_value(text: str) -> int:

@@ -26,6 +26,7 @@ class Policy:
     block_size: int = default("block_size")
     scale_dtype: str = default("scale_dtype")
     double_quant: bool = default("double_quant")
+    window: int = default("window")
     rank: str = default("rank")
     rank_policy: str = default("rank_policy")
     alpha: float | None = default("alpha")
@@ -50,8 +51,13 @@ class Policy:
         _check_budget(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; without a budget none of its fields, so that earlier outputs are still known."""
+        """Plain values; without a budget none of its fields, so that earlier outputs are still known.
+
+        So it is with the window, which only a trellis has.
+        """
         values = asdict(self)
+        if self.window == default("window"):
+            del values["window"]
         return values if self.budget else {k: v for k, v in values.items() if not k.startswith("budget")}
 
 
