@@ -122,7 +122,7 @@ def test_no_group_is_much_longer_than_its_rows() -> None:
         groups, length = trellis_groups(rows)
         assert length % 16 == 0
         assert (groups - 1) * length < rows <= groups * length
-        assert groups * length - rows <= 15 + max(32, 0.07 * rows)
+        assert groups * length - rows <= 48 + rows / 20
 
 
 @pytest.mark.parametrize("rate", [12, 16, 23, 35])

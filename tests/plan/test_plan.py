@@ -168,13 +168,13 @@ def test_patterns_of_bits():
     [
         ("5", "bits: 5 is not a width; wanted 2, 3, 4, 8, 16"),
         ("nf4", "bits: nf4 is not a width"),
-        ("1.5", r"bits 1.5: an average must lie between 2.0 and 4.0"),
+        ("1.3", r"bits 1.3: an average must lie between 2.0 and 4.0"),
         ("4.5", "an average must lie between 2.0 and 4.0"),
         ("2.x", "an average must lie between 2.0 and 4.0"),
         ("nan", "bits: nan is not a width"),
         ("2.25", r"no stack of layers is long enough for this average .*'model.layers': 2"),
         ("layers.0=4", "needs exactly one value without a pattern"),
-        ("layers.0=2.5,2", "bits: 2.5 is not a width"),
+        ("layers.0=2.55,2", "bits: 2.55 is not a width"),
         ("layer.0=4,2", "bits: layer.0 matches no module; the nearest are model.layers.0"),
         ("lm_head=4,2", "bits: lm_head matches no module"),
     ],
@@ -382,3 +382,40 @@ def test_factors_have_a_dtype_of_their_own():
     for option in ("dtype", "adapter_dtype"):
         with pytest.raises(UsageError, match=f"{option} must be one of .*bfloat16"):
             Policy(**{option: "float8"})
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"bits": 1.5}, {"up_proj": (1.5, "trellis"), "k_proj": (2, "nf")}),
+        ({"bits": 1.5, "code": "trellis"}, {"up_proj": (1.5, "trellis"), "k_proj": (2, "nf")}),
+        ({"bits": 2.5, "code": "trellis"}, {"up_proj": (2.5, "trellis"), "k_proj": (2, "nf")}),
+        ({"bits": "3", "code": "trellis"}, {"up_proj": (3, "trellis"), "k_proj": (3, "nf")}),
+        ({"bits": 2.1875, "code": "trellis"}, {"up_proj": (2.1875, "trellis"), "k_proj": (2, "nf")}),
+        ({"bits": "up_proj=2.25,4"}, {"up_proj": (2.25, "trellis"), "k_proj": (4, "nf"), "q_proj": (4, "nf")}),
+        ({"bits": "up_proj=4,1.5"}, {"up_proj": (4, "nf"), "q_proj": (1.5, "trellis"), "k_proj": (2, "nf")}),
+    ],
+)
+def test_widths_of_a_trellis(options, wanted):
+    plan = planned(**options)
+    found = {m.module.rpartition(".")[2]: (m.quant.bits, m.quant.code) for m in plan.matrices}
+    assert {name: found[name] for name in wanted} == wanted
+
+
+def test_what_a_trellis_cannot_hold_says_why_it_is_scalar():
+    plan = planned(bits=1.5, embeddings=True)
+    why = {m.module: m.instead for m in plan.matrices}
+    assert why["model.layers.0.self_attn.k_proj"] == (
+        "no trellis of 1.5 bits: 16 rows are too few for a trellis, which needs 32"
+    )
+    assert why["model.embed_tokens"] == "no trellis of 1.5 bits: the rows of an embedding are read alone"
+    assert why["model.layers.0.mlp.up_proj"] == ""
+    assert "instead" not in plan.to_dict()["matrices"][-1] or plan.matrices[-1].instead
+    assert plan.digest() != planned(bits=2, embeddings=True).digest()
+
+
+def test_a_code_in_blocks_has_no_width_of_a_trellis():
+    with pytest.raises(UsageError, match="code nf has 2, 3, 4 or 8 bits; use code trellis for 1.5"):
+        planned(bits=1.5, code="nf")
+    with pytest.raises(UsageError, match="code trellis has multiples of 1/16 up to 4 bits; use code nf for 8"):
+        planned(bits=8, code="trellis")
