@@ -98,7 +98,9 @@ class Codes(TypedDict, total=False):
     ]
     double_quant: Annotated[bool, Option(False), "Quantize the scales too, as bitsandbytes does."]
     window: Annotated[
-        int, Option(10, choices=(8, 10, 12)), "Of code trellis: bits that choose a level. 8 is quicker, 12 better."
+        int,
+        Option(10, choices=(8, 10, 12)),
+        "Of code trellis: bits that choose a level: 8 is quicker than 10, 12 better.",
     ]
 
 

@@ -113,7 +113,7 @@ def test_help_names_what_the_registries_have():
     assert [name for name in layouts.names() if name not in shown["format"]] == []
     for name, (_, option) in options.TABLE.items():
         if name not in options.rows(options.Method) and name != "scales":  # "formula" is said in other words
-            assert [choice for choice in option.choices if choice not in option.help] == [], name
+            assert [choice for choice in option.choices if str(choice) not in option.help] == [], name
 
 
 def test_texts_have_a_row_for_each_side():
