@@ -415,7 +415,7 @@ def test_what_a_trellis_cannot_hold_says_why_it_is_scalar():
 
 
 def test_a_code_in_blocks_has_no_width_of_a_trellis():
-    with pytest.raises(UsageError, match="code nf has 2, 3, 4 or 8 bits; use code trellis for 1.5"):
+    with pytest.raises(UsageError, match=r"code nf has 2, 3, 4 or 8 bits; use code trellis for 1\.5"):
         planned(bits=1.5, code="nf")
     with pytest.raises(UsageError, match="code trellis has multiples of 1/16 up to 4 bits; use code nf for 8"):
         planned(bits=8, code="trellis")
