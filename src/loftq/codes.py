@@ -47,7 +47,7 @@ class Code(ABC):
     form: ClassVar[str] = "blocks"
     fields: ClassVar[tuple[str, ...]] = ("block_size", "scale_dtype", "double_quant")
     name: ClassVar[str] = ""
-    widths: ClassVar[tuple[int, ...]] = BITS
+    widths: ClassVar[tuple[float, ...]] = BITS
     per_tensor: ClassVar[bool] = False
     zero: ClassVar[str | None] = None
     clips: ClassVar[bool] = False
@@ -141,7 +141,7 @@ def _check(code: Code) -> None:
         raise UsageError(f"code {code.name}: widths are of {BITS}, got {code.widths}")
     if code.zero not in (None, "U8", "F32") or (code.zero == "F32" and not code.per_tensor):
         raise UsageError(f"code {code.name}: zero is None, 'U8', or with per_tensor 'F32'; got {code.zero!r}")
-    for bits in code.widths:
+    for bits in map(int, code.widths):
         table = levels(code.name, bits)
         if table.shape != (2**bits,) or table.dtype != torch.float32 or table.device.type != "cpu":
             raise UsageError(f"code {code.name}: {2**bits} float32 levels on the CPU are wanted for {bits} bits")

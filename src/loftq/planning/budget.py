@@ -26,7 +26,7 @@ GAP = 1e-6  # relative distance from the optimum at which the exact solver stops
 class Choice:
     """One way to store a matrix: what it takes, adapter included, and what squared, weighted error it leaves."""
 
-    bits: int
+    bits: float
     block_size: int
     rank: int
     bytes: int

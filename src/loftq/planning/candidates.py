@@ -116,7 +116,7 @@ def curve(matrix: Matrix, found: list[Candidate], errors: Mapping[QuantSpec, lis
     ]
 
 
-def _quants(matrix: Matrix, policy: Policy, widths: list[int]) -> list[QuantSpec]:
+def _quants(matrix: Matrix, policy: Policy, widths: list[float]) -> list[QuantSpec]:
     if _pinned(policy.bits, matrix.module):
         return [matrix.quant]
     size = policy.block_size
@@ -129,7 +129,7 @@ def _quants(matrix: Matrix, policy: Policy, widths: list[int]) -> list[QuantSpec
     ]
 
 
-def _widths(policy: Policy) -> tuple[int, ...]:
+def _widths(policy: Policy) -> tuple[float, ...]:
     """The widths of the policy's code; of all codes that ``auto`` may stand for."""
     return BITS if policy.code == "auto" else codes.get(policy.code).widths
 
