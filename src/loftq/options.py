@@ -365,9 +365,9 @@ def described(docstring: str, group: Any) -> str:
     """A docstring with an entry for every option of a group instead of its entry ``options``."""
 
     def entries(entry: re.Match) -> str:
-        return "".join(f"{entry[1]}{name}: {_in_python(TABLE[name][1].help)}\n" for name in group.__annotations__)
+        return "".join(f"\n{entry[1]}{name}: {_in_python(TABLE[name][1].help)}" for name in group.__annotations__)
 
-    return re.sub(r"^( +)options: .*\n(?:\1 +.*\n)*", entries, docstring, flags=re.MULTILINE)
+    return re.sub(r"\n( +)options: .*(?:\n\1 +.*)*", entries, docstring)
 
 
 def _in_python(help: str) -> str:
