@@ -220,7 +220,7 @@ def test_keys_know_all_of_a_file_and_only_files_that_are_read(tmp_path):
 
 def test_keys_know_the_version_of_a_task(monkeypatch):
     before = arms({})[0].key
-    monkeypatch.setitem(tasks._TASKS, "sst2", dataclasses.replace(tasks.get_task("sst2"), version=2))
+    monkeypatch.setitem(tasks.TASKS, "sst2", dataclasses.replace(tasks.get_task("sst2"), version=2))
     assert arms({})[0].key != before
 
 

@@ -11,7 +11,8 @@ from torchmetrics.functional.classification import binary_f1_score, multiclass_f
 from torchmetrics.functional.text.squad import squad as published_squad
 
 from loftq.finetune.tasks import get_task, metrics
-from loftq.finetune.tasks.gsm8k import answer, target
+from loftq.finetune.tasks.named import gsm8k_answer as answer
+from loftq.finetune.tasks.named import gsm8k_target as target
 
 ANSWERS = [
     ("the cat", ["The cat!", "a dog"]),

@@ -10,7 +10,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from loftq.finetune.tasks import get_task, load_data, metrics, span_qa
-from loftq.finetune.tasks.gsm8k import answer
+from loftq.finetune.tasks.named import gsm8k_answer as answer
 
 pytestmark = pytest.mark.data
 

@@ -2,15 +2,14 @@
 
 import math
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from datasets import Dataset
 
 from loftq.finetune.tasks import Task
 
-if TYPE_CHECKING:
-    from datasets import Dataset
 
-
-def constant_answer(task: Task, examples: "Dataset", tokenizer: Any) -> tuple[str, float]:
+def constant_answer(task: Task, examples: Dataset, tokenizer: Any) -> tuple[str, float]:
     """The metric a run is judged by, and its value for the best answer that does not look at the input.
 
     ======================================  ====================================================================

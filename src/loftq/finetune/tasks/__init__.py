@@ -1,57 +1,21 @@
-"""Tasks: data set, prompt, preprocessing and metric, one file each; and a user's own data sets by naming columns."""
+"""Tasks: data set, prompt, preprocessing and metric; named ones, and a user's own data sets by naming columns."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from datasets import Dataset
 
 from loftq.errors import UsageError, listed, quoted
-from loftq.finetune.tasks import (
-    anli,
-    cnn_dailymail,
-    cola,
-    gsm8k,
-    mnli,
-    mrpc,
-    qnli,
-    qqp,
-    rte,
-    squad,
-    sst2,
-    stsb,
-    wikitext2,
-    xsum,
-)
 from loftq.finetune.tasks.base import Limits, Measuring, Task
 from loftq.finetune.tasks.data import available_splits, load_data, named_files
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from loftq.finetune.tasks.named import TASKS
 
 __all__ = ["Limits", "Task", "available_splits", "get_task", "load_data", "named_files", "names", "score"]
-
-_TASKS: dict[str, Task] = {
-    module.TASK.name: module.TASK
-    for module in (
-        anli,
-        cnn_dailymail,
-        cola,
-        gsm8k,
-        mnli,
-        mrpc,
-        qnli,
-        qqp,
-        rte,
-        squad,
-        sst2,
-        stsb,
-        wikitext2,
-        xsum,
-    )
-}
 
 
 def names() -> tuple[str, ...]:
     """The names of the tasks that come with the package."""
-    return tuple(_TASKS)
+    return tuple(TASKS)
 
 
 def get_task(
@@ -69,9 +33,9 @@ def get_task(
     Raises: UsageError for an unknown name, a mapping with anything wrong in it, or a length the task does not have.
     """
     if isinstance(spec, str):
-        if spec not in _TASKS:
-            raise UsageError(f"task: {quoted(repr(spec))} is not one of {listed(_TASKS, 20)}, nor a mapping of columns")
-        task = _TASKS[spec]
+        if spec not in TASKS:
+            raise UsageError(f"task: {quoted(repr(spec))} is not one of {listed(TASKS, 20)}, nor a mapping of columns")
+        task = TASKS[spec]
     else:
         from loftq.finetune.tasks.own import own_task
 
@@ -83,7 +47,7 @@ def score(
     task: Task,
     model: Any,
     tokenizer: Any,
-    dataset: "Dataset",
+    dataset: Dataset,
     *,
     batch_size: int = 32,
     generation: str | Mapping[str, Any] | None = None,

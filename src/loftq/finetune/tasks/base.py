@@ -3,12 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
+
+from datasets import Dataset
 
 from loftq.errors import UsageError, listed, quoted
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 IGNORED = -100  # label of a token that is not learned; PyTorch's cross entropy leaves it out
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
@@ -115,7 +114,7 @@ class Task(ABC):
         """What ``from_pretrained`` must be told about the head."""
 
     @abstractmethod
-    def prepare(self, dataset: "Dataset", tokenizer: Any, *, train: bool) -> "Dataset":
+    def prepare(self, dataset: Dataset, tokenizer: Any, *, train: bool) -> Dataset:
         """Token ids and labels of a split that ``load_data`` gave; not padded, that is the collator's work."""
 
     @abstractmethod
@@ -124,12 +123,12 @@ class Task(ABC):
 
     @abstractmethod
     def trainer_metrics(
-        self, examples: "Dataset", prepared: "Dataset", tokenizer: Any
+        self, examples: Dataset, prepared: Dataset, tokenizer: Any
     ) -> Callable[[Any], dict[str, float]] | None:
         """``compute_metrics`` of a Trainer that evaluates ``prepared``; None if only the loss can be watched."""
 
     @abstractmethod
-    def measure(self, model: Any, tokenizer: Any, dataset: "Dataset", options: "Measuring") -> dict[str, float]:
+    def measure(self, model: Any, tokenizer: Any, dataset: Dataset, options: "Measuring") -> dict[str, float]:
         """All metrics of ``model`` on a split; called by ``score``, which documents it."""
 
     def limited(self, **limits: int | None) -> "Task":

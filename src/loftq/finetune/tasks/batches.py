@@ -4,22 +4,21 @@ import copy
 import functools
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from datasets import Dataset
 
 from loftq.errors import UsageError, quoted
 from loftq.finetune.tasks.base import IGNORED, Limits
 from loftq.sources import databounds
 from loftq.sources.datafiles import no_bars
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 logger = logging.getLogger(__name__)
 
 MANY = 10_000  # rows that take long enough for a bar
 
 
-def tokenized(dataset: "Dataset", function: Callable[..., dict[str, Any]], **options: bool) -> "Dataset":
+def tokenized(dataset: Dataset, function: Callable[..., dict[str, Any]], **options: bool) -> Dataset:
     """``dataset.map`` with the columns that ``function`` gives and no others."""
     with no_bars(len(dataset) < MANY):
         return dataset.map(

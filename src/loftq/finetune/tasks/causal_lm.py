@@ -1,16 +1,14 @@
 """Plain text, for a model that predicts the next token."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+from datasets import Dataset, Features, List, Value
 
 from loftq.errors import InputError, quoted
 from loftq.finetune.tasks import batches
 from loftq.finetune.tasks.next_token import NextToken
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 ROWS = ("documents", "lines")
 
@@ -37,9 +35,7 @@ class CausalLM(NextToken):
     def main_metric(self) -> str:
         return "perplexity"
 
-    def prepare(self, dataset: "Dataset", tokenizer: Any, *, train: bool) -> "Dataset":
-        from datasets import Dataset, Features, List, Value
-
+    def prepare(self, dataset: Dataset, tokenizer: Any, *, train: bool) -> Dataset:
         batches.check_tokenizer(self.limits, tokenizer)
         end = batches.end_token(tokenizer) if self.rows == "documents" else ""
 

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
+
+from datasets import Dataset
 
 from loftq.errors import UsageError, listed, quoted
 from loftq.finetune.tasks import batches, loops, metrics
 from loftq.finetune.tasks.base import Measuring, Task
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +56,7 @@ class TextClassification(Task):
             "problem_type": "single_label_classification",
         }
 
-    def prepare(self, dataset: "Dataset", tokenizer: Any, *, train: bool) -> "Dataset":
+    def prepare(self, dataset: Dataset, tokenizer: Any, *, train: bool) -> Dataset:
         batches.check_tokenizer(self.limits, tokenizer)
 
         def encoded(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -71,7 +70,7 @@ class TextClassification(Task):
         return batches.pad_inputs(batches.padding(tokenizer))
 
     def trainer_metrics(
-        self, examples: "Dataset", prepared: "Dataset", tokenizer: Any
+        self, examples: Dataset, prepared: Dataset, tokenizer: Any
     ) -> Callable[[Any], dict[str, float]]:
         def compute(evaluated: Any) -> dict[str, float]:
             logits = evaluated.predictions
@@ -79,7 +78,7 @@ class TextClassification(Task):
 
         return compute
 
-    def measure(self, model: Any, tokenizer: Any, dataset: "Dataset", options: Measuring) -> dict[str, float]:
+    def measure(self, model: Any, tokenizer: Any, dataset: Dataset, options: Measuring) -> dict[str, float]:
         prepared = self.prepare(dataset, tokenizer, train=False)
         inputs = prepared.remove_columns("labels")
         logits = loops.forward(model, inputs, self.collator(tokenizer, model), ["logits"], options)

@@ -5,20 +5,18 @@ Every refusal names the place, the row (counted from 1) and the column as the us
 
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from datasets import Dataset, Value
 
 from loftq.errors import InputError, UsageError, listed, quoted
 from loftq.finetune.tasks.base import Task
 from loftq.sources import databounds
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-
 _NEW = "_new"
 
 
-def canonical(dataset: "Dataset", task: Task, place: str) -> "Dataset":
+def canonical(dataset: Dataset, task: Task, place: str) -> Dataset:
     """The columns of ``task.roles`` alone, under those names, with values that are what they should be.
 
     Args:
@@ -35,7 +33,7 @@ def canonical(dataset: "Dataset", task: Task, place: str) -> "Dataset":
     return dataset
 
 
-def _found(dataset: "Dataset", task: Task, place: str) -> dict[str, str]:
+def _found(dataset: Dataset, task: Task, place: str) -> dict[str, str]:
     """role -> column, for every role that is there."""
     found, missing = {}, []
     for role, accepted in task.columns.items():
@@ -54,9 +52,7 @@ def _found(dataset: "Dataset", task: Task, place: str) -> dict[str, str]:
     return found
 
 
-def _text(dataset: "Dataset", role: str, task: Task, where: str) -> "Dataset":
-    from datasets import Value
-
+def _text(dataset: Dataset, role: str, task: Task, where: str) -> Dataset:
     if dataset.features[role] != Value("string") or dataset.data.column(role).null_count:
         for row, value in enumerate(dataset[role], 1):
             if not isinstance(value, str):
@@ -66,7 +62,7 @@ def _text(dataset: "Dataset", role: str, task: Task, where: str) -> "Dataset":
     return dataset
 
 
-def _label(dataset: "Dataset", role: str, task: Task, where: str) -> "Dataset":
+def _label(dataset: Dataset, role: str, task: Task, where: str) -> Dataset:
     """Class numbers from numbers or names; for a task without class names, finite numbers."""
     labels: tuple[str, ...] = task.labels  # type: ignore[attr-defined]
     values: Iterable[Any] = dataset[role]
@@ -82,19 +78,19 @@ def _label(dataset: "Dataset", role: str, task: Task, where: str) -> "Dataset":
     return _replaced(dataset, role, _each(values, lambda value: known.get(_name(value)), wanted, where))
 
 
-def _answers(dataset: "Dataset", role: str, task: Task, where: str) -> "Dataset":
+def _answers(dataset: Dataset, role: str, task: Task, where: str) -> Dataset:
     """Texts of answers and where they begin in the context, as ``{"text": [...], "answer_start": [...]}``."""
     rows = zip(dataset[role], dataset["context"], strict=True)
     wanted = "at least one answer, text and answer_start, that stands there in the context"
     return _replaced(dataset, role, _each(rows, _located, wanted, where))
 
 
-def _messages(dataset: "Dataset", role: str, task: Task, where: str) -> "Dataset":
+def _messages(dataset: Dataset, role: str, task: Task, where: str) -> Dataset:
     wanted = "a list of messages, role and content, of which the last is the assistant's and the first is not"
     return _replaced(dataset, role, _each(dataset[role], _conversation, wanted, where))
 
 
-_CONVERT: dict[str, Callable[..., "Dataset"]] = {
+_CONVERT: dict[str, Callable[..., Dataset]] = {
     "text": _text,
     "label": _label,
     "answers": _answers,
@@ -120,7 +116,7 @@ def _broken(where: str, row: int, value: Any, wanted: str) -> InputError:
     return InputError(f"{where}, row {row}: {came} is not {wanted}; mend or remove the row")
 
 
-def _replaced(dataset: "Dataset", role: str, values: list[Any]) -> "Dataset":
+def _replaced(dataset: Dataset, role: str, values: list[Any]) -> Dataset:
     added = dataset.add_column(_NEW, values)  # type: ignore[call-arg]
     return added.remove_columns(role).rename_column(_NEW, role)  # never without columns, and so without rows
 

@@ -2,7 +2,10 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import datasets
+from datasets import Dataset, concatenate_datasets
 
 from loftq.errors import InputError, StorageError, UsageError, listed, quoted
 from loftq.finetune.tasks.base import Hub, Task
@@ -10,15 +13,12 @@ from loftq.finetune.tasks.columns import canonical
 from loftq.formats.regular import local_path
 from loftq.sources import datafiles
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 OPTIONS = ("directory", "max_train_samples", "max_eval_samples")
 
 
 def load_data(
     task: Task, data: str | Path | Mapping[str, Any] | None = None, splits: Sequence[str] | None = None
-) -> "dict[str, Dataset]":
+) -> dict[str, Dataset]:
     """split -> its rows, with the columns of ``task.roles`` alone, labels as numbers, everything checked.
 
     Args:
@@ -99,13 +99,11 @@ def _names(task: Task) -> dict[str, tuple[str, ...]]:
     return {**dict.fromkeys(datafiles.SPLITS, ()), **(task.hub.splits if task.hub else {})}
 
 
-def _read_files(task: Task, paths: list[Path]) -> "Dataset":
+def _read_files(task: Task, paths: list[Path]) -> Dataset:
     return _joined([canonical(datafiles.read(path), task, quoted(path, 400)) for path in paths])
 
 
-def _read_hub(task: Task, hub: Hub, split: str) -> "Dataset":
-    import datasets
-
+def _read_hub(task: Task, hub: Hub, split: str) -> Dataset:
     parts = []
     for name in hub.splits[split]:
         try:
@@ -119,8 +117,6 @@ def _read_hub(task: Task, hub: Hub, split: str) -> "Dataset":
     return _joined(parts)
 
 
-def _joined(parts: "list[Dataset]") -> "Dataset":
-    from datasets import concatenate_datasets
-
+def _joined(parts: list[Dataset]) -> Dataset:
     columns = parts[0].column_names
     return concatenate_datasets([part.select_columns(columns) for part in parts])

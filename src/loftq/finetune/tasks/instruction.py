@@ -2,17 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+from datasets import Dataset
 from jinja2 import TemplateError
 
 from loftq.errors import InputError, UsageError, quoted
 from loftq.finetune.tasks import batches, loops, metrics
 from loftq.finetune.tasks.base import IGNORED, Measuring
 from loftq.finetune.tasks.next_token import NextToken
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 def as_is(text: str) -> str:
@@ -47,7 +45,7 @@ class Instruction(NextToken):
     def main_metric(self) -> str:
         return "exact_match" if self.extract else "perplexity"
 
-    def prepare(self, dataset: "Dataset", tokenizer: Any, *, train: bool) -> "Dataset":
+    def prepare(self, dataset: Dataset, tokenizer: Any, *, train: bool) -> Dataset:
         batches.check_tokenizer(self.limits, tokenizer)
         end = tokenizer.convert_tokens_to_ids(batches.end_token(tokenizer))
 
@@ -75,7 +73,7 @@ class Instruction(NextToken):
             batches.tell_cut(self.name, cut, len(prepared), self.limits.max_length)
         return prepared.remove_columns("cut")
 
-    def measure(self, model: Any, tokenizer: Any, dataset: "Dataset", options: Measuring) -> dict[str, float]:
+    def measure(self, model: Any, tokenizer: Any, dataset: Dataset, options: Measuring) -> dict[str, float]:
         result = super().measure(model, tokenizer, dataset, options)
         if self.extract is None:
             return result
@@ -85,7 +83,7 @@ class Instruction(NextToken):
         truths = [self.extract(self._answer(row)) for row in dataset]  # type: ignore[arg-type]
         return {"exact_match": metrics.exact_match([self.extract(text) for text in texts], truths), **result}
 
-    def prompts(self, dataset: "Dataset", tokenizer: Any) -> "Dataset":
+    def prompts(self, dataset: Dataset, tokenizer: Any) -> Dataset:
         """Token ids of what stands before the last response, for the model to go on from."""
 
         def encoded(row: dict[str, Any]) -> dict[str, list[int]]:

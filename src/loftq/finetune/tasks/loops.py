@@ -2,21 +2,20 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
 
 from loftq.errors import NumericalError
 from loftq.finetune.tasks.base import Measuring, positions_of
-
-if TYPE_CHECKING:
-    import numpy as np
-    from datasets import Dataset
 
 Collate = Callable[[list[dict[str, Any]]], Any]
 
 
 def forward(
-    model: Any, prepared: "Dataset", collate: Collate, outputs: Sequence[str], options: Measuring
-) -> "list[tuple[np.ndarray, ...]]":
+    model: Any, prepared: Dataset, collate: Collate, outputs: Sequence[str], options: Measuring
+) -> list[tuple[np.ndarray, ...]]:
     """The named outputs for every row, float32, in the order of the rows; sequences keep their batch's padding.
 
     Raises: NumericalError if an output is not finite.
@@ -32,7 +31,7 @@ def forward(
     return results
 
 
-def loss(model: Any, prepared: "Dataset", collate: Collate, options: Measuring) -> tuple[float, int]:
+def loss(model: Any, prepared: Dataset, collate: Collate, options: Measuring) -> tuple[float, int]:
     """Sum of the losses, in nats, over all tokens that have a label, and the number of those tokens.
 
     Raises: NumericalError if the loss is not finite.
@@ -48,7 +47,7 @@ def loss(model: Any, prepared: "Dataset", collate: Collate, options: Measuring) 
     return nats, tokens
 
 
-def generate(model: Any, tokenizer: Any, prompts: "Dataset", collate: Collate, options: Measuring) -> list[str]:
+def generate(model: Any, tokenizer: Any, prompts: Dataset, collate: Collate, options: Measuring) -> list[str]:
     """The text that the model adds to every prompt, or, of an encoder and decoder, makes of it.
 
     A text ends where the model's positions do. Sampling without a ``seed`` has 0, so that it can be repeated.
@@ -80,7 +79,7 @@ def generate(model: Any, tokenizer: Any, prompts: "Dataset", collate: Collate, o
 
 
 def _batches(
-    model: Any, prepared: "Dataset", collate: Collate, options: Measuring
+    model: Any, prepared: Dataset, collate: Collate, options: Measuring
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """Row numbers and a batch on the model's device; rows of like length together, the longest first."""
     from tqdm.auto import tqdm

@@ -1,13 +1,12 @@
 """What tasks for a model that predicts the next token share."""
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
+
+from datasets import Dataset
 
 from loftq.errors import UsageError, quoted
 from loftq.finetune.tasks import batches, loops, metrics
 from loftq.finetune.tasks.base import Measuring, Task
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 class NextToken(Task):
@@ -37,10 +36,10 @@ class NextToken(Task):
     def collator(self, tokenizer: Any, model: Any = None) -> Any:
         return batches.pad_sequences(batches.padding(tokenizer, "right"), model)
 
-    def trainer_metrics(self, examples: "Dataset", prepared: "Dataset", tokenizer: Any) -> None:
+    def trainer_metrics(self, examples: Dataset, prepared: Dataset, tokenizer: Any) -> None:
         return None
 
-    def measure(self, model: Any, tokenizer: Any, dataset: "Dataset", options: Measuring) -> dict[str, float]:
+    def measure(self, model: Any, tokenizer: Any, dataset: Dataset, options: Measuring) -> dict[str, float]:
         prepared = self.prepare(dataset, tokenizer, train=False)
         nats, tokens = loops.loss(model, prepared, self.collator(tokenizer, model), options)
         return metrics.perplexity(nats, tokens)

@@ -2,16 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+from datasets import Dataset
 
 from loftq.errors import InputError, UsageError, quoted
 from loftq.finetune.tasks import batches, loops, metrics
 from loftq.finetune.tasks.base import Measuring, Task
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 N_BEST = 20
 MAX_ANSWER_TOKENS = 30
@@ -42,7 +40,7 @@ class SpanQA(Task):
     def model_options(self) -> dict[str, Any]:
         return {}
 
-    def prepare(self, dataset: "Dataset", tokenizer: Any, *, train: bool) -> "Dataset":
+    def prepare(self, dataset: Dataset, tokenizer: Any, *, train: bool) -> Dataset:
         """Pieces with the positions of the first answer; for evaluation also each piece's row and its offsets."""
         batches.check_tokenizer(self.limits, tokenizer)
         if not tokenizer.is_fast:
@@ -85,7 +83,7 @@ class SpanQA(Task):
         return batches.pad_inputs(batches.padding(tokenizer, "right"))
 
     def trainer_metrics(
-        self, examples: "Dataset", prepared: "Dataset", tokenizer: Any
+        self, examples: Dataset, prepared: Dataset, tokenizer: Any
     ) -> Callable[[Any], dict[str, float]]:
         def compute(evaluated: Any) -> dict[str, float]:
             starts, ends = evaluated.predictions[:2]
@@ -93,7 +91,7 @@ class SpanQA(Task):
 
         return compute
 
-    def measure(self, model: Any, tokenizer: Any, dataset: "Dataset", options: Measuring) -> dict[str, float]:
+    def measure(self, model: Any, tokenizer: Any, dataset: Dataset, options: Measuring) -> dict[str, float]:
         prepared = self.prepare(dataset, tokenizer, train=False)
         inputs = prepared.remove_columns(["row", "offsets", *self.label_names])
         collate = self.collator(tokenizer, model)
@@ -118,7 +116,7 @@ def _token_span(offsets: list[list[int]], answers: dict[str, list[Any]]) -> tupl
 
 
 def _metrics(
-    examples: "Dataset", prepared: "Dataset", starts: Sequence[np.ndarray], ends: Sequence[np.ndarray]
+    examples: Dataset, prepared: Dataset, starts: Sequence[np.ndarray], ends: Sequence[np.ndarray]
 ) -> dict[str, float]:
     predictions = best_answers(list(examples["context"]), prepared["row"], prepared["offsets"], starts, ends)
     return metrics.squad(predictions, [answers["text"] for answers in examples["answers"]])

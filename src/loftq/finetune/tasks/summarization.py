@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
+
+from datasets import Dataset
 
 from loftq.errors import UsageError, quoted
 from loftq.finetune.tasks import batches, loops, metrics
 from loftq.finetune.tasks.base import Measuring, Task
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,7 @@ class Summarization(Task):
     def generation_options(self, choice: Any = None) -> dict[str, Any]:
         return {"max_new_tokens": self.limits.max_target_length, **super().generation_options(choice)}
 
-    def prepare(self, dataset: "Dataset", tokenizer: Any, *, train: bool) -> "Dataset":
+    def prepare(self, dataset: Dataset, tokenizer: Any, *, train: bool) -> Dataset:
         batches.check_tokenizer(self.limits, tokenizer)
 
         def encoded(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -58,7 +57,7 @@ class Summarization(Task):
         return batches.pad_sequences(batches.padding(tokenizer), model)
 
     def trainer_metrics(
-        self, examples: "Dataset", prepared: "Dataset", tokenizer: Any
+        self, examples: Dataset, prepared: Dataset, tokenizer: Any
     ) -> Callable[[Any], dict[str, float]]:
         import numpy as np
 
@@ -70,7 +69,7 @@ class Summarization(Task):
 
         return compute
 
-    def measure(self, model: Any, tokenizer: Any, dataset: "Dataset", options: Measuring) -> dict[str, float]:
+    def measure(self, model: Any, tokenizer: Any, dataset: Dataset, options: Measuring) -> dict[str, float]:
         tokenizer = batches.padding(tokenizer)
         collate = batches.pad_inputs(tokenizer)
         inputs = self.prepare(dataset, tokenizer, train=False).remove_columns("labels")
