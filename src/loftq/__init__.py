@@ -4,6 +4,7 @@
 imported here, our parts are registered with them when they are.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 import wrapt
@@ -78,8 +79,6 @@ _HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'loftq' has no attribute {name!r}")
-    import importlib
-
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
@@ -87,87 +86,37 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _register_quantizer(_: Any) -> None:
-    import loftq.nn.hf  # noqa: F401
-
-
-def _extend_models(modeling: Any) -> None:
-    from loftq.nn.counts import count_weights
-    from loftq.nn.dense import resize_dense_tables
-    from loftq.nn.hf import pack_from_config
-
-    count_weights(modeling)
-    resize_dense_tables(modeling)
-    pack_from_config(modeling)
-
-
-def _install_lora_layers(_: Any) -> None:
-    from loftq.adapters.peft import install
-
-    install()
-
-
-def _extend_trained_modules(other: Any) -> None:
-    from loftq.nn.dense import train_dense_copies
-
-    train_dense_copies(other)
-
-
-def _extend_trained_tokens(layer: Any) -> None:
-    from loftq.nn.dense import train_tokens_of_dense_tables
-
-    train_tokens_of_dense_tables(layer)
-
-
-def _extend_peft_models(peft_model: Any) -> None:
-    from loftq.adapters.initialization import warn_of_unused_starts
-    from loftq.adapters.origins import warn_on_loading
-    from loftq.adapters.placement import check_loading
-    from loftq.nn.counts import count_weights_under
-
-    count_weights_under(peft_model.PeftModel)
-    warn_of_unused_starts(peft_model.PeftModel)
-    check_loading(peft_model.PeftModel)
-    warn_on_loading(peft_model.PeftModel)
-
-
-def _extend_mixed_models(mixed_model: Any) -> None:
-    from loftq.nn.counts import count_weights_under
-
-    count_weights_under(mixed_model.PeftMixedModel)
-
-
-def _keep_real_targets(conversion: Any) -> None:
-    from loftq.adapters.placement import keep_real_targets
-
-    keep_real_targets(conversion)
-
-
-def _read_relative_bases(module: Any) -> None:
-    from loftq.adapters import bases, origins
-
-    if module.__name__ == "peft.config":
-        bases.read_config(module.PeftConfigMixin)
-        bases.write_config(module.PeftConfigMixin)
-        origins.write_with_config(module.PeftConfigMixin)
-    elif module.__name__ == "peft.auto":
-        bases.load_from_subfolder(module._BaseAutoPeftModel)
-    else:
-        module.find_adapter_config_file = bases.find_config(module.find_adapter_config_file)
-        if module.__name__ == "transformers.integrations.peft":
-            origins.warn_on_loading(module.PeftAdapterMixin)
-
-
-wrapt.register_post_import_hook(_register_quantizer, "transformers.quantizers.auto")
-wrapt.register_post_import_hook(_install_lora_layers, "peft.tuners.lora.model")
-wrapt.register_post_import_hook(_keep_real_targets, "peft.utils.transformers_weight_conversion")
-wrapt.register_post_import_hook(_extend_models, "transformers.modeling_utils")
-wrapt.register_post_import_hook(_extend_peft_models, "peft.peft_model")
-wrapt.register_post_import_hook(_extend_mixed_models, "peft.mixed_model")
-wrapt.register_post_import_hook(_extend_trained_modules, "peft.utils.other")
-wrapt.register_post_import_hook(_extend_trained_tokens, "peft.tuners.trainable_tokens.layer")
-for _module in (
-    *("peft.config", "peft.auto", "transformers.utils.peft_utils", "transformers.integrations.peft"),
-    *("transformers.models.auto.auto_factory", "transformers.pipelines"),
-):
-    wrapt.register_post_import_hook(_read_relative_bases, _module)
+# Module of transformers or PEFT -> functions of ours that extend it for packed layers; each is given the module.
+_EXTENSIONS = {
+    "transformers.modeling_utils": [
+        "loftq.nn.counts:count_weights",
+        "loftq.nn.dense:resize_dense_tables",
+        "loftq.nn.hf:pack_from_config",
+    ],
+    "peft.tuners.lora.model": ["loftq.adapters.peft:install"],
+    "peft.tuners.trainable_tokens.layer": ["loftq.nn.dense:train_tokens_of_dense_tables"],
+    "peft.utils.other": ["loftq.nn.dense:train_dense_copies"],
+    "peft.utils.transformers_weight_conversion": ["loftq.adapters.placement:keep_real_targets"],
+    "peft.peft_model": [
+        "loftq.nn.counts:count_weights_under",
+        "loftq.adapters.initialization:warn_of_unused_starts",
+        "loftq.adapters.placement:check_loading",
+        "loftq.adapters.origins:warn_on_loading",
+    ],
+    "peft.mixed_model": ["loftq.nn.counts:count_weights_under"],
+    "peft.config": [
+        "loftq.adapters.bases:read_config",
+        "loftq.adapters.bases:write_config",
+        "loftq.adapters.origins:write_with_config",
+    ],
+    "peft.auto": ["loftq.adapters.bases:load_from_subfolder"],
+    "transformers.utils.peft_utils": ["loftq.adapters.bases:find_config"],
+    "transformers.integrations.peft": ["loftq.adapters.bases:find_config", "loftq.adapters.origins:warn_on_loading"],
+    "transformers.models.auto.auto_factory": ["loftq.adapters.bases:find_config"],
+    "transformers.pipelines": ["loftq.adapters.bases:find_config"],
+}
+# its decorators register the quantizer
+wrapt.register_post_import_hook(lambda _: importlib.import_module("loftq.nn.hf"), "transformers.quantizers.auto")
+for _module, _functions in _EXTENSIONS.items():
+    for _function in _functions:
+        wrapt.register_post_import_hook(_function, _module)

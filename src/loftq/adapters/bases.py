@@ -79,8 +79,13 @@ def is_relative(base: Any) -> bool:
     return isinstance(base, str) and (base == PARENT or (base.startswith("../") and not os.path.isdir(base)))
 
 
-def read_config(config_class: Any) -> None:
-    """Let ``PeftConfig.from_pretrained`` give whole names of bases; what is trained then keeps one that is found."""
+def read_config(config: Any) -> None:
+    """Let ``PeftConfig.from_pretrained`` give whole names of bases; what is trained then keeps one that is found.
+
+    Args:
+        config: the module ``peft.config``, as :func:`write_config` takes it.
+    """
+    config_class = config.PeftConfigMixin
     read = config_class.from_pretrained.__func__
 
     @functools.wraps(read)
@@ -93,8 +98,9 @@ def read_config(config_class: Any) -> None:
     config_class.from_pretrained = classmethod(from_pretrained)
 
 
-def write_config(config_class: Any) -> None:
+def write_config(config: Any) -> None:
     """Let ``PeftConfig.save_pretrained`` write the whole name of a packed base that was given by a relative one."""
+    config_class = config.PeftConfigMixin
     save = config_class.save_pretrained
 
     @functools.wraps(save)
@@ -110,11 +116,15 @@ def write_config(config_class: Any) -> None:
     config_class.save_pretrained = save_pretrained
 
 
-def load_from_subfolder(auto_class: Any) -> None:
+def load_from_subfolder(auto: Any) -> None:
     """Let ``AutoPeftModel…from_pretrained(DIR, subfolder="loftq_init")`` look for the base beside the subfolder.
 
     PEFT looks for both in it. An adapter on the hub is fetched together with its base, which is the same repository.
+
+    Args:
+        auto: the module ``peft.auto``.
     """
+    auto_class = auto._BaseAutoPeftModel
     load = auto_class.from_pretrained.__func__
 
     @functools.wraps(load)
@@ -143,13 +153,17 @@ def _below(place: str | os.PathLike, subfolder: str, kwargs: dict[str, Any]) -> 
     return os.path.join(place, subfolder)
 
 
-def find_config(find: Callable[..., str | None]) -> Callable[..., str | None]:
-    """transformers' ``find_adapter_config_file``, giving a file in which the base has a whole name.
+def find_config(finder: Any) -> None:
+    """Let ``find_adapter_config_file`` give a file in which the base has a whole name.
 
     ``AutoModel`` and ``pipeline`` read the base's name from that file, and nothing else.
+
+    Args:
+        finder: a module of transformers that has this function, or imported it.
     """
+    find: Callable[..., str | None] = finder.find_adapter_config_file
     if getattr(find, "_names_bases", False):
-        return find
+        return
 
     @functools.wraps(find)
     def found(model_id: Any, *args: Any, **kwargs: Any) -> str | None:
@@ -164,7 +178,7 @@ def find_config(find: Callable[..., str | None]) -> Callable[..., str | None]:
             return path  # whoever reads it says what is wrong
 
     found._names_bases = True  # type: ignore[attr-defined]
-    return found
+    finder.find_adapter_config_file = found
 
 
 def _copy(config: dict[str, Any]) -> str:

@@ -193,12 +193,13 @@ def install(lora_model: Any) -> None:
     LoraConfig.__post_init__ = check_without_quantizer
 
 
-def warn_of_unused_starts(model_class: Any) -> None:
+def warn_of_unused_starts(peft_model: Any) -> None:
     """Let ``PeftModel`` say, once for each, that a new LoRA adapter on a packed model begins without LoftQ's.
 
     Args:
-        model_class: ``PeftModel``.
+        peft_model: the module ``peft.peft_model``.
     """
+    model_class = peft_model.PeftModel
     make = model_class.__init__
 
     @functools.wraps(make)

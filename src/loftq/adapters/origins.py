@@ -77,8 +77,13 @@ def _told(wanted: str, found: str | None, name: str) -> str:
     )
 
 
-def write_with_config(config_class: Any) -> None:
-    """Let ``PeftConfig.save_pretrained`` leave the hash of the base beside the configuration."""
+def write_with_config(configs: Any) -> None:
+    """Let ``PeftConfig.save_pretrained`` leave the hash of the base beside the configuration.
+
+    Args:
+        configs: the module ``peft.config``.
+    """
+    config_class = configs.PeftConfigMixin
     save, read = config_class.save_pretrained, config_class.from_pretrained.__func__
 
     @functools.wraps(read)
@@ -102,8 +107,13 @@ def write_with_config(config_class: Any) -> None:
     config_class.from_pretrained, config_class.save_pretrained = classmethod(from_pretrained), save_pretrained
 
 
-def warn_on_loading(model_class: Any) -> None:
-    """Let ``load_adapter`` of ``PeftModel``, or of transformers' own models, warn of an adapter of another base."""
+def warn_on_loading(models: Any) -> None:
+    """Let ``load_adapter`` of ``PeftModel``, or of transformers' own models, warn of an adapter of another base.
+
+    Args:
+        models: the module ``peft.peft_model`` or ``transformers.integrations.peft``.
+    """
+    model_class = getattr(models, "PeftAdapterMixin", None) or models.PeftModel
     load = model_class.load_adapter
 
     @functools.wraps(load)

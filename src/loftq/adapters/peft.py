@@ -102,7 +102,7 @@ def _refuse_merging(tuner: BaseTuner) -> None:
         )
 
 
-def install() -> None:
+def install(_: Any = None) -> None:
     """Let PEFT's LoRA make our layers, refuse what cannot work on them, and forget merged ones."""
     replace, create = LoraModel._create_and_replace, LoraModel._create_new_module
     unload, check = BaseTuner._unload_and_optionally_merge, BaseTuner._check_merge_allowed

@@ -89,14 +89,15 @@ def is_filled_from_elsewhere() -> bool:
     return _filled.get()
 
 
-def check_loading(model_class: Any) -> None:
+def check_loading(peft_model: Any) -> None:
     """Let ``PeftModel`` refuse LoRA weights that are not all there, or not all placed, on a packed model.
 
     PEFT warns of the first, and says nothing of the second; either way the model is another one than was meant.
 
     Args:
-        model_class: ``PeftModel``.
+        peft_model: the module ``peft.peft_model``.
     """
+    model_class = peft_model.PeftModel
     from_pretrained, load_adapter = model_class.from_pretrained.__func__, model_class.load_adapter
 
     @functools.wraps(from_pretrained)

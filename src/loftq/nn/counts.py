@@ -41,8 +41,13 @@ def count_weights(modeling: Any) -> None:
     modeling.PreTrainedModel.num_parameters = num_parameters
 
 
-def count_weights_under(model_class: Any) -> None:
-    """``get_nb_trainable_parameters`` of a class of PEFT, which it prints and reports."""
+def count_weights_under(peft_models: Any) -> None:
+    """``get_nb_trainable_parameters`` of PEFT's models, which they print and report.
+
+    Args:
+        peft_models: the module ``peft.peft_model`` or ``peft.mixed_model``.
+    """
+    model_class = getattr(peft_models, "PeftMixedModel", None) or peft_models.PeftModel
     count: Callable[[Any], tuple[int, int]] = model_class.get_nb_trainable_parameters
 
     @functools.wraps(count)
