@@ -1,14 +1,13 @@
 """The calls for people in Python; the command line makes the same ones."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
 from loftq.adapters.convert import convert
@@ -20,6 +19,7 @@ from loftq.frozen.replace import FitOptions, replace
 from loftq.numerics import Moments
 from loftq.options import Collecting, OneMatrix, Plans, Quantizing, check_whole, default, fields_of, keywords
 from loftq.planning import Matrix, make_policy
+from loftq.report.bars import Bar, MatrixBar
 from loftq.report.report import Report, of_checkpoint, of_start
 from loftq.solver import Solution, checked, solve
 from loftq.sources.checkpoint import resolve
@@ -116,13 +116,13 @@ def get_peft_model(
     check_whole("workers", workers or 0, 0)
     policy, statistics = make_policy(options, calibrated=calibration is not None), statistics_from(calibration)
     errors: list[float] = []
-    with tqdm(desc="LoftQ", unit=" matrices", disable=not progress) as bar:
+    with Bar(shown=progress) as bar:
+        step = bar.begin(None)
 
         def advance(_: Matrix, solution: Solution) -> None:
             errors.append((solution.output_errors or solution.errors)[solution.kept])
             of = "output error" if statistics else "error"
-            bar.set_postfix_str(f"mean {of} {sum(errors) / len(errors):.4f}", refresh=False)
-            bar.update()
+            step(f"mean {of} {sum(errors) / len(errors):.4f}")
 
         wrapped, _ = convert(model, policy, workers, advance, statistics)
     return wrapped
@@ -165,16 +165,11 @@ def calibrate(
     if not loaded and (output is None or tokenizer is not None):
         raise UsageError(f"{model} is a checkpoint: give output=DIR for its statistics, and no tokenizer")
     chosen = CalibrateOptions(data="" if loaded else as_path("data", data), **fields_of(CalibrateOptions, options))
-    with tqdm(desc="calibrate", unit="step", disable=not progress) as bar:
-
-        def begin(total: int) -> Any:
-            bar.reset(total)
-            return bar.update
-
+    with Bar("calibrate", "step", shown=progress) as bar:
         if loaded:
-            return calibrate_loaded(model, data, tokenizer, chosen, begin)
+            return calibrate_loaded(model, data, tokenizer, chosen, bar.begin)
         place = Path(as_path("output", output))
-        run(as_path("model", model), place, chosen, begin)
+        run(as_path("model", model), place, chosen, bar.begin)
         return open_statistics(place)
 
 
@@ -254,13 +249,8 @@ def replace_lora_weights(
     """
     original = resolve(as_path("weights", weights), revision)
     options = FitOptions(statistics=statistics_from(calibration, original), svd=svd, seed=seed)
-    with tqdm(desc="LoftQ", unit="matrix", disable=not progress) as bar:
-
-        def begin(total: int, done: int) -> Callable[[dict[str, Any]], object]:
-            bar.reset(total)
-            return lambda report: bar.update()
-
-        return of_start(replace(model, str(original), adapter_name, options, None, begin))
+    with MatrixBar(shown=progress) as bar:
+        return of_start(replace(model, str(original), adapter_name, options, None, bar.begin))
 
 
 def statistics_from(calibration: Statistics | str | Path | None, original: Path | None = None) -> Statistics | None:

@@ -4,12 +4,10 @@ compare.
 Those that make or calibrate something in memory are in :mod:`loftq.api`. Options have the command line's names.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
 from loftq.api import as_path, statistics_from
@@ -24,6 +22,7 @@ from loftq.frozen.start import start as _start
 from loftq.frozen.start import start_options
 from loftq.options import Plans, Starting, check_whole, default, keywords
 from loftq.planning import Plan, make_policy
+from loftq.report.bars import Bar, MatrixBar, RunBar
 from loftq.report.inspect import inspection
 from loftq.report.report import Report, of_checkpoint, of_start
 from loftq.sources.checkpoint import open_source, resolve
@@ -75,7 +74,7 @@ def plan(
         return source.plan
     keep = None if curves is None else Path(as_path("curves", curves))
     check_budget(source, policy, keep)
-    with _Bar("measuring", not progress) as bar:
+    with MatrixBar("measuring", shown=progress) as bar:
         source, _ = within_budget(source, policy, keep, statistics, workers=workers, begin=bar.begin)
     return source.plan
 
@@ -134,7 +133,7 @@ def start(
         statistics = statistics_from(calibration, resolve(original, options.get("revision")))
     asked = start_options(options, statistics, base_revision)
     place = Path(as_path("output", output))
-    with _Bar("LoftQ", not progress) as bar:
+    with MatrixBar(shown=progress) as bar:
         return of_start(_start(as_path("base", base), original, place, asked, bar.begin))
 
 
@@ -173,8 +172,8 @@ def merge(
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
     )
-    with _Bar("merge", not progress) as bar:
-        made = _merge(Path(as_path("directory", directory)), Path(as_path("output", output)), options, bar.steps)
+    with Bar("merge", "tensor", shown=progress) as bar:
+        made = _merge(Path(as_path("directory", directory)), Path(as_path("output", output)), options, bar.begin)
     size = sum(f["size"] for f in made["files"].values()) / 1e6
     return Report(made, f"{len(made['files'])} files, {size:.1f} MB, {dtype}")
 
@@ -204,7 +203,7 @@ def train(
     asked = _recipe(recipe, overrides, output)
     from loftq.finetune.train import finetune
 
-    with _Bar("LoftQ", not progress) as bar:
+    with MatrixBar(shown=progress) as bar:
         return finetune(asked, resume=not restart, begin=bar.begin)
 
 
@@ -270,8 +269,8 @@ def compare(
     from loftq.finetune.compare import compare as run
     from loftq.finetune.comparison import Comparison
 
-    with _Bar("compare", not progress) as bar:
-        return Comparison(run(asked, bar.runs))
+    with RunBar(shown=progress) as bar:
+        return Comparison(run(asked, bar.begin))
 
 
 def _recipe(
@@ -282,35 +281,3 @@ def _recipe(
     asked = parse(dict(recipe)) if isinstance(recipe, Mapping) else read(as_path("recipe", recipe))
     changes = {**(overrides or {}), **({} if output is None else {"output": as_path("output", output)})}
     return asked.changed(**changes) if changes else asked
-
-
-class _Bar(AbstractContextManager["_Bar"]):
-    """A bar for work whose amount is told when it begins, if it does."""
-
-    def __init__(self, what: str, hidden: bool) -> None:
-        self._bar = tqdm(desc=what, disable=hidden, delay=0.5)
-
-    def begin(self, total: int, done: int) -> Callable[[Any], None]:
-        self._bar.reset(total)
-        self._bar.update(done)
-        return self._advance
-
-    def steps(self, total: int) -> Callable[[], Any]:
-        self._bar.reset(total)
-        return self._bar.update
-
-    def _advance(self, _: Any) -> None:
-        self._bar.update()
-
-    def runs(self, total: int) -> Callable[[Any, int], None]:
-        """For a comparison, whose amount may grow."""
-        self._bar.reset(total)
-
-        def advance(row: Any, total: int) -> None:
-            self._bar.total = total
-            self._bar.update(row is not None)  # else it waits for other processes
-
-        return advance
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()

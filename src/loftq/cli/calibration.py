@@ -6,10 +6,10 @@ from typing import Annotated, Any
 import typer
 
 from loftq.cli.app import app
-from loftq.cli.bars import StepBar
 from loftq.cli.options import Json, Model, Output, quiet, takes
 from loftq.errors import extra
 from loftq.options import Collecting, fields_of
+from loftq.report.bars import Bar
 
 
 @app.command()
@@ -35,7 +35,7 @@ def calibrate(
         from loftq.report.calibration import print_statistics, summary
     quiet()
     options = CalibrateOptions(data=data, **fields_of(CalibrateOptions, given))
-    with StepBar() as bar:
+    with Bar("calibrate", "step") as bar:
         made = summary(run(model, output, options, bar.begin))
     if as_json:
         print(json.dumps(made, indent=2))

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from loftq.cli.app import app
-from loftq.cli.bars import Bar, StepBar
 from loftq.cli.options import Directory, Json, Model, Output, quiet, takes
 from loftq.errors import UsageError, extra, quoted
 from loftq.options import Adapter, Calibration, Dtypes, Solver, Storage, Work, check
+from loftq.report.bars import Bar, MatrixBar
 
 
 @app.command()
@@ -31,7 +31,7 @@ def quantize(
         check("calibration_samples", given["calibration_samples"], "--samples")
     options = quantize_options({**given, "max_shard_bytes": parse_size("--max-shard-size", max_shard_size)})
     _prepare_texts(given["calibrate"], given["calibration_samples"])
-    with StepBar() as collecting, Bar() as bar:
+    with Bar("calibrate", "step") as collecting, MatrixBar() as bar:
         manifest = run(model, output, options, bar.begin, collecting.begin)
     print_summary(output, manifest, bar.began)
 

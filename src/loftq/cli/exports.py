@@ -5,9 +5,9 @@ from typing import Annotated
 import typer
 
 from loftq.cli.app import app
-from loftq.cli.bars import StepBar
 from loftq.cli.options import Directory, Output, quiet_transformers
 from loftq.errors import quoted
+from loftq.report.bars import Bar
 
 AdapterOf = Annotated[
     str | None,
@@ -44,7 +44,7 @@ def merge(
         max_shard_bytes=parse_size("--max-shard-size", max_shard_size),
         overwrite=overwrite,
     )
-    with StepBar("merge", "tensor") as bar:
+    with Bar("merge", "tensor") as bar:
         made = run(directory, output, options, bar.begin)
     size = sum(f["size"] for f in made["files"].values()) / 1e6
     print(f"{quoted(output, 400)}: {len(made['files'])} files, {size:.1f} MB, {dtype}")

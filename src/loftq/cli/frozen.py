@@ -6,9 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from loftq.cli.app import app
-from loftq.cli.bars import Bar
 from loftq.cli.options import quiet_transformers, takes
 from loftq.options import Starting
+from loftq.report.bars import MatrixBar
 
 
 @app.command()
@@ -44,6 +44,6 @@ def start(
 
         statistics = statistics_of(calibrate, resolve(weights, given["revision"]))
     options = start_options(given, statistics, base_revision)
-    with Bar() as bar:
+    with MatrixBar() as bar:
         report = run(base, weights, output, options, bar.begin)
     print_start(output, report)

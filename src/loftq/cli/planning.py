@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loftq.cli.app import app
-from loftq.cli.bars import Bar
 from loftq.cli.options import Json, Model, takes
 from loftq.errors import UsageError
 from loftq.options import Adapter, Dtypes, Storage, check
+from loftq.report.bars import MatrixBar
 
 if TYPE_CHECKING:
     from loftq.planning import Policy
@@ -69,7 +69,7 @@ def _spend(
     if plot:
         check_place(plot)
     statistics = None if calibrate is None else statistics_of(calibrate, source.directory)
-    with Bar() as bar:
+    with MatrixBar() as bar:
         source, report = within_budget(source, asked, curves, statistics, workers=workers, begin=bar.begin)
     if plot:
         draw(report, plot)

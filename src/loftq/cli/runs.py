@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from loftq.cli.app import app
-from loftq.cli.bars import Bar, RunBar
 from loftq.cli.options import Json, Overrides, RecipeFile, quiet
 from loftq.errors import extra, quoted
 from loftq.options import check_choice, check_whole
+from loftq.report.bars import MatrixBar, RunBar
 
 
 @app.command()
@@ -34,7 +34,7 @@ def train(
     asked = read(recipe, overrides or ())
     if output is not None:
         asked = asked.changed(output=str(output))
-    with Bar() as bar:
+    with MatrixBar() as bar:
         result = finetune(asked, resume=not restart, begin=bar.begin)
     if os.environ.get("RANK", "0") != "0":
         return
