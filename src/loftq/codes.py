@@ -52,6 +52,10 @@ class Code(ABC):
     zero: ClassVar[str | None] = None
     clips: ClassVar[bool] = False
 
+    def tables(self, width: int) -> dict[str, str]:
+        """What ``config.json`` carries of it, for readers that do not know its levels; nothing for codes in blocks."""
+        return {}
+
     @abstractmethod
     def levels(self, bits: int) -> Float[Tensor, " levels"]:
         """The ``2**bits`` levels in float32 on the CPU, ascending. Zero may be there twice, as in floating point.
@@ -309,24 +313,23 @@ class Trellis(Code):
     widths = tuple(p // RATE_UNIT if p % RATE_UNIT == 0 else p / RATE_UNIT for p in range(1, 4 * RATE_UNIT + 1))
     WINDOWS: ClassVar = (8, 10, 12)
 
-    @staticmethod
-    @functools.cache
-    def tables() -> dict[str, str]:
-        """The tables as ``config.json`` has them: ``trellis-L`` -> base64 of 2^L little-endian float16."""
-        return json.loads((Path(__file__).parent / "trellis_levels.json").read_text("utf-8"))
-
-    def table(self, window: int) -> dict[str, str]:
-        """The part of :meth:`tables` for windows of so many bits."""
-        return {f"{self.name}-{window}": self.tables()[f"{self.name}-{window}"]}
+    def tables(self, width: int) -> dict[str, str]:
+        """The table of windows of so many bits: ``trellis-L`` -> base64 of 2^L little-endian float16."""
+        return {(name := f"{self.name}-{width}"): _trellis_tables()[name]}
 
     def levels(self, bits: int) -> Tensor:
-        """The levels of windows of so many bits."""
-        (text,) = self.table(bits).values()
+        """The levels of windows of so many bits, in float32."""
+        (text,) = self.tables(bits).values()
         return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float16).float()
 
     def scale(self, values: Tensor, bits: int, stored: Stored) -> tuple[Tensor, None]:
         norm = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float64)
         return (norm / values.shape[-1] ** 0.5).float(), None
+
+
+@functools.cache
+def _trellis_tables() -> dict[str, str]:
+    return json.loads((Path(__file__).parent / "trellis_levels.json").read_text("utf-8"))
 
 
 _CODES[Trellis.name] = Trellis()

@@ -73,6 +73,12 @@ class QuantSpec:
         whole = self.codebook.per_tensor or "block_size" not in self.codebook.fields
         return columns if whole else min(self.block_size, columns)
 
+    @property
+    def detail(self) -> tuple[str, int]:
+        """What tells a reader more than the code's name: ``("block_size", 64)``, or a trellis's ``("window", 10)``."""
+        name = "block_size" if "block_size" in self.codebook.fields else "window"
+        return name, getattr(self, name)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields that the code has, for JSON."""
         return {name: getattr(self, name) for name in ("bits", "code", *self.codebook.fields)}
@@ -338,9 +344,13 @@ def trellis_groups(rows: int) -> tuple[int, int]:
     return -(-units // size), size * RATE_UNIT
 
 
-def why_no_trellis(spec: QuantSpec, rows: int) -> str:
-    """Why a trellis of this spec cannot hold a matrix of so many rows; empty if it can."""
+def why_not(spec: QuantSpec, kind: str, rows: int) -> str:
+    """Why a spec cannot hold a ``linear``, ``conv1d`` or ``embedding`` of so many rows; empty if it can."""
+    if spec.codebook.form != "trellis":
+        return ""
     length = trellis_groups(rows)[1]
+    if kind == "embedding":
+        return "the rows of an embedding are read alone, those of a trellis together"
     if rows < 2 * RATE_UNIT:
         return f"{rows} rows are too few for a trellis, which needs {2 * RATE_UNIT}"
     if length * spec.rate < spec.window * RATE_UNIT:

@@ -62,7 +62,7 @@ def test_a_packed_tensor_that_is_missing_or_odd_is_named(copied, name, change, f
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(format_version=2), "format_version is 2, this loftq reads 1; upgrade loftq"),
+        (lambda c: c.update(format_version=3), "format_version is 3, this loftq reads 1 to 2; upgrade loftq"),
         (lambda c: c.pop("format_version"), "format_version is None, this loftq reads 1"),
         (lambda c: c.pop("groups"), "'groups' must be a list that is not empty, got None"),
         (lambda c: c.update(groups="all"), "'groups' must be a list that is not empty, got 'all'"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from loftq import quantize_weight
 from loftq.codes import Trellis, levels
 from loftq.errors import NumericalError, UsageError
 from loftq.numerics import Quantized, decode, dequantize, encode, quantize, trellis
@@ -19,7 +20,7 @@ from loftq.spec import (
     stored_rows,
     stored_tensors,
     trellis_groups,
-    why_no_trellis,
+    why_not,
 )
 
 RATES = range(1, 65)
@@ -60,7 +61,7 @@ def read_alone(stored: dict[str, Tensor], rates: list[int], window: int, row: in
 @pytest.mark.parametrize("window", Trellis.WINDOWS)
 @pytest.mark.parametrize("rows", [203, 33])
 def test_windows_of_every_rate_are_stored_and_read_alone(window: int, rows: int) -> None:
-    for rate in (r for r in RATES if not why_no_trellis(spec_of(r, window), rows)):
+    for rate in (r for r in RATES if not why_not(spec_of(r, window), "linear", rows)):
         spec, codes = spec_of(rate, window), random_windows(rows, 5, rate, window)
         stored = encode(Quantized(codes, {"weight_scale": torch.ones(rows, 1, dtype=torch.bfloat16)}), spec)
         described = {name: (DTYPES[t.dtype], tuple(t.shape)) for name, t in stored.items()}
@@ -196,7 +197,6 @@ def test_scales_and_powers_of_two() -> None:
 
 
 def test_tables_are_of_the_promised_form() -> None:
-    assert set(Trellis.tables()) == {f"trellis-{window}" for window in Trellis.WINDOWS}
     for window in Trellis.WINDOWS:
         table = levels("trellis", window)
         assert table.shape == (2**window,)
@@ -239,6 +239,24 @@ def test_refused_specs(fields: dict, message: str) -> None:
 
 
 def test_what_a_trellis_cannot_hold() -> None:
-    assert why_no_trellis(spec_of(35), 31) == "31 rows are too few for a trellis, which needs 32"
-    assert why_no_trellis(spec_of(3, 10), 32) == "32 weights at 0.1875 bits are fewer bits than the window's 10"
-    assert why_no_trellis(spec_of(35), 32) == ""
+    assert why_not(spec_of(35), "linear", 31) == "31 rows are too few for a trellis, which needs 32"
+    assert why_not(spec_of(3, 10), "linear", 32) == "32 weights at 0.1875 bits are fewer bits than the window's 10"
+    assert why_not(spec_of(35), "linear", 32) == ""
+    assert why_not(QuantSpec(bits=2), "embedding", 8) == ""
+    with pytest.raises(UsageError, match="31 rows are too few for a trellis"):
+        quantize_weight(torch.randn(31, 64), bits=1.5, rank=4)
+
+
+def test_one_matrix() -> None:
+    """The alternation falls at every step, and what is stored is what was solved."""
+    w = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    solution = quantize_weight(w, bits=2.1875, code="trellis", rank=8, window=8)
+    assert solution.kept == 5
+    assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(solution.errors[1:]))
+    assert solution.quantized.codes.dtype == torch.int16
+    stored = encode(solution.quantized, solution.quant)
+    assert torch.equal(decode(stored, solution.quant, 96), solution.dequantize())
+    assert (w - solution.reconstruct()).norm() / w.norm() == pytest.approx(solution.error, rel=1e-5)
+    lloyd = quantize_weight(w, bits=2, rank=8)
+    assert 8 * stored_bytes(solution.quant, 64, 96) <= 8 * stored_bytes(lloyd.quant, 64, 96) + 16 * 64
+    assert solution.error < 0.9 * lloyd.error

@@ -408,7 +408,10 @@ def test_what_a_trellis_cannot_hold_says_why_it_is_scalar():
     assert why["model.layers.0.self_attn.k_proj"] == (
         "no trellis of 1.5 bits: 16 rows are too few for a trellis, which needs 32"
     )
-    assert why["model.embed_tokens"] == "no trellis of 1.5 bits: the rows of an embedding are read alone"
+    assert (
+        why["model.embed_tokens"]
+        == "no trellis of 1.5 bits: the rows of an embedding are read alone, those of a trellis together"
+    )
     assert why["model.layers.0.mlp.up_proj"] == ""
     assert "instead" not in plan.to_dict()["matrices"][-1] or plan.matrices[-1].instead
     assert plan.digest() != planned(bits=2, embeddings=True).digest()

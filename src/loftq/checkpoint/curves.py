@@ -112,7 +112,8 @@ def _identity(
 ) -> dict[str, Any]:
     """Everything that the errors depend on. One step is measured, so it matters only whether any is made."""
     solve = {**asdict(source.plan.solve), "steps": min(source.plan.solve.steps, 1)}
-    text = json.dumps({module: [asdict(c) for c in choices] for module, choices in found.items()}, sort_keys=True)
+    listed_ = {m: [{**asdict(c), "quant": c.quant.to_dict()} for c in choices] for m, choices in found.items()}
+    text = json.dumps(listed_, sort_keys=True)
     return {
         "source": stamp(source),
         "candidates": hashlib.sha256(text.encode()).hexdigest(),

@@ -124,6 +124,7 @@ def solve_matrix(
         **({} if moments is None else {"output_norm": solution.output_norm}),
         "adapter_norm_ratio": written["product"],
         "source_sha256": source_sha256,
+        **({"instead": matrix.instead} if matrix.instead else {}),
     }
     return Solved(matrix, stored, adapter, report)
 

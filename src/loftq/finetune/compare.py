@@ -283,8 +283,12 @@ def _dense_bits(source: Path) -> int:
 
 
 def _codes(code: str, bits: str, scales: str) -> str:
-    """The code; both that ``auto`` may stand for, where the widths leave it open."""
-    widths = (2,) if bits == "2" else (4,) if bits in ("3", "4", "8") else (2, 4)
+    """The code; all that ``auto`` may stand for, where the widths leave it open."""
+    widths: tuple[float, ...] = (2,) if bits == "2" else (4,) if bits in ("3", "4", "8") else (2, 4)
+    try:
+        widths = (float(bits),) if float(bits) < 2 else widths
+    except ValueError:  # patterns, or a budget's ≤2.5
+        widths = (*widths, 1.5) if "=" in bits and "." in bits.rpartition("=")[2] else widths
     return "/".join(dict.fromkeys(code_for(code, width, scales) for width in widths))
 
 

@@ -2,13 +2,13 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from loftq.errors import InputError, UsageError, listed, quoted
 from loftq.spec import QuantSpec, from_dict
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of a checkpoint with a trellis; all others are of version 1
 MANIFEST = "loftq_manifest.json"  # of a quantized directory, written last
 EXPORTED = "loftq_export.json"  # of what was made from one
 
@@ -26,12 +26,19 @@ def quantization_config(modules: Iterable[tuple[str, QuantSpec]], bits: float) -
     groups: dict[QuantSpec, list[str]] = {}
     for module, quant in modules:
         groups.setdefault(quant, []).append(module)
+    tables = _tables(groups)
     return {
         "quant_method": "loftq",
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if tables else 1,
         "bits": bits,
-        "groups": [{**asdict(quant), "modules": names} for quant, names in groups.items()],
+        **({"levels": tables} if tables else {}),
+        "groups": [{**quant.to_dict(), "modules": names} for quant, names in groups.items()],
     }
+
+
+def _tables(quants: Iterable[QuantSpec]) -> dict[str, str]:
+    """The tables of levels that the object carries, by name."""
+    return {name: table for quant in quants for name, table in quant.codebook.tables(quant.width).items()}
 
 
 def read_groups(config: Any) -> list[Group]:
@@ -39,12 +46,13 @@ def read_groups(config: Any) -> list[Group]:
     if not isinstance(config, dict):
         raise InputError(f"quantization_config: wanted an object, got {quoted(repr(config))}")
     version = config.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise InputError(
-            f"quantization_config: format_version is {quoted(repr(version))}, this loftq reads {FORMAT_VERSION}; "
+            f"quantization_config: format_version is {quoted(repr(version))}, this loftq reads 1 to {FORMAT_VERSION}; "
             "upgrade loftq"
         )
-    unknown = sorted(set(config) - {"quant_method", "format_version", "bits", "groups"})
+    known = {"quant_method", "format_version", "bits", "groups", *(["levels"] if version > 1 else [])}
+    unknown = sorted(set(config) - known)
     if unknown:
         raise InputError(f"quantization_config: unknown field(s) {listed(unknown)}; written by a newer loftq?")
     written = config.get("groups")
@@ -55,7 +63,20 @@ def read_groups(config: Any) -> list[Group]:
     twice = sorted(name for name, count in counts.items() if count > 1)
     if twice:
         raise InputError(f"quantization_config: in two groups: {listed(twice)}")
+    _check_tables(config.get("levels", {}), _tables(group.quant for group in groups), version)
     return groups
+
+
+def _check_tables(given: Any, ours: dict[str, str], version: int) -> None:
+    """InputError for levels that are not those of this package, by which the weights would be others."""
+    if ours and version == 1:
+        raise InputError("quantization_config: format_version 1 has no trellis; make the checkpoint again")
+    if given != ours:
+        held = given if isinstance(given, dict) else {}
+        wrong = sorted(name for name in {*held, *ours} if held.get(name) != ours.get(name))
+        raise InputError(
+            f"quantization_config: levels: {listed(wrong)}: not the table of this loftq; make the checkpoint again"
+        )
 
 
 def _group(written: Any) -> Group:

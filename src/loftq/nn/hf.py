@@ -25,9 +25,9 @@ from loftq.formats.tensorfile import read_header
 from loftq.nn.layers import LoftQEmbedding, LoftQLinear, PackedWeight, can_pack, pack_like, replace_module
 from loftq.numerics import encode, oriented, quantize
 from loftq.planning import natural
-from loftq.spec import QuantSpec
+from loftq.spec import SUFFIXES, QuantSpec
 
-SCALES = (".weight_scale", ".weight_scale_absmax", ".weight_scale_mean", ".weight_zero")
+SCALES = tuple(f".{suffix}" for suffix in SUFFIXES if suffix != "weight")
 
 
 @register_quantization_config("loftq")
@@ -37,6 +37,7 @@ class LoftQQuantizationConfig(QuantizationConfigMixin):
     Attributes:
         bits: the width that was asked for, as a number, for tools that print it.
         groups: modules that share a spec.
+        levels: tables of levels, where there is a trellis.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class LoftQQuantizationConfig(QuantizationConfigMixin):
         groups: list[dict[str, Any]] | None = None,
         bits: float | None = None,
         format_version: int | None = None,
+        levels: dict[str, str] | None = None,
         **unknown: Any,
     ) -> None:
         unknown.pop("quant_method", None)
@@ -51,12 +53,14 @@ class LoftQQuantizationConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.bits = bits
         self.groups = groups
+        if levels is not None:
+            self.levels = levels
         if unknown or groups is not None:
-            read_groups({"format_version": format_version, "groups": groups, **unknown})
+            read_groups({**vars(self), **unknown})
 
     @property
     def specs(self) -> dict[str, QuantSpec]:
-        groups: list[Group] = read_groups({"format_version": self.format_version, "groups": self.groups})
+        groups: list[Group] = read_groups(vars(self))
         return {module: group.quant for group in groups for module in group.modules}
 
 

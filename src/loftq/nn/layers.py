@@ -14,7 +14,7 @@ from loftq.architecture.kinds import kind_of
 from loftq.errors import UsageError, option
 from loftq.nn import ops
 from loftq.numerics import oriented_shape
-from loftq.spec import QuantSpec, stored_tensors
+from loftq.spec import QuantSpec, stored_tensors, why_not
 
 TORCH_DTYPES = {
     "I8": torch.int8,
@@ -192,12 +192,14 @@ def can_pack(module: nn.Module) -> bool:
 def pack_like(module: nn.Module, spec: QuantSpec, device: torch.device | str | None = None) -> PackedWeight:
     """An empty packed layer to put in the place of a Linear, a Conv1D (which holds ``(in, out)``) or an Embedding."""
     dtype: Any = module.weight.dtype  # type: ignore[union-attr]
+    kind = kind_of(module)
+    rows, columns = oriented_shape(kind, tuple(module.weight.shape))  # type: ignore[arg-type, union-attr]
+    if why := why_not(spec, kind, rows):
+        raise UsageError(f"a {kind} of {rows} rows cannot be packed so: {why}")
     if isinstance(module, nn.Embedding):
         return LoftQEmbedding(
             module.num_embeddings, module.embedding_dim, spec, module.padding_idx, device=device, dtype=dtype
         )
-    kind = kind_of(module)
-    rows, columns = oriented_shape(kind, tuple(module.weight.shape))  # type: ignore[arg-type, union-attr]
     return LoftQLinear(columns, rows, module.bias is not None, spec, device, dtype, kind == "conv1d")
 
 
@@ -209,4 +211,4 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def _describe(spec: QuantSpec) -> str:
-    return f"bits={spec.bits}, code={spec.code}, block_size={spec.block_size}"
+    return ", ".join(f"{name}={value}" for name, value in list(spec.to_dict().items())[:3])

@@ -23,7 +23,7 @@ from loftq.spec import (
     code_for,
     scaling,
     stored_bytes,
-    why_no_trellis,
+    why_not,
 )
 
 WIDE = ("F64", "F32")
@@ -251,9 +251,7 @@ def _quant(policy: Policy, width: float, chosen: Choice | None, kind: str, rows:
     stored = {**fields_of(QuantSpec, vars(policy)), **({"block_size": chosen.block_size} if chosen else {})}
     bits = chosen.bits if chosen else width
     quant = QuantSpec(**{**stored, "bits": bits, "code": code_for(policy.code, bits, policy.solve.scales)})
-    if quant.codebook.form != "trellis":
-        return quant, ""
-    why = "the rows of an embedding are read alone" if kind == "embedding" else why_no_trellis(quant, rows)
+    why = why_not(quant, kind, rows)
     if not why:
         return quant, ""
     bits = min(BITS, key=lambda width: (abs(width - bits), width))

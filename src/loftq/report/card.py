@@ -1,6 +1,7 @@
 """The model card of a LoftQ checkpoint."""
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from loftq.formats.layouts import Layout
@@ -33,8 +34,12 @@ def model_card(
     """
     loader = next((auto for ending, auto in LOADERS.items() if architecture.endswith(ending)), "AutoModel")
     front = [f"base_model: {hub_id}", "base_model_relation: quantized"] if hub_id else []
-    stored = ((m.quant.bits, m.quant.code, m.quant.block_size, m.rank) for m in plan.matrices)
-    widths, codes, blocks, ranks = ("/".join(map(str, sorted(set(values)))) for values in zip(*stored, strict=True))
+    stored = ((m.quant.bits, m.quant.code, m.rank) for m in plan.matrices)
+    widths, codes, ranks = (_each(values) for values in zip(*stored, strict=True))
+    details = sorted({m.quant.detail for m in plan.matrices})
+    detail = ", ".join(
+        f"{name.removesuffix('_size')} {_each(n for what, n in details if what == name)}" for name in dict(details)
+    )
     better = 1 - summary["error"] / summary["qlora_error"] if summary["qlora_error"] else 0.0
     outputs = []
     if "output_error" in summary:
@@ -50,7 +55,7 @@ def model_card(
             "---",
             f"# {hub_id or architecture} in {widths} bits, with a LoftQ initialization",
             "",
-            f"A frozen {widths}-bit backbone ({codes}, block {blocks}) and a LoftQ "
+            f"A frozen {widths}-bit backbone ({codes}, {detail}) and a LoftQ "
             f"initialization for LoRA (rank {ranks}, alpha {plan.lora_alpha:g}), made by [LoftQ](https://arxiv.org/abs/2310.08659).",
             "",
             "```python",
@@ -76,6 +81,11 @@ def model_card(
             "",
         ]
     )
+
+
+def _each(values: Iterable[Any]) -> str:
+    """The values that there are: ``2/4``."""
+    return "/".join(map(str, sorted(set(values))))
 
 
 def merged_card(manifest: dict[str, Any], identity: dict[str, Any], licence: dict[str, str]) -> str:

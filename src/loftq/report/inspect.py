@@ -11,7 +11,19 @@ HELPS_BELOW = 0.99  # a low-rank part that removes less than 1 % of the error is
 
 def inspection(manifest: dict[str, Any]) -> dict[str, Any]:
     """``matrices`` (each with the keys below), ``totals`` and ``warnings``."""
-    keys = ("name", "shape", "bits", "rank", "alpha", "bytes", "errors", "output_errors", "kept", "qlora_error")
+    keys = (
+        "name",
+        "shape",
+        "bits",
+        "rank",
+        "alpha",
+        "bytes",
+        "errors",
+        "output_errors",
+        "kept",
+        "qlora_error",
+        "instead",
+    )
     matrices = [{k: m[k] for k in keys if k in m} for m in manifest["matrices"]]
     return {"matrices": matrices, "totals": manifest["totals"], "warnings": warnings(matrices)}
 
@@ -26,9 +38,11 @@ def judged(matrix: dict[str, Any]) -> tuple[float, float, float]:
 
 
 def warnings(matrices: list[dict[str, Any]]) -> list[str]:
-    """One line per matrix whose low-rank part does not help."""
+    """One line per matrix that has another code than was asked for, or whose low-rank part does not help."""
     lines = []
     for m in matrices:
+        if "instead" in m:
+            lines.append(f"{m['name']}: stored in {m['bits']} bits of a scalar code ({m['instead']})")
         error, alone, _ = judged(m)
         if m["kept"] and alone and error > HELPS_BELOW * alone:
             lines.append(

@@ -61,7 +61,9 @@ def print_plan(rows: list[dict[str, Any]], coverage: float) -> None:
             continue
         shape = "x".join(map(str, row["shape"]))
         if row["action"] == "quantize":
-            stored = f"{row['bits']}-bit {row['code']}, block {row['block_size']}"
+            detail = f"block {row['block_size']}" if "block_size" in row else f"window {row['window']}"
+            stored = f"{row['bits']}-bit {row['code']}, {detail}"
+            stored += f" ({row['instead']})" if "instead" in row else ""
             table.add_row(row["name"], shape, stored, str(row["rank"]), f"{row['bytes']:,}")
         else:
             table.add_row(row["name"], shape, Text(f"kept: {row['reason']}", "dim"), "", f"{row['bytes']:,}")

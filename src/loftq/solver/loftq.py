@@ -37,7 +37,7 @@ from loftq.numerics import (
 )
 from loftq.options import check_whole
 from loftq.solver.rounding import Rounding
-from loftq.spec import QuantSpec, SolveSpec, check_solver
+from loftq.spec import QuantSpec, SolveSpec, check_solver, why_not
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -134,6 +134,8 @@ def solve(
     spec = spec or SolveSpec()
     check_solver(quant, spec)
     weight = checked(weight, rank)
+    if why := why_not(quant, "linear", len(weight)):
+        raise UsageError(why)
     generator = torch.Generator("cpu").manual_seed(tensor_seed(spec.seed, name))
     metric = fitting(choose_metric(spec.metric, moments), weight)
     measure = _Measure(weight, fitting(moments.held, weight) if moments else None)

@@ -122,9 +122,10 @@ def plan_table(plan: Plan) -> list[dict[str, Any]]:
             "kind": m.kind,
             "bits": m.quant.bits,
             "code": m.quant.code,
-            "block_size": m.quant.block_size,
+            **dict([m.quant.detail]),
             "rank": m.rank,
             "bytes": m.bytes,
+            **({"instead": m.instead} if m.instead else {}),
         }
         for m in plan.matrices
     ]
