@@ -8,8 +8,8 @@ error of all rows from ``j`` on depends on ``L - k[j - 1]`` bits only::
     w = new 2^(L - k[j - 1]) + low
 
 All of them are kept, and the way forward computes its few choices once more, which is cheaper than to keep them. In
-:func:`_step` neighbouring windows lie side by side in memory, and the minimum over ``new`` is unrolled, because its
-length is a constant where it is compiled: that makes the loop ten times as fast as a plain one.
+:func:`_step` the minimum over ``new`` is unrolled, because its length is a constant where it is compiled, and windows
+that are neighbours in memory are worked on at once: ten times as fast as a plain loop.
 """
 
 import numpy as np
@@ -100,8 +100,7 @@ def _backward(x, s, shifts, levels, window, last, steps, least):
     for t in range(steps - 1, -1, -1):
         j = (last - (steps - 1 - t)) % len(x)
         k, new = shifts[j], shifts[j - 1]
-        room, wide = U(1) << U(window - new - k), U(1) << U(k)
-        after, before = least[t + 1], least[t]
+        room, after, before = U(1) << U(window - new - k), least[t + 1], least[t]
         if k == 0:
             if new == 0:
                 _step(after, levels, x[j], s[j], before, room, 1, 0)
@@ -114,19 +113,33 @@ def _backward(x, s, shifts, levels, window, last, steps, least):
                 _step(after, levels, x[j], s[j], before, room, 2, 1)
             else:
                 _step(after, levels, x[j], s[j], before, room, 2, 2)
-        elif new == 1:
-            _step(after, levels, x[j], s[j], before, room, wide, 1)
-        elif new == 2:
-            _step(after, levels, x[j], s[j], before, room, wide, 2)
+        elif k == 2:
+            if new == 1:
+                _step(after, levels, x[j], s[j], before, room, U(4), 1)
+            elif new == 2:
+                _step(after, levels, x[j], s[j], before, room, U(4), 2)
+            else:
+                _step(after, levels, x[j], s[j], before, room, U(4), 3)
+        elif k == 3:
+            if new == 2:
+                _step(after, levels, x[j], s[j], before, room, U(8), 2)
+            elif new == 3:
+                _step(after, levels, x[j], s[j], before, room, U(8), 3)
+            else:
+                _step(after, levels, x[j], s[j], before, room, U(8), 4)
         elif new == 3:
-            _step(after, levels, x[j], s[j], before, room, wide, 3)
+            _step(after, levels, x[j], s[j], before, room, U(16), 3)
         else:
-            _step(after, levels, x[j], s[j], before, room, wide, 4)
+            _step(after, levels, x[j], s[j], before, room, U(16), 4)
 
 
 @inlined
 def _step(after, levels, x, s, least, room, wide, new):
-    """One row's minima. The window is ``(choice, place, low)``; the states after it are ``(choice, place)``."""
+    """One row's minima. The window is ``(choice, place, low)``; the states after it are ``(choice, place)``.
+
+    ``wide``, the number of ``low``, and ``new`` are constants where this is inlined. LLVM vectorises along ``place``
+    for one or two, and along ``low`` for more, where it sees their number as unsigned.
+    """
     for place in range(room):
         for low in range(U(wide)):
             best = INFINITE
