@@ -28,7 +28,7 @@ def fitted(blocks: Tensor, table: Tensor, bits: int, signed: bool) -> tuple[Tens
     factors = torch.cat([parts, -parts]) if signed else parts
     result, near, gaps = blocks.new_empty(2, len(blocks), 1), blocks.new_empty(2, 0, 0), halfway(table)
     args = blocks, near, factors, ROUNDS, gaps, table, False, BLOCK, result
-    cpu._over_rows(fitting.search, len(blocks), *args)
+    cpu.run_over_rows(fitting.search, len(blocks), *args)
     return result[0], torch.bucketize(blocks / result[0], gaps)
 
 

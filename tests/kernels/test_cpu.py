@@ -69,7 +69,7 @@ def test_codes_change_exactly_at_the_gaps(code: str) -> None:
     codes, residual = torch.empty(1, len(values), dtype=torch.uint8), torch.empty(1, len(values))
     one, none = torch.ones(1, 1), torch.zeros(1, 1)
     args = values[None], values[None], one, none, *cpu._cells(code, 8), levels(code, 8), len(values), codes, residual
-    cpu._over_rows(cpu._quantize_by_cells, 1, *args)
+    cpu.run_over_rows(cpu._quantize_by_cells, 1, *args)
     assert torch.equal(codes[0], wanted)
 
 

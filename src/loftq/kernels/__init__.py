@@ -18,7 +18,7 @@ from loftq.errors import UsageError
 from loftq.spec import QuantSpec
 
 MODULES = {"cpu": "loftq.kernels.cpu", "cuda": "loftq.kernels.gpu"}  # of codes in blocks
-TRELLIS: dict[str, str] = {}
+TRELLIS = {"cpu": "loftq.kernels.trellis_cpu"}
 REFERENCE = "loftq.kernels.reference"
 NEEDS = {"cpu": "numba", "cuda": "triton"}
 

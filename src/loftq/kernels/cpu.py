@@ -28,6 +28,8 @@ from loftq.spec import QuantSpec, packed_shape
 NAME = "cpu"
 FEW_TOKENS = 4  # up to here a product reads the packed weight once; beyond, decoding it first is faster
 PART = 1 << 21  # weights decoded at a time for a product in float32
+DTYPES = {torch.int8: "u1", torch.uint8: "u1", torch.bfloat16: "u2", torch.int16: "i2"}  # as arrays
+DTYPES |= {torch.int64: "i8", torch.float64: "f8"}
 FEW_GAPS = 15  # up to here counting the smaller ones, vectorised, beats a table that tells where to look
 
 compiled = njit(nogil=True, cache=True)
@@ -55,10 +57,10 @@ def quantize_residual(
     gaps, table = midpoints(spec.code, spec.width), levels(spec.code, spec.width)
     arrays = target, weight, scale, zero
     if len(gaps) <= FEW_GAPS:
-        _over_rows(_quantize_by_counting, len(target), *arrays, gaps, table, block, codes, residual)
+        run_over_rows(_quantize_by_counting, len(target), *arrays, gaps, table, block, codes, residual)
     else:
         cells = _cells(spec.code, spec.width)
-        _over_rows(_quantize_by_cells, len(target), *arrays, *cells, table, block, codes, residual)
+        run_over_rows(_quantize_by_cells, len(target), *arrays, *cells, table, block, codes, residual)
     return Quantized(codes, scales), residual
 
 
@@ -81,7 +83,7 @@ def descend(
 def _round_block(values: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     gaps, table = midpoints(spec.code, spec.width), levels(spec.code, spec.width)
     codes, fed = torch.empty_like(values, dtype=torch.uint8), torch.empty_like(values)
-    _over_rows(rounding.round_block, len(values), values, upper, scale, zero, gaps, table, codes, fed)
+    run_over_rows(rounding.round_block, len(values), values, upper, scale, zero, gaps, table, codes, fed)
     return codes, fed
 
 
@@ -90,7 +92,7 @@ def _descend_block(
 ) -> tuple[Tensor, Tensor]:
     gaps, table = midpoints(spec.code, spec.width), levels(spec.code, spec.width)
     codes, moved = codes.clone(), torch.empty_like(pull)
-    _over_rows(rounding.descend_block, len(pull), pull, codes, own.contiguous(), scale, zero, gaps, table, moved)
+    run_over_rows(rounding.descend_block, len(pull), pull, codes, own.contiguous(), scale, zero, gaps, table, moved)
     return codes, moved
 
 
@@ -101,7 +103,7 @@ def _search(target: Tensor, spec: QuantSpec, near: tuple[Tensor, Tensor] | None)
     factors = torch.tensor(start_parts(spec.code, spec.width) if near is None else AROUND, **HOST)
     gaps, table = midpoints(spec.code, spec.width), levels(spec.code, spec.width)
     args = target, start, factors, ROUNDS, gaps, table, spec.codebook.zero is not None, block, result
-    _over_rows(fitting.search, len(target), *args)
+    run_over_rows(fitting.search, len(target), *args)
     return result[0], result[1]
 
 
@@ -109,14 +111,14 @@ def _block_errors(target: Tensor, scales: dict[str, Tensor], spec: QuantSpec, le
     scale, zero, block = _expanded(scales, spec, target.shape)
     gaps, table, errors = midpoints(spec.code, spec.width), levels(spec.code, spec.width), torch.empty_like(scale)
     args = target, scale, zero, gaps, table, np.float32(least), block, errors
-    _over_rows(fitting.block_errors, len(target), *args)
+    run_over_rows(fitting.block_errors, len(target), *args)
     return errors
 
 
 def _absmax_scales(target: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
     block = min(spec.block_size, target.shape[1])
     absmax = target.new_empty(len(target), -(-target.shape[1] // block))
-    _over_rows(_absmax, len(target), target, block, absmax)
+    run_over_rows(_absmax, len(target), target, block, absmax)
     return store_scales(absmax.div_(levels(spec.code, spec.width)[-1].item()), spec)
 
 
@@ -124,7 +126,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes to bytes, as :func:`loftq.numerics.pack`."""
     rows, columns = codes.shape
     packed = codes.new_empty(packed_shape(rows, columns, bits), dtype=torch.int8)
-    _over_rows(_pack, rows, codes.contiguous(), bits, packed.view(rows, -1))
+    run_over_rows(_pack, rows, codes.contiguous(), bits, packed.view(rows, -1))
     return packed
 
 
@@ -139,7 +141,7 @@ def decode_into(out: Tensor, stored: dict[str, Tensor], spec: QuantSpec) -> Tens
     packed = stored["weight"].detach().contiguous().flatten(1)
     scale, zero, block = _expanded(stored, spec, out.shape)
     kernel = _decoder(spec.width, out.dtype == torch.bfloat16)
-    _over_rows(kernel, len(packed), packed, scale, zero, _lookup(spec.code, spec.width), block, out)
+    run_over_rows(kernel, len(packed), packed, scale, zero, _lookup(spec.code, spec.width), block, out)
     return out
 
 
@@ -157,7 +159,9 @@ def linear(x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, 
     packed = stored["weight"].detach().contiguous().flatten(1)
     scale, zero, block = _expanded(stored, spec, (len(packed), columns))
     y, rows = x.new_empty(len(packed), tokens), x.detach().reshape(tokens, columns).contiguous()
-    _over_rows(_product(spec.width), len(packed), packed, scale, zero, _lookup(spec.code, spec.width), block, rows, y)
+    run_over_rows(
+        _product(spec.width), len(packed), packed, scale, zero, _lookup(spec.code, spec.width), block, rows, y
+    )
     y = y.T.contiguous().view(*x.shape[:-1], len(packed))
     return y if bias is None else y.add_(bias)
 
@@ -181,14 +185,12 @@ def _parts(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Iterator
     packed = stored["weight"].detach().contiguous().flatten(1)
     scale, zero, block = _expanded(stored, spec, (len(packed), columns))
     step = min(len(packed), max(16, PART // columns))
-    held: Tensor | None = getattr(_scratch, "part", None)
-    if held is None or held.numel() < step * columns:
-        held = _scratch.part = torch.empty(step * columns, dtype=torch.float32, device="cpu")
+    held = scratch(step * columns)
     for start in range(0, len(packed), step):
         part = slice(start, min(start + step, len(packed)))
         weight = held[: (part.stop - start) * columns].view(-1, columns)
         args = packed[part], scale[part], zero[part], _lookup(spec.code, spec.width), block, weight
-        _over_rows(_decoder(spec.width, False), len(weight), *args)
+        run_over_rows(_decoder(spec.width, False), len(weight), *args)
         yield part, weight
 
 
@@ -200,18 +202,26 @@ def embedding(rows: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns:
 _scratch = threading.local()
 
 
-def _over_rows(kernel: Callable[..., None], rows: int, *args: Any) -> None:
+def scratch(count: int) -> Tensor:
+    """Memory for so many float32 values, this thread's own, the same at every call."""
+    held: Tensor | None = getattr(_scratch, "part", None)
+    if held is None or held.numel() < count:
+        held = _scratch.part = torch.empty(count, dtype=torch.float32, device="cpu")
+    return held[:count]
+
+
+def run_over_rows(kernel: Callable[..., None], rows: int, *args: Any) -> None:
     """``kernel(*args, start, stop)`` on ranges that cover all rows; tensors go in as arrays."""
     arrays = [_array(arg) if isinstance(arg, Tensor) else arg for arg in args]
     over_rows(functools.partial(kernel, *arrays), rows)
 
 
 def _array(tensor: Tensor) -> np.ndarray:
-    """A contiguous tensor's memory as an array; bytes and bfloat16 as unsigned integers, int16 as it is.
+    """A contiguous tensor's memory as an array; bytes and bfloat16 as unsigned integers.
 
     Not by ``Tensor.numpy``, which forbids the storage to be resized from then on: FSDP2 frees gathered parameters so.
     """
-    dtype = {torch.int8: "u1", torch.uint8: "u1", torch.bfloat16: "u2", torch.int16: "i2"}.get(tensor.dtype, "f4")
+    dtype = DTYPES.get(tensor.dtype, "f4")
     memory = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
     return np.frombuffer(memoryview(memory), dtype).reshape(tensor.shape)
 

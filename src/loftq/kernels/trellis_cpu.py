@@ -1,29 +1,165 @@
-"""Compiled CPU kernels of the trellis code, in the contract of :mod:`loftq.kernels.reference`."""
+"""Compiled CPU kernels of the trellis code, in the contract of :mod:`loftq.kernels.reference`.
+
+Decoded values equal the reference's to the bit. Encoders find paths of equal error to the last digits of float32; where
+two paths cost the same they may differ.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from loftq.kernels import viterbi
-from loftq.kernels.cpu import _over_rows
+from loftq.codes import RATE_UNIT, levels
+from loftq.kernels import viterbi, windows
+from loftq.kernels.cpu import FEW_TOKENS, PART, run_over_rows, scratch
+from loftq.kernels.reference import descend, feedback
+from loftq.numerics import Quantized, fit_scales
+from loftq.numerics.trellis import better_scales
+from loftq.spec import QuantSpec, trellis_groups
+
+__all__ = [
+    "NAME",
+    "best_windows",
+    "dequantize",
+    "descend",
+    "feedback",
+    "linear",
+    "linear_grad_input",
+    "quantize_residual",
+]
+
+NAME = "cpu"
 
 
-def best_windows(
-    target: Tensor, scale: Tensor, rates: Tensor, levels: Tensor, group: int, earlier: Tensor | None = None
-) -> Tensor:
-    """The windows of little squared error, int16 ``(out, in)``, as :func:`loftq.kernels.viterbi.encode` finds them.
+def quantize_residual(
+    target: Tensor,
+    weight: Tensor,
+    spec: QuantSpec,
+    out: Tensor | None = None,
+    *,
+    fitted: bool = False,
+    earlier: Quantized | None = None,
+) -> tuple[Quantized, Tensor]:
+    """Quantize ``target``, and the float32 residual ``weight - dequantize(codes)``, in ``out`` if given."""
+    target, weight = target.detach().float().contiguous(), weight.detach().float().contiguous()
+    earlier = earlier if fitted else None
+    scales = fit_scales(target, spec) if earlier is None else dict(earlier.scales)
+    codes = best_windows(target, scales, spec, earlier and earlier.codes)
+    table, rates = levels(spec.code, spec.width), _rates(scales, spec, target.shape[1])
+    if fitted:
+        sums = torch.empty(2, len(target), 1, dtype=torch.float64, device="cpu")
+        run_over_rows(viterbi.sums, len(target), target, codes, rates, table, sums)
+        scales = better_scales(sums[0], sums[1], scales, spec)
+    residual = torch.empty_like(target) if out is None else out
+    run_over_rows(viterbi.residual, len(target), weight, codes, rates, table, _scale(scales), residual)
+    return Quantized(codes, scales), residual
 
-    Args:
-        target: float32 (out, in).
-        scale: float32 (out, 1), as a reader of the file gets it.
-        rates: uint8 (in,), sixteenths of a bit a weight.
-        levels: float32 (2^L,).
-        group: rows of a group.
-        earlier: int16 (out, in), windows that are kept in the sequences where they are better.
-    """
+
+def best_windows(target: Tensor, scales: dict[str, Tensor], spec: QuantSpec, earlier: Tensor | None = None) -> Tensor:
+    """The best windows of every sequence, as :func:`loftq.numerics.trellis.best_windows`."""
     rows, columns = target.shape
-    window = len(levels).bit_length() - 1
+    groups, length = trellis_groups(rows)
     codes = torch.empty(rows, columns, dtype=torch.int16, device="cpu")
     before = codes.new_empty(0, 0) if earlier is None else earlier.contiguous()
-    args = target.contiguous(), scale.flatten().contiguous(), rates, levels, window, group, before, codes
-    _over_rows(viterbi.encode, -(-rows // group) * columns, *args)
+    table, rates = levels(spec.code, spec.width), _rates(scales, spec, columns)
+    args = target.contiguous(), _scale(scales), rates, table, spec.width, length, before, codes
+    run_over_rows(viterbi.encode, groups * columns, *args)
     return codes
+
+
+def dequantize(stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: torch.dtype) -> Tensor:
+    """The dense weight. float32 and bfloat16 are written directly, other dtypes by way of float32."""
+    strings = _strings(stored, spec, columns)
+    direct = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    out = torch.empty(len(strings.scale), columns, dtype=direct, device="cpu")
+    run_over_rows(windows.decode, len(out), *strings, direct == torch.bfloat16, out)
+    return out.to(dtype)
+
+
+def linear(x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, bias: Tensor | None = None) -> Tensor:
+    """``x @ W.T + bias``. For few tokens in float32 straight from the packed weight, else decoded first, then BLAS."""
+    tokens = x.numel() // columns
+    if x.dtype != torch.float32:
+        bias = None if bias is None else bias.to(x.dtype)
+        return torch.nn.functional.linear(x, dequantize(stored, spec, columns, x.dtype), bias)
+    strings, rows = _strings(stored, spec, columns), x.detach().reshape(tokens, columns).contiguous()
+    if tokens > FEW_TOKENS:
+        y = x.new_empty(tokens, len(strings.scale))
+        for part, weight in _parts(strings, columns):
+            torch.mm(rows, weight.T, out=y[:, part])
+    else:
+        products = x.new_empty(len(strings.scale), tokens)
+        run_over_rows(windows.product, len(products), *strings, rows, products)
+        y = products.T.contiguous()
+    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], y.shape[1])
+
+
+def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:
+    """``grad @ W``: decoded, then BLAS."""
+    rows = grad.detach().reshape(-1, grad.shape[-1])
+    if grad.dtype != torch.float32:
+        return (rows @ dequantize(stored, spec, columns, grad.dtype)).view(*grad.shape[:-1], columns)
+    result = grad.new_zeros(len(rows), columns)
+    for part, weight in _parts(_strings(stored, spec, columns), columns):
+        result.addmm_(rows[:, part], weight)
+    return result.view(*grad.shape[:-1], columns)
+
+
+class Strings(NamedTuple):
+    """What :mod:`loftq.kernels.windows` is told about a packed weight."""
+
+    packed: Tensor  # int8, the strings of all groups
+    n_bytes: int  # of a group
+    rates: Tensor  # int64 (in,)
+    starts: Tensor  # int64 (in,), the first bit of every column in its group
+    shifts: Tensor  # uint8 (16, in), where windows begin: of rows 0 to 7 from row 0's, of rows 8 to 15 from row 8's
+    even: bool  # all columns have one rate
+    group: int
+    levels: Tensor
+    scale: Tensor  # float32 (out,)
+
+
+def _strings(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Strings:
+    packed, scale = stored["weight"].detach().contiguous(), _scale(stored)
+    group, even, n_bytes = trellis_groups(len(scale))[1], "weight_rate" not in stored, packed.shape[1]
+    packed = torch.nn.functional.pad(packed.flatten(), (0, max(0, windows.LEAST - packed.numel())))
+    layout = _even_layout(spec.rate, group, columns) if even else _layout(stored["weight_rate"].detach(), group)
+    return Strings(packed, n_bytes, *layout, even, group, levels(spec.code, spec.width), scale)
+
+
+def _layout(rates: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    rates, rows = rates.to(torch.int64), torch.arange(RATE_UNIT, device="cpu")[:, None]
+    offsets = rows * rates // RATE_UNIT
+    shifts = offsets - offsets[:: windows.ROWS].repeat_interleave(windows.ROWS, 0)
+    return rates, (rates.cumsum(0) - rates) * (group // RATE_UNIT), shifts.to(torch.uint8)
+
+
+@functools.lru_cache(64)
+@torch.inference_mode(False)
+def _even_layout(rate: int, group: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _layout(torch.full((columns,), rate, device="cpu"), group)
+
+
+def _parts(strings: Strings, columns: int) -> Iterator[tuple[slice, Tensor]]:
+    """The dense weight in float32, some groups of rows at a time, always in the same memory."""
+    rows = len(strings.scale)
+    groups = -(-PART // (strings.group * columns))
+    held = scratch(min(groups * strings.group, rows) * columns)
+    for first in range(0, -(-rows // strings.group), groups):
+        part = slice(first * strings.group, min((first + groups) * strings.group, rows))
+        weight = held[: (part.stop - part.start) * columns].view(-1, columns)
+        some = strings._replace(packed=strings.packed[first * strings.n_bytes :], scale=strings.scale[part])
+        run_over_rows(windows.decode, len(weight), *some, False, weight)
+        yield part, weight
+
+
+def _scale(scales: dict[str, Tensor]) -> Tensor:
+    return scales["weight_scale"].detach().float().flatten().contiguous()
+
+
+def _rates(scales: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:
+    if "weight_rate" in scales:
+        return scales["weight_rate"].detach().contiguous()
+    return torch.full((columns,), spec.rate, dtype=torch.uint8, device="cpu")

@@ -18,6 +18,7 @@ from numba import njit
 FAST = {"contract", "nsz", "nnan", "reassoc"}  # not ninf: a state that cannot be reached costs infinity
 compiled = njit(nogil=True, cache=True, fastmath=FAST)
 inlined = njit(nogil=True, cache=True, fastmath=FAST, forceinline=True)
+exact = njit(nogil=True, cache=True)
 
 SEAM = 24  # rows on either side of the seam that choose it
 INFINITE = np.float32(np.inf)
@@ -165,3 +166,25 @@ def _forward(x, s, shifts, levels, window, first, steps, least, state, path):
                 best, chosen = cost, w
         path[j], state = chosen, chosen >> k
     return state
+
+
+@compiled
+def sums(target, codes, rates, levels, out, start, stop):
+    """``<target, level>`` and ``<level, level>`` of some rows, in float64, into ``out[0]`` and ``out[1]``."""
+    for i in range(start, stop):
+        cross, square = 0.0, 0.0
+        for j in range(target.shape[1]):
+            if rates[j]:
+                level = np.float64(levels[codes[i, j]])
+                cross += target[i, j] * level
+                square += level * level
+        out[0, i, 0], out[1, i, 0] = cross, square
+
+
+@exact
+def residual(weight, codes, rates, levels, scale, out, start, stop):
+    """``weight - level * scale`` of some rows, each rounded to float32 in turn."""
+    for i in range(start, stop):
+        for j in range(weight.shape[1]):
+            value = levels[codes[i, j]] * scale[i] if rates[j] else np.float32(0)
+            out[i, j] = weight[i, j] - value

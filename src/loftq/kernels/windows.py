@@ -17,30 +17,14 @@ reassociating = njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "n
 
 UNIT = 16  # weights that take as many bits as their rate says
 ROWS, COLUMNS = 8, 256  # of a tile: 8 KiB, beside as much of the packed weight and the table of levels in a fast cache
-READ = 57  # bits that one read has for certain
+READ, LEAST = 57, 8  # bits that one read has for certain; bytes that there must be to read from
 U = np.uint64
-
-
-@compiled
-def layout(rates, group, starts, shifts):
-    """What :func:`_tile` needs to know of every column.
-
-    Args:
-        rates: int64 (in,), sixteenths of a bit a weight.
-        starts: int64 (in,), takes the first bit of every column in its group.
-        shifts: uint8 (16, in), takes where windows begin: of rows 0 to 7 from row 0's, of rows 8 to 15 from row 8's.
-    """
-    begin = 0
-    for i in range(len(rates)):
-        starts[i] = begin
-        begin += rates[i] * group // UNIT
-        for r in range(UNIT):
-            shifts[r, i] = r * rates[i] // UNIT - r // ROWS * ROWS * rates[i] // UNIT
 
 
 @inlined
 def _read(packed, bit):
-    """:data:`READ` bits or more, from any bit on; zeros behind the end of the memory, which has 8 bytes at least."""
+    """:data:`READ` bits or more, from any bit on; zeros behind the end of the memory, which has
+    :data:`LEAST` bytes or more."""
     at = min(U(bit) >> U(3), U(packed.size - 8))
     low = U(packed[at]) | U(packed[at + U(1)]) << U(8) | U(packed[at + U(2)]) << U(16) | U(packed[at + U(3)]) << U(24)
     at += U(4)
@@ -49,12 +33,10 @@ def _read(packed, bit):
 
 
 @inlined
-def _tile(packed, begin, starts, rates, shifts, even, first, size, row, group, mask, levels, words, tile):
+def _tile(packed, begin, rates, starts, shifts, even, first, size, row, group, mask, levels, words, tile):
     """Levels of eight rows of a group, from ``row`` on, and ``size`` columns, from ``first`` on, into ``tile``.
 
-    Args:
-        begin: the first bit of the group.
-        even: whether all columns have one rate.
+    The group's string begins at the bit ``begin``. Where all rates are ``even``, so are the shifts.
     """
     gaps = False
     for i in range(size):
@@ -83,36 +65,22 @@ def _tile(packed, begin, starts, rates, shifts, even, first, size, row, group, m
 
 
 @compiled
-def decode(packed, starts, rates, shifts, even, group, levels, scale, bfloat16, out, start, stop):
-    """Dense rows, from eight times ``start`` to eight times ``stop``; bfloat16 as bits, rounded to nearest, even."""
+def decode(packed, n_bytes, rates, starts, shifts, even, group, levels, scale, bfloat16, out, start, stop):
+    """Dense rows; bfloat16 as bits, rounded to nearest, even. See :class:`loftq.kernels.trellis_cpu.Strings`."""
     rows, columns = out.shape
     words, tile = np.empty(COLUMNS, np.uint64), np.empty((ROWS, COLUMNS), np.float32)
-    bits, mask, string = tile.view(np.uint32), U(len(levels) - 1), packed.size * 8 // -(-rows // group)
-    done = start
-    while done < stop:  # the rows of one group after the other's
+    bits, mask = tile.view(np.uint32), U(len(levels) - 1)
+    done, last = -(-start // ROWS), -(-stop // ROWS)
+    while done < last:  # the rows of one group after the other's
         number = done * ROWS // group
-        end = min(stop, (number + 1) * group // ROWS)
+        end = min(last, (number + 1) * group // ROWS)
+        begin = number * n_bytes * 8
         for first in range(U(0), U(columns), U(COLUMNS)):
             size = min(U(COLUMNS), U(columns) - first)
             for block in range(done, end):
                 top = block * ROWS
                 row = top - number * group
-                _tile(
-                    packed,
-                    number * string,
-                    starts,
-                    rates,
-                    shifts,
-                    even,
-                    first,
-                    size,
-                    row,
-                    group,
-                    mask,
-                    levels,
-                    words,
-                    tile,
-                )
+                _tile(packed, begin, rates, starts, shifts, even, first, size, row, group, mask, levels, words, tile)
                 for r in range(U(min(ROWS, rows - top))):
                     at = U(top) + r
                     s = scale[at]
@@ -130,37 +98,23 @@ def decode(packed, starts, rates, shifts, even, group, levels, scale, bfloat16, 
 
 
 @reassociating
-def product(packed, starts, rates, shifts, even, group, levels, scale, x, y, start, stop):
-    """``y = W x`` for some rows of ``W``, in eights as :func:`decode`; ``x`` is (tokens, in), ``y`` (out, tokens)."""
+def product(packed, n_bytes, rates, starts, shifts, even, group, levels, scale, x, y, start, stop):
+    """Some rows of ``y = W x``; ``x`` is (tokens, in), ``y`` (out, tokens)."""
     (tokens, columns), rows = x.shape, len(y)
     words, tile = np.empty(COLUMNS, np.uint64), np.empty((ROWS, COLUMNS), np.float32)
-    mask, string = U(len(levels) - 1), packed.size * 8 // -(-rows // group)
-    y[start * ROWS : stop * ROWS] = 0
-    done = start
-    while done < stop:
+    mask = U(len(levels) - 1)
+    done, last = -(-start // ROWS), -(-stop // ROWS)
+    y[done * ROWS : last * ROWS] = 0
+    while done < last:
         number = done * ROWS // group
-        end = min(stop, (number + 1) * group // ROWS)
+        end = min(last, (number + 1) * group // ROWS)
+        begin = number * n_bytes * 8
         for first in range(U(0), U(columns), U(COLUMNS)):
             size = min(U(COLUMNS), U(columns) - first)
             for block in range(done, end):
                 top = block * ROWS
                 row = top - number * group
-                _tile(
-                    packed,
-                    number * string,
-                    starts,
-                    rates,
-                    shifts,
-                    even,
-                    first,
-                    size,
-                    row,
-                    group,
-                    mask,
-                    levels,
-                    words,
-                    tile,
-                )
+                _tile(packed, begin, rates, starts, shifts, even, first, size, row, group, mask, levels, words, tile)
                 for r in range(U(min(ROWS, rows - top))):
                     at = U(top) + r
                     for t in range(U(tokens)):

@@ -81,12 +81,19 @@ def quantize(
 
 def fitted_rows(weight: Tensor, codes: Tensor, scales: dict[str, Tensor], spec: QuantSpec) -> dict[str, Tensor]:
     """Scales of the least squared error for given windows, as stored, in the rows where they are better."""
-    unit = _unit(weight)
     level = _levels(codes, scales, spec).double()
-    target, before = weight.double() / unit, scale_and_zero(scales)[0].double() / unit
-    cross, square = (target * level).sum(1, keepdim=True), level.square().sum(1, keepdim=True)
-    stored = store_scales((cross / torch.where(square > 0, square, 1) * unit).float(), spec)["weight_scale"]
-    after = stored.double() / unit
+    return better_scales(
+        (weight.double() * level).sum(1, keepdim=True), level.square().sum(1, keepdim=True), scales, spec
+    )
+
+
+def better_scales(
+    cross: Float[Tensor, "out 1"], square: Float[Tensor, "out 1"], scales: dict[str, Tensor], spec: QuantSpec
+) -> dict[str, Tensor]:
+    """Scales by every row's ``<weight, level>`` and ``<level, level>``, in float64, where they lower its error."""
+    before = scale_and_zero(scales)[0].double()
+    stored = store_scales((cross / torch.where(square > 0, square, 1)).float(), spec)["weight_scale"]
+    after = stored.double()
     better = after * (after * square - 2 * cross) < before * (before * square - 2 * cross)
     return {**scales, "weight_scale": torch.where(better, stored, scales["weight_scale"])}
 
