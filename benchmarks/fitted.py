@@ -8,6 +8,7 @@ Time is that of the CPU for all matrices, one after another, on one thread; the 
 Goal: weight error at 2.25, 3.25, 4.25 bits per weight at most 0.60, 0.86, 0.93 of the paper's, in 3 times its time.
 
     python benchmarks/fitted.py                                          # all-MiniLM-L6-v2
+    python benchmarks/fitted.py --served --repeats 1 --output docs/data/served.json
     python benchmarks/fitted.py --model minilm=DIRECTORY --model llama=ANOTHER --data wt2.test.txt.gz
 """
 
@@ -22,6 +23,7 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +61,23 @@ def sides(bits: int) -> dict[str, Side]:
         "lloyd, nested": Side(QuantSpec(bits=bits, code="lloyd", double_quant=True), "fitted"),
         "lloyd, nested, block 40": Side(QuantSpec(bits=bits, code="lloyd", block_size=40, double_quant=True), "fitted"),
     }
+
+
+def served(bits: int) -> dict[str, Side]:
+    """Codes that other software holds exactly, with scales of the type that it has, beside ours of the same bytes."""
+    f16 = {"bits": bits, "scale_dtype": "float16"}
+    found = {
+        "nf, absmax (LoftQ)": Side(QuantSpec(bits=bits)),
+        "nf": Side(QuantSpec(bits=bits), "fitted"),
+        "lloyd": Side(QuantSpec(bits=bits, code="lloyd"), "fitted"),
+        "int": Side(QuantSpec(code="int", **f16), "fitted"),
+    }
+    if bits == 4:
+        blocks = {"nf": 32, "lloyd": 32, "affine": 48, "int": 32, "iq4nl": 32}  # of 4.5 bits a weight all of them
+        found |= {f"{c}, block {n}": Side(QuantSpec(code=c, block_size=n, **f16), "fitted") for c, n in blocks.items()}
+    if bits == 2:
+        found |= {"int, block 256": Side(QuantSpec(code="int", block_size=256, **f16), "fitted")}
+    return found
 
 
 def minilm() -> str:
@@ -146,7 +165,7 @@ def measured(model: Model, side: Side, solutions: dict[str, Solution]) -> dict[s
     }
 
 
-def rows(model: Model, repeats: int) -> list[dict[str, Any]]:
+def rows(model: Model, repeats: int, sides: Callable[[int], dict[str, Side]]) -> list[dict[str, Any]]:
     found = []
     for bits in WIDTHS:
         chosen = sides(bits)
@@ -181,6 +200,7 @@ def main() -> None:
         "--model", action="append", metavar="NAME=DIRECTORY", help="repeatable, beside all-MiniLM-L6-v2"
     )
     parser.add_argument("--data", type=Path, help="text, may be .gz [default: Python's documentation]")
+    parser.add_argument("--served", action="store_true", help="the codes that other software holds, beside ours")
     parser.add_argument("--repeats", type=int, default=3, help="of the timing")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "data" / "fitted.json")
     options = parser.parse_args()
@@ -196,7 +216,7 @@ def main() -> None:
         )
         print(f"| bits per weight | code, scales fitted | error | ratio | {what} | monotone | time ratio |")
         print("|---|---|---|---|---|---|---|")
-        table = rows(model, options.repeats)
+        table = rows(model, options.repeats, served if options.served else sides)
         for row in table:
             cells = [f"{row['bits_per_weight']:.2f}", row["side"], f"{row['error']:.4f}", f"{row['error_ratio']:.3f}"]
             cells += [f"{row['quality']:.4f}" if what == "cosine" else f"{row['quality']:.1f}"]

@@ -44,6 +44,11 @@ def levels(code: str, bits: int) -> np.ndarray:
     if code == "fp4":
         half = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
         return np.array([-v for v in reversed(half)] + half)
+    if code == "iq4nl":
+        return np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113.0])
+    if code == "int":
+        half = 2 ** (bits - 1)
+        return np.arange(1.0 - half, half + 1) if bits < 8 else np.concatenate([np.arange(-127.0, 1), np.arange(128.0)])
     return np.linspace(-1, 1, 2**bits) if code == "uniform" else np.arange(2.0**bits)
 
 

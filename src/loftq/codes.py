@@ -87,6 +87,17 @@ class Absmax(Code):
         return values.abs().amax(-1) / levels(self.name, bits)[-1].item(), None
 
 
+class SignedMaximum(Code):
+    """A code whose levels reach further on one side: the weight of largest magnitude, with its sign, meets the end."""
+
+    def scale(self, values: Tensor, bits: int, stored: Stored) -> tuple[Tensor, None]:
+        table = levels(self.name, bits)
+        if not self.lopsided(bits):
+            return values.abs().amax(-1) / table[-1].item(), None
+        low, high = values.amin(-1), values.amax(-1)
+        return torch.where(high >= -low, high, low) / table[table.abs().argmax()].item(), None
+
+
 _CODES: dict[str, Code] = {}
 C = TypeVar("C", bound=Code)
 
@@ -201,7 +212,7 @@ class NormalFloat(Absmax):
 
 
 @register_code
-class Lloyd(Code):
+class Lloyd(SignedMaximum):
     """The levels that leave Gaussian blocks of 64 the least squared error if scale and sign are fitted.
 
     They are lopsided, so that the sign is of use. By formula the scale is the weight of largest magnitude, with its
@@ -221,10 +232,6 @@ class Lloyd(Code):
 
     def levels(self, bits: int) -> Tensor:
         return torch.tensor(self.TABLE[bits], **HOST)
-
-    def scale(self, values: Tensor, bits: int, stored: Stored) -> tuple[Tensor, None]:
-        low, high = values.amin(-1), values.amax(-1)
-        return torch.where(high >= -low, high, low), None
 
 
 @register_code
@@ -298,6 +305,36 @@ class Affine(Code):
         low, high = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
         scale = (high - low) / top
         return scale, (-low / torch.where(scale == 0, 1, scale)).round().clamp(0, top)
+
+
+@register_code
+class Integer(SignedMaximum):
+    """Whole numbers around zero and a scale of either sign: what GGUF, compressed-tensors, MLX and ONNX hold exactly.
+
+    ``-2**(bits - 1) + 1`` to ``2**(bits - 1)``: -1, 0, 1, 2 for 2 bits. At 8 bits -127 to 127, with zero twice: some
+    readers negate the numbers, and -128 has no opposite.
+    """
+
+    name = "int"
+
+    def levels(self, bits: int) -> Tensor:
+        top = 2 ** (bits - 1)
+        if bits == 8:
+            half = torch.arange(top, **HOST)
+            return torch.cat([-half.flip(0), half])
+        return torch.arange(1 - top, top + 1, **HOST)
+
+
+@register_code
+class Iq4nl(SignedMaximum):
+    """The 16 levels of GGUF's IQ4_NL, whole numbers of 8 bits; scales of either sign."""
+
+    name = "iq4nl"
+    widths = (4,)
+
+    def levels(self, bits: int) -> Tensor:
+        low = [-127, -104, -83, -65, -49, -35, -22, -10]
+        return torch.tensor([*low, 1, 13, 25, 38, 53, 69, 89, 113], **HOST)
 
 
 class Trellis(Code):

@@ -87,8 +87,9 @@ class Codes(TypedDict, total=False):
     code: Annotated[
         str,
         Option("auto"),
-        "nf, lloyd (2 to 4 bits), uniform, uniform-tensor, fp4 (4 bits), affine, trellis (any sixteenth of a bit up "
-        "to 4); auto: nf, at 2 bits with fitted scales lloyd, for widths that only it has trellis.",
+        "nf, lloyd (2 to 4 bits), uniform, uniform-tensor, fp4 (4 bits), affine, int, iq4nl (4 bits), trellis (any "
+        "sixteenth of a bit up to 4); auto: nf, at 2 bits with fitted scales lloyd, for widths that only it has "
+        "trellis.",
     ]
     block_size: Annotated[int, Option(64, bounds={"ge": 1}), "Weights of a row that share a scale."]
     scale_dtype: Annotated[

@@ -1,10 +1,10 @@
-"""The verbs of the command line as Python calls: plan, inspect, verify, start, merge; train, evaluate,
+"""The verbs of the command line as Python calls: plan, inspect, verify, start, merge, generate; train, evaluate,
 compare.
 
 Those that make or calibrate something in memory are in :mod:`loftq.api`. Options have the command line's names.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,6 +176,40 @@ def merge(
         made = _merge(Path(as_path("directory", directory)), Path(as_path("output", output)), options, bar.begin)
     size = sum(f["size"] for f in made["files"].values()) / 1e6
     return Report(made, f"{len(made['files'])} files, {size:.1f} MB, {dtype}")
+
+
+@checks_names
+def generate(
+    target: str | Path,
+    prompt: str | Sequence[Mapping[str, str]],
+    *,
+    adapter: str | Path | None = None,
+    max_new_tokens: int = 256,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    told: Callable[[str], object] | None = None,
+) -> str:
+    """What a model writes after a text, or answers to a chat.
+
+    Args:
+        target: a quantized directory, a run of :func:`train`, a trained adapter, or a dense model.
+        prompt: a text to go on from; or messages, ``{"role": "user", "content": "…"}``, by the tokenizer's template.
+        adapter: as :func:`merge` takes it.
+        max_new_tokens: at most; less where the model's positions end.
+        temperature: 0 is greedy; None is what ``generation_config.json`` says, as for ``top_p``.
+        seed: of what is drawn.
+        device: by default the GPU, if there is one.
+        told: called with every piece of the text as it comes.
+
+    Raises: UsageError for a chat without a template; InputError for an adapter of another base.
+    """
+    from loftq.export.generate import GenerateOptions, Writer
+
+    options = GenerateOptions(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    writer = Writer(as_path("target", target), None if adapter is None else as_path("adapter", adapter), device)
+    return writer.write(prompt if isinstance(prompt, str) else [dict(m) for m in prompt], options, told)
 
 
 @checks_names

@@ -73,6 +73,24 @@ def test_fp4_levels_are_all_values_of_e2m1() -> None:
     assert levels("fp4", 4).tolist() == sorted(values)
 
 
+def test_integers_are_those_of_the_containers() -> None:
+    """By the containers' definitions: GGUF's Q2_0 has q - 1, Q4_0 q - 8 with the scale's other sign, Q8_0 int8."""
+    assert levels("int", 2).tolist() == [q - 1 for q in range(4)]
+    assert levels("int", 3).tolist() == [-3, -2, -1, 0, 1, 2, 3, 4]
+    assert levels("int", 4).tolist() == sorted(8 - q for q in range(16))
+    assert sorted({*levels("int", 8).tolist()}) == [*range(-127, 128)]
+
+
+@pytest.mark.parametrize(("code", "bits", "end"), [("int", 2, 2), ("int", 4, 8), ("iq4nl", 4, -127)])
+def test_a_signed_scale_takes_the_largest_weight_to_the_end(code: str, bits: int, end: int) -> None:
+    from loftq.codes import get
+
+    block = torch.tensor([[[0.5, -3.0, 1.0]], [[0.5, 3.0, -1.0]]])
+    scale, zero = get(code).scale(block, bits, lambda s: s)
+    assert zero is None
+    assert torch.equal(scale, torch.tensor([[-3.0], [3.0]]) / end)
+
+
 def test_dynamic_code_covers_seven_decades() -> None:
     table = dynamic_8bit()
     assert table.shape == (256,)

@@ -1,4 +1,4 @@
-"""Verbs on what was trained: merge."""
+"""Verbs on what was trained: merge, generate."""
 
 from typing import Annotated
 
@@ -6,7 +6,7 @@ import typer
 
 from loftq.cli.app import app
 from loftq.cli.options import Directory, Output, quiet_transformers
-from loftq.errors import quoted
+from loftq.errors import UsageError, quoted
 from loftq.report.bars import Bar
 
 AdapterOf = Annotated[
@@ -48,3 +48,63 @@ def merge(
         made = run(directory, output, options, bar.begin)
     size = sum(f["size"] for f in made["files"].values()) / 1e6
     print(f"{quoted(output, 400)}: {len(made['files'])} files, {size:.1f} MB, {dtype}")
+
+
+@app.command()
+def generate(
+    target: Annotated[
+        str,
+        typer.Argument(help="A quantized directory, a run of `loftq train`, or a dense model.", show_default=False),
+    ],
+    adapter: AdapterOf = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="What to answer or go on from. Default: standard input; in a terminal, a chat.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="The first message of a chat.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Go on from the text, also if there is a chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy. Default: what generation_config.json says.")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Default: what generation_config.json says.")] = None,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: the GPU if there is one.")] = None,
+) -> None:
+    """Answer a prompt, or chat, by the tokenizer's template; without one, go on from a text."""
+    import sys
+
+    from loftq.export.generate import GenerateOptions, Writer
+
+    quiet_transformers()
+    options = GenerateOptions(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    writer = Writer(target, adapter, device)
+    chats = writer.chats and not raw
+    if system is not None and not chats:
+        raise UsageError("--system is of a chat, and there is no template for one; leave it out")
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    talking = prompt is None and sys.stdin.isatty()
+    while True:
+        text = _asked(prompt, talking)
+        if text is None:
+            return
+        messages.append({"role": "user", "content": text})
+        answer = writer.write(messages if chats else text, options, lambda piece: print(piece, end="", flush=True))
+        print()
+        messages.append({"role": "assistant", "content": answer})
+        if not talking:
+            return
+
+
+def _asked(prompt: str | None, talking: bool) -> str | None:
+    """The prompt; of a terminal the next line that is not empty, None at the end."""
+    import sys
+
+    if not talking:
+        return sys.stdin.read().rstrip("\n") if prompt is None else prompt
+    try:
+        while not (text := input("> ").strip()):
+            pass
+    except EOFError:
+        print()
+        return None
+    return text

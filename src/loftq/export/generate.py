@@ -1,0 +1,178 @@
+"""``loftq generate``: a directory and its adapter go on from a text, or answer in a chat."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from loftq.adapters.bases import KEY, resolved
+from loftq.adapters.origins import refuse_other
+from loftq.architecture.loading import guarded, load_config, load_tokenizer, load_weights
+from loftq.architecture.skeleton import one_line
+from loftq.checkpoint.assemble import ADAPTER
+from loftq.errors import InputError, LoftqError, UsageError, extra, option, quoted
+from loftq.export.adapter import CONFIG, place_of
+from loftq.export.merge import NO_ADAPTER
+from loftq.formats import strict_json
+from loftq.formats.config import MANIFEST
+from loftq.numerics.device import check_device
+from loftq.options import check_number, check_whole
+from loftq.sources.checkpoint import resolve
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """How a text is written.
+
+    Attributes:
+        max_new_tokens: at most; less where the model's positions end.
+        temperature: None: what ``generation_config.json`` says; 0: the most probable token, always.
+        top_p: None: what ``generation_config.json`` says.
+        seed: of what is drawn.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_whole(option("max_new_tokens"), self.max_new_tokens, 1)
+        check_whole(option("seed"), self.seed, 0)
+        if self.temperature is not None:
+            check_number(option("temperature"), self.temperature, {"ge": 0})
+        if self.top_p is not None:
+            check_number(option("top_p"), self.top_p, {"gt": 0, "le": 1})
+
+    def sampling(self) -> dict[str, Any]:
+        """Arguments of transformers' ``generate``."""
+        given = {"temperature": self.temperature, "top_p": self.top_p}
+        if self.temperature == 0:
+            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        named = {name: value for name, value in given.items() if value is not None}
+        return {"do_sample": True, **named} if named else {}
+
+
+class Writer:
+    """A model in memory with its tokenizer.
+
+    Attributes:
+        chats: whether the tokenizer has a chat template.
+    """
+
+    def __init__(self, target: str, adapter: str | None = None, device: str | None = None) -> None:
+        """Load a quantized or dense directory or hub id, or a run or an adapter, which name their base.
+
+        Args:
+            adapter: on ``target``; None: a quantized directory's own initialization; ``none``: no adapter.
+            device: by default the accelerator, if there is one.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        check_device(device)
+        base, place = _both(target, adapter)
+        self.tokenizer = load_tokenizer(base)
+        config = load_config(base)
+        auto: Any = transformers.AutoModelForCausalLM
+        if getattr(config, "is_encoder_decoder", False):
+            auto = transformers.AutoModelForSeq2SeqLM
+        packed = (getattr(config, "quantization_config", None) or {}).get("quant_method") == "loftq"
+        dtype: Any = torch.float32 if packed and device == "cpu" else "auto"  # 16 bits are slower there
+        model: Any = load_weights(auto, base, config, dtype=dtype)
+        self.model = (model if place is None else _adapted(model, place)).to(device).eval()
+        self.chats = bool(getattr(self.tokenizer, "chat_template", None))
+
+    def write(
+        self, prompt: str | list[Message], options: GenerateOptions, told: Callable[[str], object] | None = None
+    ) -> str:
+        """What comes after a text, or the answer to the last message of a chat.
+
+        Args:
+            told: called with every piece of it as soon as it is there.
+
+        Raises: UsageError for a chat without a template, or a prompt as long as the model's positions.
+        """
+        inputs = self._inputs(prompt)
+        length = inputs["input_ids"].shape[1]
+        config = self.model.config.get_text_config()
+        most = getattr(config, "max_position_embeddings", None) or length + options.max_new_tokens
+        room = options.max_new_tokens if config.is_encoder_decoder else min(options.max_new_tokens, most - length)
+        if not length or room < 1:
+            raise UsageError(
+                f"the prompt has {length} tokens; wanted 1 to {most - 1}, what the model has positions for"
+            )
+        pad = self.tokenizer.pad_token_id
+        settings: dict[str, Any] = {**options.sampling(), "max_new_tokens": room}
+        if pad is None:
+            settings["pad_token_id"] = self.tokenizer.eos_token_id
+        transformers.set_seed(options.seed)
+        streamer = _Streamer(self.tokenizer, told)
+        with torch.inference_mode():
+            self.model.generate(**inputs.to(self.model.device), **settings, streamer=streamer)
+        return "".join(streamer.pieces)
+
+    def _inputs(self, prompt: str | list[Message]) -> Any:
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        if not self.chats:
+            raise UsageError("the tokenizer has no chat template; give a text to go on from")
+        with extra("train"):
+            import jinja2  # what templates are written in
+        try:
+            return self.tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except jinja2.TemplateError as e:
+            raise UsageError(f"the tokenizer's chat template refuses these messages: {one_line(e)}") from e
+
+
+class _Streamer(transformers.TextStreamer):
+    def __init__(self, tokenizer: Any, told: Callable[[str], object] | None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.pieces: list[str] = []
+        self._told = told or (lambda text: None)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.pieces.append(text)
+            self._told(text)
+
+
+def _both(target: str, adapter: str | None) -> tuple[Path, Path | None]:
+    """The directory of the base, and that of the adapter, if there is one."""
+    place = Path(target).expanduser()
+    if (place / "adapter" / CONFIG).is_file() or ((place / CONFIG).is_file() and not (place / "config.json").is_file()):
+        if adapter is not None:
+            raise UsageError(
+                f"{option('adapter')} is for a model, and {quoted(target, 400)} is an adapter; leave it out"
+            )
+        found = place_of(place)
+        base = resolved(strict_json.load_object(found / CONFIG).get(KEY), found)
+        if not base:
+            raise InputError(f"{quoted(found, 400)}: names no base; give the base, and {option('adapter', 'DIR')}")
+        return resolve(str(base)), found
+    base = resolve(target)
+    if adapter == NO_ADAPTER:
+        return base, None
+    if adapter is not None:
+        return base, place_of(Path(adapter))
+    return base, base / ADAPTER if (base / MANIFEST).is_file() else None
+
+
+def _adapted(model: Any, place: Path) -> Any:
+    from peft import PeftModel
+
+    refuse_other(place, Path(model.name_or_path))
+    if strict_json.load_object(place / CONFIG).get("megatron_config"):
+        raise InputError(f"{quoted(place)}: its megatron_config has PEFT import modules; take it out")
+    try:
+        with guarded():
+            return PeftModel.from_pretrained(model, str(place))
+    except LoftqError:
+        raise
+    except Exception as e:  # whatever PEFT raises for files that it cannot take
+        raise InputError(f"{quoted(place)}: no adapter for this model: {one_line(e)}") from e
