@@ -62,8 +62,9 @@ def plan(
     Example:
         >>> plan = loftq.plan("org/model", bits=2, rank=8)
         >>> plan.coverage, {matrix.name: matrix.quant.bits for matrix in plan.matrices}
+        >>> loftq.plan("org/model", budget="300MB").budget["chosen"]["error"]
     """
-    check_whole("workers", workers, 0)
+    check_whole(option("workers"), workers, 0)
     policy, model = make_policy(options, calibrated=calibration is not None), as_path("model", model)
     source = open_source(model, policy, revision)
     statistics = statistics_from(calibration, source.directory)
@@ -75,8 +76,7 @@ def plan(
     keep = None if curves is None else Path(as_path("curves", curves))
     check_budget(source, policy, keep)
     with MatrixBar("measuring", shown=progress) as bar:
-        source, _ = within_budget(source, policy, keep, statistics, workers=workers, begin=bar.begin)
-    return source.plan
+        return within_budget(source, policy, keep, statistics, workers=workers, begin=bar.begin).plan
 
 
 @checks_names

@@ -231,8 +231,8 @@ def test_moments_weigh(source):
         assert [c.error for c in found["skewed"][module_]] != pytest.approx(errors, rel=1e-2)
         assert [c.bytes for c in found["skewed"][module_]] == [c.bytes for c in choices]
     assert len(frontier(found["skewed"])) > 12
-    source_, report = within_budget(opened, BUDGET, None, Statistics.of("diagonal", [], 4), workers=1)
-    assert report["chosen"]["bits_per_weight"] <= 3.1
+    source_ = within_budget(opened, BUDGET, None, Statistics.of("diagonal", [], 4), workers=1)
+    assert source_.plan.budget["chosen"]["bits_per_weight"] <= 3.1
     assert source_.plan.digest() != opened.plan.digest()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from loftq.architecture.syntax import FIRST, ITEM, Given, Guard, Method, bases, source_of
+from loftq.architecture.syntax import FIRST, ITEM, CalledMethod, Given, Guard, bases, source_of
 
 UNKNOWN = object()
 REGISTERED = ("_modules", "_parameters", "_buffers")
@@ -82,7 +82,7 @@ class _Settings:
         values = ((guard.wanted, self._value(guard.test, module, guard.method)) for guard in guards)
         return any(value is not UNKNOWN and bool(value) != wanted for wanted, value in values)
 
-    def _value(self, node: ast.AST, module: nn.Module, method: Method) -> Any:
+    def _value(self, node: ast.AST, module: nn.Module, method: CalledMethod) -> Any:
         """Value of an expression of constants, settings and arguments that nobody gives; else UNKNOWN."""
         match node:
             case ast.Constant(value=value):
@@ -104,7 +104,7 @@ class _Settings:
                 return _compared(self._value(left, module, method), op, self._value(right, module, method))
         return UNKNOWN
 
-    def _is_left_out(self, cls: type, method: Method, name: str) -> bool:
+    def _is_left_out(self, cls: type, method: CalledMethod, name: str) -> bool:
         """Whether no call in the model gives a method of ``cls`` the optional argument ``name``.
 
         A call that only passes on what its own caller left out gives nothing. Models may be called by anybody.

@@ -32,7 +32,7 @@ class Chain:
 
 
 @dataclass(frozen=True, eq=False)
-class Method:
+class CalledMethod:
     """A method, and its arguments that a caller may leave out as None: name -> position."""
 
     name: str
@@ -45,7 +45,7 @@ class Guard:
 
     test: ast.expr
     wanted: bool
-    method: Method
+    method: CalledMethod
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Given:
 
 
 @dataclass
-class Source:
+class ClassSource:
     """All methods of a class: what they read and give, the attributes they name, and those they change."""
 
     reads: list[Read] = field(default_factory=list)
@@ -83,9 +83,9 @@ class Source:
 
 
 @functools.cache
-def source_of(cls: type) -> Source:
+def source_of(cls: type) -> ClassSource:
     """The methods that objects of ``cls`` have, without those that set it up."""
-    found = Source()
+    found = ClassSource()
     for name, method in _methods(cls):
         body = None if SET_UP.search(name) else _body(method, cls)
         if body is not None:
@@ -144,7 +144,7 @@ class _Body:
         parameters = list(inspect.signature(function).parameters.values())[cls is not None :]
         self._left_out = {p.name: i for i, p in enumerate(parameters) if p.default is None}
         optional = {name: i for name, i in self._left_out.items() if not self._assigned(name)}
-        self._method = Method(function.__name__, optional)
+        self._method = CalledMethod(function.__name__, optional)
         self._known: dict[str, set[Chain]] = {}
         for node in ast.walk(tree):
             self._learn(node)

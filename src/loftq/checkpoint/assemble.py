@@ -37,7 +37,6 @@ class Job:
     units: list[Unit]
     identity: dict[str, Any]
     adapter: dict[str, Any]  # adapter_config.json
-    budget: dict[str, Any] | None = None  # how its budget was spent
 
 
 def assemble(job: Job, work: Workspace, records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -84,7 +83,7 @@ def assemble(job: Job, work: Workspace, records: list[dict[str, Any]]) -> dict[s
         "matrices": matrices,
         "totals": summary,
         "left_out": own.left_out,
-        **({} if job.budget is None else {"budget": job.budget}),
+        **({} if job.source.plan.budget is None else {"budget": job.source.plan.budget}),
     }
     return hashed_json.write(work.output / MANIFEST, manifest)
 
@@ -143,7 +142,7 @@ def _write_config(job: Job, work: Workspace) -> fsio.FileDigest:
     config = strict_json.load_object(job.source.directory / "config.json", special=True)
     config = _without_places(without_internal_keys(config))
     modules = [(m.module, m.quant) for m in plan.matrices]
-    bits = planning.mean_bits(plan) if job.budget else planning.nominal_bits(job.identity["options"]["bits"], plan)
+    bits = planning.mean_bits(plan) if plan.budget else planning.nominal_bits(job.identity["options"]["bits"], plan)
     ours = job.layout.quantization_config(modules, bits, job.source.kept_modules)
     config.setdefault("architectures", [job.source.architecture])
     if not (config.get("dtype") or config.get("torch_dtype")):  # else the first tensor of the files would decide

@@ -33,14 +33,14 @@ def check_budget(source: Source, policy: Policy, keep: Path | None, format: str 
 
 def within_budget(
     source: Source, policy: Policy, keep: Path | None, statistics: Statistics | None = None, **measuring: Any
-) -> tuple[Source, dict[str, Any]]:
-    """The source with the plan that the policy's budget chooses, and how that compares.
+) -> Source:
+    """The source with the plan that the policy's budget chooses, which says as its ``budget`` how that compares.
 
     Args:
         source: with the plan of the policy without its budget.
         keep, statistics, measuring: as :func:`loftq.checkpoint.curves.measured` takes them.
 
-    Returns: beside the source a report of plain values: ``budget``; ``chosen``, a point; ``uniform`` and
+    Returns: the source; its ``plan.budget`` has plain values: ``budget``; ``chosen``, a point; ``uniform`` and
         ``first_layers``, points with ``bits``, and with the ``layers`` that the paper's rule gives 4 bits, at the
         policy's block and rank; ``frontier``, the greedy solver's points from the fewest bytes to the least error. A
         point has ``bytes`` (all tensors, the adapter and what is kept among them), ``bits_per_weight``, and ``error``
@@ -53,7 +53,7 @@ def within_budget(
     kept = sum(k.bytes for k in plan.kept)
     weights = sum(m.numel for m in plan.matrices)
 
-    def point(chosen: Mapping[str, Choice], **what: int) -> dict[str, Any]:
+    def point(chosen: Mapping[str, Choice], **what: float) -> dict[str, Any]:
         size, adapter = sum(c.bytes for c in chosen.values()), _adapter_bytes(plan, chosen)
         error = math.sqrt(math.fsum(c.error for c in chosen.values()) / weights)
         return {**what, "bytes": kept + size, "bits_per_weight": 8 * (size - adapter) / weights, "error": error}
@@ -72,7 +72,7 @@ def within_budget(
         ],
         "frontier": [[kept + size, math.sqrt(error / weights)] for size, error in _frontier(curves)],
     }
-    return replace(source, plan=plan), report
+    return replace(source, plan=replace(plan, budget=report))
 
 
 def _frontier(curves: Curves) -> list[tuple[int, float]]:
@@ -91,11 +91,11 @@ def _adapter_bytes(plan: Plan, chosen: Mapping[str, Choice]) -> int:
     return sum(planning.factor_bytes(m, chosen[m.module].rank) for m in plan.matrices)
 
 
-def _widths(plan: Plan) -> dict[str, int]:
+def _widths(plan: Plan) -> dict[str, float]:
     return {m.module: m.quant.bits for m in plan.matrices}
 
 
-def _picked(curves: Curves, plan: Plan, policy: Policy, bits: Callable[[str], int]) -> dict[str, Choice]:
+def _picked(curves: Curves, plan: Plan, policy: Policy, bits: Callable[[str], float]) -> dict[str, Choice]:
     """Of every matrix the choice with this width, the policy's block and the plan's rank; if pinned, its own."""
     found = {}
     for matrix in plan.matrices:

@@ -148,9 +148,9 @@ def quantize(
     return done
 
 
-def _job(source: Source, layout: Layout, identity: dict[str, Any], options: QuantizeOptions, **found: Any) -> Job:
+def _job(source: Source, layout: Layout, identity: dict[str, Any], options: QuantizeOptions) -> Job:
     units = split(source.plan, layout, options.max_shard_bytes, _in_order(source))
-    return Job(source, layout, units, identity, adapter_of(source, layout.keeps_conv1d, options.task_type), **found)
+    return Job(source, layout, units, identity, adapter_of(source, layout.keeps_conv1d, options.task_type))
 
 
 def _spend(
@@ -162,10 +162,10 @@ def _spend(
 ) -> Job:
     """The job with the plan that the budget chooses. Its identity stays: that of what the choice depends on."""
     keep = options.curves or work.curves
-    source, report = within_budget(
+    source = within_budget(
         job.source, options.policy, keep, statistics, workers=options.workers, device=options.device, begin=begin
     )
-    return _job(source, job.layout, job.identity, options, budget=report)
+    return _job(source, job.layout, job.identity, options)
 
 
 def _in_order(source: Source) -> list[str]:

@@ -8,7 +8,6 @@ import typer
 from loftq.cli.app import app
 from loftq.cli.options import quiet_transformers, takes
 from loftq.options import Starting
-from loftq.report.bars import MatrixBar
 
 
 @app.command()
@@ -32,18 +31,9 @@ def start(
     **given: Any,
 ) -> None:
     """Make the adapter that makes up for the quantization of a model that is quantized already, by whatever method."""
-    from loftq.frozen.start import start as run
-    from loftq.frozen.start import start_options
+    from loftq import verbs
     from loftq.report.tables import print_start
 
     quiet_transformers()
-    statistics = None
-    if calibrate is not None:
-        from loftq.calibration.calibrate import statistics_of
-        from loftq.sources.checkpoint import resolve
-
-        statistics = statistics_of(calibrate, resolve(weights, given["revision"]))
-    options = start_options(given, statistics, base_revision)
-    with MatrixBar() as bar:
-        report = run(base, weights, output, options, bar.begin)
+    report = verbs.start(base, weights, output, calibration=calibrate, base_revision=base_revision, **given)
     print_start(output, report)

@@ -2,19 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from loftq.cli.app import app
 from loftq.cli.options import Json, Model, takes
 from loftq.errors import UsageError
-from loftq.options import Adapter, Dtypes, Storage, check
-from loftq.report.bars import MatrixBar
-
-if TYPE_CHECKING:
-    from loftq.planning import Policy
-    from loftq.sources.checkpoint import Source
+from loftq.options import Adapter, Dtypes, Storage
 
 
 @app.command()
@@ -30,47 +25,26 @@ def plan(
     **given: Any,
 ) -> None:
     """Show, for every tensor, how it would be quantized or why not. Reads no weights, except with --budget."""
-    from loftq.planning import make_policy
-    from loftq.report.budget import print_budget
-    from loftq.report.tables import print_cost, print_plan
-    from loftq.sources.checkpoint import open_source, plan_table
-    from loftq.spec import check_statistics, statistics_kind
-
-    asked = make_policy(given, calibrated=calibrate is not None)
-    curves, workers = given["curves"] and Path(given["curves"]), given["workers"]
-    check("workers", workers, "--workers")
-    check_statistics(asked.solve, None if calibrate is None else statistics_kind(asked.solve))
-    source, spent = open_source(model, asked, given["revision"]), {}
-    if asked.budget:
-        source, report = _spend(source, asked, calibrate, curves, workers, plot)
-        spent = {"budget": report}
-    elif plot or curves or calibrate:
-        raise UsageError("--plot and --curves are of a budget, and so is --calibrate here; give one: --budget 2.5")
-    rows, coverage = plan_table(source.plan), source.plan.coverage
-    if as_json:
-        print(json.dumps({"tensors": rows, "coverage": coverage, "digest": source.plan.digest(), **spent}, indent=2))
-    else:
-        print_plan(rows, coverage)
-        print_cost([m.shape for m in source.plan.matrices], source.plan.solve)
-        for report in spent.values():
-            print_budget(report)
-
-
-def _spend(
-    source: "Source", asked: "Policy", calibrate: Path | None, curves: Path | None, workers: int, plot: Path | None
-) -> tuple["Source", dict[str, Any]]:
-    """The source with the plan of its budget, and the report; draws it too."""
-    from loftq.calibration.calibrate import statistics_of
-    from loftq.checkpoint.budget import check_budget, within_budget
+    from loftq import verbs
     from loftq.report.budget import plot as draw
+    from loftq.report.budget import print_budget
     from loftq.report.figures import check_place
+    from loftq.report.tables import print_cost, print_plan
+    from loftq.sources.checkpoint import plan_table
 
-    check_budget(source, asked, curves)
+    if not given["budget"] and (plot or given["curves"] or calibrate):
+        raise UsageError("--plot and --curves are of a budget, and so is --calibrate here; give one: --budget 2.5")
     if plot:
         check_place(plot)
-    statistics = None if calibrate is None else statistics_of(calibrate, source.directory)
-    with MatrixBar() as bar:
-        source, report = within_budget(source, asked, curves, statistics, workers=workers, begin=bar.begin)
-    if plot:
-        draw(report, plot)
-    return source, report
+    planned = verbs.plan(model, calibration=calibrate, **given)
+    rows, coverage, spent = plan_table(planned), planned.coverage, planned.budget
+    if plot and spent:
+        draw(spent, plot)
+    if as_json:
+        budget = {"budget": spent} if spent else {}
+        print(json.dumps({"tensors": rows, "coverage": coverage, "digest": planned.digest(), **budget}, indent=2))
+        return
+    print_plan(rows, coverage)
+    print_cost([m.shape for m in planned.matrices], planned.solve)
+    if spent:
+        print_budget(spent)

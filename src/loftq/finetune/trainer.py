@@ -45,7 +45,7 @@ class LoftQTrainer(Seq2SeqTrainer):
             return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None)
         finally:
             for callback in self.callback_handler.callbacks:
-                if isinstance(callback, (Bar, TensorBoardCallback)):
+                if isinstance(callback, (TrainingBar, TensorBoardCallback)):
                     callback.on_train_end(self.args, self.state, self.control)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -158,10 +158,10 @@ def _what_to_try(loss: float, step: int, arguments: Any) -> str:
 
 def callbacks(logs: Path, writing: bool) -> list[TrainerCallback]:
     """The bar, and TensorBoard's events in ``logs``, in the process that writes."""
-    return [Bar(), TensorBoardCallback(SummaryWriter(str(logs)))] if writing else []
+    return [TrainingBar(), TensorBoardCallback(SummaryWriter(str(logs)))] if writing else []
 
 
-class Bar(TrainerCallback):
+class TrainingBar(TrainerCallback):
     """Steps, time left, and the last loss, learning rate and evaluation; one line, gone when the work is done."""
 
     def __init__(self) -> None:

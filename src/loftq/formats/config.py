@@ -14,7 +14,7 @@ EXPORTED = "loftq_export.json"  # of what was made from one
 
 
 @dataclass(frozen=True)
-class Group:
+class PackedGroup:
     """Modules that are stored in the same way."""
 
     quant: QuantSpec
@@ -41,7 +41,7 @@ def _tables(quants: Iterable[QuantSpec]) -> dict[str, str]:
     return {name: table for quant in quants for name, table in quant.codebook.tables(quant.width).items()}
 
 
-def read_groups(config: Any) -> list[Group]:
+def read_groups(config: Any) -> list[PackedGroup]:
     """Groups of a ``quantization_config``. InputError for a newer format or fields that are not known."""
     if not isinstance(config, dict):
         raise InputError(f"quantization_config: wanted an object, got {quoted(repr(config))}")
@@ -79,7 +79,7 @@ def _check_tables(given: Any, ours: dict[str, str], version: int) -> None:
         )
 
 
-def _group(written: Any) -> Group:
+def _group(written: Any) -> PackedGroup:
     modules = written.get("modules") if isinstance(written, dict) else None
     if not isinstance(modules, list) or not all(isinstance(m, str) for m in modules):
         raise InputError("quantization_config: every group needs a list of module names under 'modules'")
@@ -87,4 +87,4 @@ def _group(written: Any) -> Group:
         quant = from_dict(QuantSpec, {k: v for k, v in written.items() if k != "modules"})
     except (UsageError, TypeError) as e:  # TypeError: a field without default is missing
         raise InputError(f"quantization_config: a group cannot be read: {e}") from e
-    return Group(quant, tuple(modules))
+    return PackedGroup(quant, tuple(modules))

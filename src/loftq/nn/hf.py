@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from loftq.architecture.kinds import kind_of
 from loftq.architecture.skeleton import renamer, spellings
 from loftq.errors import InputError, UsageError, command, listed, quoted
-from loftq.formats.config import Group, quantization_config, read_groups
+from loftq.formats.config import quantization_config, read_groups
 from loftq.formats.tensorfile import read_header
 from loftq.nn.layers import LoftQEmbedding, LoftQLinear, PackedWeight, can_pack, pack_like, replace_module
 from loftq.numerics import encode, oriented, quantize
@@ -60,7 +60,7 @@ class LoftQQuantizationConfig(QuantizationConfigMixin):
 
     @property
     def specs(self) -> dict[str, QuantSpec]:
-        groups: list[Group] = read_groups(vars(self))
+        groups = read_groups(vars(self))
         return {module: group.quant for group in groups for module in group.modules}
 
 

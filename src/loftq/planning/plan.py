@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from loftq import codes
@@ -120,6 +120,7 @@ class Plan:
         kept: all other tensors, each with the ``reason``.
         rank: the adapter's default rank; matrices that differ are in its ``rank_pattern``.
         coverage: share of the layers' matrices, in weights, that is quantized.
+        budget: how the budget compares that chose it, :func:`loftq.checkpoint.budget.within_budget`; None without one.
     """
 
     matrices: tuple[Matrix, ...]
@@ -128,6 +129,7 @@ class Plan:
     use_rslora: bool
     rank: int
     solve: SolveSpec
+    budget: dict[str, Any] | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         bits = 8 * sum(m.bytes for m in self.matrices) / max(1, sum(m.numel for m in self.matrices))
@@ -145,7 +147,9 @@ class Plan:
         return done / (done + missed) if done + missed else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        plan = asdict(self)
+        """Plain values: every decision, without what led to it."""
+        plan = asdict(replace(self, budget=None))
+        del plan["budget"]
         for matrix, written in zip(self.matrices, plan["matrices"], strict=True):
             written["quant"] = matrix.quant.to_dict()
             if not matrix.instead:
