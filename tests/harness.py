@@ -219,9 +219,9 @@ def one_skeleton() -> Iterator[None]:
     """Build the skeleton of a source only once: it has nothing to do with files, and takes half of a tiny run."""
     build, built = skeleton.build, {}
 
-    def cached(directory: Path, *rest: Any) -> Any:
+    def cached(directory: Path, *rest: Any, **options: Any) -> Any:
         if directory not in built:
-            built[directory] = build(directory, *rest)
+            built[directory] = build(directory, *rest, **options)
         return built[directory]
 
     skeleton.build = cached

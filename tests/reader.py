@@ -1,5 +1,6 @@
 """A second reader of LoftQ checkpoints, from docs/format.md alone: numpy and the standard library, none of our code."""
 
+import base64
 import json
 import math
 from pathlib import Path
@@ -59,6 +60,30 @@ def codes(packed: np.ndarray, bits: int, columns: int) -> np.ndarray:
     return (stream.reshape(len(rows), columns, bits) * (1 << np.arange(bits))).sum(-1)
 
 
+def trellis(stored: dict[str, np.ndarray], module: str, group: dict[str, Any], tables: dict[str, str]) -> np.ndarray:
+    """Windows into the circular string of every column of a group of rows."""
+    window, packed = group["window"], stored[f"{module}.weight"].astype(np.uint8)
+    scale = stored[f"{module}.weight_scale"].astype(np.float64)
+    levels = np.frombuffer(base64.b64decode(tables[f"trellis-{window}"]), dtype="<f2").astype(np.float64)
+    units = math.ceil(len(scale) / 16)
+    sizes = range(6, 13) if units >= 6 else [units]
+    length = 16 * min(sizes, key=lambda size: (math.ceil(units / size) * size, abs(size - 8), size))
+    columns = len(packed[0]) * 8 // round(length * group["bits"])  # the last byte is not filled by a column
+    rates = stored.get(f"{module}.weight_rate", np.full(columns, round(16 * group["bits"]))).astype(int)
+    places = np.arange(length)[:, None] * np.arange(65) // 16  # where the windows begin, by rate
+    values = np.zeros((len(packed) * length, len(rates)))
+    for g, stream in enumerate(np.unpackbits(packed, axis=1, bitorder="little")):
+        first = 0
+        for column, rate in enumerate(rates):
+            n = length * rate // 16
+            if n:
+                string = stream[first : first + n]
+                bits = string[(places[:, rate, None] + np.arange(window)) % n]
+                values[g * length : (g + 1) * length, column] = levels[(bits * (1 << np.arange(window))).sum(1)]
+            first += n
+    return values[: len(scale)] * scale
+
+
 def backbone(stored: dict[str, np.ndarray], module: str, group: dict[str, Any], columns: int) -> np.ndarray:
     """``(levels[code] - zero) * scale``; scales stored plainly."""
     values = levels(group["code"], group["bits"])[codes(stored[f"{module}.weight"], group["bits"], columns)]
@@ -84,5 +109,8 @@ def matrices(directory: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             b = factors[f"base_model.model.{module}.lora_B.weight"].astype(np.float64)
             rank = a.shape[0]
             scaling = adapter["lora_alpha"] / (math.sqrt(rank) if adapter["use_rslora"] else rank)
-            found[module] = backbone(stored, module, group, a.shape[1]), scaling * b @ a
+            if group["code"] == "trellis":
+                found[module] = trellis(stored, module, group, config["levels"]), scaling * b @ a
+            else:
+                found[module] = backbone(stored, module, group, a.shape[1]), scaling * b @ a
     return found

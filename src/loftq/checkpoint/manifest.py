@@ -52,7 +52,7 @@ class MatrixRow(Part):
 
     name: Name
     shape: Shape
-    bits: Count
+    bits: Number
     rank: Count
     alpha: Number
     bytes: Count
