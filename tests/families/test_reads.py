@@ -46,6 +46,11 @@ ROWS = [
     ("DebertaV2Model", {**ENCODER, "relative_attention": True}, {"encoder.rel_embeddings"}),
     ("SiglipVisionModel", {k: v for k, v in ENCODER.items() if k != "vocab_size"}, {"attention.out_proj"}),
     ("OpenAIGPTModel", {"n_layer": 1, "n_embd": 64, "n_head": 4}, {"tokens_embed"}),
+    (
+        "Swinv2Model",  # while loading, it makes a buffer in the dtype of a weight
+        {"image_size": 32, "embed_dim": 16, "depths": [1], "num_heads": [2], "window_size": 4},
+        {"continuous_position_bias_mlp.0"},
+    ),
     ("SwitchTransformersModel", {"d_model": 64, "d_ff": 48, "num_layers": 2, "num_heads": 4, "num_experts": 2}, set()),
 ]
 
@@ -91,7 +96,7 @@ class Odd(nn.Module):
 
     def __init__(self):
         super().__init__()
-        for name in "abcdefghijklmnop":
+        for name in "abcdefghijklmnopq":
             setattr(self, name, nn.Linear(4, 4))
         self.items = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
         self.heads = nn.ModuleList(Head() for _ in range(2))
@@ -100,6 +105,10 @@ class Odd(nn.Module):
 
     def _init_weights(self, module):
         self.p.weight.data.normal_()
+        self.table()
+
+    def table(self):
+        return torch.arange(4).to(self.q.weight.dtype)
 
     def forward(self, x, extra=None):
         x = x @ self.a.weight.T + functional.linear(x, weight=self.b.weight)
@@ -144,13 +153,14 @@ class Gives(Base):
         return self.odd(x, extra=x)
 
 
-READ = {f"odd.{name}" for name in ("a", "b", "c", "d", "e", "f", "g", "h", "deep.out")}
+READ = {f"odd.{name}" for name in ("a", "b", "c", "d", "e", "f", "g", "h", "q", "deep.out")}
 READ |= {f"odd.{name}" for name in ("items.0", "items.1", "heads.0.out", "heads.1.out")}
 
 
 def test_reads_are_followed_through_names_lists_and_functions():
     found = readers(Base(transformers.LlamaConfig(**LLAMA)))
     assert set(found) == READ
+    assert found.pop("odd.q") == "Odd.table"
     assert set(found.values()) == {"Odd.forward"}
 
 
@@ -292,7 +302,7 @@ GRANITE = {**ENCODER, "num_key_value_heads": 2, "num_local_experts": 4, "num_exp
         ("SiglipVisionModel", ROWS[12][1], {"in_proj_weight", "out_proj.weight"}),
         ("MambaModel", MAMBA, {"dt_proj.weight", "x_proj.weight", "out_proj.weight"}),
         ("GraniteMoeModel", GRANITE, {"gate_up_proj", "down_proj"}),
-        ("Swinv2Model", {"embed_dim": 32, "depths": [1, 1], "num_heads": [2, 4], "image_size": 32}, set()),
+        ("Swinv2Model", {"embed_dim": 32, "depths": [1, 1], "num_heads": [2, 4], "image_size": 32}, {"0.weight"}),
         ("T5Model", {"d_model": 64, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 4}, set()),
     ],
 )

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
@@ -12,7 +13,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 import loftq
 from harness import POLICY, cli, one_skeleton, refused, run
 from loftq.checkpoint.verify import verify
-from loftq.errors import NumericalError, UsageError
+from loftq.errors import LoftqError, NumericalError, UsageError
+from loftq.formats.layouts import PackedLayout
 from loftq.planning import Policy
 from models import close, outputs, quantize, tensors, tiny
 
@@ -133,3 +135,30 @@ def test_refused(source, tmp_path):
     with pytest.raises(UsageError, match="a model in memory keeps"):
         loftq.get_peft_model(tiny("llama"), bits=2, rank=4, dtype="bfloat16")
     assert Policy().dtype == "auto"
+
+
+def test_factors_whose_rounding_is_all_that_is_left(tmp_path, monkeypatch):
+    """Where W - Q has no more than the rank, the error is what 16 bits lose; a larger one is not written."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        hidden_size=4, intermediate_size=4, num_attention_heads=1, num_hidden_layers=4, vocab_size=8
+    )
+    model = transformers.BertModel(config)
+    with torch.no_grad():
+        for layer in (m for m in model.modules() if isinstance(m, torch.nn.Linear)):
+            layer.weight[:, 3:] = 0
+    model.save_pretrained(tmp_path / "source")
+    options = {"bits": 4, "rank": 3, "steps": 1, "workers": 1, "adapter_dtype": "bfloat16"}
+    matrices = loftq.quantize(tmp_path / "source", tmp_path / "out", **options)["matrices"]
+    rounding = [2 * 2**-8 * 3**0.5 * m["adapter_norm_ratio"] for m in matrices]  # of B and A, which sqrt(rank) spreads
+    assert all(
+        1e-3 * m["errors"][0] + 1e-6 < m["errors"][m["kept"]] < r for m, r in zip(matrices, rounding, strict=True)
+    )
+    encode = PackedLayout.encode
+
+    def off(self, matrix, codes):
+        return encode(self, matrix, dataclasses.replace(codes, scales={k: v * 1.1 for k, v in codes.scales.items()}))
+
+    monkeypatch.setattr(PackedLayout, "encode", off)
+    with pytest.raises(LoftqError, match="the written tensors have errors"):
+        loftq.quantize(tmp_path / "source", tmp_path / "wrong", **options)

@@ -15,6 +15,7 @@ ITEM = "*"  # in a path: any item of a list of modules
 FIRST = "<first>"  # at the end of a path: the module below it that has the first parameter
 # Methods that run before a model computes, or that change its structure.
 SET_UP = re.compile(r"(^|_)(init|reset|tie|resize|prune|set)(_|$)")
+LOADING = "_init_weights"
 HARMLESS = ("device", "is_meta", "requires_grad", "ndim", "dim")  # of a weight: the same whether it is packed or not
 DTYPE_IS_CHECKED = ("int8", "is_floating_point", "_is_quantized")  # in a condition: the code knows of packed weights
 MOST_CALLS = 4  # deep, that a module is followed through
@@ -84,15 +85,21 @@ class ClassSource:
 
 @functools.cache
 def source_of(cls: type) -> ClassSource:
-    """The methods that objects of ``cls`` have, without those that set it up."""
+    """The methods that objects of ``cls`` have, without those that set it up.
+
+    What ``_init_weights`` names counts: transformers calls it while loading, when layers are packed already.
+    """
     found = ClassSource()
     for name, method in _methods(cls):
-        body = None if SET_UP.search(name) else _body(method, cls)
+        sets_up = bool(SET_UP.search(name))
+        body = None if sets_up and name != LOADING else _body(method, cls)
         if body is not None:
-            found.reads += [replace(read, method=name) for read in body.reads(MOST_CALLS) if read.chain.path]
-            found.given += body.given()
             attributes = [node for node in ast.walk(body.tree) if isinstance(node, ast.Attribute)]
             found.named |= {node.attr for node in attributes}
+            if sets_up:
+                continue
+            found.reads += [replace(read, method=name) for read in body.reads(MOST_CALLS) if read.chain.path]
+            found.given += body.given()
             found.changed |= {node.attr for node in attributes if isinstance(node.ctx, ast.Store)}
     return found
 

@@ -94,7 +94,8 @@ def solve_matrix(
         solution = solve(weight.to(device), matrix.quant, matrix.rank, plan.solve, matrix.name, moments)
         s = plan.scaling(matrix)
         b, a = (factor.cpu() for factor in solution.factors(s))
-        adapter = {name: t.to(DTYPES[matrix.factors]) for name, t in adapter_tensors(matrix, b, a).items()}
+        exact = adapter_tensors(matrix, b, a)
+        adapter = {name: t.to(DTYPES[matrix.factors]) for name, t in exact.items()}
         codes = type(solution.quantized)(
             solution.quantized.codes.cpu(), {k: v.cpu() for k, v in solution.quantized.scales.items()}
         )
@@ -104,7 +105,11 @@ def solve_matrix(
     traces = {"errors": list(solution.errors), "output_errors": list(solution.output_errors)}
     traces = {name: trace for name, trace in traces.items() if trace}
     for name, trace in traces.items():
-        if not layout.rounds and abs(written[name] - trace[solution.kept]) > 1e-3 * trace[0] + 1e-6:
+        measure, norm = frobenius, frobenius(weight)
+        if held is not None and name == "output_errors":
+            measure, norm = held.norm, solution.output_norm
+        rest = abs(written[name] - trace[solution.kept]) - 1e-3 * trace[0] - 1e-6
+        if not layout.rounds and rest > 0 and rest > measure(_rounding(matrix, exact, adapter, s)) / (norm or 1.0):
             raise LoftqError(
                 f"{matrix.name}: the written tensors have {name} {written[name]}, the solver found "
                 f"{trace[solution.kept]}; please report this"
@@ -127,6 +132,11 @@ def solve_matrix(
         **({"instead": matrix.instead} if matrix.instead else {}),
     }
     return Solved(matrix, stored, adapter, report)
+
+
+def _rounding(matrix: Matrix, exact: dict[str, Tensor], adapter: dict[str, Tensor], s: float) -> Tensor:
+    """What ``s·BA`` lost as its factors were rounded to their dtype: an error changes by its norm at the most."""
+    return (adapter_product(matrix, adapter) - adapter_product(matrix, exact)).mul_(s)
 
 
 def _measured(
