@@ -1,21 +1,22 @@
 """A tiny configuration of any model type: the class's own defaults, shrunk by what a key counts.
 
-Four shrinkages are tried in turn. ``even`` gives every width the same small number, which keeps widths that must
-agree in agreement. ``headed`` leaves two heads as wide as they are, for what depends on a head's width. ``divided``
-divides all widths by one power of two, which keeps their ratios. ``shallow`` leaves the widths and takes layers,
-words and experts away. What no rule can know stands in ``hints.json``, by model type: values of the ``config`` that
-are set afterwards, values ``before``, without which the class cannot even be made, ``classes``, ``inputs``, and
-``places``, the number of tokens that stand for a picture.
+Five shrinkages are tried in turn. ``even`` gives every width the same small number, which keeps widths that must
+agree in agreement. ``filled`` gives numbers also to what the class leaves open. ``headed`` leaves two heads as wide
+as they are, for what depends on a head's width. ``divided`` divides all widths by one power of two, which keeps their
+ratios. ``shallow`` leaves the widths and takes layers, words and experts away. What no rule can know stands in
+``hints.json``, by model type: values of the ``config`` that are set afterwards, values ``before``, without which the
+class cannot even be made, ``classes``, ``inputs``, and ``places``, the number of tokens that stand for a picture.
 """
 
 import functools
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 HINTS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("hints.json").read_text())
-SHRINKAGES = ("even", "headed", "divided", "shallow")
+SHRINKAGES = ("even", "filled", "headed", "divided", "shallow")
 WORDS, WIDTH, INNER, HEAD, HEADS, EXPERTS = 160, 64, 96, 16, 4, 4
 ABSENT = {
     "num_experts_per_tok": 2,
@@ -27,6 +28,18 @@ ABSENT = {
     "topk_group": 1,
     "moe_intermediate_size": 32,
 }  # what a class leaves open, and cannot do without
+FILLED = {
+    "num_key_value_heads": HEADS // 2,
+    "head_dim": HEAD,
+    "hidden_size": WIDTH,
+    "intermediate_size": INNER,
+    "shared_expert_intermediate_size": INNER // 3,
+    "num_attention_heads": HEADS,
+    "num_hidden_layers": 2,
+    "sliding_window": 4,
+    "vocab_size": WORDS,
+    "mlp_layer_types": ["dense", "sparse"],
+}  # likewise, where the class cannot be made or run without
 RESNET = {
     "model_type": "resnet",
     "embedding_size": 16,
@@ -34,7 +47,18 @@ RESNET = {
     "depths": [1, 1, 1, 1],
     "layer_type": "basic",
     "out_features": ["stage1", "stage2", "stage3", "stage4"],
-}  # in the place of a backbone of another library
+}  # in the place of a backbone of timm, where that is not installed
+TIMM = {
+    "architecture": "vit_tiny_patch16_224",
+    "model_args": {
+        "img_size": 64,
+        "embed_dim": WIDTH,
+        "depth": 2,
+        "num_heads": HEADS,
+        "class_token": False,
+        "global_pool": "avg",
+    },
+}
 NAMES = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 LAYERS = re.compile(r"(^|_)(n_)?(layers?|depth|blocks?)$|num_hidden_layers|^n_layers?$|num_.*_layers$|^num_blocks$")
@@ -64,14 +88,15 @@ ONE = re.compile(
 STEP = re.compile(
     r"sparse_step$|layer_(period|freq|frequency|interval|step)|moe_every|full_attention_interval|_interval$|layer_offset$"
 )
+PATTERN = re.compile(r"(layer|block)s?_(types?|pattern)$")
 PASSED = {"model_type", "architectures", "transformers_version", "dtype", "id2label", "label2id", "stage_names"}
 
 
 def tiny(config_class: Any, model_type: str, shrinkage: str, values: dict[str, Any] | None = None) -> Any:
     """A small configuration of this class."""
     hint = HINTS.get(model_type, {})
-    base = config_class(**_nested(hint.get("before", {}))).to_dict()
-    small = _Shrinker(shrinkage).whole(base)
+    base = config_class(**_nested(hint.get("before", {})))
+    small = _typed(_Shrinker(shrinkage).whole(base.to_dict()), base)
     for key, value in hint.get("config", {}).items():
         place = small
         *path, last = key.split(".")
@@ -79,6 +104,17 @@ def tiny(config_class: Any, model_type: str, shrinkage: str, values: dict[str, A
             place = place.setdefault(part, {})
         place[last] = value
     return config_class(**small)
+
+
+def _typed(values: dict[str, Any], base: Any) -> dict[str, Any]:
+    """Lists made tuples again, where the class has tuples: ``to_dict`` does not tell."""
+    for key, value in values.items():
+        default = vars(base).get(key)
+        if isinstance(value, list) and isinstance(default, tuple):
+            values[key] = tuple(value)
+        elif isinstance(value, dict) and hasattr(default, "to_dict"):
+            _typed(value, default)
+    return values
 
 
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +132,8 @@ class _Shrinker:
     """One shrinkage, applied to a configuration and those nested in it. Equal names of tokens get equal numbers."""
 
     def __init__(self, how: str) -> None:
-        self.how = how
+        self.absent = {**FILLED, **ABSENT} if how == "filled" else ABSENT
+        self.how = "even" if how == "filled" else how
         self._tokens: dict[str, int] = {}
         self._widths: dict[int, int] = {}  # headed: hidden sizes, old and new, of the whole tree
 
@@ -114,6 +151,8 @@ class _Shrinker:
 
     def config(self, values: dict[str, Any], nested: bool = True) -> dict[str, Any]:
         """The changed values alone, and what names the class; what follows from others is left to the class."""
+        if "model_args" in values and "architecture" in values and find_spec("timm"):
+            return {**TIMM, **{k: values[k] for k in ("model_type", "do_pooling")}, "hidden_size": WIDTH}
         factor = max(1, _first(values, _MAIN) // WIDTH)
         while factor & (factor - 1):
             factor &= factor - 1
@@ -129,8 +168,8 @@ class _Shrinker:
                 if key == "model_type":
                     result[key] = value
                 continue
-            if value is None and key in ABSENT:
-                value = ABSENT[key]
+            if value is None and key in self.absent:
+                value = self.absent[key]
             new = self._value(key, value, values, factor, kept)
             if new != values[key] or isinstance(value, dict) or (key in defaults and defaults[key] != new):
                 result[key] = new
@@ -149,6 +188,10 @@ class _Shrinker:
         kinds: dict[Any, int] = {}
         for i in range(count):
             kinds.setdefault(tuple(v[i] for v in lists), i)
+        patterns = [v for k, v in values.items() if PATTERN.search(k) and isinstance(v, (list, tuple))]
+        repeated = max(map(len, patterns), default=0)
+        if 2 < repeated < count and not lists:
+            return list(range(min(repeated, 4)))
         chosen = sorted(kinds.values())[:4]
         return chosen if len(chosen) >= 2 else [0, 1]
 
@@ -159,7 +202,7 @@ class _Shrinker:
                 return {i: self._value(key, found[n], values, factor, kept) for i, n in enumerate(kept) if n in found}
             if any(not isinstance(k, str) for k in value):
                 return value
-            if value.get("model_type") in ("timm_backbone", "timm_wrapper"):
+            if value.get("model_type") == "timm_backbone" or ("model_args" in value and not find_spec("timm")):
                 return RESNET
             if key == "rope_parameters" or key == "rope_scaling" or not value:
                 return {k: self._rope(k, v) for k, v in value.items()}

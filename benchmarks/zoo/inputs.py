@@ -7,6 +7,7 @@ candidates, richest first; the first that the dense model takes is used.
 import contextlib
 import inspect
 import itertools
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,10 @@ from zoo.configs import HINTS
 
 BATCH, LENGTH = 2, 8
 LARGEST_WORD = 90  # below the tokens that mean something
+WIDTHS = re.compile(
+    r"shapes cannot be multiplied \(\d+x(\d+) and (\d+)x"
+    r"|tensor a \((\d+)\) must match the size of tensor b \((\d+)\)"
+)
 PICTURES = ("pixel_values", "image_embeds", "input_features", "input_values", "pixel_values_videos")
 
 
@@ -41,6 +46,8 @@ def candidates(model: Any, model_type: str) -> Iterator[dict[str, Any]]:
     yield from ({**c, **hint} for c in maker.product(wanted, names))
     if text and wanted != ["input_ids"]:
         yield from ({**c, **hint} for c in maker.product(["input_ids"], names))
+    if text and {"use_cache", "kwargs"} & set(names):  # transformers has no cache for every mixture of layers
+        yield from ({**c, "use_cache": False, **hint} for c in maker.product(["input_ids"], names))
 
 
 def _tensor(value: Any) -> Any:
@@ -55,10 +62,22 @@ def _tensor(value: Any) -> Any:
     return torch.tensor(value) if isinstance(value, list) else value
 
 
+def refitted(given: dict[str, Any], error: str) -> dict[str, Any] | None:
+    """The inputs with floats as wide as a product or a sum wanted them; None if the error says no width."""
+    found = WIDTHS.search(error)
+    got, wanted = [int(n) for n in found.groups() if n] if found else (0, 0)
+    narrow = [k for k, v in given.items() if isinstance(v, Tensor) and v.is_floating_point() and v.shape[-1] == got]
+    if not narrow or not 0 < wanted < 4096:
+        return None
+    generator = torch.Generator().manual_seed(3)
+    return {**given, **{k: torch.randn((*given[k].shape[:-1], wanted), generator=generator) for k in narrow}}
+
+
 class _Maker:
     def __init__(self, model: Any, hint: dict[str, Any]) -> None:
         self.model, self.config, self.hint = model, model.config, hint
         self.generator = torch.Generator().manual_seed(1)
+        self.names = list(inspect.signature(model.forward).parameters)
 
     def find(self, *keys: str, default: Any = None, config: Any = None) -> Any:
         """The first of these attributes in the configuration or, breadth first, in those nested in it."""
@@ -78,6 +97,7 @@ class _Maker:
         top = LARGEST_WORD
         with contextlib.suppress(NotImplementedError, AttributeError):
             top = min(top, self.model.get_input_embeddings().weight.shape[0])
+        top = min(top, self.find("vocab_size", default=top) or top)
         ids = torch.randint(min(3, top - 1), top, (batch, length), generator=self.generator)
         ends = self.find("eos_token_id")
         if isinstance(ends, int) and 0 <= ends < top:
@@ -104,6 +124,9 @@ class _Maker:
             return maker()
         if name.endswith(("input_ids", "_ids", "labels", "tokens", "codes")):
             return [self.ids()]
+        if name.endswith("features_mask") or name == "feature_attention_mask":
+            lengths = dict.fromkeys(max(f.shape[1:]) for f in self._input_features())
+            return [torch.ones(BATCH, length, dtype=torch.long) for length in lengths]
         if name.endswith("attention_mask"):
             return [torch.ones(BATCH, LENGTH, dtype=torch.long)]
         if name.endswith("pixel_values"):
@@ -127,6 +150,9 @@ class _Maker:
             (BATCH, c, 512, 512), (BATCH, 1, 1, c, height, width),
             self._patches(["image_grid_thw"])["pixel_values"].shape,
         ]  # fmt: skip
+        if "grid_thw" in self.names or "image_grid_thw" in self.names:  # a row, or a picture, for every patch
+            p = int(patch)
+            shapes = [shapes[-1], (BATCH * 16, c, p, p), *((BATCH * 16, c * t * p * p) for t in (1, 2)), *shapes]
         return [self.normal(*s) for s in dict.fromkeys(shapes)]
 
     def _pixel_values_videos(self) -> list[Any]:
@@ -162,6 +188,38 @@ class _Maker:
 
     def _grid_thw(self) -> list[Any]:
         return [torch.tensor([[1, 4, 4]] * BATCH)]
+
+    def _image_grid_thw(self) -> list[Any]:
+        return self._grid_thw()
+
+    def _merge_sizes(self) -> list[Any]:
+        return [torch.tensor([1] * BATCH), torch.tensor([2] * BATCH)]
+
+    def _spatial_shapes(self) -> list[Any]:
+        return [torch.tensor([[4, 4]] * BATCH)]
+
+    def _pixel_attention_mask(self) -> list[Any]:
+        return [torch.ones(BATCH, 16, dtype=torch.long)]
+
+    def _target_sizes(self) -> list[Any]:
+        return self._spatial_shapes()
+
+    def _latents(self) -> list[Any]:
+        width = self.find("hidden_size", "latent_dim", "d_model", default=64)
+        return [self.normal(BATCH, *s) for s in ((LENGTH, width), (width, LENGTH))]
+
+    def _inputs(self) -> list[Any]:
+        return self._input_values() + self._input_features()
+
+    def _audio_mel(self) -> list[Any]:
+        return [self.normal(BATCH, 64, self.find("input_feat_size", default=128))]
+
+    def _audio_mel_mask(self) -> list[Any]:
+        return [torch.zeros(BATCH, 64, dtype=torch.bool)]
+
+    def _encoder_hidden_states(self) -> list[Any]:
+        width = self.find("encoder_hidden_size", "hidden_size", "d_model", default=64)
+        return [self.normal(BATCH, LENGTH, width)]
 
     def _pixel_position_ids(self) -> list[Any]:
         return [torch.tensor([[[x, y] for y in range(4) for x in range(4)]] * BATCH)]

@@ -23,7 +23,7 @@ from loftq.errors import LoftqError
 from loftq.nn.layers import PackedWeight
 from zoo import configs, inputs, outputs
 
-MOST_PARAMETERS = 32_000_000
+MOST_PARAMETERS = 40_000_000
 MOST_CLASSES = 3  # tried, of a family
 MOST_SECONDS = 8  # of a processor, after which no other class, shrinkage or inputs are tried
 REPEATED = 1e-5  # the same weights at other places in memory
@@ -144,7 +144,7 @@ def _build(journey: Journey) -> None:
 
 
 def _model(cls: Any, model_type: str, shrinkage: str) -> Any:
-    config = configs.tiny(CONFIG_MAPPING[model_type], model_type, shrinkage)
+    config = _own(configs.tiny(CONFIG_MAPPING[model_type], model_type, shrinkage), cls)
     with torch.device("meta"):
         count = _count(cls(copy.deepcopy(config)))
     if count > MOST_PARAMETERS:
@@ -158,6 +158,14 @@ def _model(cls: Any, model_type: str, shrinkage: str) -> Any:
     return model
 
 
+def _own(config: Any, cls: Any) -> Any:
+    """The configuration that ``cls`` is made of: this, or one nested in it."""
+    wanted = cls.config_class
+    nested = [v for v in vars(config).values() if hasattr(v, "to_dict")]
+    found = [config, *nested] if isinstance(wanted, type) else [config]
+    return next((c for c in found if not isinstance(wanted, type) or isinstance(c, wanted)), config)
+
+
 def _count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
@@ -165,13 +173,17 @@ def _count(model: nn.Module) -> int:
 def _inputs_for(model: Any, model_type: str) -> dict[str, Any]:
     errors: list[str] = []
     began = time.process_time()
-    for candidate in inputs.candidates(model, model_type):
+    for first in inputs.candidates(model, model_type):
         if errors and time.process_time() - began > MOST_SECONDS:
             break
-        try:
-            found = outputs.computed(model, candidate)
-        except Exception as e:
-            errors.append(f"{{{', '.join(candidate)}}}: {_said(e)}")
+        candidate, found = first, None
+        while found is None and candidate is not None:
+            try:
+                found = outputs.computed(model, candidate)
+            except Exception as e:
+                errors.append(f"{{{', '.join(candidate)}}}: {_said(e)}")
+                candidate = inputs.refitted(candidate, str(e)) if candidate is first else None
+        if candidate is None or found is None:
             continue
         if not found:
             errors.append("no outputs")
@@ -229,8 +241,9 @@ def _verify(journey: Journey) -> None:
 
 
 def _load(journey: Journey) -> None:
-    model, info = type(journey.dense).from_pretrained(journey.output, output_loading_info=True)
-    _, dense = type(journey.dense).from_pretrained(journey.source, output_loading_info=True)
+    load = transformers.PreTrainedModel.from_pretrained.__func__  # what a class overrides it with may not tell
+    model, info = load(type(journey.dense), journey.output, output_loading_info=True)
+    _, dense = load(type(journey.dense), journey.source, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         odd = set(map(str, info[kind])) - set(map(str, dense[kind]))
         if odd:

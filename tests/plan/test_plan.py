@@ -3,6 +3,9 @@
 import dataclasses
 
 import pytest
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
+from torch import nn
 
 from loftq.errors import InputError, UsageError
 from loftq.planning import Policy, Role, Stack, make, natural, nominal_bits, target_suffixes
@@ -314,18 +317,30 @@ def test_a_plan_cannot_be_changed():
     ],
 )
 def test_target_suffixes_select_the_chosen_and_no_other(chosen, others, expected):
-    suffixes = target_suffixes(chosen, others)
-    assert suffixes == expected
+    suffixes, excluded = target_suffixes(chosen, others)
+    assert (suffixes, excluded) == (expected, [])
     for name in chosen:
         assert any(f".{name}".endswith(f".{s}") for s in suffixes)
     for name in others:
         assert not any(f".{name}".endswith(f".{s}") for s in suffixes)
 
 
-def test_a_module_named_like_the_end_of_a_kept_one_is_refused():
-    """``fc`` is packed and ``head.fc`` is not: no ending tells them apart, and PEFT knows only endings."""
-    with pytest.raises(InputError, match=r"fc is the ending of head\.fc, which is not quantized"):
-        target_suffixes(["fc"], ["head.fc"])
+def test_a_module_named_like_the_end_of_kept_ones_excludes_these():
+    """``a.fc`` is packed and ``head.a.fc`` is not: no ending tells them apart."""
+    others = ["head.a.fc", "b.head.a.fc", "b.fc", "head.a"]
+    assert target_suffixes(["a.fc"], others) == (["a.fc"], ["b.head.a.fc", "head.a.fc"])
+
+
+def test_peft_leaves_alone_what_is_excluded():
+    toy = nn.Module()
+    toy.a, toy.head = nn.Module(), nn.Module()
+    toy.head.a = nn.Module()
+    toy.a.fc, toy.head.a.fc = nn.Linear(4, 4), nn.Linear(4, 4)
+    targets, excluded = target_suffixes(["a.fc"], ["head.a.fc"])
+    names = LoraModel(
+        toy, LoraConfig(target_modules=targets, exclude_modules=excluded), "default"
+    ).targeted_module_names
+    assert names == ["a.fc"]
 
 
 def test_natural_order():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -162,3 +163,25 @@ def test_factors_whose_rounding_is_all_that_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(PackedLayout, "encode", off)
     with pytest.raises(LoftqError, match="the written tensors have errors"):
         loftq.quantize(tmp_path / "source", tmp_path / "wrong", **options)
+
+
+def test_infinity_in_a_buffer_is_a_limit_and_nan_is_none(source, tmp_path):
+    """Of a tensor that is no parameter; a parameter with infinity is refused as before."""
+    weights = load_file(source / "model.safetensors")
+    limits = torch.tensor([float("inf"), -float("inf"), 1.0])
+    for name, values, fits in [
+        ("model.limits", limits, True),
+        ("model.limits", limits * 0, False),
+        ("model.norm.weight", weights["model.norm.weight"].index_fill(0, torch.tensor([3]), float("inf")), False),
+    ]:
+        place = tmp_path / f"{fits}{name}{values[1]}"
+        shutil.copytree(source, place)
+        save_file({**weights, name: values}, place / "model.safetensors", {"format": "pt"})
+        output = place.with_name(f"{place.name}-out")
+        if fits:
+            quantize(place, output)
+            verify(output)
+            assert torch.equal(tensors(output)[name], values)
+        else:
+            with pytest.raises(NumericalError, match=f"{name}: .* NaN or infinite"):
+                quantize(place, output)

@@ -21,7 +21,7 @@ from loftq.solver import Solution, check_finite, ordered_map, solve, workers_for
 from loftq.spec import check_statistics
 
 # Of the adapter's configuration, what PEFT does not set itself.
-FIELDS = ("r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "init_lora_weights")
+FIELDS = ("r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "rank_pattern", "init_lora_weights")
 
 
 def convert(

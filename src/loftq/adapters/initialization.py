@@ -41,6 +41,7 @@ class Start:
         config.init_lora_weights, config.loftq_config = True, {}
         if config.target_modules is None:
             config.target_modules = set(self.config.target_modules or ())  # type: ignore[arg-type]
+            config.exclude_modules = config.exclude_modules or self.config.exclude_modules
         if not config.rank_pattern:
             config.rank_pattern = dict(self.config.rank_pattern or {})
         return config

@@ -58,13 +58,15 @@ def adapter_config(
 
     modules = [m.module.removeprefix(f"{prefix}.") for m in plan.matrices]
     ranks = {m.module.removeprefix(f"{prefix}."): m.rank for m in plan.matrices if m.rank != plan.rank}
-    targets, alpha = target_suffixes(modules, [o.removeprefix(f"{prefix}.") for o in others]), plan.lora_alpha
+    targets, excluded = target_suffixes(modules, [o.removeprefix(f"{prefix}.") for o in others])
+    alpha = plan.lora_alpha
     try:
         made = LoraConfig(
             r=plan.rank,
             lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]
             use_rslora=plan.use_rslora,
             target_modules=targets,
+            exclude_modules=excluded or None,
             rank_pattern=ranks,
             init_lora_weights=True,
             task_type=task_type,  # type: ignore[arg-type]
@@ -76,6 +78,7 @@ def adapter_config(
         raise UsageError(f"{option('task_type')} {task_type!r}: {e}") from e
     config = made.to_dict()
     config["target_modules"] = sorted(config["target_modules"])
+    config["exclude_modules"] = excluded or None
     return config
 
 

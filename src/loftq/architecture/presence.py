@@ -69,12 +69,15 @@ def check_weights(model: nn.Module, tensors: Mapping[str, tuple[str, tuple[int, 
 
 def _load_headers(model: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
     """Names that are ``missing`` or ``unexpected``; and ``mismatched``: name, shape there, shape of the model."""
+    from transformers import PreTrainedModel
+
     headers = {
         name: torch.empty(shape, dtype=DTYPES.get(dtype, torch.float32), device="meta")
         for name, (dtype, shape) in tensors.items()
     }
     with _quiet():
-        _, found = type(model).from_pretrained(
+        _, found = PreTrainedModel.from_pretrained.__func__(  # type: ignore[attr-defined]
+            type(model),  # whose own may want more files, and not tell what it found
             None,
             config=model.config,
             state_dict=headers,

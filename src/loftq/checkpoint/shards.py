@@ -20,7 +20,7 @@ from loftq.formats.layouts import Layout
 from loftq.formats.source import Checkpoint
 from loftq.formats.tensorfile import DTYPES, Entry, encode_header, tensor_bytes
 from loftq.numerics import Metric, Moments, frobenius, oriented
-from loftq.planning import Kept, Matrix, Plan
+from loftq.planning import NO_PARAMETER, Kept, Matrix, Plan
 from loftq.solver import check_finite, solve
 
 logger = logging.getLogger("loftq")
@@ -240,6 +240,8 @@ class Workspace:
 def read_finite(kept: Kept, checkpoint: Checkpoint) -> Iterator[Tensor]:
     """A tensor that is copied, in its new dtype, one expert after the other if it is put together of many.
 
+    Infinity in a buffer is a limit that is off, as in a mask.
+
     Raises: NumericalError if it holds NaN or infinity, or comes to.
     """
     for made in [(pieces,) for pieces in kept.made] or [()]:
@@ -247,7 +249,8 @@ def read_finite(kept: Kept, checkpoint: Checkpoint) -> Iterator[Tensor]:
         tensor = original.to(DTYPES[kept.dtype])
         if tensor.is_floating_point() and not kept.dtype.startswith("F8"):
             try:
-                check_finite(tensor)
+                limits = kept.reason == NO_PARAMETER and not original.isnan().any()
+                check_finite(tensor[~original.isinf()] if limits else tensor)
             except NumericalError as e:
                 cure = f"; it has values beyond that dtype, use {option('dtype', 'bfloat16')}"
                 cure = cure if original.isfinite().all() else ""

@@ -15,7 +15,7 @@ from loftq.formats.layouts import Layout
 from loftq.formats.regular import shown
 from loftq.formats.source import check_link
 from loftq.formats.tensorfile import TensorFile, read_header, read_tensor
-from loftq.planning import Matrix
+from loftq.planning import NO_PARAMETER, Matrix
 
 NOTES = {"", ".md", ".png", ".pdf", ".svg"}  # endings of files that no loader reads: people may add them
 TRAINED = re.compile(r"checkpoint-\d+")  # what a Trainer puts beside the model that it trains
@@ -31,7 +31,8 @@ def verify(directory: Path) -> dict[str, Any]:
         tensors = {t.name: (t.dtype, t.shape) for f in files for t in f.tensors.values()}
         layout = layout_of(directory, manifest)
         problems = [p for m in planned(manifest) for p in _matrix_problems(m, tensors, layout)]
-        problems += [p for f in files for p in _values_problems(f)]
+        limits = {k["name"] for k in manifest["plan"]["kept"] if k["reason"] == NO_PARAMETER}
+        problems += [p for f in files for p in _values_problems(f, limits)]
     if problems:
         raise InputError(f"{shown(directory)}: {listed(problems)}; make it again, or download it again")
     _check_config(directory, manifest)
@@ -107,12 +108,13 @@ def _matrix_problems(matrix: Matrix, tensors: dict[str, tuple], layout: Layout) 
     return [*problems, *(f"{quoted(name)}: found {found}, the plan says {wanted[name]}" for name, found in odd.items())]
 
 
-def _values_problems(file: TensorFile) -> list[str]:
+def _values_problems(file: TensorFile, limits: set[str]) -> list[str]:
+    """Tensors that are not finite; of ``limits``, which are no parameters, those that hold NaN."""
     problems = []
     for info in file.tensors.values():
         if info.dtype in ("F16", "BF16", "F32", "F64"):
             tensor = read_tensor(info, file.stamp)
-            if not tensor.isfinite().all():
+            if tensor.isnan().any() or not (info.name in limits or tensor.isfinite().all()):
                 problems.append(f"{quoted(info.name)}: not finite")
     return problems
 

@@ -7,6 +7,7 @@ from loftq.planning.pieces import Made, Piece, of_stack, sources
 from loftq.planning.plan import (
     FLOATS,
     HEADS,
+    NO_PARAMETER,
     Kept,
     Matrix,
     Plan,
@@ -24,6 +25,7 @@ from loftq.planning.policy import Policy, make_policy
 __all__ = [
     "FLOATS",
     "HEADS",
+    "NO_PARAMETER",
     "Allocation",
     "Candidate",
     "Choice",

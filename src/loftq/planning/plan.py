@@ -29,6 +29,7 @@ from loftq.spec import (
 WIDE = ("F64", "F32")
 FLOATS = ("F64", "F32", "F16", "BF16")
 HEADS = {"lm_head", "embed_out", "classifier", "score", "qa_outputs", "pooler", "cls", "classification_head"}
+NO_PARAMETER = "not a parameter of the model"  # the reason to keep a buffer, or a tensor that the class has not
 FIRST = ("steps", "order", "svd", "seed")  # of a solver in every digest; what came later is, where it is no default
 
 
@@ -362,7 +363,7 @@ def _reason_to_keep(
     if role.keep:
         return role.keep
     if not role.module:
-        return "not a parameter of the model"
+        return NO_PARAMETER
     if role.kind == "experts":
         return "3-D expert block: no adapter of PEFT's fits packed experts yet"
     if len(shape) < 2 or 0 in shape:
@@ -445,30 +446,25 @@ def _rank_value(text: str) -> int:
     return int(text)
 
 
-def target_suffixes(chosen: Iterable[str], others: Iterable[str]) -> list[str]:
-    """Shortest endings, of at least two parts, that select the chosen modules and none of the others.
+def target_suffixes(chosen: Iterable[str], others: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Shortest endings, of at least two parts, that select the chosen modules; and which others they select too.
 
-    The others are all named modules, not only those that an adapter fits: PEFT fails on a block that is selected.
+    The others are all named modules, not only those that an adapter fits: PEFT fails on a block that is selected. They
+    are to be excluded by name, and there are some only where a whole chosen name is the ending of another.
 
     PEFT selects modules whose name ends with one of these. Two parts at the least, so that a layer of a task
     head that is added later (``classification_head.out_proj``) is not caught by a name as short as ``out_proj``.
-
-    Raises: InputError if a whole chosen name is the ending of another.
     """
-    owners: dict[str, str] = {}  # an ending -> the first of the others that has it
+    owners: dict[str, list[str]] = {}  # an ending -> the others that have it
     for other in others:
         for ending in _endings(other):
-            owners.setdefault(ending, other)
-    suffixes = set()
+            owners.setdefault(ending, []).append(other)
+    suffixes, excluded = set(), set()
     for name in chosen:
-        free = next((e for e in _endings(name) if e not in owners and (e.count(".") or e == name)), None)
-        if free is None:
-            raise InputError(
-                f"{quoted(name)} is the ending of {quoted(owners[name])}, which is not quantized; PEFT, which selects "
-                f"by endings, would put an adapter on both; leave it dense: {option('bits', f'{quoted(name)}=16,4')}"
-            )
+        free = next((e for e in _endings(name) if e not in owners and (e.count(".") or e == name)), name)
         suffixes.add(free)
-    return sorted(suffixes, key=natural)
+        excluded.update(owners.get(free, ()))
+    return sorted(suffixes, key=natural), sorted(excluded, key=natural)
 
 
 def _endings(name: str) -> list[str]:
