@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from loftq.finetune.compare import finished, read_rows, run_grids, settings
 from loftq.finetune.comparison import print_comparison
-from loftq.finetune.grid import Arm, Run, grid, planned, schedule
+from loftq.finetune.grid import Arm, Run, grid
 from loftq.finetune.recipe import Recipe, parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,9 +78,9 @@ def run(study: str, given: argparse.Namespace, recipes: Sequence[Recipe]) -> Non
 
     def about(rows: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         """``runs_planned``: with those of rates that were the best until the grid grew, so of all rows in the file."""
-        earlier = len(rows.keys() - {run.key for run in schedule(every, rows)})
+        missing = sum(arm.missing(rows) for arms in every for arm in arms)
         names = {"model": given.name or given.model.name, "size": given.size, "study": study}
-        return {**names, "runs_planned": planned(every, rows) + earlier}
+        return {**names, "runs_planned": len(rows) + missing}
 
     try:
         run_grids(grids, file, given.work / study, begin=_bar(given.minutes), about=about, keep=False)

@@ -74,7 +74,8 @@ def test_an_arm_of_which_every_run_failed():
 
 
 def test_arms_whose_best_rate_is_at_an_edge_are_named():
-    assert "It is the largest for LoRA, and the smallest for LoftQ 2-bit nf, rank 8: a rate bey" in notes(ROWS)[0]
+    assert "It is the largest tried for LoRA, and the smallest tried for LoftQ 2-bit nf: a rate bey" in notes(ROWS)[0]
+    assert "It is the largest tried for every arm: a rate beyond" in notes([ROWS[0], ROWS[3]])[0]
     more = [*ROWS, row("lora", 84.0, rate=0.4), row("loftq", 60.0, bits="2", rate=0.05)]
     assert "a rate beyond" not in notes(more)[0]
     assert [line[3] for line in table(more)[1]] == ["0.2 of 0.1, 0.2, 0.4", "0.1 of 0.1, 0.2", "0.1 of 0.05, 0.1, 0.2"]

@@ -159,7 +159,10 @@ def test_rows_of_a_smaller_grid_are_kept_and_a_new_winner_gets_all_seeds():
 def test_without_the_row_of_a_rate_none_follows():
     (arm,) = arms({}, learning_rates=[1, 2], further_rates=[4], seeds=[0, 5])
     runs = [Run(arm, rate, 0) for rate in (1, 2, 4)]
+    assert arm.missing({}) == 3
     rows = {run.key: row(run, 50.0 + run.learning_rate) for run in runs[:2]}
+    assert arm.missing(rows) == 2  # 4, and the second seed
+    assert arm.missing({**rows, Run(arm, 2, 5).key: {}}) == 1  # if 2 remains the best
     assert [run.learning_rate for run in schedule([[arm]], {runs[0].key: rows[runs[0].key]})] == [1, 2]
     assert list(schedule([[arm]], rows)) == runs
 

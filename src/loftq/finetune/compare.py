@@ -122,10 +122,10 @@ def run_grids(
 
 
 def finished(grids: Sequence[Sequence[Arm]], file: Path) -> tuple[list[Row], int]:
-    """The rows there are of the grids' runs, as scheduled, and how many are missing."""
+    """The rows there are of the grids' runs, as scheduled, and how many are still to do."""
     rows = _by_key(file)
     mine = [rows[run.key] for run in schedule(grids, rows) if run.key in rows]
-    return mine, planned(grids, rows) - len(mine)
+    return mine, sum(arm.missing(rows) for arms in grids for arm in arms)
 
 
 def read_rows(file: Path) -> list[Row]:

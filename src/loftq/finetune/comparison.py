@@ -191,11 +191,19 @@ def _edges(found: Sequence[ArmResult]) -> str:
     """Which arms did best at an end of the rates that were tried, so that one beyond might do better."""
     chosen = [arm for arm in found if len(arm.tried) > 1 and not arm.rows[0]["failed"]]
     sides = {
-        "largest": [arm.name for arm in chosen if arm.rate == arm.tried[-1]],
-        "smallest": [arm.name for arm in chosen if arm.rate == arm.tried[0]],
+        "largest": [arm for arm in chosen if arm.rate == arm.tried[-1]],
+        "smallest": [arm for arm in chosen if arm.rate == arm.tried[0]],
     }
-    told = [f"the {side} for {'; '.join(names)}" for side, names in sides.items() if names]
+    told = [f"the {side} tried for {_names(some, found)}" for side, some in sides.items() if some]
     return f" It is {', and '.join(told)}: a rate beyond might do better." if told else ""
+
+
+def _names(some: Sequence[ArmResult], found: Sequence[ArmResult]) -> str:
+    """Arms by name, without the rank if they are told apart by the rest; all at once if that is all."""
+    if len(some) == len(found):
+        return "every arm"
+    short = {arm.name: arm.name.partition(", rank")[0] for arm in found}
+    return "; ".join(short[arm.name] if len({*short.values()}) == len(found) else arm.name for arm in some)
 
 
 def _equal(found: Sequence[ArmResult]) -> list[str]:

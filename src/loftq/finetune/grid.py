@@ -76,6 +76,13 @@ class Arm:
         """The learning rate for further seeds; None while rows of rates to try are missing."""
         return self._best(self.rates(rows), rows)
 
+    def missing(self, rows: Rows) -> int:
+        """The number of runs still to do, as far as the rows tell: if no further rate does better than the best one."""
+        first = [Run(self, rate, self.seeds[0]) for rate in self.rates(rows)]
+        there = [row for run in first if (row := rows.get(run.key))]
+        rate = chosen_rate(there) if there else first[0].learning_rate
+        return sum(run.key not in rows for run in (*first, *(Run(self, rate, seed) for seed in self.seeds[1:])))
+
     def _best(self, rates: Sequence[float], rows: Rows) -> float | None:
         first = [rows.get(Run(self, rate, self.seeds[0]).key) for rate in rates]
         return chosen_rate([row for row in first if row]) if all(first) else None
