@@ -260,9 +260,7 @@ def code_for(code: str, bits: float, scales: str) -> str:
 
 
 def check_solver(quant: QuantSpec, spec: SolveSpec) -> None:
-    """Refuse a choice of scales, or a rounding, that a code does not have."""
-    if spec.rounding != "nearest" and quant.codebook.form == "trellis":
-        raise UsageError(f"code {quant.code} has no rounding {spec.rounding} yet; use {option('preset', 'fitted')}")
+    """Refuse a choice of scales that a code does not have."""
     if spec.scales == "fitted" and quant.codebook.per_tensor:
         raise UsageError(f"scales are fitted to blocks, and code {quant.code} has none; use code uniform, or affine")
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from loftq.kernels import backend, reference
-from loftq.numerics import Metric, Quantized, dequantize, descend, feedback, levels, nearest, quantize
+from loftq.numerics import Metric, Quantized, dequantize, levels, nearest, quantize
+from loftq.numerics.rounding import descend, feedback
 from loftq.numerics.rounding import DAMPING
 from loftq.spec import QuantSpec
 

@@ -65,19 +65,19 @@ def quantize_residual(
 
 
 def feedback(target: Tensor, columns: Tensor, spec: QuantSpec, *, fitted: bool = False) -> Quantized:
-    """Quantize with error feedback, as :func:`loftq.numerics.feedback`."""
+    """Quantize with error feedback, as :func:`loftq.numerics.rounding.feedback`."""
 
     def fit(part: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
         return fitted_scales(part, spec, None, _search, _block_errors)
 
-    return numerics.feedback(target, columns, spec, fitted=fitted, fit=fit, round_block=_round_block)
+    return numerics.rounding.feedback(target, columns, spec, fitted=fitted, fit=fit, round_block=_round_block)
 
 
 def descend(
     target: Tensor, quantized: Quantized, columns: Tensor, spec: QuantSpec, *, fitted: bool = False
 ) -> Quantized:
-    """A round of coordinate descent, as :func:`loftq.numerics.descend`."""
-    return numerics.descend(target, quantized, columns, spec, fitted=fitted, descend_block=_descend_block)
+    """A round of coordinate descent, as :func:`loftq.numerics.rounding.descend`."""
+    return numerics.rounding.descend(target, quantized, columns, spec, fitted=fitted, descend_block=_descend_block)
 
 
 def _round_block(values: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

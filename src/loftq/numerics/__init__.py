@@ -14,13 +14,12 @@ from loftq.numerics.blockwise import (
 )
 from loftq.numerics.codebooks import dynamic_8bit
 from loftq.numerics.fitting import fitted_scales
-from loftq.numerics.forms import decode, dequantize, encode, quantize
+from loftq.numerics.forms import decode, dequantize, descend, encode, feedback, quantize
 from loftq.numerics.lowrank import truncated_svd
 from loftq.numerics.metric import Metric, Moments, best_factors, beyond
 from loftq.numerics.norms import frobenius, product_square
 from loftq.numerics.orientation import oriented, oriented_shape
 from loftq.numerics.packing import pack, packed_shape, unpack
-from loftq.numerics.rounding import descend, feedback
 
 __all__ = [
     "Metric",

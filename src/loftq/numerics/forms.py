@@ -5,7 +5,7 @@ from types import ModuleType
 from jaxtyping import Float
 from torch import Tensor
 
-from loftq.numerics import blockwise, fitting, trellis
+from loftq.numerics import blockwise, fitting, rounding, trellis, trellis_rounding
 from loftq.numerics.blockwise import Quantized
 from loftq.spec import QuantSpec
 
@@ -31,6 +31,37 @@ def quantize(
     return blockwise.nearest(weight, scales, spec)
 
 
+def feedback(
+    target: Float[Tensor, "out in"], columns: Float[Tensor, "in in"], spec: QuantSpec, *, fitted: bool = False
+) -> Quantized:
+    """Quantize with error feedback in H: see :mod:`loftq.numerics.rounding`.
+
+    Args:
+        target: float32.
+        columns: H; damped before it is inverted.
+        fitted: scales of the least error, instead of those of the code's formula.
+    """
+    return _rounding(spec).feedback(target, columns, spec, fitted=fitted)
+
+
+def descend(
+    target: Float[Tensor, "out in"],
+    quantized: Quantized,
+    columns: Float[Tensor, "in in"],
+    spec: QuantSpec,
+    *,
+    fitted: bool = False,
+) -> Quantized:
+    """One round of coordinate descent in H, from a quantized matrix to one with no more error.
+
+    Args:
+        target: float32.
+        columns: H, not damped.
+        fitted: move the scales too, within what their stored form can hold.
+    """
+    return _rounding(spec).descend(target, quantized, columns, spec, fitted=fitted)
+
+
 def dequantize(quantized: Quantized, spec: QuantSpec) -> Float[Tensor, "out in"]:
     """The float32 matrix that codes and scales stand for."""
     return _form(spec).dequantize(quantized, spec)
@@ -48,3 +79,7 @@ def decode(tensors: dict[str, Tensor], spec: QuantSpec, columns: int) -> Float[T
 
 def _form(spec: QuantSpec) -> ModuleType:
     return trellis if spec.codebook.form == "trellis" else blockwise
+
+
+def _rounding(spec: QuantSpec) -> ModuleType:
+    return trellis_rounding if spec.codebook.form == "trellis" else rounding

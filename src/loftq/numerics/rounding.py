@@ -111,7 +111,7 @@ def feedback(
     Raises: NumericalError for an H that is not positive but for rounding, and as :func:`loftq.numerics.quantize`.
     """
     choose = fit if fitted else fit_scales
-    upper = _inverse_factor(columns).float()
+    upper = inverse_factor(columns).float()
     if spec.codebook.per_tensor:
         return _one_pass(target, upper, spec, fit_scales(target, spec), choose, round_block)
     if spec.double_quant:
@@ -235,7 +235,7 @@ def _blocks(columns: int, spec: QuantSpec) -> Iterator[tuple[int, slice]]:
         yield index, slice(first, min(first + size, columns))
 
 
-def _inverse_factor(columns: Tensor) -> Tensor:
+def inverse_factor(columns: Tensor) -> Tensor:
     """U, upper triangular, with ``Uᵀ U = (H + damping)⁻¹``, in float64."""
     h = columns.to(torch.float64, copy=True)
     mean = h.diagonal().mean().item()

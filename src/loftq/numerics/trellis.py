@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int, Int16
+from jaxtyping import Bool, Float, Int, Int16, UInt8
 from torch import Tensor
 
 from loftq.codes import RATE_UNIT, levels
@@ -23,6 +23,7 @@ from loftq.numerics.blockwise import CHUNK, Quantized, fit_scales, scale_and_zer
 from loftq.numerics.blockwise import dequantize as dequantize_blocks
 from loftq.spec import QuantSpec, trellis_groups
 
+RATE_STEP = 8  # sixteenths of a bit by which the rates of columns differ
 SEAM = 24  # weights on either side of a sequence's seam by which the bits that its ends share are found
 STATES = 1 << 19  # windows of all sequences that are worked on at a time
 
@@ -74,9 +75,46 @@ def quantize(
     """
     weight = weight.detach().float().contiguous()
     earlier = earlier if fitted else None
-    scales = fit_scales(weight, spec) if earlier is None else dict(earlier.scales)
+    scales = first_scales(weight, spec) if earlier is None else dict(earlier.scales)
     codes = best_windows(weight, scales, spec, earlier and earlier.codes)
     return Quantized(codes, fitted_rows(weight, codes, scales, spec) if fitted else scales)
+
+
+def first_scales(
+    weight: Float[Tensor, "out in"], spec: QuantSpec, importance: Float[Tensor, " in"] | None = None
+) -> dict[str, Tensor]:
+    """Scales by formula, and the rates of columns if the spec has them.
+
+    Args:
+        importance: of each column's squared error; equal if not given.
+    """
+    scales = fit_scales(weight, spec)
+    if spec.column_rates:
+        energy = weight.double().square().mean(0)
+        scales["weight_rate"] = column_rates(energy if importance is None else energy * importance, spec)
+    return scales
+
+
+def column_rates(energy: Float[Tensor, " in"], spec: QuantSpec) -> UInt8[Tensor, " in"]:
+    """Rates of the least ``sum energy_i 4^(-p_i / 16)`` with the spec's rate as their mean: reverse water-filling.
+
+    Gaussian columns at rate r leave ``4^-r`` of their energy at best (Shannon 1959). Rates go in steps of
+    :data:`RATE_STEP`, each to the column where it takes most; the last one may be a part of a step.
+
+    Args:
+        energy: of every column, times what its error counts.
+    """
+    total, top = len(energy) * spec.rate, spec.codebook.widths[-1] * RATE_UNIT
+    shares = 4.0 ** (-torch.arange(0, top + 1, RATE_STEP, dtype=torch.float64, device=energy.device) / RATE_UNIT)
+    gains = energy.double()[:, None] * -shares.diff()  # convex: a column's steps come in order
+    order = gains.flatten().argsort(descending=True, stable=True)
+    steps = torch.zeros_like(gains, dtype=torch.long).flatten()
+    steps[order[: total // RATE_STEP]] = 1
+    rates = steps.view_as(gains).sum(1) * RATE_STEP
+    part = total % RATE_STEP
+    if part:
+        rates[int(((rates > 0) & (rates <= top - part)).nonzero()[0, 0])] += part
+    return rates.to(torch.uint8)
 
 
 def fitted_rows(weight: Tensor, codes: Tensor, scales: dict[str, Tensor], spec: QuantSpec) -> dict[str, Tensor]:
