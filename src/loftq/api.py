@@ -23,7 +23,7 @@ from loftq.report.bars import Bar, MatrixBar
 from loftq.report.report import Report, of_checkpoint, of_start
 from loftq.solver import Solution, checked, solve
 from loftq.sources.checkpoint import resolve
-from loftq.spec import QuantSpec, SolveSpec, check_statistics, code_for, solve_spec
+from loftq.spec import QuantSpec, SolveSpec, check_statistics, quant_spec, solve_spec
 
 
 @checks_names
@@ -57,11 +57,11 @@ def quantize_weight(
     moments = _moments(moments, weight.shape[1])
     code = options.get("code") or default("code")
     spec = solve_spec(options.get("preset"), calibrated=moments is not None, code=code, **fields_of(SolveSpec, options))
-    stored = {**fields_of(QuantSpec, options), "code": code_for(code, bits, spec.scales)}
+    quant = quant_spec(spec, **{**fields_of(QuantSpec, options), "bits": bits, "code": code})
     check_statistics(
         spec, moments and moments.fit.kind, "moments=loftq.calibrate(model, texts, tokenizer).moments(name)"
     )
-    return solve(weight, QuantSpec(bits=bits, **stored), rank, spec, moments=moments)
+    return solve(weight, quant, rank, spec, moments=moments)
 
 
 def _tensor(array: Any) -> Any:

@@ -259,6 +259,16 @@ def code_for(code: str, bits: float, scales: str) -> str:
     return "lloyd" if scales == "fitted" and bits == 2 else "nf"
 
 
+def quant_spec(solve: SolveSpec, bits: float, code: str = "auto", **stored: Any) -> QuantSpec:
+    """How a matrix is stored that ``solve`` finds: a code for ``auto``, and rates for the columns of a trellis.
+
+    Columns have rates of their own where they are rounded one after another, by what their errors count. In the metric
+    of the weights alone one rate leaves less, because the adapter evens columns out (``docs/methods.md``).
+    """
+    code = code_for(code, bits, solve.scales)
+    return QuantSpec(**{**stored, "bits": bits, "code": code, "column_rates": solve.rounding != "nearest"})
+
+
 def check_solver(quant: QuantSpec, spec: SolveSpec) -> None:
     """Refuse a choice of scales that a code does not have."""
     if spec.scales == "fitted" and quant.codebook.per_tensor:

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from loftq.kernels import backend, reference
 from loftq.numerics import Metric, Quantized, dequantize, levels, nearest, quantize
-from loftq.numerics.rounding import descend, feedback
-from loftq.numerics.rounding import DAMPING
+from loftq.numerics.rounding import DAMPING, descend, feedback
 from loftq.spec import QuantSpec
 
 SPECS = {

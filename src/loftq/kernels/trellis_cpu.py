@@ -14,9 +14,8 @@ from torch import Tensor
 from loftq.codes import RATE_UNIT, levels
 from loftq.kernels import viterbi, windows
 from loftq.kernels.cpu import FEW_TOKENS, PART, run_over_rows, scratch
-from loftq.kernels.reference import descend, feedback
-from loftq.numerics import Quantized, fit_scales
-from loftq.numerics.trellis import better_scales
+from loftq.numerics import Quantized, trellis_rounding
+from loftq.numerics.trellis import better_scales, first_scales
 from loftq.spec import QuantSpec, trellis_groups
 
 __all__ = [
@@ -45,7 +44,7 @@ def quantize_residual(
     """Quantize ``target``, and the float32 residual ``weight - dequantize(codes)``, in ``out`` if given."""
     target, weight = target.detach().float().contiguous(), weight.detach().float().contiguous()
     earlier = earlier if fitted else None
-    scales = fit_scales(target, spec) if earlier is None else dict(earlier.scales)
+    scales = first_scales(target, spec) if earlier is None else dict(earlier.scales)
     codes = best_windows(target, scales, spec, earlier and earlier.codes)
     table, rates = levels(spec.code, spec.width), _rates(scales, spec, target.shape[1])
     if fitted:
@@ -55,6 +54,18 @@ def quantize_residual(
     residual = torch.empty_like(target) if out is None else out
     run_over_rows(viterbi.residual, len(target), weight, codes, rates, table, _scale(scales), residual)
     return Quantized(codes, scales), residual
+
+
+def feedback(target: Tensor, columns: Tensor, spec: QuantSpec, *, fitted: bool = False) -> Quantized:
+    """Quantize with error feedback, as :func:`loftq.numerics.trellis_rounding.feedback`."""
+    return trellis_rounding.feedback(target, columns, spec, fitted=fitted, best_windows=best_windows)
+
+
+def descend(
+    target: Tensor, quantized: Quantized, columns: Tensor, spec: QuantSpec, *, fitted: bool = False
+) -> Quantized:
+    """A round of descent over columns, as :func:`loftq.numerics.trellis_rounding.descend`."""
+    return trellis_rounding.descend(target, quantized, columns, spec, fitted=fitted, best_windows=best_windows)
 
 
 def best_windows(target: Tensor, scales: dict[str, Tensor], spec: QuantSpec, earlier: Tensor | None = None) -> Tensor:

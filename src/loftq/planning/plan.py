@@ -20,7 +20,7 @@ from loftq.spec import (
     QuantSpec,
     SolveSpec,
     check_solver,
-    code_for,
+    quant_spec,
     scaling,
     stored_bytes,
     why_not,
@@ -255,13 +255,13 @@ def _quant(policy: Policy, width: float, chosen: Choice | None, kind: str, rows:
     """
     stored = {**fields_of(QuantSpec, vars(policy)), **({"block_size": chosen.block_size} if chosen else {})}
     bits = chosen.bits if chosen else width
-    quant = QuantSpec(**{**stored, "bits": bits, "code": code_for(policy.code, bits, policy.solve.scales)})
+    quant = quant_spec(policy.solve, **{**stored, "bits": bits, "code": policy.code})
     why = why_not(quant, kind, rows)
     if not why:
         return quant, ""
     bits = min(BITS, key=lambda width: (abs(width - bits), width))
-    code = code_for("auto", bits, policy.solve.scales)
-    return QuantSpec(**{**stored, "bits": bits, "code": code}), f"no trellis of {quant.bits} bits: {why}"
+    scalar = quant_spec(policy.solve, **{**stored, "bits": bits, "code": "auto"})
+    return scalar, f"no trellis of {quant.bits} bits: {why}"
 
 
 def _narrow(
