@@ -16,11 +16,11 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from loftq import numerics
 from loftq.codes import HOST, Absmax, levels
 from loftq.kernels import fitting, rounding
 from loftq.kernels.threads import over_rows
 from loftq.numerics import Quantized, decode_rows, fit_scales, fitted_scales, scale_and_zero, store_scales
+from loftq.numerics import rounding as by_output
 from loftq.numerics.codebooks import midpoints
 from loftq.numerics.fitting import AROUND, ROUNDS, start_parts
 from loftq.spec import QuantSpec, packed_shape
@@ -70,14 +70,14 @@ def feedback(target: Tensor, columns: Tensor, spec: QuantSpec, *, fitted: bool =
     def fit(part: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
         return fitted_scales(part, spec, None, _search, _block_errors)
 
-    return numerics.rounding.feedback(target, columns, spec, fitted=fitted, fit=fit, round_block=_round_block)
+    return by_output.feedback(target, columns, spec, fitted=fitted, fit=fit, round_block=_round_block)
 
 
 def descend(
     target: Tensor, quantized: Quantized, columns: Tensor, spec: QuantSpec, *, fitted: bool = False
 ) -> Quantized:
     """A round of coordinate descent, as :func:`loftq.numerics.rounding.descend`."""
-    return numerics.rounding.descend(target, quantized, columns, spec, fitted=fitted, descend_block=_descend_block)
+    return by_output.descend(target, quantized, columns, spec, fitted=fitted, descend_block=_descend_block)
 
 
 def _round_block(values: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
