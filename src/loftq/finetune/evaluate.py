@@ -41,19 +41,7 @@ def evaluate(
     max_length: int | None = None,
     generation: str | None = None,
 ) -> Evaluation:
-    """Evaluate a run of ``loftq train``, a dense model, or a quantized directory with its initialization.
-
-    Args:
-        target: a directory, or a hub id.
-        task: a task's name or a mapping as in a recipe; a run has its own.
-        data: a directory with files named by split, instead of the task's or the run's data.
-        splits: those to report on; by default the task's.
-        adapter: a trained adapter to put on ``target``.
-        max_length: tokens of an input, instead of the task's or the run's.
-        generation: ``greedy`` or ``paper``, for tasks that write answers.
-
-    Raises: InputError for a model that was never trained for the task; what the parts raise.
-    """
+    """What :func:`loftq.evaluate` documents; ``generation`` is its ``sampling``."""
     if adapter is not None:
         local_path(option("adapter"), adapter)
     run = RunDirectory(local_path("the target", target))

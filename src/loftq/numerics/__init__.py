@@ -20,34 +20,3 @@ from loftq.numerics.metric import Metric, Moments, best_factors, beyond
 from loftq.numerics.norms import frobenius, product_square
 from loftq.numerics.orientation import oriented, oriented_shape
 from loftq.numerics.packing import pack, packed_shape, unpack
-
-__all__ = [
-    "Metric",
-    "Moments",
-    "Quantized",
-    "best_factors",
-    "beyond",
-    "decode",
-    "decode_rows",
-    "dequantize",
-    "descend",
-    "dynamic_8bit",
-    "encode",
-    "feedback",
-    "fit_scales",
-    "fitted_scales",
-    "frobenius",
-    "levels",
-    "nearest",
-    "normal_float",
-    "oriented",
-    "oriented_shape",
-    "pack",
-    "packed_shape",
-    "product_square",
-    "quantize",
-    "scale_and_zero",
-    "store_scales",
-    "truncated_svd",
-    "unpack",
-]

@@ -5,17 +5,3 @@ from loftq.solver.curve import errors_by_rank
 from loftq.solver.frozen import FrozenStart, fit_adapter
 from loftq.solver.loftq import Solution, check_finite, checked, solve
 from loftq.solver.pool import ordered_map
-
-__all__ = [
-    "FrozenStart",
-    "Solution",
-    "check_finite",
-    "checked",
-    "errors_by_rank",
-    "fit_adapter",
-    "ordered_map",
-    "seconds",
-    "solve",
-    "squares",
-    "workers_for",
-]

@@ -10,8 +10,6 @@ from loftq.finetune.tasks.base import Limits, Measuring, Task
 from loftq.finetune.tasks.data import available_splits, load_data, named_files
 from loftq.finetune.tasks.named import TASKS
 
-__all__ = ["Limits", "Task", "available_splits", "get_task", "load_data", "named_files", "names", "score"]
-
 
 def names() -> tuple[str, ...]:
     """The names of the tasks that come with the package."""
