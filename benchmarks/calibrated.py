@@ -1,4 +1,4 @@
-"""How much closer are the outputs of calibrated starts, at the same stored bytes? What does that do, and cost?
+"""How much closer are the outputs of calibrated initializations, at the same stored bytes? What does that do, and cost?
 
 All presets against the paper's LoftQ (NormalFloat, absmax scales, T = 5), rank 16. Published methods have the paper's
 quantizer, and once more fitted scales. They are calibrated on one text; every fourth window of it decides which step is

@@ -1,4 +1,4 @@
-"""How much less error has a LoftQ start at the same stored bytes, if scales are fitted? What does it do, and cost?
+"""How much less error has LoftQ at the same stored bytes, if scales are fitted? What does it do, and cost?
 
 Against the paper's LoftQ: NormalFloat with absmax scales, T = 5, the best step kept. All sides share rank and solver,
 and store no more bytes. Weight error is ||W - Q - B A|| / ||W|| over all matrices of a model; beside it, before any

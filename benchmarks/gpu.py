@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --minutes 5    # prints and writes each figure as it is known, the most telling first
 
 Peer: a copy of the decoded matrix; bitsandbytes NF4 (QLoRA), if it is installed, and dense bfloat16 LoRA in training;
-dense bfloat16 in generating a token; the official algorithm and PEFT's loftq_init for the start of one matrix. Models
+dense bfloat16 in generating a token; the official algorithm and PEFT's loftq_init for one matrix. Models
 have the layers of Llama-2-7B: 4 of them for the comparisons of time, all 32 for memory and for the time of quantizing a
 whole model. Nothing is downloaded.
 

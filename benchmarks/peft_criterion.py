@@ -1,6 +1,6 @@
-"""Does the LoftQ start meet PEFT's own criterion, whatever the scaling alpha / r? And does PEFT's rule?
+"""Does LoftQ's initialization meet PEFT's own criterion, whatever the scaling alpha / r? And does PEFT's rule?
 
-PEFT accepts a LoftQ start if the mean squared and the mean absolute error of a model's output, against the model in
+PEFT accepts a LoftQ initialization if the mean squared and the mean absolute error of a model's output, against the model in
 full precision, are below those of plain 4-bit quantization (QLoRA) divided by 1.03. It tests alpha / r = 0.5 only.
 
 "PEFT's rule" is what PEFT does up to 0.21: the factors of the last step, not divided by s, while the forward pass

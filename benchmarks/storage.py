@@ -55,7 +55,7 @@ def rounded(model: nn.Module, part: str, dtype: torch.dtype) -> nn.Module:
 
 
 def opened(model: Model, directory: str, bits: int, work: Path) -> nn.Module:
-    """The dense model, or one quantized by the default preset, with its start, in float32."""
+    """The dense model, or one quantized by the default preset, with its initialization, in float32."""
     if bits == 16:
         return model.dense
     made = work / f"{bits}"

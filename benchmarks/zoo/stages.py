@@ -261,8 +261,8 @@ def _forward(journey: Journey) -> None:
     outputs.compare(journey.forward(journey.model), journey.forward(journey.expected), "packed against dequantized")
 
 
-def _start(journey: Journey) -> None:
-    """Plain PEFT puts the start on every packed layer and computes Q + s·BA."""
+def _initialization(journey: Journey) -> None:
+    """Plain PEFT puts the initialization on every packed layer and computes Q + s·BA."""
     journey.started = journey.start().eval()
     journey.adapted = _adapted(journey.started)
     missing = set(journey.packed) - {
@@ -278,11 +278,11 @@ def _start(journey: Journey) -> None:
         )
     zero = [n for n, m in journey.adapted.items() if not _delta(m).abs().max()]
     if zero:
-        raise outputs.Failed(f"the start is zero on {len(zero)} layers: {zero[:3]}")
+        raise outputs.Failed(f"the initialization is zero on {len(zero)} layers: {zero[:3]}")
     values = _sums(journey.adapted)
     journey.sum = _substituted(journey.expected, values)
     journey.outputs = journey.forward(journey.started)
-    outputs.compare(journey.outputs, journey.forward(journey.sum), "start against Q + sBA")
+    outputs.compare(journey.outputs, journey.forward(journey.sum), "initialization against Q + sBA")
 
 
 def _load_start(journey: Journey) -> None:
@@ -416,7 +416,7 @@ def _in_memory(journey: Journey) -> None:
 
 
 STAGES: tuple[Callable[[Journey], None], ...] = (
-    _build, _saved, _quantize, _verify, _load, _forward, _start, _load_start, _backward, _train_mode, _adapter_saved,
+    _build, _saved, _quantize, _verify, _load, _forward, _initialization, _load_start, _backward, _train_mode, _adapter_saved,
     _packed_saved, _generate, _merge, _in_memory,
 )  # fmt: skip
 
