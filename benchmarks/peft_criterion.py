@@ -1,7 +1,8 @@
 """Does LoftQ's initialization meet PEFT's own criterion, whatever the scaling alpha / r? And does PEFT's rule?
 
-PEFT accepts a LoftQ initialization if the mean squared and the mean absolute error of a model's output, against the model in
-full precision, are below those of plain 4-bit quantization (QLoRA) divided by 1.03. It tests alpha / r = 0.5 only.
+PEFT accepts a LoftQ initialization if the mean squared and the mean absolute error of a model's output, against the
+model in full precision, are below those of plain 4-bit quantization (QLoRA) divided by 1.03. It tests alpha / r = 0.5
+only.
 
 "PEFT's rule" is what PEFT does up to 0.21: the factors of the last step, not divided by s, while the forward pass
 multiplies by s. All sides share quantizer and SVD (NF4, blocks of 64, float32 scales); ours keeps the best step.

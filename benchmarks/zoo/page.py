@@ -18,10 +18,10 @@ MEANING = {
 WAY = """\
 Made by `benchmarks/families.py`; do not edit. A tiny random model of every model type of transformers is taken the
 whole way. It is built, planned and quantized (4 bits, rank 4), verified and loaded, and must compute what the dense
-model with the dequantized weights computes. The initialization is put on it, by plain PEFT and by `loftq.load_start`, and must
-sit on every packed layer and compute Q + s·BA; every adapter whose layer has a gradient in the dense model must have
-one. Adapter and packed model are saved and loaded again, the merged model too. At last `loftq.get_peft_model` must make
-the same in memory. How good a large model of the family is after quantization is not said here."""
+model with the dequantized weights computes. The initialization is put on it, by plain PEFT and by `loftq.load_start`.
+It must sit on every packed layer and compute Q + s·BA; every adapter whose layer has a gradient in the dense model must
+have one. Adapter and packed model are saved and loaded again, the merged model too. At last `loftq.get_peft_model` must
+make the same in memory. How good a large model of the family is after quantization is not said here."""
 UNUSED = """\
 `coverage` is the share of the layers' weights that is quantized. `unused` counts adapters that the inputs of this
 script do not reach, those of a vision tower where only text was given, for instance; the dense weights there have no

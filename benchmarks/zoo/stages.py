@@ -416,8 +416,8 @@ def _in_memory(journey: Journey) -> None:
 
 
 STAGES: tuple[Callable[[Journey], None], ...] = (
-    _build, _saved, _quantize, _verify, _load, _forward, _initialization, _load_start, _backward, _train_mode, _adapter_saved,
-    _packed_saved, _generate, _merge, _in_memory,
+    _build, _saved, _quantize, _verify, _load, _forward, _initialization, _load_start, _backward, _train_mode,
+    _adapter_saved, _packed_saved, _generate, _merge, _in_memory,
 )  # fmt: skip
 
 

@@ -118,8 +118,8 @@ class Storage(Widths, Codes, Coverage, total=False):
     """Which matrices are quantized, and how they are stored."""
 
 
-class Adapter(TypedDict, total=False):
-    """The adapter's rank and scaling."""
+class Ranks(TypedDict, total=False):
+    """Rank and scaling of the adapter."""
 
     rank: Annotated[Text, Option("16"), "Rank of the adapter, or patterns with a default: 'mlp=32,16'."]
     alpha: Annotated[
@@ -190,7 +190,7 @@ class Solver(Preset, Steps, Decomposition, total=False):
     """How the backbone and the factors are found."""
 
 
-class Method(TypedDict, total=False):
+class Variant(TypedDict, total=False):
     """What makes one preset another method; in Python only."""
 
     metric: Annotated[
@@ -281,7 +281,7 @@ class Training(TypedDict, total=False):
     dropout: Annotated[float, Option(0.0, bounds={"ge": 0, "lt": 1})]
 
 
-class Plans(Storage, Adapter, Dtypes, Solver, Method, total=False):
+class Plans(Storage, Ranks, Dtypes, Solver, Variant, total=False):
     """Of :func:`loftq.plan` and :func:`loftq.get_peft_model`."""
 
 
@@ -289,15 +289,15 @@ class Quantizing(Plans, Calibration, Work, total=False):
     """Of :func:`loftq.quantize`."""
 
 
-class OneMatrix(Codes, Solver, Method, total=False):
+class OneMatrix(Codes, Solver, Variant, total=False):
     """Of :func:`loftq.quantize_weight`."""
 
 
-class OwnPreset(Steps, Method, total=False):
+class OwnPreset(Steps, Variant, total=False):
     """Of :func:`loftq.register_preset`."""
 
 
-class Starting(Adapter, Coverage, Decomposition, Made, total=False):
+class Starting(Ranks, Coverage, Decomposition, Made, total=False):
     """Of :func:`loftq.start`."""
 
 
@@ -314,7 +314,7 @@ def _row(hint: Any) -> tuple[Any, Option]:
     return functools.reduce(operator.or_, kinds), dataclasses.replace(option, help="".join(told))
 
 
-GROUPS = (Storage, Adapter, Dtypes, Solver, Method, Calibration, Collection, Work, Training)
+GROUPS = (Storage, Ranks, Dtypes, Solver, Variant, Calibration, Collection, Work, Training)
 # name -> its type, without None, and the option
 TABLE = {name: _row(hint) for group in GROUPS for name, hint in group.__annotations__.items()}
 

@@ -1,7 +1,9 @@
 """An option is written once: every face is made from the tables of ``loftq.options``."""
 
+import collections
 import dataclasses
 import inspect
+import re
 import shutil
 import subprocess
 import sys
@@ -47,7 +49,7 @@ def test_a_dataclass_has_the_default_of_the_table(holder):
 
 
 def test_quantize_has_every_option_but_those_of_python_and_recipes():
-    elsewhere = {*options.rows(options.Method, options.Collection, options.Training)}
+    elsewhere = {*options.rows(options.Variant, options.Collection, options.Training)}
     ours = {name: flag for name, flag in flags("quantize").items() if name in options.TABLE}
     assert {*ours} == {*options.TABLE} - elsewhere
     for name, flag in ours.items():
@@ -60,7 +62,7 @@ def test_quantize_has_every_option_but_those_of_python_and_recipes():
 def test_recipes_have_the_options_of_storage_solver_and_calibration():
     section = recipe.Quantization.model_fields
     assert [*section] == [*options.rows(options.Storage, options.Solver, options.Calibration, "device")]
-    assert {*recipe.Lora.model_fields} == {*options.rows(options.Adapter, options.Training)}
+    assert {*recipe.Lora.model_fields} == {*options.rows(options.Ranks, options.Training)}
     for name, field in {**section, **recipe.Lora.model_fields}.items():
         assert field.default in (None, options.default(name))
 
@@ -106,13 +108,20 @@ def test_no_public_callable_takes_options_of_any_type():
                 assert typing_extensions.get_origin(function.__annotations__[rest]) is typing_extensions.Unpack, name
 
 
+def test_no_two_classes_have_one_name():
+    found = [
+        name for file in PLACE.rglob("*.py") for name in re.findall(r"^class (\w+)", file.read_text(), re.MULTILINE)
+    ]
+    assert [name for name, count in collections.Counter(found).items() if count > 1] == []
+
+
 def test_help_names_what_the_registries_have():
     shown = {name: option.help for name, (_, option) in options.TABLE.items()}
     assert [name for name in codes.names() if name not in shown["code"]] == []
     assert [name for name in PRESETS if name not in shown["preset"]] == []
     assert [name for name in layouts.names() if name not in shown["format"]] == []
     for name, (_, option) in options.TABLE.items():
-        if name not in options.rows(options.Method) and name != "scales":  # "formula" is said in other words
+        if name not in options.rows(options.Variant) and name != "scales":  # "formula" is said in other words
             assert [choice for choice in option.choices if str(choice) not in option.help] == [], name
 
 

@@ -17,13 +17,14 @@ import transformers
 import loftq
 import models
 from loftq import codes, spec
+from loftq.formats import layouts
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```python(?P<about>[^\n]*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 PAGES = [
     page for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if BLOCK.search(page.read_text())
 ]
-CODES, PRESETS = set(codes.names()), set(spec.PRESETS)
+CODES, PRESETS, FORMATS = set(codes.names()), set(spec.PRESETS), set(layouts.names())
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
 WORDS = ["a", "fine", "poor", "film", "how", "are", "you", "?", *(f"w{i}" for i in range(70))]
 CHAT = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} </s> {% endfor %}"
@@ -74,16 +75,22 @@ def sources(tmp_path_factory):
 def registries():
     """What examples register is forgotten."""
     yield
-    for registry, kept in ((codes._CODES, CODES), (spec.PRESETS, PRESETS)):
+    for registry, kept in ((codes._CODES, CODES), (spec.PRESETS, PRESETS), (layouts._LAYOUTS, FORMATS)):
         for name in registry.keys() - kept:
             del registry[name]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_examples_run(page, sources, tmp_path, monkeypatch):
+@pytest.fixture
+def place(sources, tmp_path, monkeypatch):
+    """A directory of its own with the sources in it, to work in."""
     for source in sources.iterdir():
         (tmp_path / source.name).symlink_to(source)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_examples_run(page):
     text = page.read_text()
     names = {"__name__": "__main__"}
     for block in BLOCK.finditer(text):
@@ -99,10 +106,10 @@ EXAMPLES = {
 }
 
 
+@pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("name", [name for name, code in EXAMPLES.items() if code])
-def test_examples_of_docstrings_run(name, sources, monkeypatch):
+def test_examples_of_docstrings_run(name):
     """They stand in the reference; what they have not made themselves is given."""
-    monkeypatch.chdir(sources)
     names = {name: getattr(loftq, name), "loftq": loftq, "torch": torch, "peft": peft, "LoraConfig": peft.LoraConfig}
     names["AutoModelForCausalLM"] = transformers.AutoModelForCausalLM
     names["BitsAndBytesConfig"] = lambda *_: transformers.BitsAndBytesConfig(

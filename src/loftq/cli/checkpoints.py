@@ -9,12 +9,12 @@ import typer
 from loftq.cli.app import app
 from loftq.cli.options import Directory, Json, Model, Output, quiet, takes
 from loftq.errors import UsageError, extra, quoted
-from loftq.options import Adapter, Calibration, Dtypes, Solver, Storage, Work, check
+from loftq.options import Calibration, Dtypes, Ranks, Solver, Storage, Work, check
 from loftq.report.bars import Bar, MatrixBar
 
 
 @app.command()
-@takes("bits", Adapter, Storage, Dtypes, Solver, Calibration, Work)
+@takes("bits", Ranks, Storage, Dtypes, Solver, Calibration, Work)
 def quantize(
     model: Model,
     output: Output,

@@ -9,11 +9,11 @@ import typer
 from loftq.cli.app import app
 from loftq.cli.options import Json, Model, takes
 from loftq.errors import UsageError
-from loftq.options import Adapter, Dtypes, Storage
+from loftq.options import Dtypes, Ranks, Storage
 
 
 @app.command()
-@takes("bits", Adapter, Storage, Dtypes, "preset", "scales", "curves", "workers", "revision")
+@takes("bits", Ranks, Storage, Dtypes, "preset", "scales", "curves", "workers", "revision")
 def plan(
     model: Model,
     calibrate: Annotated[
