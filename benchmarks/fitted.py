@@ -9,6 +9,7 @@ Goal: weight error at 2.25, 3.25, 4.25 bits per weight at most 0.60, 0.86, 0.93 
 
     python benchmarks/fitted.py                                          # all-MiniLM-L6-v2
     python benchmarks/fitted.py --served --repeats 1 --output docs/data/served.json
+    python benchmarks/fitted.py --trellis --repeats 1 --output docs/data/trellis.json
     python benchmarks/fitted.py --model minilm=DIRECTORY --model llama=ANOTHER --data wt2.test.txt.gz
 """
 
@@ -78,6 +79,21 @@ def served(bits: int) -> dict[str, Side]:
     if bits == 2:
         found |= {"int, block 256": Side(QuantSpec(code="int", block_size=256, **f16), "fitted")}
     return found
+
+
+def trellis(bits: int) -> dict[str, Side]:
+    """The trellis at no more bytes than NormalFloat's, at its own, and with half a bit and a quarter less."""
+    rates = {2: (2.1875, 2, 1.9375, 1.6875, 1.4375), 3: (3.1875, 2.9375), 4: (4, 3.75)}[bits]
+    windows = {2: (8, 10, 12), 3: (8, 10), 4: (10,)}[bits]
+    return {
+        "nf, absmax (LoftQ)": Side(QuantSpec(bits=bits)),
+        "lloyd": Side(QuantSpec(bits=bits, code="lloyd"), "fitted"),
+        **{
+            f"trellis of {rate}, window {window}": Side(QuantSpec(bits=rate, code="trellis", window=window), "fitted")
+            for rate in rates
+            for window in (windows if rate == rates[0] else windows[:2])
+        },
+    }
 
 
 def minilm() -> str:
@@ -201,6 +217,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, help="text, may be .gz [default: Python's documentation]")
     parser.add_argument("--served", action="store_true", help="the codes that other software holds, beside ours")
+    parser.add_argument("--trellis", action="store_true", help="the trellis at several rates, beside lloyd")
     parser.add_argument("--repeats", type=int, default=3, help="of the timing")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "data" / "fitted.json")
     options = parser.parse_args()
@@ -216,7 +233,7 @@ def main() -> None:
         )
         print(f"| bits per weight | code, scales fitted | error | ratio | {what} | monotone | time ratio |")
         print("|---|---|---|---|---|---|---|")
-        table = rows(model, options.repeats, served if options.served else sides)
+        table = rows(model, options.repeats, served if options.served else trellis if options.trellis else sides)
         for row in table:
             cells = [f"{row['bits_per_weight']:.2f}", row["side"], f"{row['error']:.4f}", f"{row['error_ratio']:.3f}"]
             cells += [f"{row['quality']:.4f}" if what == "cosine" else f"{row['quality']:.1f}"]
