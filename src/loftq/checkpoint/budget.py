@@ -64,11 +64,10 @@ def within_budget(
         "budget": policy.budget,
         "chosen": point(best.chosen),
         "uniform": [
-            point(_picked(curves, source.plan, policy, lambda _, b=b: b), bits=b) for b in sorted(set().union(*widths))
+            point(_picked(curves, source.plan, lambda _, b=b: b), bits=b) for b in sorted(set().union(*widths))
         ],
         "first_layers": [
-            point(_picked(curves, source.plan, policy, _widths(rule).__getitem__), layers=k)
-            for k, rule in enumerate(rules)
+            point(_picked(curves, source.plan, _widths(rule).__getitem__), layers=k) for k, rule in enumerate(rules)
         ],
         "frontier": [[kept + size, math.sqrt(error / weights)] for size, error in _frontier(curves)],
     }
@@ -95,11 +94,11 @@ def _widths(plan: Plan) -> dict[str, float]:
     return {m.module: m.quant.bits for m in plan.matrices}
 
 
-def _picked(curves: Curves, plan: Plan, policy: Policy, bits: Callable[[str], float]) -> dict[str, Choice]:
-    """Of every matrix the choice with this width, the policy's block and the plan's rank; if pinned, its own."""
+def _picked(curves: Curves, plan: Plan, bits: Callable[[str], float]) -> dict[str, Choice]:
+    """Of every matrix the choice with this width, the plan's block and the plan's rank; if pinned, its own."""
     found = {}
     for matrix in plan.matrices:
-        choices = [c for c in curves[matrix.module] if (c.rank, c.block_size) == (matrix.rank, policy.block_size)]
+        choices = [c for c in curves[matrix.module] if (c.rank, c.block_size) == (matrix.rank, matrix.quant.block_size)]
         wanted = bits(matrix.module)
         found[matrix.module] = next((c for c in choices if c.bits == wanted), choices[0])
     return found

@@ -94,7 +94,7 @@ def first_layers(
     None if the matrices of ``plan``, which is the policy's without the budget, are in no stack of layers, or if the
     code does not have both widths.
     """
-    if not {2, 4} <= set(_widths(policy)):
+    if policy.code == "trellis" or not {2, 4} <= set(_widths(policy)):
         return []
     stacks = [roles[m.name].stack for m in plan.matrices]
     deepest = max((stack.length for stack in stacks if stack), default=0)
@@ -117,10 +117,12 @@ def curve(matrix: Matrix, found: list[Candidate], errors: Mapping[QuantSpec, lis
 
 
 def _quants(matrix: Matrix, policy: Policy, widths: list[float]) -> list[QuantSpec]:
-    if _pinned(policy.bits, matrix.module):
+    if _pinned(policy.bits, matrix.module) or matrix.instead:
         return [matrix.quant]
-    size = policy.block_size
-    blocks = [size] if matrix.quant.codebook.per_tensor else sorted({max(size // 2, 1), size, 2 * size})
+    size, code = policy.block_size, matrix.quant.codebook
+    blocks = (
+        [size] if code.per_tensor or "block_size" not in code.fields else sorted({max(size // 2, 1), size, 2 * size})
+    )
     scales = policy.solve.scales
     return [
         replace(matrix.quant, bits=bits, block_size=block, code=code_for(policy.code, bits, scales))
@@ -130,7 +132,9 @@ def _quants(matrix: Matrix, policy: Policy, widths: list[float]) -> list[QuantSp
 
 
 def _widths(policy: Policy) -> tuple[float, ...]:
-    """The widths of the policy's code; of all codes that ``auto`` may stand for."""
+    """The widths of the policy's code; of all codes that ``auto`` may stand for; of a trellis every half bit from 1."""
+    if policy.code == "trellis":
+        return tuple(bits for bits in codes.get("trellis").widths if bits >= 1 and bits % 0.5 == 0)
     return BITS if policy.code == "auto" else codes.get(policy.code).widths
 
 
