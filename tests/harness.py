@@ -63,12 +63,13 @@ FLAGS = (
 
 @dataclasses.dataclass
 class Ended:
-    """How a child ended: exit code (negative: the signal that killed it) and what it wrote."""
+    """How a child ended: exit code (negative: the signal that killed it), what it wrote, and the time that it took."""
 
     code: int
     out: str
     err: str
     seconds: float
+    cpu_seconds: float
 
 
 class Child:
@@ -105,12 +106,15 @@ class Child:
     def has_ended(self) -> bool:
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
-    def ended(self, within: float = 60) -> Ended:
-        """Wait for the end; a child that hangs is killed and reported, with what its threads were doing."""
+    def ended(self, within: float = 240) -> Ended:
+        """Wait for the end; a child that hangs is killed and reported, with what its threads were doing.
+
+        The limit is for a child that never ends: on a loaded machine one that works takes many times its CPU time.
+        """
         status = None
         while status is None and time.monotonic() - self._began < within:
             time.sleep(0.001)
-            pid, found = os.waitpid(self.pid, os.WNOHANG)
+            pid, found, used = os.wait4(self.pid, os.WNOHANG)
             status = found if pid else None
         seconds = time.monotonic() - self._began
         if status is None:
@@ -120,7 +124,7 @@ class Child:
             os.waitpid(self.pid, 0)
         out, err = map(_drained, self._streams)
         assert status is not None, f"still running after {within} s: {err}"
-        return Ended(os.waitstatus_to_exitcode(status), out, err, seconds)
+        return Ended(os.waitstatus_to_exitcode(status), out, err, seconds, used.ru_utime + used.ru_stime)
 
 
 def _drained(stream: int) -> str:

@@ -303,7 +303,6 @@ def test_copy_file(tmp_path):
     assert fsio.sha256_file(tmp_path / "dst") == digest
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("use", [lambda p: fsio.copy_file(p, p.with_name("dst")), fsio.sha256_file])
 def test_only_regular_files_are_read(tmp_path, use):
     os.mkfifo(tmp_path / "src")
@@ -505,7 +504,6 @@ def test_lock_directory_removed_while_held(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.timeout(20)
 def test_lock_over_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "lock")
     with pytest.raises(StorageError, match=r"lock: not a regular file"), fsio.DirectoryLock(tmp_path / "lock"):

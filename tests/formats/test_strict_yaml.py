@@ -38,7 +38,6 @@ REFUSED = [
 ]
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize(("text", "why"), REFUSED)
 def test_refused(text, why):
     with pytest.raises(InputError, match=why) as caught:
@@ -77,7 +76,6 @@ def test_the_core_schema(text, value):
     assert type(found) is type(value)
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
 def test_only_regular_files_are_read(tmp_path, make):
     make(tmp_path / "recipe.yaml")

@@ -202,7 +202,6 @@ def make_socket(path):
         s.bind(str(path))
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("make", [os.mkfifo, make_directory, make_socket, lambda p: p.symlink_to("/dev/zero")])
 def test_not_a_regular_file(tmp_path, monkeypatch, make):
     monkeypatch.chdir(tmp_path)

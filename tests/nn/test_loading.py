@@ -89,7 +89,6 @@ def test_a_config_that_cannot_be_meant_is_refused(copied, change, message):
     assert isinstance(refused.value, InputError)
 
 
-@pytest.mark.timeout(20)
 def test_many_modules_in_two_groups():
     """The time grows with their number, not with its square."""
     group = {"bits": 2, "modules": [f"layers.{i}" for i in range(100_000)]}

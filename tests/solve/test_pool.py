@@ -81,7 +81,7 @@ def test_closing_early_ends_the_threads() -> None:
     results = ordered_map(lambda i: i, range(100), 3)
     next(results)
     results.close()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
 
     def workers() -> list[threading.Thread]:
         return [t for t in threading.enumerate() if t.name.startswith("loftq_")]

@@ -203,7 +203,6 @@ HOSTILE = {
 }
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", [*HOSTILE, "nan", "deep", "digits", "values"])
 def test_every_verb_on_a_hostile_manifest(out, finished, tmp_path, kind):
     path = out / "loftq_manifest.json"

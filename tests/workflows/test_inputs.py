@@ -365,7 +365,7 @@ def test_no_checkpoint_at_all(tmp_path, kind):
         refused(
             ended, 4 if kind == "typo" else 3, name, "check the spelling" if kind == "typo" else "no such directory"
         )
-        assert ended.seconds < 10
+        assert ended.cpu_seconds < 10
     else:
         refused(cli("quantize", source, "-o", tmp_path / "out", *FLAGS), 3, "source")
     assert not (tmp_path / "out").exists()

@@ -270,7 +270,6 @@ def test_an_added_file_at_any_depth(out, name):
     refused(cli("verify", out), 3, f"{name}: not in the manifest")
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize(
     ("make", "word"),
     [
@@ -288,7 +287,6 @@ def test_no_file_where_one_should_be(out, make, word):
     refused(cli("verify", out), 3, "config.json", word)
 
 
-@pytest.mark.timeout(20)
 def test_an_added_pipe(out):
     os.mkfifo(out / "1_Pooling" / "notes.md")
     refused(cli("verify", out), 3, "1_Pooling/notes.md: a pipe, device or socket")
