@@ -5,6 +5,7 @@ imported here, our parts are registered with them when they are.
 """
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 import wrapt
@@ -80,7 +81,14 @@ _HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'loftq' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    # PEFT imports bitsandbytes, which warns of a kernel for CPUs that packed layers do not use.
+    advice = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = advice.level
+    advice.setLevel(max(level, logging.ERROR))
+    try:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    finally:
+        advice.setLevel(level)
 
 
 def __dir__() -> list[str]:
