@@ -12,18 +12,26 @@ import nox
 nox.options.error_on_missing_interpreters = False
 nox.options.default_venv_backend = "venv"
 PROJECT = nox.project.load_toml("pyproject.toml")["project"]
+# of releases that were the newest when they warned of what came after them
+OF_OLD_RELEASES = tuple(f"-Wignore::{kind}Warning" for kind in ("Deprecation", "Future", "Resource"))
 
 
-def quick_tests(session: nox.Session, constraints: Path) -> None:
-    """Install with ``constraints`` and run the tests without the marker ``slow``."""
-    session.install("--quiet", "--constraint", str(constraints), "torch")
-    session.install("--quiet", "--constraint", str(constraints), "--editable", ".[dev]")
-    session.run("python", "-m", "pytest", "-n", "2", "-m", "not slow", *session.posargs, env={"PYTHONPATH": ""})
+def quick_tests(session: nox.Session, *options: str) -> None:
+    """Run the tests without the marker ``slow``, against what is installed."""
+    command = ("python", "-m", "pytest", "-n", "2", "-m", "not slow", *options, *session.posargs)
+    session.run(*command, env={"PYTHONPATH": ""})
+
+
+def install(session: nox.Session, constraints: Path, *project: str) -> None:
+    """Torch first: it decides which NumPy, Triton and CUDA libraries fit; from most indexes it brings CUDA's."""
+    for what in (["torch"], project):
+        session.install("--quiet", "--constraint", str(constraints), *what)
 
 
 @nox.session(python="3.13")
 def newest(session: nox.Session) -> None:
-    quick_tests(session, Path("constraints.txt"))
+    install(session, Path("constraints.txt"), "--editable", ".[dev]")
+    quick_tests(session)
 
 
 @nox.session(python="3.10")
@@ -31,18 +39,16 @@ def oldest(session: nox.Session) -> None:
     lowest = {re.split(r"[<>=;\[ ]", line)[0]: line.replace(">=", "==") for line in PROJECT["dependencies"]}
     path = Path(session.create_tmp()) / "floors.txt"
     path.write_text("\n".join(lowest.values()) + "\n", encoding="utf-8")
-    quick_tests(session, path.resolve())
+    install(session, path.resolve(), "--editable", ".[dev]")
+    quick_tests(session, *OF_OLD_RELEASES)
 
 
-@nox.session
+@nox.session(default=False)
 def wheel(session: nox.Session) -> None:
     """The built wheel, away from the source: ``make release``."""
-    built = sorted(Path("dist").glob("*.whl"))[-1].resolve()
-    session.install("--quiet", "--constraint", "constraints.txt", "torch")
-    session.install("--quiet", "--constraint", "constraints.txt", f"{built}[dev]")
+    (built,) = Path("dist").glob("*.whl")
+    install(session, Path("constraints.txt"), f"{built.resolve()}[dev]")
     tests = Path("tests").resolve()
     session.chdir(session.create_tmp())
     session.run("loftq", "--version")
-    session.run(
-        "python", "-m", "pytest", "-n", "2", "-m", "not slow", "-c", str(tests.parent / "pyproject.toml"), str(tests)
-    )
+    quick_tests(session, "-c", str(tests.parent / "pyproject.toml"), str(tests))

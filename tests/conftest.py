@@ -1,5 +1,6 @@
 """Settings that make tests repeatable, and shapes checked at run time."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +11,12 @@ import torch
 from jaxtyping import install_import_hook
 
 install_import_hook(["loftq.numerics", "loftq.solver"], "beartype.beartype")
+
+
+def pytest_collection_finish():
+    """Leave what importing made out of garbage collections: every run of a Trainer asks for several whole ones."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

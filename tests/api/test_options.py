@@ -133,7 +133,9 @@ def test_texts_have_a_row_for_each_side():
 def test_the_same_did_you_mean(name):
     wrong = name.replace("s", "z", 1).replace("m", "n", 1).replace("q", "g", 1)
     flag, verb = f"--{wrong.replace('_', '-')}", typer.main.get_command(loftq.cli.app).commands["quantize"]
-    with pytest.raises(Exception, match=f"No such option: {flag}") as e:  # typer's own, of a class that is not public
+    with pytest.raises(
+        Exception, match=f"No such option:? '?{flag}"
+    ) as e:  # typer's own, of a class that is not public
         verb.make_context("quantize", ["org/model", "-o", "out", flag, "1"])
     assert flags("quantize")[name].opts[0] in e.value.possibilities
     assert usage(e.value) == f"No such option: {flag}; did you mean {flags('quantize')[name].opts[0]}?"

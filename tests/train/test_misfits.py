@@ -10,8 +10,11 @@ import torch
 import transformers
 
 import models
+from loftq.architecture.loading import load_tokenizer
 from loftq.errors import ConflictError, InputError, NumericalError, UsageError
 from loftq.finetune.evaluate import evaluate
+from loftq.finetune.inputs import task_of
+from loftq.finetune.model import load_model
 from loftq.finetune.recipe import read
 from loftq.finetune.tasks import get_task
 from loftq.finetune.train import finetune
@@ -44,6 +47,9 @@ def test_a_decoder_without_a_token_for_padding_classifies(place, llama):
     recipe = tiny.recipe(place, "loftq", model=str(llama), **{"training.max_steps": 1, "lora.rank": 2})
     metrics = finetune(recipe).metrics
     assert evaluate(str(place / "loftq")).metrics == metrics
+    tokenizer = load_tokenizer(llama)
+    model, _ = load_model(task_of(recipe), llama, torch.float32, tokenizer)
+    assert model.config.pad_token_id == tokenizer.eos_token_id  # as batches are padded; 0 in its config.json
 
 
 def test_a_body_that_is_called_otherwise_is_not_left_random(place, llama):

@@ -30,7 +30,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, list[str]]:
     """A dense or packed checkpoint in the task's class, and the modules that it has no weights for.
 
-    A model that does not know which token is padding is told the tokenizer's, or the one that ends a text.
+    The model is told which token is padding: the tokenizer's, or the one that ends a text. A decoder that classifies
+    would else look at the padding of a batch.
 
     Raises: InputError if transformers cannot make that class of it, or only with random numbers in its body; UsageError
         if the task does not fit it.
@@ -41,9 +42,7 @@ def load_model(
     model, found = load_weights(auto, directory, config, dtype=dtype, output_loading_info=True)
     new = {name.rpartition(".")[0] for name in (*found["missing_keys"], *(k[0] for k in found["mismatched_keys"]))}
     _check_body(model, found["missing_keys"], directory)
-    text = model.config.get_text_config()
-    if getattr(text, "pad_token_id", None) is None:
-        text.pad_token_id = padding(tokenizer).pad_token_id
+    model.config.get_text_config().pad_token_id = padding(tokenizer).pad_token_id
     return model, sorted(new)
 
 

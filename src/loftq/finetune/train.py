@@ -27,6 +27,7 @@ from loftq.finetune.model import add_lora, add_start, load_model, precision, sav
 from loftq.finetune.recipe import Quantization, Recipe
 from loftq.finetune.run import RunDirectory, RunResult
 from loftq.finetune.tasks import Task, score
+from loftq.finetune.tasks.batches import padding
 from loftq.finetune.tasks.next_token import NextToken
 from loftq.finetune.trainer import LoftQTrainer, callbacks
 from loftq.formats import fsio, layouts, strict_json
@@ -120,7 +121,7 @@ def _work(
         train_dataset=rows["train"],
         eval_dataset=rows[watched] if watched else None,
         data_collator=task.collator(tokenizer, model),
-        processing_class=tokenizer,
+        processing_class=padding(tokenizer),  # whose token for padding some Trainers give the model
         compute_metrics=metrics,
         callbacks=callbacks(run.logs, PartialState().is_main_process),
     )

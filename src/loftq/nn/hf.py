@@ -6,13 +6,14 @@ quantized from. A model with another head finds the same modules with or without
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -110,9 +111,12 @@ class LoftQHfQuantizer(HfQuantizer):
             _check_packed(present, model, found, Path(checkpoint_files[0]).parent)
             self.new_modules = _new_modules(present, model)
         model._checkpoint_conversion_mapping = _prefix_mapping(found)  # type: ignore[assignment]
+        self._dtypes = {} if hasattr(HfQuantizer, "get_new_dtype") else _dtypes_to_load(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         _refuse_tensor_parallel(model)
+        for name, tensor in _tensors(model):
+            tensor.data = tensor.data.to(self._dtypes.get(name, tensor.dtype))
         for module in model.modules():
             if isinstance(module, PackedWeight):
                 for parameter in module.stored:
@@ -136,6 +140,24 @@ def _refuse_tensor_parallel(model: Any) -> None:
             "tensor and expert parallel loading (tp_plan, tp_size, ep_size) do not work on packed layers; load without "
             "them: each process holds the packed model, device_map or FSDP spread it"
         )
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return chain(model.named_parameters(), model.named_buffers())
+
+
+def _dtypes_to_load(model: Any) -> dict[str, torch.dtype]:
+    """What every tensor is cast to when it is loaded, by transformers from 5.21 on.
+
+    Those before leave the dtype of the file where a tensor has another name there, as under another head, and make
+    scales float32 whose layer is kept in it.
+    """
+    wanted = {}
+    for name, tensor in _tensors(model):
+        plan = {} if name.endswith(SCALES) else model._get_dtype_plan(tensor.dtype)
+        kept = (dtype for pattern, dtype in plan.items() if re.search(pattern.replace("*", ".*"), name))
+        wanted[name] = next(kept, tensor.dtype)
+    return wanted
 
 
 @functools.cache
