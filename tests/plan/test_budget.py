@@ -14,6 +14,7 @@ from loftq.planning import (
     Policy,
     allocate,
     candidates,
+    curve,
     first_layers,
     frontier,
     limit,
@@ -21,6 +22,7 @@ from loftq.planning import (
     mean_bits,
     parse_size,
 )
+from loftq.planning.candidates import bytes_of
 from loftq.spec import QuantSpec, stored_bytes
 
 
@@ -169,6 +171,22 @@ def test_8_bits_are_for_more_than_4_everywhere(budget, code, widest):
 def test_a_code_without_blocks_has_no_blocks_to_choose_from():
     _, found = chosen_from(code="uniform-tensor")
     assert {c.quant.block_size for choices in found.values() for c in choices} == {64}
+
+
+def test_a_trellis_is_measured_at_whole_widths_and_has_all_rates_between():
+    plan, found = chosen_from(code="trellis", budget_ranks="2", budget="1.5")
+    matrix = next(m for m in plan.matrices if m.module.endswith("up_proj"))
+    mine = found[matrix.module]
+    assert [c.quant for c in mine] == [QuantSpec(bits=bits, code="trellis") for bits in (1, 2, 3, 4)]
+    errors = {c.quant: [4.0**-c.quant.bits, 2 * 4.0**-c.quant.bits] for c in mine}
+    choices = curve(matrix, mine, errors)
+    assert sorted({c.bits for c in choices}) == [rate / 16 for rate in range(16, 65)]
+    for choice in choices:
+        assert choice.error == pytest.approx(matrix.numel * 4.0**-choice.bits * (1 if choice.rank == 2 else 2))
+        assert choice.bytes == bytes_of(matrix, QuantSpec(bits=choice.bits, code="trellis"), choice.rank)
+    scalar = found["model.layers.0.self_attn.k_proj"]  # 16 rows hold no trellis
+    assert {c.quant.code for c in scalar} == {"nf"}
+    assert len(scalar) == 9
 
 
 def test_patterns_pin():

@@ -178,10 +178,10 @@ def test_workers_shards_and_a_run_that_was_stopped(tmp_path):
 
 
 def test_a_budget(tmp_path):
-    """Half bits to choose from, no blocks; a matrix that no trellis holds keeps the code that it has instead."""
+    """Sixteenths of a bit to choose from, no blocks; a matrix that no trellis holds has the scalar widths."""
     source = tiny_source(tmp_path / "source")
     plan = loftq.plan(source, budget=2.2, code="trellis", window=8, rank=4, preset="qlora", workers=1, block_size=32)
     found = {m.quant.bits for m in plan.matrices}
-    assert found <= {1, 1.5, 2, 2.5, 3, 3.5, 4}
+    assert all(1 <= bits <= 4 and (16 * bits).is_integer() for bits in map(float, found))
     assert len(found) > 1
     assert 8 * sum(m.bytes for m in plan.matrices) / sum(m.numel for m in plan.matrices) <= 2.2

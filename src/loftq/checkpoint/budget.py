@@ -64,7 +64,9 @@ def within_budget(
         "budget": policy.budget,
         "chosen": point(best.chosen),
         "uniform": [
-            point(_picked(curves, source.plan, lambda _, b=b: b), bits=b) for b in sorted(set().union(*widths))
+            point(_picked(curves, source.plan, lambda _, b=b: b), bits=b)
+            for b in sorted(set().union(*widths))
+            if b == int(b)
         ],
         "first_layers": [
             point(_picked(curves, source.plan, _widths(rule).__getitem__), layers=k) for k, rule in enumerate(rules)
@@ -95,7 +97,7 @@ def _widths(plan: Plan) -> dict[str, float]:
 
 
 def _picked(curves: Curves, plan: Plan, bits: Callable[[str], float]) -> dict[str, Choice]:
-    """Of every matrix the choice with this width, the plan's block and the plan's rank; if pinned, its own."""
+    """Of every matrix the choice with this width, the plan's block and rank; if pinned, its own."""
     found = {}
     for matrix in plan.matrices:
         choices = [c for c in curves[matrix.module] if (c.rank, c.block_size) == (matrix.rank, matrix.quant.block_size)]

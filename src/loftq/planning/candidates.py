@@ -1,15 +1,17 @@
 """What a budget chooses from, matrix by matrix, and how many bytes it may spend. Knows shapes, reads no weights."""
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from loftq import codes
+from loftq.codes import RATE_UNIT
 from loftq.errors import UsageError, option, quoted
 from loftq.planning.budget import Choice, parse_budget
 from loftq.planning.patterns import matches
 from loftq.planning.plan import Matrix, Plan, Policy, Role, make
-from loftq.spec import BITS, ITEM_BYTES, QuantSpec, code_for, stored_bytes
+from loftq.spec import BITS, ITEM_BYTES, QuantSpec, code_for, stored_bytes, why_not
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,14 @@ class Candidate:
     ranks: tuple[int, ...]
 
 
+TRELLIS_WIDTHS = (1, 2, 3, 4)  # bits at which a trellis is measured; between them follow its errors
+
+
 def candidates(plan: Plan, policy: Policy) -> dict[str, list[Candidate]]:
     """Module -> widths, with half, once and twice the block, and with the ranks of ``--budget-ranks``.
+
+    These are measured. A trellis has no blocks, and every sixteenth of a bit between its widths to choose from:
+    :func:`curve`.
 
     8 bits are among the widths if the budget is more than all matrices take at the width below: with less they cannot
     pay, and fitting their scales takes the longest by far.
@@ -94,7 +102,7 @@ def first_layers(
     None if the matrices of ``plan``, which is the policy's without the budget, are in no stack of layers, or if the
     code does not have both widths.
     """
-    if policy.code == "trellis" or not {2, 4} <= set(_widths(policy)):
+    if not (_scalar(policy.code) and {2, 4} <= set(_widths(policy))):
         return []
     stacks = [roles[m.name].stack for m in plan.matrices]
     deepest = max((stack.length for stack in stacks if stack), default=0)
@@ -110,32 +118,54 @@ def curve(matrix: Matrix, found: list[Candidate], errors: Mapping[QuantSpec, lis
         errors: of every candidate, after each of its ranks: squared, relative to the matrix.
     """
     return [
-        Choice(c.quant.bits, c.quant.block_size, rank, bytes_of(matrix, c.quant, rank), matrix.numel * error)
-        for c in found
-        for rank, error in zip(c.ranks, errors[c.quant], strict=True)
+        Choice(quant.bits, quant.block_size, rank, bytes_of(matrix, quant, rank), matrix.numel * error)
+        for quant, ranks, squares in _with_rates_between(found, errors)
+        for rank, error in zip(ranks, squares, strict=True)
     ]
 
 
+def _with_rates_between(
+    found: list[Candidate], errors: Mapping[QuantSpec, list[float]]
+) -> Iterator[tuple[QuantSpec, tuple[int, ...], list[float]]]:
+    """Every candidate with its ranks and errors; of a trellis all rates between two, by a line through the logarithms.
+
+    The least error at a rate falls as ``4^-rate``, and that of a trellis nearly so, in every matrix.
+    """
+    for candidate in found:
+        yield candidate.quant, candidate.ranks, errors[candidate.quant]
+    trellis = [c for c in found if c.quant.codebook.form == "trellis"]
+    for low, high in itertools.pairwise(trellis):
+        for rate in range(low.quant.rate + 1, high.quant.rate):
+            part = (rate - low.quant.rate) / (high.quant.rate - low.quant.rate)
+            ends = zip(errors[low.quant], errors[high.quant], strict=True)
+            quant = replace(low.quant, bits=rate / RATE_UNIT)
+            yield quant, low.ranks, [a ** (1 - part) * b**part for a, b in ends]
+
+
 def _quants(matrix: Matrix, policy: Policy, widths: list[float]) -> list[QuantSpec]:
-    if _pinned(policy.bits, matrix.module) or matrix.instead:
+    if _pinned(policy.bits, matrix.module):
         return [matrix.quant]
-    size, code = policy.block_size, matrix.quant.codebook
-    blocks = (
-        [size] if code.per_tensor or "block_size" not in code.fields else sorted({max(size // 2, 1), size, 2 * size})
-    )
+    if matrix.quant.codebook.form == "trellis":
+        wide = [replace(matrix.quant, bits=bits) for bits in TRELLIS_WIDTHS]
+        return [quant for quant in wide if not why_not(quant, matrix.kind, matrix.shape[0])]
+    size = policy.block_size
+    blocks = [size] if matrix.quant.codebook.per_tensor else sorted({max(size // 2, 1), size, 2 * size})
     scales = policy.solve.scales
+    code = "auto" if matrix.instead else policy.code
     return [
-        replace(matrix.quant, bits=bits, block_size=block, code=code_for(policy.code, bits, scales))
+        replace(matrix.quant, bits=bits, block_size=block, code=code_for(code, bits, scales))
         for bits in widths
         for block in blocks
     ]
 
 
 def _widths(policy: Policy) -> tuple[float, ...]:
-    """The widths of the policy's code; of all codes that ``auto`` may stand for; of a trellis every half bit from 1."""
-    if policy.code == "trellis":
-        return tuple(bits for bits in codes.get("trellis").widths if bits >= 1 and bits % 0.5 == 0)
-    return BITS if policy.code == "auto" else codes.get(policy.code).widths
+    """The widths of the policy's code; of all scalar codes that ``auto`` may stand for."""
+    return codes.get(policy.code).widths if policy.code != "auto" and _scalar(policy.code) else BITS
+
+
+def _scalar(code: str) -> bool:
+    return code == "auto" or codes.get(code).form == "blocks"
 
 
 def _ranks(matrix: Matrix, policy: Policy) -> tuple[int, ...]:
