@@ -82,16 +82,14 @@ def served(bits: int) -> dict[str, Side]:
 
 
 def trellis(bits: int) -> dict[str, Side]:
-    """The trellis at no more bytes than NormalFloat's, at its own, and with half a bit and a quarter less."""
-    rates = {2: (2.1875, 2, 1.9375, 1.6875, 1.4375), 3: (3.1875, 2.9375), 4: (4, 3.75)}[bits]
-    windows = {2: (8, 10, 12), 3: (8, 10), 4: (10,)}[bits]
+    """The trellis at no more bytes than NormalFloat's, and at less."""
+    rates = {2: ((2.1875, 8), (2.1875, 10), (1.9375, 10), (1.4375, 10)), 3: ((3.1875, 10),), 4: ((4, 10),)}[bits]
     return {
         "nf, absmax (LoftQ)": Side(QuantSpec(bits=bits)),
         "lloyd": Side(QuantSpec(bits=bits, code="lloyd"), "fitted"),
         **{
             f"trellis of {rate}, window {window}": Side(QuantSpec(bits=rate, code="trellis", window=window), "fitted")
-            for rate in rates
-            for window in (windows if rate == rates[0] else windows[:2])
+            for rate, window in rates
         },
     }
 

@@ -62,7 +62,8 @@ class Widths(TypedDict, total=False):
         Text,
         Option("4"),
         "2, 3, 4 or 8; an average between 2.0 and 4.0 (first layers 4 bits, the rest 2, as in the paper: 2.25, "
-        "2.5, 3.0); or patterns with a default, 'layers.0-3=4,2'. 16 leaves a module dense.",
+        "2.5, 3.0); a trellis's sixteenths below 2, such as 1.5, or with its code up to 4; or patterns with a default, "
+        "'layers.0-3=4,2'. 16 leaves a module dense.",
     ]
     budget: Annotated[
         Text,
