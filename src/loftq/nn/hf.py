@@ -23,8 +23,9 @@ from loftq.architecture.skeleton import renamer, spellings
 from loftq.errors import InputError, UsageError, command, listed, quoted
 from loftq.formats.config import quantization_config, read_groups
 from loftq.formats.tensorfile import read_header
+from loftq.kernels import backend
 from loftq.nn.layers import LoftQEmbedding, LoftQLinear, PackedWeight, can_pack, pack_like, replace_module
-from loftq.numerics import encode, oriented, quantize
+from loftq.numerics import encode, oriented
 from loftq.planning import natural
 from loftq.spec import SUFFIXES, QuantSpec
 
@@ -251,7 +252,8 @@ def _pack_random(model: Any, config: Any) -> None:
         packed = pack_like(dense, spec, device=dense.weight.device)
         if dense.weight.device.type != "meta":
             weight = oriented(kind_of(dense), dense.weight.detach().float())
-            packed.load_stored(encode(quantize(weight, spec), spec))
+            quantized, _ = backend(weight.device, spec).quantize_residual(weight, weight, spec)
+            packed.load_stored(encode(quantized, spec))
         if getattr(dense, "bias", None) is not None:
             packed.bias = dense.bias
         replace_module(model, name, packed)

@@ -236,19 +236,20 @@ def dequantize(quantized: Quantized, spec: QuantSpec) -> Float[Tensor, "out in"]
 
 def encode(quantized: Quantized, spec: QuantSpec) -> dict[str, Tensor]:
     """The tensors of the file format, by suffix: the strings of all sequences, column after column, and the scales."""
-    rows, columns = quantized.codes.shape
+    (rows, columns), device = quantized.codes.shape, quantized.codes.device
     groups, length = trellis_groups(rows)
-    codes = _sequences(quantized.codes, groups, length)
-    real = (torch.arange(groups * length, device=codes.device) < rows).view(groups, length)
-    bits = columns * spec.rate * length // RATE_UNIT  # of a group; column rates have the mean `rate`
-    stream = torch.zeros(groups, bits, dtype=torch.uint8, device=codes.device)
-    for rate, where in _by_rate(quantized.scales, spec, columns, codes.device):
-        walk = Walk(length, rate, spec.width)
-        places = _starts(quantized.scales, spec, columns, length, codes.device)[where, None]
-        for group in range(groups):
-            bits = _bits(codes[group, where], real[group], walk)
-            stream[group, (places + torch.arange(walk.bits, device=codes.device)).flatten()] = bits.flatten()
-    return {"weight": _packed_bits(stream), **quantized.scales}
+    real = (torch.arange(groups * length, device=device) < rows).view(groups, length)
+    starts = _starts(quantized.scales, spec, columns, length, device)
+    by_rate = list(_by_rate(quantized.scales, spec, columns, device))
+    size, packed = columns * spec.rate * length // RATE_UNIT, []  # bits of a group; column rates have the mean `rate`
+    for codes, exists in zip(_sequences(quantized.codes, groups, length), real, strict=True):
+        stream = torch.zeros(size, dtype=torch.uint8, device=device)
+        for rate, where in by_rate:
+            walk = Walk(length, rate, spec.width)
+            places = starts[where, None] + torch.arange(walk.bits, device=device)
+            stream[places.flatten()] = _bits(codes[where], exists, walk).flatten()
+        packed.append(_packed_bits(stream))
+    return {"weight": torch.stack(packed), **quantized.scales}
 
 
 def decode(tensors: dict[str, Tensor], spec: QuantSpec, columns: int) -> Float[Tensor, "out in"]:
@@ -260,7 +261,8 @@ def windows(tensors: dict[str, Tensor], spec: QuantSpec, columns: int) -> Int16[
     """The windows of all weights, from their stored bits: the inverse of :func:`encode`."""
     rows, device = len(tensors["weight_scale"]), tensors["weight"].device
     groups, length = trellis_groups(rows)
-    stream = (tensors["weight"].view(torch.uint8)[..., None] >> torch.arange(8, device=device) & 1).flatten(1)
+    places = torch.arange(8, dtype=torch.uint8, device=device)
+    stream = (tensors["weight"].view(torch.uint8)[..., None] >> places & 1).flatten(1)
     starts = _starts(tensors, spec, columns, length, device)
     found = torch.zeros(groups, columns, length, dtype=torch.int16, device=device)
     for rate, where in _by_rate(tensors, spec, columns, device):
@@ -289,9 +291,9 @@ def _bits(codes: Int[Tensor, "n length"], real: Bool[Tensor, " length"], walk: W
 
 def _packed_bits(stream: Tensor) -> Tensor:
     """Bits as bytes, low bits first; the last byte is filled with zeros."""
-    padded = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 8)).unflatten(1, (-1, 8))
-    weights = 1 << torch.arange(8, device=stream.device)
-    return (padded * weights).sum(-1).to(torch.uint8).view(torch.int8)
+    padded = torch.nn.functional.pad(stream, (0, -len(stream) % 8)).unflatten(0, (-1, 8))
+    places = torch.arange(8, dtype=torch.uint8, device=stream.device)
+    return (padded << places).sum(-1, dtype=torch.uint8).view(torch.int8)
 
 
 def _sequences(matrix: Tensor, groups: int, length: int) -> Tensor:
