@@ -174,6 +174,11 @@ def quoted(name: object, limit: int = 120) -> str:
     return shown if len(shown) <= limit and cut is text else shown[: limit - 1] + "…"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what another library says, as it may stand in a message."""
+    return quoted(str(error).strip().partition("\n")[0] or type(error).__name__, 200)
+
+
 def listed(names: Iterable[object], limit: int = 10) -> str:
     """At most ``limit`` names, then how many more."""
     rest = iter(names)

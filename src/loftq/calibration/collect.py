@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from loftq.architecture import skeleton
 from loftq.calibration.blocks import Blocks, Call, Output, Records, Stopped, stack_of, tensors_in
-from loftq.errors import NumericalError, UsageError, quoted
+from loftq.errors import UsageError, quoted
 from loftq.formats.statistics import Group
 from loftq.numerics import Metric, Moments
 
@@ -117,10 +117,8 @@ class _Shared:
             return None
         metric = fit.metric()
         moments = Moments(metric, held.metric() if held.tokens else metric, fit.tokens)
-        for part in (moments.fit, moments.held):
-            if part.columns is None or not part.columns.isfinite().all():
-                raise NumericalError(f"{quoted(self.modules[0])}: its inputs are not finite; try a model in float32")
-        return Group(tuple(self.modules), moments, held.tokens)
+        group = Group(tuple(self.modules), moments, held.tokens)
+        return group.checked("its inputs are not finite; try a model in float32")
 
 
 @dataclass

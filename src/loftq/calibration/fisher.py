@@ -16,7 +16,7 @@ from loftq.architecture import skeleton
 from loftq.architecture.kinds import kind_of
 from loftq.calibration.blocks import accepted
 from loftq.calibration.collect import Batch, Begin, Row, batches, matrices
-from loftq.errors import NumericalError, UsageError, quoted
+from loftq.errors import UsageError
 from loftq.formats.statistics import Group
 from loftq.numerics import Metric, Moments, oriented
 
@@ -135,7 +135,4 @@ def _group(name: str, fit: _Squares, held: _Squares, tokens: int, held_tokens: i
     metric = fit.metric()
     heard = bool(held.samples and held.columns.any())
     moments = Moments(metric, held.metric() if heard else metric, tokens)
-    for part in (moments.fit, moments.held):
-        if part.columns is None or not part.columns.isfinite().all():
-            raise NumericalError(f"{quoted(name)}: its gradients are not finite")
-    return Group((name,), moments, held_tokens if heard else 0)
+    return Group((name,), moments, held_tokens if heard else 0).checked("its gradients are not finite")

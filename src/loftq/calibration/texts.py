@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq.calibration.collect import HELD_EVERY, Row
-from loftq.errors import InputError, StorageError, UsageError, command, listed, option, quoted
+from loftq.errors import InputError, StorageError, UsageError, command, first_line, listed, option, quoted
 from loftq.formats.regular import local_path
 from loftq.sources.checkpoint import HUB_ID
 
@@ -42,9 +42,8 @@ def table(data: str) -> "tuple[str, Dataset]":
     try:
         rows: Any = datasets.load_dataset(name, config or None, split="train")
     except Exception as e:  # the many ways in which a network or a hub says no
-        line = str(e).strip().partition("\n")[0] or type(e).__name__
         raise StorageError(
-            f"{quoted(data)}: no such file, and not to be had from the hub ({quoted(line, 200)}); "
+            f"{quoted(data)}: no such file, and not to be had from the hub ({first_line(e)}); "
             "check the spelling, or the network"
         ) from e
     return data, rows

@@ -57,7 +57,7 @@ def compare(recipe: Recipe, begin: Begin | None = None) -> list[Row]:
     the result.
 
     Raises: UsageError for a recipe without a grid or an output, and under a launcher of processes; whatever a run
-        raises, but for a loss that is not finite, which is a result: the run did not converge.
+        raises, but for a loss that is not finite: that run did not converge.
     """
     if recipe.output is None:
         raise UsageError(

@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
+import transformers
 from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
@@ -129,7 +131,7 @@ def _work(
     trainer.train(run.last_checkpoint(resumable=not arguments.save_only_model))
     seconds = time.monotonic() - began
     hub_id = None if Path(recipe.model).expanduser().exists() else recipe.model
-    place = run.model if recipe.method == "full" else run.adapter
+    place, device = run.model if recipe.method == "full" else run.adapter, arguments.device
     save(trainer.model, place, tokenizer, writing, hub_id if base == source else None)
     result = RunResult(
         task=task.identity,
@@ -145,8 +147,8 @@ def _work(
         bytes=_sizes(recipe, run, base),
         base=str(base),
         processes=arguments.world_size,
-        device=_device(arguments),
-        versions=_versions(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        versions={"loftq": __version__, **{p.__name__: p.__version__ for p in (torch, transformers, peft)}},
     )
     if writing:
         card = _card(recipe, task, result, trainer.model, hub_id)
@@ -306,20 +308,4 @@ def _sizes(recipe: Recipe, run: RunDirectory, base: Path) -> dict[str, int]:
     return {
         "backbone": sum(f.stat().st_size for f in place.glob("*") if f.suffix in (".safetensors", ".bin")),
         "adapter": adapter.stat().st_size if adapter.is_file() else 0,
-    }
-
-
-def _device(arguments: Seq2SeqTrainingArguments) -> str:
-    return torch.cuda.get_device_name(arguments.device) if arguments.device.type == "cuda" else arguments.device.type
-
-
-def _versions() -> dict[str, str]:
-    import peft
-    import transformers
-
-    return {
-        "loftq": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
     }

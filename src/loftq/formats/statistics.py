@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from loftq.errors import InputError, listed, quoted
+from loftq.errors import InputError, NumericalError, listed, quoted
 from loftq.formats import fsio
 from loftq.formats.regular import shown
 from loftq.formats.tensorfile import (
@@ -51,6 +51,13 @@ class Group:
     modules: tuple[str, ...]
     moments: Moments
     held_tokens: int
+
+    def checked(self, problem: str) -> "Group":
+        """The group itself. NumericalError, with the problem, for moments that are not finite."""
+        for part in (self.moments.fit, self.moments.held):
+            if part.columns is None or not part.columns.isfinite().all():
+                raise NumericalError(f"{quoted(self.modules[0])}: {problem}")
+        return self
 
     def tensors(self) -> dict[str, Tensor]:
         """What is stored, by name."""

@@ -173,14 +173,12 @@ def print_start(output: Path, report: dict[str, Any]) -> None:
         table.add_row(layer["name"], shape, str(layer["rank"]), f"{before:.4f}", f"{after:.4f}", reason)
     out = console()
     out.print(table)
-    before, after = report["error_before"], report["error"]
-    gained = 1 - after / before if before else 0.0
-    errors = f"{before:.4f}, with the adapter {after:.4f} ({_change(gained)})"
-    out.print(f"\nrelative error of {len(report['layers'])} layers: {errors}")
-    if "output_error" in report:
-        before, after = report["output_error_before"], report["output_error"]
-        errors = f"{before:.4f}, with the adapter {after:.4f} ({_change(1 - after / before if before else 0.0)})"
-        out.print(f"relative error of their outputs, tokens held out: {errors}")
+    layers = {"error": f"\nrelative error of {len(report['layers'])} layers"}
+    for key, what in {**layers, "output_error": "relative error of their outputs, tokens held out"}.items():
+        if key in report:
+            before, after = report[f"{key}_before"], report[key]
+            change = _change(1 - after / before if before else 0.0)
+            out.print(f"{what}: {before:.4f}, with the adapter {after:.4f} ({change})")
     out.print(f"Saved to {quoted(output, 400)}: PeftModel.from_pretrained(base, DIR, is_trainable=True)")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq import planning
-from loftq.errors import InputError, StorageError, listed, quoted
+from loftq.errors import InputError, StorageError, first_line, listed, quoted
 from loftq.formats.belongings import module_paths, not_fetched
 from loftq.formats.lookalikes import refuse_adapter
 from loftq.formats.regular import local_path, shown
@@ -96,9 +96,8 @@ def resolve(model: str, revision: str | None = None) -> Path:
     except InputError:
         raise
     except Exception as e:  # the many ways in which a network or a hub says no
-        line = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise StorageError(
-            f"{quoted(model)}: no such directory, and not to be had from the hub ({quoted(line, 200)}); "
+            f"{quoted(model)}: no such directory, and not to be had from the hub ({first_line(e)}); "
             "check the spelling, the network, or `hf auth login`"
         ) from e
     return directory

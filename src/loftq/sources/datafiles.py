@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from loftq.errors import InputError, LoftqError, StorageError, UsageError, listed, quoted
+from loftq.errors import InputError, LoftqError, StorageError, UsageError, first_line, listed, quoted
 from loftq.formats.regular import local_path
 from loftq.sources import databounds
 
@@ -99,8 +99,9 @@ def read(path: Path) -> "Dataset":
         cause = _cause(e)
         if isinstance(cause, OSError) and cause.errno is not None:  # of the disk, not of what stands in the file
             raise StorageError(f"{quoted(path, 400)}: {cause.strerror}") from e
-        told = quoted(str(cause).splitlines()[0] if str(cause) else type(cause).__name__, 200)
-        raise InputError(f"{quoted(path, 400)}: {_problem(path, kind) or f'cannot be read: {told}'}") from e
+        raise InputError(
+            f"{quoted(path, 400)}: {_problem(path, kind) or f'cannot be read: {first_line(cause)}'}"
+        ) from e
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from datasets import Dataset
 
 from loftq.errors import UsageError, listed, quoted
@@ -63,8 +64,6 @@ def score(
 
     Raises: NumericalError if what the model puts out is not finite; UsageError if the task's lengths do not fit it.
     """
-    import torch
-
     task.check(model.config)
     options = Measuring(batch_size, task.generation_options(generation), progress)
     training = model.training

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 from datasets import Dataset
 
 from loftq.errors import UsageError, listed, quoted
@@ -85,8 +86,6 @@ class TextClassification(Task):
         return self._metrics([row for (row,) in logits], prepared["labels"])
 
     def _metrics(self, logits: Any, references: Any) -> dict[str, float]:
-        import numpy as np
-
         if not self.labels:
             return metrics.regression(np.reshape(logits, -1), np.asarray(references))
         predictions = np.argmax(np.asarray(logits), axis=-1)

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 from datasets import Dataset, concatenate_datasets
 
-from loftq.errors import InputError, StorageError, UsageError, listed, quoted
+from loftq.errors import InputError, StorageError, UsageError, first_line, listed, quoted
 from loftq.finetune.tasks.base import Hub, Task
 from loftq.finetune.tasks.columns import canonical
 from loftq.formats.regular import local_path
@@ -109,10 +109,8 @@ def _read_hub(task: Task, hub: Hub, split: str) -> Dataset:
         try:
             rows: Any = datasets.load_dataset(hub.path, hub.config, split=name, revision=hub.revision)
         except Exception as e:
-            reason = quoted(str(e).splitlines()[0] if str(e) else type(e).__name__, 200)
-            raise StorageError(
-                f"data set {hub}, split {name}, cannot be had from the hub: {reason}; with no network give --data DIR"
-            ) from e
+            told = f"data set {hub}, split {name}, cannot be had from the hub: {first_line(e)}"
+            raise StorageError(f"{told}; with no network give --data DIR") from e
         parts.append(canonical(rows, task, f"{hub}, split {name}"))
     return _joined(parts)
 

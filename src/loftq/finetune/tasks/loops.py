@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
+from tqdm.auto import tqdm
 
 from loftq.errors import NumericalError
 from loftq.finetune.tasks.base import Measuring, positions_of
@@ -54,7 +56,6 @@ def generate(model: Any, tokenizer: Any, prompts: Dataset, collate: Collate, opt
 
     Raises: NumericalError if a token's score is not a number; the text would be any.
     """
-    import torch
 
     def check(_: Any, scores: Any) -> Any:
         if scores.isnan().any():
@@ -82,8 +83,6 @@ def _batches(
     model: Any, prepared: Dataset, collate: Collate, options: Measuring
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """Row numbers and a batch on the model's device; rows of like length together, the longest first."""
-    from tqdm.auto import tqdm
-
     device = next(model.parameters()).device
     lengths = [len(ids) for ids in prepared["input_ids"]]
     order = sorted(range(len(prepared)), key=lambda row: -lengths[row])

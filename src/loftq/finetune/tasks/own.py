@@ -1,7 +1,7 @@
 """A user's own data set as a task: which kind it is, and what its columns are called. No code."""
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -153,11 +153,8 @@ class _Instruction(_Own):
 
 
 KINDS: dict[str, type[_Own]] = {
-    "text-classification": _TextClassification,
-    "span-qa": _SpanQA,
-    "summarization": _Summarization,
-    "causal-lm": _CausalLM,
-    "instruction": _Instruction,
+    get_args(own.model_fields["kind"].annotation)[0]: own
+    for own in (_TextClassification, _SpanQA, _Summarization, _CausalLM, _Instruction)
 }
 
 

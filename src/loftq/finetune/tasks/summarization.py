@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 from datasets import Dataset
 
 from loftq.errors import UsageError, quoted
@@ -59,8 +60,6 @@ class Summarization(Task):
     def trainer_metrics(
         self, examples: Dataset, prepared: Dataset, tokenizer: Any
     ) -> Callable[[Any], dict[str, float]]:
-        import numpy as np
-
         def compute(evaluated: Any) -> dict[str, float]:
             ids = evaluated.predictions[0] if isinstance(evaluated.predictions, tuple) else evaluated.predictions
             ids = np.where(ids < 0, tokenizer.pad_token_id, ids)
