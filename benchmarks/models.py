@@ -58,16 +58,17 @@ def _bitsandbytes(model: Any, rank: int, nested: bool = False) -> nn.Module:
     return get_peft_model(quantized, _lora(rank))
 
 
-def _packed(model: nn.Module, rank: int, bits: int, steps: int = 0) -> nn.Module:
-    return loftq.get_peft_model(model, bits=bits, rank=rank, preset="loftq", steps=steps, progress=False)
+def _packed(model: nn.Module, rank: int, bits: int, steps: int = 0, **options: Any) -> nn.Module:
+    return loftq.get_peft_model(model, bits=bits, rank=rank, preset="loftq", steps=steps, progress=False, **options)
 
 
-DENSE, BNB, BNB_NESTED, LOFTQ4, LOFTQ2 = (
+DENSE, BNB, BNB_NESTED, LOFTQ4, LOFTQ2, TRELLIS2 = (
     "dense",
     "bitsandbytes 4 bits",
     "bitsandbytes 4 bits, nested scales",
     "loftq 4 bits",
     "loftq 2 bits",
+    "trellis 2 bits",
 )
 WAYS: dict[str, Callable[[Any, int], nn.Module]] = {  # model, rank -> the model with LoRA on every linear layer
     DENSE: _dense,
@@ -75,6 +76,7 @@ WAYS: dict[str, Callable[[Any, int], nn.Module]] = {  # model, rank -> the model
     BNB_NESTED: functools.partial(_bitsandbytes, nested=True),
     LOFTQ4: functools.partial(_packed, bits=4),
     LOFTQ2: functools.partial(_packed, bits=2),
+    TRELLIS2: functools.partial(_packed, bits=2, code="trellis"),
 }
 
 

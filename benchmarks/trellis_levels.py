@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from loftq.codes import Trellis
-from loftq.kernels import trellis_cpu
+from loftq.kernels import cpu, viterbi
 
 LENGTH = 128
 MEMORY = 0.75  # weight of what earlier rounds found
@@ -29,7 +29,11 @@ MEMORY = 0.75  # weight of what earlier rounds found
 def paths(weights: Tensor, table: Tensor, rate: int) -> Tensor:
     """The windows of sequences ``(128, sequences)``."""
     rates = torch.full((weights.shape[1],), rate, dtype=torch.uint8)
-    return trellis_cpu.best_windows(weights, torch.ones(LENGTH, 1), rates, table, LENGTH).int()
+    codes = torch.empty(weights.shape, dtype=torch.int16)
+    window, none = len(table).bit_length() - 1, codes.new_empty(0, 0)
+    args = weights, torch.ones(LENGTH), rates, table, window, LENGTH, none, codes
+    cpu.run_over_rows(viterbi.encode, weights.shape[1], *args)
+    return codes.int()
 
 
 def trained(window: int, sequences: int, rounds: int, generator: torch.Generator) -> Tensor:

@@ -21,6 +21,7 @@ from loftq.spec import QuantSpec, trellis_groups
 __all__ = [
     "NAME",
     "best_windows",
+    "decode_into",
     "dequantize",
     "descend",
     "feedback",
@@ -82,11 +83,16 @@ def best_windows(target: Tensor, scales: dict[str, Tensor], spec: QuantSpec, ear
 
 def dequantize(stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: torch.dtype) -> Tensor:
     """The dense weight. float32 and bfloat16 are written directly, other dtypes by way of float32."""
-    strings = _strings(stored, spec, columns)
     direct = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    out = torch.empty(len(strings.scale), columns, dtype=direct, device="cpu")
-    run_over_rows(windows.decode, len(out), *strings, direct == torch.bfloat16, out)
-    return out.to(dtype)
+    rows = len(stored["weight_scale"])
+    return decode_into(torch.empty(rows, columns, dtype=direct, device="cpu"), stored, spec).to(dtype)
+
+
+def decode_into(out: Tensor, stored: dict[str, Tensor], spec: QuantSpec) -> Tensor:
+    """The dense weight in memory that is there, float32 or bfloat16; ``out``."""
+    strings = _strings(stored, spec, out.shape[1])
+    run_over_rows(windows.decode, len(out), *strings, out.dtype == torch.bfloat16, out)
+    return out
 
 
 def linear(x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, bias: Tensor | None = None) -> Tensor:

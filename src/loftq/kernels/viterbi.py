@@ -42,7 +42,10 @@ def encode(target, scale, rates, levels, window, group, earlier, codes, start, s
     rows, columns = target.shape
     x, s = np.zeros(group, np.float32), np.zeros(group, np.float32)
     shifts, path = np.empty(group, np.int64), np.empty(group, np.int64)
-    least = np.empty((group + 1, 1 << window), np.float32)
+    slowest = np.uint8(255)
+    for rate in rates:
+        slowest = min(slowest, rate) if rate else slowest
+    least = np.empty((group + 1, 1 << max(0, window - slowest // 16)), np.float32)
     for q in range(start, stop):
         first, i = q // columns * group, q % columns
         count = min(group, rows - first)
