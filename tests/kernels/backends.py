@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loftq.kernels import MODULES
+from loftq.kernels import MODULES, REFERENCE
 from loftq.numerics import encode, quantize
 from loftq.spec import QuantSpec
 
@@ -42,10 +42,10 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def backend(name: str) -> Backend:
-    if name == "interpreted":
-        return Backend(interpreted(), torch.device("cpu"))
-    module = MODULES.get(name, f"loftq.kernels.{name}")
+def backend(name: str, modules: dict[str, str] = MODULES) -> Backend:
+    if name in ("interpreted", "compiled"):
+        return Backend(_copy(modules["cuda"], name, "1" if name == "interpreted" else "0"), torch.device("cpu"))
+    module = modules.get(name, REFERENCE)
     return Backend(importlib.import_module(module), torch.device("cuda" if name == "cuda" else "cpu"))
 
 
@@ -59,37 +59,37 @@ def stored(spec: QuantSpec, rows: int, columns: int, dtype: torch.dtype = torch.
 
 def interpreted() -> ModuleType:
     """The CUDA back end, once more, with kernels that run in Triton's interpreter on CPU tensors."""
-    return _copy("interpreted", "1")
+    return backend("interpreted").module
 
 
 def compiled() -> ModuleType:
     """The CUDA back end, once more, with kernels that are compiled, whatever the environment says."""
-    return _copy("compiled", "0")
+    return backend("compiled").module
 
 
-def _copy(name: str, interpret: str) -> ModuleType:
+def _copy(module: str, name: str, interpret: str) -> ModuleType:
     """A copy of the module, for the choice is made when a kernel is defined, and one process needs both."""
     pytest.importorskip("triton", minversion=TRITON)
-    name = f"loftq.kernels.gpu_{name}"
+    name = f"{module}_{name}"
     if name not in sys.modules:
-        spec = importlib.util.find_spec(MODULES["cuda"])
+        spec = importlib.util.find_spec(module)
         assert spec is not None
         assert spec.origin is not None
         located = importlib.util.spec_from_file_location(name, spec.origin)
         assert located is not None
         assert located.loader is not None
-        module = importlib.util.module_from_spec(located)
+        copy = importlib.util.module_from_spec(located)
         before = os.environ.get("TRITON_INTERPRET")
         os.environ["TRITON_INTERPRET"] = interpret
         try:
-            located.loader.exec_module(module)
+            located.loader.exec_module(copy)
         finally:
             del os.environ["TRITON_INTERPRET"]
             if before is not None:
                 os.environ["TRITON_INTERPRET"] = before
         if interpret == "1":
             _repair_bfloat16()
-        sys.modules[name] = module
+        sys.modules[name] = copy
     return sys.modules[name]
 
 

@@ -2,16 +2,22 @@
 
 import pytest
 import torch
+from backends import NAMES, Backend, backend, compiled_only, guarded_memory
 from torch import Tensor
 
 import loftq.kernels
 from loftq.codes import Trellis
-from loftq.kernels import cpu, reference, trellis_cpu
+from loftq.kernels import TRELLIS, cpu, reference, trellis_cpu
 from loftq.numerics import Quantized, dequantize, fit_scales, trellis
-from loftq.spec import QuantSpec, stored_tensors, why_no_trellis
+from loftq.spec import QuantSpec, stored_tensors, why_not
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIXED = [0, 64, 35, 16, 47, 2, 32, 64, 3, 48, 0, 13]  # rates of columns; their mean is 27
+
+
+@pytest.fixture(params=[name for name in NAMES if name != "reference"])
+def kernels(request: pytest.FixtureRequest) -> Backend:
+    return backend(request.param, TRELLIS)
 
 
 def spec_of(rate: int, window: int = 8, **fields) -> QuantSpec:
@@ -38,79 +44,109 @@ def gaussian(rows: int, columns: int, seed: int = 0) -> Tensor:
     return w
 
 
-def agree(tensors: dict[str, Tensor], spec: QuantSpec, columns: int) -> None:
+def agree(kernels: Backend, tensors: dict[str, Tensor], spec: QuantSpec, columns: int) -> None:
     for dtype in DTYPES:
-        got = trellis_cpu.dequantize(tensors, spec, columns, dtype)
+        got = kernels("dequantize", tensors, spec, columns, dtype)
         assert got.dtype == dtype
         assert torch.equal(got, reference.dequantize(tensors, spec, columns, dtype))
 
 
 @pytest.mark.parametrize("window", Trellis.WINDOWS)
 @pytest.mark.parametrize("rows", [32, 203])
-def test_every_rate_is_decoded_to_the_bit(window: int, rows: int) -> None:
-    for rate in (r for r in range(1, 65) if not why_no_trellis(spec_of(r, window), rows)):
-        agree(random_strings(spec_of(rate, window), rows, 3), spec_of(rate, window), 3)
+def test_every_rate_is_decoded_to_the_bit(kernels: Backend, window: int, rows: int) -> None:
+    every = range(1, 65, 1 if kernels.module is trellis_cpu else 21)  # the interpreter takes its time
+    for rate in (r for r in every if not why_not(spec_of(r, window), "linear", rows)):
+        agree(kernels, random_strings(spec_of(rate, window), rows, 3), spec_of(rate, window), 3)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(128, 12), (200, 300), (576, 24)])
-def test_rates_of_columns_are_decoded_to_the_bit(rows: int, columns: int) -> None:
-    agree(*mixed(rows, columns), columns)
-    agree(random_strings(spec_of(35, 10), rows, columns), spec_of(35, 10), columns)
+def test_rates_of_columns_are_decoded_to_the_bit(kernels: Backend, rows: int, columns: int) -> None:
+    agree(kernels, *mixed(rows, columns), columns)
+    agree(kernels, random_strings(spec_of(35, 10), rows, columns), spec_of(35, 10), columns)
 
 
 @pytest.mark.parametrize("columns_have_rates", [False, True])
-@pytest.mark.parametrize("tokens", [1, 4, 70])
+@pytest.mark.parametrize("tokens", [1, 3, 70])
 @pytest.mark.parametrize("product", ["linear", "linear_grad_input"])
-def test_products(product: str, tokens: int, columns_have_rates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As accurate as dense ones, summed in float32; the weight is decoded in parts of one group and in one part."""
+def test_products(
+    kernels: Backend, product: str, tokens: int, columns_have_rates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As accurate as dense ones, summed in float32; on a CPU with the weight decoded in parts of one group."""
+    if kernels.module is trellis_cpu:
+        monkeypatch.setattr(trellis_cpu, "PART", 1)
     for rows, columns in ((200, 300), (100, 12)):
         spec = spec_of(35, 10)
         tensors, spec = mixed(rows, columns) if columns_have_rates else (random_strings(spec, rows, columns), spec)
         weight = reference.dequantize(tensors, spec, columns, torch.float32)
         weight = weight if product == "linear_grad_input" else weight.T
-        x = torch.randn(2, tokens, len(weight), generator=torch.Generator().manual_seed(tokens))[tokens > 1 :]
+        x = torch.randn(1, tokens, len(weight), generator=torch.Generator().manual_seed(tokens))
         wanted = x.double() @ weight.double()
-        plain = (x @ weight - wanted).norm()
-        for part in (1, 1 << 21):
-            monkeypatch.setattr(trellis_cpu, "PART", part)
-            got = getattr(trellis_cpu, product)(x, tensors, spec, columns)
-            assert got.shape == wanted.shape
-            assert (got - wanted).norm() <= 4 * plain  # BLAS adds in blocks, a kernel along its tile
+        got = kernels(product, x, tensors, spec, columns)
+        assert got.shape == wanted.shape
+        # BLAS adds in blocks, a kernel along its tile
+        assert (got - wanted).norm() <= 4 * (x @ weight - wanted).norm()
         if product == "linear":
             bias = torch.randn(rows)
-            torch.testing.assert_close(trellis_cpu.linear(x, tensors, spec, columns, bias), got + bias)
+            torch.testing.assert_close(kernels(product, x, tensors, spec, columns, bias), got + bias)
         half = x.bfloat16()
         dense = (half @ weight.bfloat16()).float()
-        torch.testing.assert_close(getattr(trellis_cpu, product)(half, tensors, spec, columns).float(), dense)
+        torch.testing.assert_close(kernels(product, half, tensors, spec, columns).float(), dense, rtol=0.02, atol=0.05)
+
+
+def test_nothing_outside_the_tensors_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = backend("interpreted", TRELLIS)
+    with guarded_memory(monkeypatch):
+        for tensors, spec in (mixed(100, 12), (random_strings(spec_of(35), 33, 5), spec_of(35))):
+            rows, columns = len(tensors["weight_scale"]), 12 if "weight_rate" in tensors else 5
+            agree(kernels, tensors, spec, columns)
+            for tokens in (1, 3):
+                kernels("linear", torch.randn(tokens, columns), tensors, spec, columns)
+                kernels("linear_grad_input", torch.randn(tokens, rows), tensors, spec, columns)
+        w = gaussian(33, 1)
+        kernels.module.quantize_residual(w, w, spec_of(35))
 
 
 @pytest.mark.parametrize(
-    ("rate", "window", "rows"), [(16, 8, 64), (35, 8, 203), (51, 8, 33), (32, 10, 144), (24, 12, 32)]
+    ("rate", "window", "rows"), [(35, 8, 33), (16, 8, 64), (51, 8, 203), (32, 10, 144), (24, 12, 32)]
 )
-def test_windows_leave_the_errors_of_the_reference(rate: int, window: int, rows: int) -> None:
+def test_windows_leave_the_errors_of_the_reference(kernels: Backend, rate: int, window: int, rows: int) -> None:
     """To 1e-5: where two paths differ by less than float32 holds, either may be found."""
-    spec, w = spec_of(rate, window), gaussian(rows, 6)
-    other = Quantized(trellis.windows(random_strings(spec, rows, 6), spec, 6), {})
-    for fitted, earlier in ((False, None), (True, None), (True, other)):
-        given = earlier and Quantized(earlier.codes, fit_scales(w, spec))
-        wanted, left = reference.quantize_residual(w, w, spec, fitted=fitted, earlier=given)
-        found, residual = trellis_cpu.quantize_residual(w, w, spec, fitted=fitted, earlier=given)
+    if kernels.module is not trellis_cpu and (rate, window) != (35, 8):
+        pytest.skip("the interpreter takes its time")
+    columns = 6 if kernels.module is trellis_cpu else 1
+    spec, w = spec_of(rate, window), gaussian(rows, columns)
+    other = trellis.windows(random_strings(spec, rows, columns), spec, columns)
+    for fitted, earlier in ((True, None), (True, Quantized(other, fit_scales(w, spec)))):
+        wanted, left = reference.quantize_residual(w, w, spec, fitted=fitted, earlier=earlier)
+        found, residual = quantize_residual(kernels, w, spec, fitted=fitted, earlier=earlier)
         assert torch.equal(residual, w - dequantize(found, spec))
         torch.testing.assert_close(residual.square().sum(0), left.square().sum(0), rtol=1e-5, atol=0)
         for name, scale in wanted.scales.items():
             torch.testing.assert_close(found.scales[name], scale, rtol=2**-7, atol=0)  # one step of bfloat16
-        assert torch.equal(trellis.windows(trellis.encode(found, spec), spec, 6), found.codes)  # they are paths
+        assert torch.equal(trellis.windows(trellis.encode(found, spec), spec, columns), found.codes)  # they are paths
 
 
-def test_windows_of_columns_with_rates() -> None:
-    rates = torch.tensor(MIXED, dtype=torch.uint8)
-    spec, w = spec_of(27, 8, column_rates=True), gaussian(160, 12)
-    scales = {**fit_scales(w, spec), "weight_rate": rates}
-    before = torch.zeros(160, 12, dtype=torch.int16)
-    found = trellis_cpu.best_windows(w, scales, spec, before)
+def quantize_residual(
+    kernels: Backend, w: Tensor, spec: QuantSpec, *, fitted: bool, earlier: Quantized | None
+) -> tuple[Quantized, Tensor]:
+    """On the kernels' device, from tensors and to tensors on the CPU."""
+    if earlier is not None:
+        scales = {name: scale.to(kernels.device) for name, scale in earlier.scales.items()}
+        earlier = Quantized(earlier.codes.to(kernels.device), scales)
+    moved = w.to(kernels.device)
+    found, residual = kernels.module.quantize_residual(moved, moved, spec, fitted=fitted, earlier=earlier)
+    return Quantized(found.codes.cpu(), {name: scale.cpu() for name, scale in found.scales.items()}), residual.cpu()
+
+
+def test_windows_of_columns_with_rates(kernels: Backend) -> None:
+    rates = torch.tensor([0, 64, 35, 9], dtype=torch.uint8)
+    spec, w = spec_of(27, 8, column_rates=True), gaussian(32, 4)
+    scales, before = {**fit_scales(w, spec), "weight_rate": rates}, torch.zeros(32, 4, dtype=torch.int16)
+    moved = {name: scale.to(kernels.device) for name, scale in scales.items()}
+    found = kernels.module.best_windows(w.to(kernels.device), moved, spec, before.to(kernels.device)).cpu()
     wanted = trellis.best_windows(w, scales, spec, before)
     errors = [(w - dequantize(Quantized(codes, scales), spec)).square().sum(0) for codes in (found, wanted)]
-    torch.testing.assert_close(*errors, rtol=1e-5, atol=0)
+    torch.testing.assert_close(errors[0], errors[1], rtol=1e-5, atol=0)
     again, residual = trellis_cpu.quantize_residual(w, w, spec, fitted=True, earlier=Quantized(found, scales))
     assert torch.equal(residual, w - dequantize(again, spec))
     assert (residual.square().sum(1) <= (w - dequantize(Quantized(found, scales), spec)).square().sum(1)).all()
@@ -140,6 +176,19 @@ def test_bits_do_not_depend_on_threads() -> None:
         )
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("architecture", [90])
+def test_kernels_compile(architecture: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = backend("compiled", TRELLIS).module
+    with compiled_only(monkeypatch, architecture) as kernels:
+        for tensors, spec in (mixed(96, 12), (random_strings(spec_of(35, 10), 96, 12), spec_of(35, 10))):
+            gpu.dequantize(tensors, spec, 12, torch.bfloat16)
+        gpu.linear(torch.randn(3, 12).bfloat16(), tensors, spec, 12)
+        gpu.linear_grad_input(torch.randn(3, 96).half(), tensors, spec, 12)
+        gpu.viterbi(torch.randn(2, 128), torch.ones(2, 128), torch.randn(1024), trellis.Walk(128, 35, 10))
+    assert len(kernels) == 5
+    assert all(k.asm["cubin"] for k in kernels)
 
 
 def test_the_form_chooses_the_kernels() -> None:

@@ -18,7 +18,7 @@ from loftq.errors import UsageError
 from loftq.spec import QuantSpec
 
 MODULES = {"cpu": "loftq.kernels.cpu", "cuda": "loftq.kernels.gpu"}  # of codes in blocks
-TRELLIS = {"cpu": "loftq.kernels.trellis_cpu"}
+TRELLIS = {"cpu": "loftq.kernels.trellis_cpu", "cuda": "loftq.kernels.trellis_gpu"}
 REFERENCE = "loftq.kernels.reference"
 NEEDS = {"cpu": "numba", "cuda": "triton"}
 

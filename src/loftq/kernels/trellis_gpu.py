@@ -6,7 +6,7 @@ cache. ``_decode`` writes the dense weight, ``_product`` multiplies a few tokens
 :mod:`loftq.kernels.gpu`. ``_viterbi`` searches one sequence a program; what it keeps of every row lies in global
 memory. Decoded values equal the reference's to the bit.
 
-Tried under Triton's interpreter; not yet compiled for, or measured on, a GPU.
+Tried under Triton's interpreter, and compiled for sm_90; not yet measured on a GPU.
 """
 
 import functools
@@ -19,11 +19,19 @@ from torch import Tensor
 
 from loftq.codes import RATE_UNIT, levels
 from loftq.kernels.gpu import DIRECT, PROGRAMS, _ceil, _few, _on
-from loftq.kernels.reference import descend, feedback
-from loftq.numerics import Quantized, trellis
+from loftq.numerics import Quantized, trellis, trellis_rounding
 from loftq.spec import QuantSpec, trellis_groups
 
-__all__ = ["NAME", "dequantize", "descend", "feedback", "linear", "linear_grad_input", "quantize_residual"]
+__all__ = [
+    "NAME",
+    "best_windows",
+    "dequantize",
+    "descend",
+    "feedback",
+    "linear",
+    "linear_grad_input",
+    "quantize_residual",
+]
 
 NAME = "cuda"
 ROWS, COLUMNS, WARPS = 64, 64, 4  # of the tile that a program decodes at a time. Not yet measured
@@ -44,6 +52,23 @@ def quantize_residual(
     return quantized, torch.sub(weight.float(), trellis.dequantize(quantized, spec), out=out)
 
 
+def best_windows(target: Tensor, scales: dict[str, Tensor], spec: QuantSpec, earlier: Tensor | None = None) -> Tensor:
+    """The best windows of every sequence, as :func:`loftq.numerics.trellis.best_windows`."""
+    return trellis.best_windows(target, scales, spec, earlier, viterbi)
+
+
+def feedback(target: Tensor, columns: Tensor, spec: QuantSpec, *, fitted: bool = False) -> Quantized:
+    """Quantize with error feedback, as :func:`loftq.numerics.trellis_rounding.feedback`."""
+    return trellis_rounding.feedback(target, columns, spec, fitted=fitted, best_windows=best_windows)
+
+
+def descend(
+    target: Tensor, quantized: Quantized, columns: Tensor, spec: QuantSpec, *, fitted: bool = False
+) -> Quantized:
+    """A round of descent over columns, as :func:`loftq.numerics.trellis_rounding.descend`."""
+    return trellis_rounding.descend(target, quantized, columns, spec, fitted=fitted, best_windows=best_windows)
+
+
 def viterbi(target: Tensor, scale: Tensor, table: Tensor, walk: trellis.Walk) -> Tensor:
     """The windows of sequences ``(n, length)``, as :func:`loftq.numerics.trellis.viterbi`."""
     shifts = torch.tensor([walk.shift(j) for j in range(walk.length)], dtype=torch.int32, device=target.device)
@@ -62,7 +87,9 @@ def viterbi(target: Tensor, scale: Tensor, table: Tensor, walk: trellis.Walk) ->
 def dequantize(stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: torch.dtype) -> Tensor:
     """The dense weight ``(out, in)`` in ``dtype``, computed in float32."""
     weight, constants = _weight(stored, spec, columns)
-    out = torch.empty(weight.rows, columns, dtype=dtype if dtype in DIRECT else torch.float32, device=weight.scale.device)
+    out = torch.empty(
+        weight.rows, columns, dtype=dtype if dtype in DIRECT else torch.float32, device=weight.scale.device
+    )
     launch: Any = _decode[_ceil(weight.rows, ROWS), _ceil(columns, COLUMNS)]  # pyright: ignore[reportIndexIssue]
     with _on(out.device):
         launch(weight, out, **constants, num_warps=WARPS, enable_fp_fusion=False)
@@ -138,7 +165,7 @@ def _multiplied(
     rows = x.detach().reshape(-1, inner).contiguous()
     whole = splits == 1 and bias is None  # else parts are summed in float32, and rounded once
     y = x.new_empty((splits, len(rows), outer), dtype=x.dtype if whole else torch.float32)
-    tokens = len(rows) if len(rows) == 1 else max(16, 1 << (len(rows) - 1).bit_length())
+    tokens = max(16, 1 << (len(rows) - 1).bit_length())
     launch: Any = _product[programs, splits]  # pyright: ignore[reportIndexIssue]
     with _on(x.device):
         launch(weight, rows, y, len(rows), steps, **constants, T=tokens, BY_ROWS=by_rows, num_warps=WARPS)
@@ -214,10 +241,7 @@ def _product(
             inner, n_inner = columns, w.columns
         mask = (inner < n_inner)[:, None] & (token < tokens)[None, :]
         factor = tl.load(x + token[None, :] * n_inner + inner[:, None], mask=mask, other=0)
-        if T == 1:
-            acc += tl.sum(weight * tl.trans(factor.to(tl.float32)), 1)[:, None]
-        else:
-            acc = tl.dot(weight.to(factor.dtype), factor, acc, input_precision="ieee")
+        acc = tl.dot(weight.to(factor.dtype), factor, acc, input_precision="ieee")
     if BY_ROWS:
         place, n_outer = outer * C + tl.arange(0, C), w.columns
     else:
@@ -242,7 +266,8 @@ def _viterbi(
     _backward(x, s, shifts, levels, least, length, near - 1, 2 * near, L, STATES)
     first = length - near
     count = 1 << (L - tl.load(shifts + first - 1))
-    state = tl.argmin(tl.load(least + low, mask=low < count, other=float("inf")), 0)
+    errors = tl.load(least + low, mask=low < count, other=float("inf"))
+    _, state = tl.reduce((errors, low), 0, _lesser)
     state = _forward(x, s, shifts, levels, least, path, length, first, near, state, L, STATES, CHOICES)
     tl.debug_barrier()
     tl.store(least + length * STATES + low, tl.where(low == state, 0.0, float("inf")))
@@ -255,14 +280,14 @@ def _viterbi(
 def _backward(x, s, shifts, levels, least, length, last, steps, L: tl.constexpr, STATES: tl.constexpr):
     """The least error of all rows from each one on, for every state before it; the rows end with ``last``."""
     low = tl.arange(0, STATES)
-    for done in range(0, steps):
+    for done in range(steps):
         t = steps - 1 - done
         j = (last - done + length) % length
         k, new = tl.load(shifts + j), tl.load(shifts + (j + length - 1) % length)
         target, scale = tl.load(x + j), tl.load(s + j)
         known = low < (1 << (L - new))
         best = tl.full([STATES], float("inf"), tl.float32)
-        for choice in range(0, 1 << new):
+        for choice in range(1 << new):
             w = (choice << (L - new)) | low
             difference = target - scale * tl.load(levels + w, mask=known, other=0)
             after = tl.load(least + (t + 1) * STATES + (w >> k), mask=known, other=float("inf"))
@@ -272,20 +297,27 @@ def _backward(x, s, shifts, levels, least, length, last, steps, L: tl.constexpr,
 
 
 @triton.jit
+def _lesser(error, place, other, other_place):
+    """The lesser of two errors and its place; of equal ones the first."""
+    first = (error < other) | ((error == other) & (place < other_place))
+    return tl.where(first, error, other), tl.where(first, place, other_place)
+
+
+@triton.jit
 def _forward(
     x, s, shifts, levels, least, path, length, first, steps, state,
     L: tl.constexpr, STATES: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
     """The best way on from ``state`` before row ``first``, and the state behind it. The lowest of equal choices."""
     choice = tl.arange(0, CHOICES)
-    for t in range(0, steps):
+    for t in range(steps):
         j = first + t
         k, new = tl.load(shifts + j), tl.load(shifts + (j + length - 1) % length)
         known = choice < (1 << new)
         w = (choice << (L - new)) | state
         difference = tl.load(x + j) - tl.load(s + j) * tl.load(levels + w, mask=known, other=0)
         after = tl.load(least + (t + 1) * STATES + (w >> k), mask=known, other=float("inf"))
-        best = tl.argmin(difference * difference + after, 0)
+        _, best = tl.reduce((difference * difference + after, choice), 0, _lesser)
         chosen = (best << (L - new)) | state
         tl.store(path + j, chosen)
         state = chosen >> k

@@ -11,7 +11,7 @@ Trans. Inf. Theory 13, 1967). With fractional rates any weight can still be deco
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ from loftq.spec import QuantSpec, trellis_groups
 
 RATE_STEP = 8  # sixteenths of a bit by which the rates of columns differ
 SEAM = 24  # weights on either side of a sequence's seam by which the bits that its ends share are found
-STATES = 1 << 19  # windows of all sequences that are worked on at a time
+STATES = (1 << 22, 1 << 19)  # windows of all sequences that are worked on at a time, on a device and on a CPU
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,16 @@ class Walk:
         return torch.arange(self.length, device=device) * self.rate // RATE_UNIT
 
 
+Search = Callable[[Tensor, Tensor, Tensor, Walk], Tensor]  # as :func:`viterbi`
+
+
 def quantize(
-    weight: Float[Tensor, "out in"], spec: QuantSpec, *, fitted: bool = False, earlier: Quantized | None = None
+    weight: Float[Tensor, "out in"],
+    spec: QuantSpec,
+    *,
+    fitted: bool = False,
+    earlier: Quantized | None = None,
+    search: Search | None = None,
 ) -> Quantized:
     """The best windows of every sequence, and a scale for every row.
 
@@ -70,13 +78,14 @@ def quantize(
     Args:
         earlier: a quantized matrix much like this one. Fitted scales begin from its own; a sequence keeps its windows
             where they are better. So no row's and no sequence's error is above what it leaves.
+        search: a back end's own :func:`viterbi`.
 
     Raises: NumericalError as :func:`loftq.numerics.quantize`.
     """
     weight = weight.detach().float().contiguous()
     earlier = earlier if fitted else None
     scales = first_scales(weight, spec) if earlier is None else dict(earlier.scales)
-    codes = best_windows(weight, scales, spec, earlier and earlier.codes)
+    codes = best_windows(weight, scales, spec, earlier and earlier.codes, search)
     return Quantized(codes, fitted_rows(weight, codes, scales, spec) if fitted else scales)
 
 
@@ -137,7 +146,11 @@ def better_scales(
 
 
 def best_windows(
-    weight: Float[Tensor, "out in"], scales: dict[str, Tensor], spec: QuantSpec, earlier: Tensor | None = None
+    weight: Float[Tensor, "out in"],
+    scales: dict[str, Tensor],
+    spec: QuantSpec,
+    earlier: Tensor | None = None,
+    search: Search | None = None,
 ) -> Int16[Tensor, "out in"]:
     """The best windows of every sequence under stored scales; the ``earlier`` ones where these are better."""
     rows, columns = weight.shape
@@ -151,11 +164,11 @@ def best_windows(
         if not rate:
             continue
         walk = Walk(length, rate, spec.width)
-        step = max(1, STATES // len(table) // groups)
+        step = max(1, STATES[weight.device.type == "cpu"] // len(table) // groups)
         for part in where.split(step):
             x = target[:, part].flatten(0, 1)
             s = scale.expand(-1, len(part), -1).flatten(0, 1)
-            path = viterbi(x, s, table, walk)
+            path = (search or viterbi)(x, s, table, walk).long()
             if before is not None:
                 old = before[:, part].flatten(0, 1)
                 worse = _errors(x, s, table, path) >= _errors(x, s, table, old)
