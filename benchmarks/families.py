@@ -8,6 +8,7 @@ ended so. ``--page docs/families.md`` makes the page of that file, and leaves on
 import argparse
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import resource
@@ -88,7 +89,8 @@ def _commit() -> str:
 
 
 def _versions() -> str:
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "peft", "torch"))
+    names = ("transformers", "peft", "torch", *(["timm"] if importlib.util.find_spec("timm") else []))
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
 def preload() -> None:

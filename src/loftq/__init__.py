@@ -118,9 +118,13 @@ _EXTENSIONS = {
         "loftq.adapters.bases:write_config",
         "loftq.adapters.origins:write_with_config",
     ],
-    "peft.auto": ["loftq.adapters.bases:load_from_subfolder"],
+    "peft.auto": ["loftq.adapters.origins:refuse_lost_base", "loftq.adapters.bases:load_from_subfolder"],
     "transformers.utils.peft_utils": ["loftq.adapters.bases:find_config"],
-    "transformers.integrations.peft": ["loftq.adapters.bases:find_config", "loftq.adapters.origins:warn_on_loading"],
+    "transformers.integrations.peft": [
+        "loftq.adapters.bases:find_config",
+        "loftq.adapters.placement:check_loading_into",
+        "loftq.adapters.origins:warn_on_loading",
+    ],
     "transformers.models.auto.auto_factory": ["loftq.adapters.bases:find_config"],
     "transformers.pipelines": ["loftq.adapters.bases:find_config"],
 }

@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import os
 
 import pytest
 import small
@@ -115,8 +116,10 @@ def test_refusals(tmp_path):
     empty.write_text("")
     blank = tmp_path / "blank.txt"
     blank.write_text("\n\n\n")
+    os.mkfifo(tmp_path / "pipe.txt")
     cases = [
         (lambda: rows(tmp_path / "none.txt"), InputError, r"none\.txt: no such file"),
+        (lambda: rows(tmp_path / "pipe.txt"), InputError, r"pipe\.txt: no regular file; save what it gives"),
         (lambda: rows(tmp_path), InputError, "a directory; name one of its files"),
         (lambda: rows(tmp_path / "none" / "a" / "b"), InputError, "no such file"),
         (lambda: rows("org/name"), StorageError, "not to be had from the hub"),

@@ -431,8 +431,17 @@ def test_a_url_is_refused(tmp_path, monkeypatch, command, url):
     before = tree(tmp_path)
     names = {"url": url, "source": source, "dir": tmp_path / "made", "recipe": recipe}
     ended = cli(*(part.format(**names) for part in command.split()))
-    refused(ended, 2, "a URL, and only paths of this machine are read and written")
+    refused(ended, 2, url, "a URL, and only paths of this machine are read and written")
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["quantize {source} -o {name}", "start {source} --weights {source} -o {name}"])
+def test_a_name_that_no_directory_can_have_is_refused(tmp_path, monkeypatch, command):
+    """Too long as it is, or with what is made beside it while the work goes on."""
+    monkeypatch.chdir(tmp_path)
+    source = tiny_source(tmp_path / "source")
+    for name in ("x" * 300, "x" * 250, "a/" * 3000 + "b"):
+        refused(cli(*command.format(source=source, name=name).split()), 2, "the name is too long for this file system")
 
 
 def test_a_plan_says_what_takes_long(tmp_path):

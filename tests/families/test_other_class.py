@@ -138,6 +138,18 @@ def test_transformers_own_loading_of_adapters_finds_the_start(made):
         assert close(hidden(model, "bert"), hidden(checkpoint.started(), ""))
 
 
+def test_transformers_own_loading_refuses_a_start_with_holes(made, tmp_path):
+    checkpoint = made("bert")
+    adapter = shutil.copytree(checkpoint.output / "loftq_init", tmp_path / "adapter")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    left = {name: tensor for name, tensor in weights.items() if "layer.1.intermediate" not in name}
+    save_file(left, adapter / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        InputError, match=r"no weights for the adapter on encoder\.layer\.1\.intermediate\.dense; is it"
+    ):
+        checkpoint.load().load_adapter(str(adapter))
+
+
 def test_a_model_without_any_of_the_modules_is_refused(made):
     checkpoint = made("gpt2")
     config = transformers.AutoConfig.from_pretrained(made("bert").source)

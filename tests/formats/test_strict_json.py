@@ -104,6 +104,21 @@ def test_load_object_does_not_wait_for_a_pipe(tmp_path):
         strict_json.load_object(tmp_path / "a.json")
 
 
+def test_bounds_of_what_another_parser_reads(tmp_path):
+    path = tmp_path / "a.json"
+    for raw in (b'{"a": "[[[[\\"[[[", "b\\\\": 1}', b"[" * 100 + b"]" * 100, b"[]" * 500, b"{", b'"' + b"[" * 500):
+        path.write_bytes(raw)
+        strict_json.check_bounds(path)
+    for raw in (b"[" * 101, b'{"[]]": ' * 101 + b"1"):
+        path.write_bytes(raw)
+        with pytest.raises(InputError, match="more than 100 levels of nesting"):
+            strict_json.check_bounds(path)
+    with path.open("wb") as file:
+        file.truncate((64 << 20) + 1)
+    with pytest.raises(InputError, match="67108865 bytes of JSON, at most 67108864 are read"):
+        strict_json.check_bounds(path)
+
+
 @pytest.mark.parametrize("spelling", ["Infinity", '{"__float__": "Infinity"}', "1e999"])
 def test_special_floats_are_read_where_they_are_asked_for_and_written_as_transformers_does(spelling):
     raw = f'{{"kept": {{"__float__": "x"}}, "limit": [0.0, {spelling}], "other": [-Infinity, NaN]}}'.encode()

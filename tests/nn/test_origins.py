@@ -48,6 +48,16 @@ def test_the_hash_travels_with_it(made, adapter, tmp_path):
     PeftModel.from_pretrained(AUTO.from_pretrained(moved), adapter)
 
 
+def test_a_base_that_is_gone_is_said_with_what_to_do(made, tmp_path):
+    base = shutil.copytree(made("llama").output, tmp_path / "base")
+    model = get_peft_model(AUTO.from_pretrained(base), LoraConfig(r=4, init_lora_weights="loftq"))
+    model.save_pretrained(tmp_path / "far" / "adapter")
+    moved = base.rename(tmp_path / "moved")
+    with pytest.raises(InputError, match=r"adapter: its base .*base is not there any more; write where it is now into"):
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "far" / "adapter")
+    PeftModel.from_pretrained(AUTO.from_pretrained(moved), tmp_path / "far" / "adapter")
+
+
 def test_a_trainers_checkpoint_has_it(made, tmp_path):
     model = loftq.load_start(made("llama").load(), made("llama").output)
     arguments = transformers.TrainingArguments(

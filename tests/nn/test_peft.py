@@ -11,6 +11,7 @@ from peft import (
     get_peft_model,
     prepare_model_for_kbit_training,
 )
+from peft.utils.warning import PeftWarning
 from torch import nn
 
 from loftq.adapters.peft import LoftQLoraEmbedding, LoftQLoraLinear
@@ -214,11 +215,27 @@ def test_what_reads_a_dense_weight_is_refused(made, options, message, second):
 
 
 def test_codes_are_no_target_parameters(made):
-    options = {"target_parameters": ["mlp.down_proj.weight"], "target_modules": []}
-    with pytest.raises(UsageError, match="target_parameters cannot name 'weight' of a packed layer; use target_mod"):
-        get_peft_model(made("llama").load(), fresh(**options))
-    with pytest.raises(ValueError, match=r"Trying to wrap an `nn.Parameter` of layer"):  # PEFT's own refusal
-        made("llama").start().add_adapter("second", fresh(**options))
+    checkpoint = made("llama")
+    for options in ({"target_modules": []}, {}, {"target_modules": ["q_proj"]}):
+        for name in ("mlp.down_proj.weight", "q_proj.weight_scale"):
+            config = fresh(**options, target_parameters=[name])
+            message = rf"target_parameters names model\.layers\.0\.\S*{name}, and its layer is packed; use target"
+            with pytest.raises(UsageError, match=message):
+                get_peft_model(checkpoint.load(), config)
+            with pytest.raises(UsageError, match=message):
+                checkpoint.start().add_adapter("second", config)
+
+
+def test_a_bias_of_lora_is_merged_where_there_is_one(made):
+    options = {"lora_bias": True, "target_modules": ["q_proj", "query"], "init_lora_weights": False}
+    with pytest.warns(PeftWarning, match="has no bias"):
+        model = get_peft_model(made("llama").load(), fresh(**options))
+    before = result(model.eval())
+    with pytest.raises(UsageError, match="lora_bias=True cannot be merged into layers without a bias; keep"):
+        model.merge_and_unload()
+    assert torch.equal(result(model), before)
+    model = get_peft_model(made("bert").load(), fresh(**options)).eval()
+    assert close(result(model), result(model.merge_and_unload()))
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian"])

@@ -15,7 +15,7 @@ import loftq.finetune.evaluate
 import loftq.finetune.train
 import loftq.frozen.start  # noqa: F401
 from harness import cli, refused
-from loftq.architecture.loading import load_config, load_tokenizer
+from loftq.architecture.loading import load_config, load_tokenizer, load_weights
 from loftq.errors import InputError
 from loftq.finetune.recipe import dump
 
@@ -132,6 +132,23 @@ def test_a_tokenizer_that_is_nothing_without_its_code(place, monkeypatch):
     with pytest.raises(InputError, match=r"no tokenizer that can be read: .*custom code"):
         load_tokenizer(model)
     assert not (place / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "merges.txt"])
+def test_files_that_transformers_reads_are_looked_at_first(place, name):
+    """One that is nested, and a pipe, on which transformers would wait."""
+    model = place / "odd"
+    shutil.copytree(place / "model", model)
+    (model / name).unlink(missing_ok=True)
+    os.mkfifo(model / name)
+    for load in (load_tokenizer, lambda model: load_weights(None, model, None)):
+        with pytest.raises(InputError, match=f"{name}: not a regular file"):
+            load(model)
+    (model / name).unlink()
+    (model / name).write_text("[" * 5000)
+    if name.endswith(".json"):
+        with pytest.raises(InputError, match=f"{name}: more than 100 levels of nesting"):
+            load_tokenizer(model)
 
 
 def test_no_tokenizer_is_made_up(place):

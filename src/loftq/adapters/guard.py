@@ -68,6 +68,7 @@ def check_tuner(tuner: BaseTuner, config: Any, model: nn.Module) -> None:
 
     What fails over a dense layer too is left to PEFT, which has its own words for it.
     """
+    _refuse_parameters(config, model)
     layers = _targets(tuner, config, model)
     if not layers:
         return
@@ -101,7 +102,7 @@ def _targets(tuner: BaseTuner, config: Any, model: nn.Module) -> dict[str, Any]:
         return {}
     if getattr(config, "target_modules", None) is None:
         return {}
-    found: dict[tuple[type, int], tuple[str, Any]] = {}
+    found: dict[tuple[type, float], tuple[str, Any]] = {}
     inside = ""
     for name, module in model.named_modules():
         if not name or (inside and name.startswith(inside)) or not tuner._check_target_module_exists(config, name):
@@ -116,6 +117,16 @@ def _targets(tuner: BaseTuner, config: Any, model: nn.Module) -> dict[str, Any]:
             if kind not in found or layer.weight_count < found[kind][1].weight_count:
                 found[kind] = name, layer
     return dict(found.values())
+
+
+def _refuse_parameters(config: Any, model: nn.Module) -> None:
+    """UsageError if ``config`` names a tensor of a packed layer as a parameter to adapt."""
+    wanted = tuple(f".{name}" for name in getattr(config, "target_parameters", None) or ())
+    for name, module in model.named_modules() if wanted else ():
+        for own in module._parameters if isinstance(module, PackedWeight) else ():
+            parameter = f"{name.removesuffix('.base_layer')}.{own}"
+            if f".{parameter}".endswith(wanted):
+                raise UsageError(f"target_parameters names {parameter}, and its layer is packed; use target_modules")
 
 
 def _refuse_block(config: Any, name: str, block: nn.Module) -> None:

@@ -107,6 +107,30 @@ def write_with_config(configs: Any) -> None:
     config_class.from_pretrained, config_class.save_pretrained = classmethod(from_pretrained), save_pretrained
 
 
+def refuse_lost_base(auto: Any) -> None:
+    """Let ``AutoPeftModel`` say what to do where the base of an adapter that knows it is gone; PEFT asks the hub.
+
+    Args:
+        auto: the module ``peft.auto``.
+    """
+    auto_class = auto._BaseAutoPeftModel
+    load = auto_class.from_pretrained.__func__
+
+    @functools.wraps(load)
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):  # type: ignore[no-untyped-def]
+        place = Path(pretrained_model_name_or_path)
+        if recorded(str(place)) is not None:
+            base = resolved(strict_json.load_object(place / "adapter_config.json").get(KEY), place)
+            if isinstance(base, str) and os.path.isabs(base) and not os.path.isdir(base):
+                raise InputError(
+                    f"{quoted(place, 400)}: its base {quoted(base, 400)} is not there any more; write where it is now "
+                    f"into {KEY} of its adapter_config.json, or load the base, and PeftModel.from_pretrained(base, ...)"
+                )
+        return load(cls, pretrained_model_name_or_path, *args, **kwargs)
+
+    auto_class.from_pretrained = classmethod(from_pretrained)
+
+
 def warn_on_loading(models: Any) -> None:
     """Let ``load_adapter`` of ``PeftModel``, or of transformers' own models, warn of an adapter of another base.
 

@@ -74,13 +74,11 @@ def _new_layer(config: LoraConfig, adapter_name: str, target: nn.Module, **kwarg
     return LoftQLoraLinear(target, adapter_name, config=config, **kwargs)
 
 
-def _refuse(config: LoraConfig, target: nn.Module, parameter_name: str | None) -> None:
+def _refuse(config: LoraConfig, target: nn.Module) -> None:
     """UsageError for an adapter that would read, or change, the dense weight that a packed layer does not have."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if not isinstance(base, PackedWeight):
         return
-    if parameter_name:
-        raise UsageError(f"target_parameters cannot name {parameter_name!r} of a packed layer; use target_modules")
     if config.use_dora:
         raise UsageError("DoRA needs the norms of a dense weight and does not work on a packed one; use_dora=False")
     if getattr(config, "kasa_config", None) is not None:  # PEFT has it since 0.21
@@ -93,12 +91,22 @@ def _refuse(config: LoraConfig, target: nn.Module, parameter_name: str | None) -
 
 
 def _refuse_merging(tuner: BaseTuner) -> None:
-    """UsageError for layers over packed ones that are not ours: IA3 would multiply 8-bit codes, others fail."""
-    layers = (m for m in tuner.model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, MergesDense))
-    if any(isinstance(layer.get_base_layer(), PackedWeight) for layer in layers):
+    """UsageError before anything is merged that cannot be.
+
+    That is layers over packed ones that are not ours: IA3 would multiply 8-bit codes, others fail. And a bias of LoRA
+    where the layer, and the class that would load it merged, has none.
+    """
+    layers: list[Any] = [m for m in tuner.model.modules() if isinstance(m, BaseTunerLayer)]
+    layers = [m for m in layers if isinstance(m.get_base_layer(), PackedWeight)]
+    if not all(isinstance(layer, MergesDense) for layer in layers):
         raise UsageError(
             f"{type(tuner).__name__} cannot be merged into packed layers; only LoRA can. "
             "Call dequantize() on the model it wraps first"
+        )
+    if any(any(layer.lora_bias.values()) and getattr(layer.get_base_layer(), "bias", None) is None for layer in layers):
+        raise UsageError(
+            "lora_bias=True cannot be merged into layers without a bias; keep the adapter beside the model, or train "
+            "it with lora_bias=False"
         )
 
 
@@ -111,9 +119,9 @@ def install(_: Any = None) -> None:
     initialization.install(LoraModel)
 
     @functools.wraps(replace)
-    def create_and_replace(self, lora_config, adapter_name, target, *args, parameter_name=None, **kwargs):  # type: ignore[no-untyped-def]
-        _refuse(lora_config, target, parameter_name)
-        replace(self, lora_config, adapter_name, target, *args, parameter_name=parameter_name, **kwargs)
+    def create_and_replace(self, lora_config, adapter_name, target, *args, **kwargs):  # type: ignore[no-untyped-def]
+        _refuse(lora_config, target)
+        replace(self, lora_config, adapter_name, target, *args, **kwargs)
 
     @functools.wraps(create)
     def create_new_module(lora_config, adapter_name, target, **kwargs):  # type: ignore[no-untyped-def]

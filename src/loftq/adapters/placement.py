@@ -116,6 +116,25 @@ def check_loading(peft_model: Any) -> None:
     model_class.load_adapter = load_adapter_in_full
 
 
+def check_loading_into(integration: Any) -> None:
+    """Let ``model.load_adapter`` of transformers refuse the same; it only logs what is missing.
+
+    Args:
+        integration: the module ``transformers.integrations.peft``.
+    """
+    mixin = integration.PeftAdapterMixin
+    load = mixin.load_adapter
+
+    @functools.wraps(load)
+    def load_adapter(self: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
+        found = load(self, peft_model_id, *args, **kwargs)
+        if found is not None:
+            check_placed(self, peft_model_id or "the adapter", found.missing_keys, found.unexpected_keys)
+        return found
+
+    mixin.load_adapter = load_adapter
+
+
 def check_placed(model: nn.Module, source: object, missing: Iterable[str], unexpected: Iterable[str]) -> None:
     """InputError if LoRA layers of a packed model got no weights, or weights of modules that it has got no layer.
 

@@ -4,14 +4,18 @@ Models get the configuration that went through :func:`loftq.architecture.skeleto
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from loftq.architecture import skeleton
 from loftq.errors import InputError, LoftqError, UsageError, listed, quoted
+from loftq.formats import strict_json
+from loftq.formats.regular import open_regular
 
 # How files with a tokenizer's tokens are called, beside the names that its class has for them: beginnings, endings.
+READ_JSON = re.compile(r"(tokenizer|vocab|added_tokens|special_tokens|chat_template|.*config).*\.json")
 VOCABULARIES = ("tokenizer.", "vocab", "merges", "tekken", "bpe"), (".model", ".tiktoken", ".spm")
 
 
@@ -62,11 +66,22 @@ def load_config(directory: Path, **options: Any) -> Any:
     return config
 
 
+def check_texts(directory: Path) -> None:
+    """InputError for a file that transformers would read on its own, without bounds or out of a pipe."""
+    for path in sorted(directory.iterdir()):
+        if READ_JSON.fullmatch(path.name):
+            strict_json.check_bounds(path)
+        elif path.name.startswith(VOCABULARIES[0]) or path.suffix in VOCABULARIES[1]:
+            with open_regular(path):
+                pass
+
+
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer beside a checkpoint. InputError if there is none, or only one with code of its own."""
     import transformers
 
     config = load_config(directory)
+    check_texts(directory)
     try:
         with guarded():
             found: Any = transformers.AutoTokenizer.from_pretrained(
@@ -97,6 +112,7 @@ def load_weights(model_class: Any, directory: Path, config: Any, **options: Any)
 
     Raises: InputError if transformers cannot load it; UsageError if the package that quantized it is missing.
     """
+    check_texts(directory)
     try:
         with guarded():
             return model_class.from_pretrained(

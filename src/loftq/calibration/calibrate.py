@@ -7,7 +7,6 @@ that was stopped leaves files that the next one removes.
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -24,7 +23,7 @@ from loftq.calibration.fisher import collect_fisher, labeler
 from loftq.errors import ConflictError, InputError, UsageError, listed, option, quoted
 from loftq.formats import fsio, hashed_json
 from loftq.formats.hashed_json import differences
-from loftq.formats.regular import local_path
+from loftq.formats.regular import local_path, output_path
 from loftq.formats.source import open_checkpoint
 from loftq.formats.statistics import FORMAT_VERSION, Group, Statistics, write_groups
 from loftq.numerics.device import check_device
@@ -79,7 +78,7 @@ def calibrate(model: str, output: Path, options: CalibrateOptions, begin: Begin 
     Raises: ConflictError if ``output`` holds something else; UsageError, InputError, NumericalError, StorageError as
         their names say.
     """
-    output = Path(os.path.realpath(local_path(option("output"), output)))
+    output = output_path(output)
     directory = resolve(model, options.revision)
     _check_place(output, directory)
     checkpoint, built = open_dense(directory)

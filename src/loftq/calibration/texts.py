@@ -36,6 +36,7 @@ def table(data: str) -> "tuple[str, Dataset]":
     local = path.exists() or (path.parent != Path() and path.parent.is_dir())  # where a name of the hub would be odd
     if local or not HUB_ID.fullmatch(name) or path.suffix in (*datafiles.FORMATS, ".gz"):
         what = "a directory; name one of its files" if path.is_dir() else "no such file, and not a data set of the hub"
+        what = "no regular file; save what it gives, and name that" if path.exists() and not path.is_dir() else what
         raise InputError(f"{quoted(data, 400)}: {what}")
     import datasets
 

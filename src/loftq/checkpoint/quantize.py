@@ -6,7 +6,6 @@ command continues from the finished shards, and from the matrices of the unfinis
 """
 
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -35,7 +34,7 @@ from loftq.checkpoint.shards import Solved, Workspace, solve_matrix, split
 from loftq.errors import ConflictError, InputError, LoftqError, StorageError, UsageError, option
 from loftq.formats import fsio, layouts
 from loftq.formats.layouts import Layout
-from loftq.formats.regular import local_path
+from loftq.formats.regular import output_path
 from loftq.formats.statistics import Statistics
 from loftq.formats.tensorfile import file_size
 from loftq.numerics.device import check_device
@@ -110,7 +109,7 @@ def quantize(
         NumericalError, StorageError as their names say. In every case ``output`` is absent or complete.
     """
     check_device(options.device)
-    output = Path(os.path.realpath(local_path(option("output"), output)))
+    output = output_path(output)
     work = Workspace(output)
     spec = options.policy.solve
     check_statistics(spec, None if options.calibrate is None else statistics_kind(spec))

@@ -17,6 +17,7 @@ from loftq.architecture.adapter import adapter_product, adapter_shapes, adapter_
 from loftq.errors import InputError, LoftqError, NumericalError, naming, option, quoted
 from loftq.formats import fsio, hashed_json
 from loftq.formats.layouts import Layout
+from loftq.formats.regular import PARTIAL
 from loftq.formats.source import Checkpoint
 from loftq.formats.tensorfile import DTYPES, Entry, encode_header, tensor_bytes
 from loftq.numerics import Metric, Moments, frobenius, oriented
@@ -173,7 +174,7 @@ class Workspace:
     """The directory beside the output in which units are collected until all are there."""
 
     def __init__(self, output: Path) -> None:
-        self.root = output.with_name(f"{output.name}.loftq-partial")
+        self.root = output.with_name(f"{output.name}{PARTIAL}")
         self.lock, self.identity = self.root / "lock", self.root / "identity.json"
         self.curves = self.root / "curves.json"  # of a budget
         self.units, self.output = self.root / "units", self.root / "output"

@@ -1,6 +1,5 @@
 """The directory that an export makes: absent or complete, and known again by the command that made it."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -12,10 +11,10 @@ from torch import Tensor
 from loftq.checkpoint.manifest import FileRow, Part
 from loftq.checkpoint.output_dir import already_done, check_places, claim, publish
 from loftq.checkpoint.shards import Workspace
-from loftq.errors import InputError, option
+from loftq.errors import InputError
 from loftq.formats import fsio, hashed_json
 from loftq.formats.config import EXPORTED
-from loftq.formats.regular import local_path, shown
+from loftq.formats.regular import output_path, shown
 from loftq.formats.tensorfile import Entry, encode_header, tensor_bytes
 
 Files = dict[str, fsio.FileDigest]
@@ -44,7 +43,7 @@ def produce(
 
     Raises: ConflictError if ``output`` holds something else, or another process works on it; what ``fill`` raises.
     """
-    output = Path(os.path.realpath(local_path(option("output"), output)))
+    output = output_path(output)
     work = Workspace(output)
     for source in sources:
         check_places(source, work, output)

@@ -13,10 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from loftq.errors import InputError, StorageError, UsageError, quoted
+from loftq.errors import InputError, StorageError, UsageError, option, quoted
 
 CHUNK = 4 << 20
 """Bytes per read where a file is copied or hashed: large enough for full speed, small enough to forget."""
+
+PARTIAL = ".loftq-partial"
+"""Ending of the directory beside an output in which the work for it is collected."""
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # as pathlib leaves it, with one slash of two
 _NOT_REGULAR = (errno.ENXIO, errno.ENODEV, errno.EISDIR)
@@ -29,17 +32,40 @@ def shown(path: Path) -> str:
 
 
 def local_path(what: str, given: str | Path) -> Path:
-    """A path that a user gave, its ``~`` expanded. UsageError for a URL, which would be taken for a relative path.
+    """A path that a user gave, its ``~`` expanded.
 
     Args:
         what: the option that it came with.
+
+    Raises: UsageError for a URL, which would be taken for a relative path, and for what no file can be called.
     """
     if URL.match(str(given)):
+        slashes = ":///" if str(given).startswith("file:/") else "://"
+        url = re.sub(":/+", slashes, str(given), count=1)
         raise UsageError(
-            f"{what} {quoted(given)}: a URL, and only paths of this machine are read and written; give a local or "
+            f"{what} {quoted(url)}: a URL, and only paths of this machine are read and written; give a local or "
             "mounted one, and copy with the tools of that storage (a model of the hub is named org/name)"
         )
-    return Path(given).expanduser()
+    path = Path(given).expanduser()
+    _check_name(what, path)
+    return path
+
+
+def output_path(given: str | Path) -> Path:
+    """The real path of a directory to be made. UsageError if nothing can be called so, or work beside it."""
+    path = local_path(option("output"), given)
+    _check_name(option("output"), Path(f"{path}{PARTIAL}"))
+    return Path(os.path.realpath(path))
+
+
+def _check_name(what: str, path: Path) -> None:
+    try:
+        os.lstat(path)
+    except ValueError as e:  # NUL
+        raise UsageError(f"{what} {quoted(path)}: no name of a file ({e})") from e
+    except OSError as e:
+        if e.errno == errno.ENAMETOOLONG:
+            raise UsageError(f"{what} {quoted(path)}: the name is too long for this file system") from e
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """JSON without the freedoms of the standard library: no duplicate names, no NaN, bounded size and depth."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -11,6 +12,8 @@ from loftq.formats.regular import shown
 from loftq.formats.text import MAX_BYTES, MAX_DEPTH, MAX_VALUES
 
 SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+STEP = {mark: 1 if mark in b"[{" else -1 for mark in b"[]{}"}
+BUT_MARKS = bytes(set(range(256)) - set(b'"[]{}'))
 TAG = "__float__"  # transformers writes {"__float__": "Infinity"} for what JSON has no number for
 
 
@@ -56,6 +59,18 @@ def load_object(path: Path, *, max_bytes: int = MAX_BYTES, special: bool = False
     if not isinstance(value, dict):
         raise texts.refused(where, f"wanted a JSON object, got {type(value).__name__}")
     return value
+
+
+def check_bounds(path: Path) -> None:
+    """Refuse a file that another parser will read if it is too large, too deep, or no regular file.
+
+    What is in strings does not nest, and whether it is JSON at all the other parser will say.
+    """
+    raw = texts.read(path, "JSON")
+    bare = raw.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, BUT_MARKS)
+    brackets = b"".join(bare.split(b'"')[::2])  # outside of strings
+    if max(itertools.accumulate(map(STEP.__getitem__, brackets)), default=0) > MAX_DEPTH:
+        raise texts.too_deep(shown(path))
 
 
 def dumps(obj: Any) -> bytes:

@@ -5,7 +5,6 @@ they are known, and the same command continues from there. One rename then makes
 absent or complete whatever happens.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,9 +17,9 @@ from loftq.architecture.kinds import kind_of
 from loftq.checkpoint.manifest import Count, FileRow, Name, Number, Part, Shape
 from loftq.checkpoint.output_dir import already_done, check_places, claim, is_ours, publish
 from loftq.checkpoint.shards import Workspace
-from loftq.errors import InputError, LoftqError, StorageError, option, quoted
+from loftq.errors import InputError, LoftqError, StorageError, quoted
 from loftq.formats import fsio, hashed_json
-from loftq.formats.regular import local_path, shown
+from loftq.formats.regular import output_path, shown
 from loftq.formats.statistics import Statistics
 from loftq.formats.tensorfile import Entry, dtype_name, encode_header, read_chunks, read_header, tensor_bytes
 from loftq.frozen.replace import Begin, FitOptions, Layer, Original, fit, summary
@@ -93,7 +92,7 @@ def start(base: str, weights: str, output: Path, options: StartOptions, begin: B
     from loftq.frozen.layers import load
 
     check_device(options.device)
-    output = Path(os.path.realpath(local_path(option("output"), output)))
+    output = output_path(output)
     work = Workspace(output)
     source, directory = open_source(weights, options.policy, options.revision), resolve(base, options.base_revision)
     for place in (source.directory, directory):
