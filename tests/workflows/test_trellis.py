@@ -47,6 +47,14 @@ def test_what_is_written(llama):
         assert matrix["errors"] == sorted(matrix["errors"], reverse=True)
 
 
+def test_codes_in_blocks_are_written_as_before(made):
+    config = config_of(made("llama").output)
+    assert {*config} == {"quant_method", "format_version", "bits", "groups"}
+    assert config["format_version"] == 1
+    for group in config["groups"]:
+        assert {*group} == {"bits", "code", "block_size", "scale_dtype", "double_quant", "modules"}
+
+
 def test_an_independent_reader_finds_the_reported_errors(llama):
     weights = {n: t.double().numpy() for n, t in load_file(llama.source / "model.safetensors").items()}
     found = reader.matrices(llama.output)
