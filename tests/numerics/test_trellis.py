@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loftq import quantize_weight
 from loftq.codes import Trellis, levels
-from loftq.errors import NumericalError, UsageError
+from loftq.errors import InputError, NumericalError, UsageError
 from loftq.numerics import Quantized, decode, dequantize, encode, quantize, trellis
 from loftq.numerics.trellis import Walk, best_windows, viterbi
 from loftq.spec import (
@@ -89,6 +89,15 @@ def test_columns_with_rates_of_their_own() -> None:
     assert torch.equal(values, dequantize(Quantized(codes, scales), spec))
     for row, column in ((202, 5), (17, 3), (100, 2)):
         assert read_alone(stored, rates, 8, row, column) == codes[row, column]
+
+
+@pytest.mark.parametrize("rates", [[35, 35, 36], [3, 51, 51], [70, 35, 0]])
+def test_rates_that_cannot_be(rates: list[int]) -> None:
+    """Of a sum that is not promised, of fewer bits than a window has, above 4 bits: kernels would read beyond."""
+    stored = {"weight_scale": torch.ones(32, 1), "weight_rate": torch.tensor(rates).byte()}
+    with pytest.raises(InputError, match=r"weight_rate does not fit 2\.1875 bits a weight"):
+        trellis.check_rates(stored, spec_of(35, column_rates=True))
+    trellis.check_rates({**stored, "weight_rate": torch.tensor([35, 64, 6]).byte()}, spec_of(35, column_rates=True))
 
 
 def test_a_golden_string() -> None:

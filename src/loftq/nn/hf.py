@@ -26,6 +26,7 @@ from loftq.formats.tensorfile import read_header
 from loftq.kernels import backend
 from loftq.nn.layers import LoftQEmbedding, LoftQLinear, PackedWeight, can_pack, pack_like, replace_module
 from loftq.numerics import encode, oriented
+from loftq.numerics.trellis import check_rates
 from loftq.planning import natural
 from loftq.spec import SUFFIXES, QuantSpec
 
@@ -118,14 +119,24 @@ class LoftQHfQuantizer(HfQuantizer):
         _refuse_tensor_parallel(model)
         for name, tensor in _tensors(model):
             tensor.data = tensor.data.to(self._dtypes.get(name, tensor.dtype))
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, PackedWeight):
                 for parameter in module.stored:
                     parameter.requires_grad_(False)
+                if not module.stored[0].is_meta:
+                    _check_rates(name, module)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         return unpack_model(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+
+
+def _check_rates(name: str, module: PackedWeight) -> None:
+    """InputError for a packed layer whose columns' rates cannot be."""
+    try:
+        check_rates(dict(zip(module.layout(), module.stored, strict=True)), module.spec)
+    except InputError as e:
+        raise InputError(f"{quoted(name)}: {e}") from e
 
 
 def _refuse_tensor_parallel(model: Any) -> None:

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int, Int16, UInt8
 from torch import Tensor
 
 from loftq.codes import RATE_UNIT, levels
+from loftq.errors import InputError
 from loftq.numerics.blockwise import CHUNK, Quantized, fit_scales, scale_and_zero, store_scales
 from loftq.numerics.blockwise import dequantize as dequantize_blocks
 from loftq.spec import QuantSpec, trellis_groups
@@ -237,6 +238,19 @@ def _best_path(
 
 def _errors(target: Tensor, scale: Tensor, table: Tensor, path: Tensor) -> Float[Tensor, " sequences"]:
     return (target - scale * table[path]).double().square().sum(1)
+
+
+def check_rates(stored: dict[str, Tensor], spec: QuantSpec) -> None:
+    """InputError for rates of columns, read from a file, by which a decoder would look beyond the strings."""
+    if "weight_rate" not in stored:
+        return
+    rates, length = stored["weight_rate"].long(), trellis_groups(len(stored["weight_scale"]))[1]
+    short = (rates > 0) & (rates * length < spec.width * RATE_UNIT)
+    if short.any() or rates.max() > spec.codebook.widths[-1] * RATE_UNIT or rates.sum() != len(rates) * spec.rate:
+        raise InputError(
+            f"weight_rate does not fit {spec.bits} bits a weight: the rates have the mean "
+            f"{rates.double().mean() / RATE_UNIT:.4g}, from {rates.min()} to {rates.max()} sixteenths; download it again"
+        )
 
 
 def dequantize(quantized: Quantized, spec: QuantSpec) -> Float[Tensor, "out in"]:
