@@ -249,7 +249,7 @@ def check_rates(stored: dict[str, Tensor], spec: QuantSpec) -> None:
     if short.any() or rates.max() > spec.codebook.widths[-1] * RATE_UNIT or rates.sum() != len(rates) * spec.rate:
         raise InputError(
             f"weight_rate does not fit {spec.bits} bits a weight: the rates have the mean "
-            f"{rates.double().mean() / RATE_UNIT:.4g}, from {rates.min()} to {rates.max()} sixteenths; download it again"
+            f"{rates.double().mean() / RATE_UNIT:.4g}, {rates.min()} to {rates.max()} sixteenths; download it again"
         )
 
 
