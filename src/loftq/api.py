@@ -15,7 +15,7 @@ from loftq.checkpoint.quantize import quantize as _quantize
 from loftq.checkpoint.quantize import quantize_options
 from loftq.errors import UsageError, checks_names
 from loftq.formats.statistics import Statistics
-from loftq.frozen.replace import FitOptions, replace
+from loftq.frozen.replace import replace
 from loftq.numerics import Moments
 from loftq.options import Collecting, OneMatrix, Plans, Quantizing, check_whole, default, fields_of, keywords
 from loftq.planning import Matrix, make_policy
@@ -248,9 +248,9 @@ def replace_lora_weights(
         >>> loftq.replace_lora_weights(model, "org/model")["error"]
     """
     original = resolve(as_path("weights", weights), revision)
-    options = FitOptions(statistics=statistics_from(calibration, original), svd=svd, seed=seed)
+    spec, statistics = SolveSpec(svd=svd, seed=seed), statistics_from(calibration, original)
     with MatrixBar(shown=progress) as bar:
-        return of_start(replace(model, str(original), adapter_name, options, None, bar.begin))
+        return of_start(replace(model, original, adapter_name, spec, statistics, bar.begin))
 
 
 def statistics_from(calibration: Statistics | str | Path | None, original: Path | None = None) -> Statistics | None:

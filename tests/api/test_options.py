@@ -17,13 +17,14 @@ import typing_extensions
 import loftq
 import loftq.cli
 from loftq import codes, options
+from loftq.calibration.calibrate import CalibrateOptions
 from loftq.calibration.collect import HELD_EVERY
 from loftq.checkpoint.quantize import QuantizeOptions, quantize_options
 from loftq.cli.entry import usage
 from loftq.errors import UsageError
 from loftq.finetune import recipe
 from loftq.formats import layouts
-from loftq.frozen.replace import FitOptions
+from loftq.frozen.start import StartOptions
 from loftq.planning import Policy
 from loftq.spec import PRESETS, QuantSpec, SolveSpec
 
@@ -40,7 +41,7 @@ def quantization(**values):
     return recipe.parse({**RECIPE, "quantization": values}).quantization
 
 
-@pytest.mark.parametrize("holder", [QuantSpec, SolveSpec, Policy, QuantizeOptions, FitOptions])
+@pytest.mark.parametrize("holder", [QuantSpec, SolveSpec, Policy, QuantizeOptions, CalibrateOptions, StartOptions])
 def test_a_dataclass_has_the_default_of_the_table(holder):
     defaults = {f.name: f.default for f in dataclasses.fields(holder) if f.name in options.TABLE}
     if holder is QuantSpec:  # of one matrix, for which the width is needed, and the code is decided

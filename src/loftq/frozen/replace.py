@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loftq.errors import InputError, NumericalError, naming, option, quoted
+from loftq.errors import InputError, NumericalError, naming, quoted
 from loftq.formats.source import Checkpoint, is_quantized_source, open_checkpoint
 from loftq.formats.statistics import Statistics
 from loftq.numerics import frobenius, oriented, oriented_shape
-from loftq.options import check_fields, default
 from loftq.planning import FLOATS, Made, sources
 from loftq.solver import fit_adapter
-from loftq.sources.checkpoint import resolve
+from loftq.spec import SolveSpec
 
 MATRICES = ("linear", "conv1d", "embedding")
 
@@ -83,23 +82,6 @@ class Layer:
     dtype: torch.dtype = torch.float32
 
 
-@dataclass(frozen=True, kw_only=True)
-class FitOptions:
-    """How the initializations are found.
-
-    Attributes:
-        statistics: of the inputs, from the original model; where there are none, the weights' norm is used.
-        svd, seed: as in :class:`loftq.spec.SolveSpec`.
-    """
-
-    statistics: Statistics | None = None
-    svd: str = default("svd")
-    seed: int = default("seed")
-
-    def __post_init__(self) -> None:
-        check_fields(self, option)
-
-
 @dataclass(frozen=True)
 class Fitted:
     """Factors as the adapter stores them, the scaling divided out, and what is known about them."""
@@ -110,13 +92,13 @@ class Fitted:
 
 
 def replace(
-    model: nn.Module, weights: str, adapter: str, options: FitOptions, revision: str | None, begin: Begin
+    model: nn.Module, weights: Path, adapter: str, spec: SolveSpec, statistics: Statistics | None, begin: Begin
 ) -> dict[str, Any]:
     """Give every LoRA layer of ``adapter`` its initialization, all or none; see :func:`loftq.replace_lora_weights`."""
     from loftq.adapters.lora import factors, lora_layers, write
 
     found, skipped = lora_layers(model, adapter)
-    originals = open_originals(weights, revision)
+    originals = open_originals(weights)
     layers = []
     for name, lora in found.items():
         original = originals.find(name)
@@ -129,22 +111,21 @@ def replace(
     advance = begin(len(layers), 0)
     fitted = []
     for layer in layers:
-        fitted.append(fit(layer, originals.checkpoint, options))
+        fitted.append(fit(layer, originals.checkpoint, spec, statistics))
         advance(fitted[-1].report)
     for layer, start in zip(layers, fitted, strict=True):
         write(found[layer.name], adapter, start.b, start.a)
     return summary([f.report for f in fitted], skipped)
 
 
-def open_originals(weights: str, revision: str | None) -> Originals:
-    """The full-precision checkpoint of a local directory or hub id: headers only.
+def open_originals(directory: Path) -> Originals:
+    """The full-precision checkpoint of a directory: headers only.
 
     Raises: InputError for one that is quantized itself.
     """
     from loftq.architecture import skeleton
     from loftq.architecture.conversion import converted_roles
 
-    directory = resolve(weights, revision)
     checkpoint = open_checkpoint(directory)
     method = is_quantized_source(checkpoint.tensors)
     if method:
@@ -182,8 +163,12 @@ def _reason_to_skip(name: str, original: Original | None, rank: int, model: Any)
     return f"rank {rank} does not fit {original.shape}" if rank > min(original.shape) else ""
 
 
-def fit(layer: Layer, checkpoint: Checkpoint, options: FitOptions) -> Fitted:
+def fit(layer: Layer, checkpoint: Checkpoint, spec: SolveSpec, statistics: Statistics | None) -> Fitted:
     """Read, decode and solve one layer; the error after is measured on the values that the adapter will hold.
+
+    Args:
+        spec: of it ``svd`` and ``seed`` count.
+        statistics: of the inputs, from the original model; where there are none, the weights' norm is used.
 
     Raises: InputError for a base that is farther from the original than zero is; what :func:`fit_adapter` raises.
     """
@@ -197,9 +182,9 @@ def fit(layer: Layer, checkpoint: Checkpoint, options: FitOptions) -> Fitted:
             raise InputError(
                 f"{original.tensor} is {tuple(weight.shape)}, the layer {tuple(base.shape)}; is it another model's?"
             )
-        norm, moments = frobenius(weight), options.statistics and options.statistics.moments(original.module)
+        norm, moments = frobenius(weight), statistics and statistics.moments(original.module)
         start = fit_adapter(
-            weight, base, layer.rank, moments=moments, svd=options.svd, seed=options.seed, name=original.tensor
+            weight, base, layer.rank, moments=moments, svd=spec.svd, seed=spec.seed, name=original.tensor
         )
         if start.errors[0] >= 1:
             raise InputError(f"the base differs from {original.tensor} by more than all of it; is it another model's?")

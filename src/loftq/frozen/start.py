@@ -22,7 +22,7 @@ from loftq.formats import fsio, hashed_json
 from loftq.formats.regular import output_path, shown
 from loftq.formats.statistics import Statistics
 from loftq.formats.tensorfile import Entry, dtype_name, encode_header, read_chunks, read_header, tensor_bytes
-from loftq.frozen.replace import Begin, FitOptions, Layer, Original, fit, summary
+from loftq.frozen.replace import Begin, Layer, Original, fit, summary
 from loftq.numerics.device import check_device
 from loftq.options import default, fields_of
 from loftq.planning import Matrix, Plan, Policy
@@ -62,7 +62,7 @@ class StartOptions:
     """
 
     policy: Policy = field(default_factory=Policy)
-    fit: FitOptions = field(default_factory=FitOptions)
+    statistics: Statistics | None = None
     device: str = default("device")
     base_revision: str | None = None
     revision: str | None = default("revision")
@@ -74,7 +74,7 @@ def start_options(given: Mapping[str, Any], statistics: Statistics | None, base_
     solve = SolveSpec(**fields_of(SolveSpec, given))
     return StartOptions(
         policy=Policy(**fields_of(Policy, given), solve=solve),
-        fit=FitOptions(**fields_of(FitOptions, given), statistics=statistics),
+        statistics=statistics,
         base_revision=base_revision,
         **fields_of(StartOptions, given),
     )
@@ -112,7 +112,7 @@ def start(base: str, weights: str, output: Path, options: StartOptions, begin: B
         if not done:
             claim(work, identity, source.directory)
             try:
-                found = _solve(plan, source, model, options.fit, work, begin)  # type: ignore[possibly-undefined]
+                found = _solve(plan, source, model, options, work, begin)  # type: ignore[possibly-undefined]
             except LoftqError as e:
                 if not isinstance(e, StorageError):  # else the same command continues
                     fsio.remove_tree(work.root)
@@ -132,12 +132,12 @@ def _identity(source: Source, base: Path, options: StartOptions) -> dict[str, An
         "plan": source.plan.digest(),
         "options": {
             **options.policy.to_dict(),
-            "svd": options.fit.svd,
-            "seed": options.fit.seed,
+            "svd": options.policy.solve.svd,
+            "seed": options.policy.solve.seed,
             "device": options.device.partition(":")[0],
             "task_type": options.task_type,
         },
-        **({"statistics": options.fit.statistics.identity} if options.fit.statistics else {}),
+        **({"statistics": options.statistics.identity} if options.statistics else {}),
         "loftq": __version__,
         "torch": torch.__version__,
     }
@@ -171,7 +171,7 @@ def _adapter_config(plan: Plan, source: Source, model: Any, base: str, options: 
 
 
 def _solve(
-    plan: Plan, source: Source, model: Any, options: FitOptions, work: Workspace, begin: Begin
+    plan: Plan, source: Source, model: Any, options: StartOptions, work: Workspace, begin: Begin
 ) -> dict[str, Any]:
     """Put every layer's factors into a file of its own, where they are not there yet; the summary of all layers."""
     from loftq.architecture.adapter import adapter_tensors
@@ -185,7 +185,7 @@ def _solve(
         original = Original(matrix.name, modules[matrix.name], matrix.dtype, matrix.shape, matrix.kind, "", matrix.made)
         base = model.get_submodule(matrix.module)
         layer = Layer(matrix.module, base, original, matrix.rank, plan.scaling(matrix))
-        fitted = fit(layer, source.checkpoint, options)
+        fitted = fit(layer, source.checkpoint, options.policy.solve, options.statistics)
         tensors = adapter_tensors(matrix, fitted.b.cpu(), fitted.a.cpu())
         entries = [Entry(name, dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()]
         piece = fsio.write_atomic(_piece(work, i), [encode_header(entries), *map(tensor_bytes, tensors.values())])
