@@ -28,6 +28,7 @@ __all__ = [
     "compare",
     "dequantize",
     "evaluate",
+    "export",
     "generate",
     "get_peft_model",
     "inspect",
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
     from loftq.report.report import Report
     from loftq.solver import Solution, solve
     from loftq.spec import QuantSpec, SolveSpec, register_preset
-    from loftq.verbs import compare, evaluate, generate, inspect, merge, plan, start, train, verify
+    from loftq.verbs import compare, evaluate, export, generate, inspect, merge, plan, start, train, verify
 
 # module -> the public names that lie in it
 _PUBLIC = {
@@ -73,7 +74,18 @@ _PUBLIC = {
     "loftq.report.report": ["Report"],
     "loftq.solver": ["Solution", "solve"],
     "loftq.spec": ["QuantSpec", "SolveSpec", "register_preset"],
-    "loftq.verbs": ["compare", "evaluate", "generate", "inspect", "merge", "plan", "start", "train", "verify"],
+    "loftq.verbs": [
+        "compare",
+        "evaluate",
+        "export",
+        "generate",
+        "inspect",
+        "merge",
+        "plan",
+        "start",
+        "train",
+        "verify",
+    ],
 }
 _HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
 

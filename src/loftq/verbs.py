@@ -15,8 +15,6 @@ from loftq.checkpoint.budget import check_budget, within_budget
 from loftq.checkpoint.manifest import read_manifest
 from loftq.checkpoint.verify import verify as _verify
 from loftq.errors import UsageError, checks_names, extra, option
-from loftq.export.merge import MergeOptions
-from loftq.export.merge import merge as _merge
 from loftq.formats.statistics import Statistics
 from loftq.frozen.start import start as _start
 from loftq.frozen.start import start_options
@@ -25,6 +23,8 @@ from loftq.planning import Plan, make_policy
 from loftq.report.bars import Bar, MatrixBar, RunBar
 from loftq.report.inspect import inspection
 from loftq.report.report import Report, of_checkpoint, of_start
+from loftq.serving.merge import MergeOptions
+from loftq.serving.merge import merge as _merge
 from loftq.sources.checkpoint import open_source, resolve
 from loftq.spec import check_statistics
 
@@ -179,6 +179,42 @@ def merge(
 
 
 @checks_names
+def export(
+    directory: str | Path,
+    output: str | Path,
+    *,
+    to: str,
+    adapter: str | Path | None = None,
+    tokenizer_rule: str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Report:
+    """A quantized directory in the files of other software, with exactly its codes, and the adapter apart.
+
+    Args:
+        directory: made by :func:`quantize`, with codes that the files hold: ``code="int"`` or ``"iq4nl"``.
+        output: the directory to be made.
+        to: ``gguf``, for llama.cpp and Ollama.
+        adapter: as :func:`merge` takes it.
+        tokenizer_rule: of ``gguf``: llama.cpp's name of how the tokenizer cuts words, if it is not known here.
+        overwrite: replace an earlier output.
+
+    Returns: ``files``, ``identity``, and the ``commands`` that run it, from inside the directory.
+
+    Raises: InputError for a code, a model family or an adapter that the files do not hold exactly.
+    """
+    from loftq.serving.export import ExportOptions
+    from loftq.serving.export import export as run
+
+    given = None if adapter is None else as_path("adapter", adapter)
+    options = ExportOptions(to=to, adapter=given, tokenizer_rule=tokenizer_rule, overwrite=overwrite)
+    with Bar("export", "tensor", shown=progress) as bar:
+        made = run(Path(as_path("directory", directory)), Path(as_path("output", output)), options, bar.begin)
+    size = sum(f["size"] for f in made["files"].values()) / 1e6
+    return Report(made, f"{len(made['files'])} files, {size:.1f} MB")
+
+
+@checks_names
 def generate(
     target: str | Path,
     prompt: str | Sequence[Mapping[str, str]],
@@ -205,7 +241,7 @@ def generate(
 
     Raises: UsageError for a chat without a template; InputError for an adapter of another base.
     """
-    from loftq.export.generate import GenerateOptions, Writer
+    from loftq.serving.generate import GenerateOptions, Writer
 
     options = GenerateOptions(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     writer = Writer(as_path("target", target), None if adapter is None else as_path("adapter", adapter), device)

@@ -28,7 +28,9 @@ def identity(directory: str | os.PathLike) -> str | None:
     """
     manifest = _read(Path(directory) / MANIFEST)
     exported = _read(Path(directory) / EXPORTED).get("identity")
-    whole = isinstance(exported, dict) and exported.get("adapter") is None
+    whole = isinstance(exported, dict) and (
+        exported.get("adapter") is None or (exported.get("options") or {}).get("verb") == "export"  # which lies apart
+    )
     found = manifest.get("sha256") or (exported.get("base") if whole else None)  # type: ignore[union-attr]
     return found if isinstance(found, str) else None
 

@@ -1,4 +1,4 @@
-"""Verbs on what was trained: merge, generate."""
+"""Verbs on what was trained: merge, export, generate."""
 
 from typing import Annotated
 
@@ -33,9 +33,9 @@ def merge(
     overwrite: Overwrite = False,
 ) -> None:
     """Make a plain dense checkpoint of the quantized weights and an adapter, one matrix in memory at a time."""
-    from loftq.export.merge import MergeOptions
-    from loftq.export.merge import merge as run
     from loftq.planning import parse_size
+    from loftq.serving.merge import MergeOptions
+    from loftq.serving.merge import merge as run
 
     quiet_transformers()
     options = MergeOptions(
@@ -48,6 +48,32 @@ def merge(
         made = run(directory, output, options, bar.begin)
     size = sum(f["size"] for f in made["files"].values()) / 1e6
     print(f"{quoted(output, 400)}: {len(made['files'])} files, {size:.1f} MB, {dtype}")
+
+
+@app.command()
+def export(
+    directory: Directory,
+    output: Output,
+    to: Annotated[str, typer.Option(help="The files of which software: gguf (llama.cpp, Ollama).", show_default=False)],
+    adapter: AdapterOf = None,
+    tokenizer_rule: Annotated[
+        str | None,
+        typer.Option(help="Of gguf: llama.cpp's name of how the tokenizer cuts words, if it is not known here."),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a quantized directory in other software's files, with exactly its codes, and the adapter apart."""
+    from loftq.serving.export import ExportOptions
+    from loftq.serving.export import export as run
+
+    quiet_transformers()
+    options = ExportOptions(to=to, adapter=adapter, tokenizer_rule=tokenizer_rule, overwrite=overwrite)
+    with Bar("export", "tensor") as bar:
+        made = run(directory, output, options, bar.begin)
+    size = sum(f["size"] for f in made["files"].values()) / 1e6
+    print(f"{quoted(output, 400)}: {len(made['files'])} files, {size:.1f} MB. In it:")
+    for command in made["commands"]:
+        print(f"  {command}")
 
 
 @app.command()
@@ -73,7 +99,7 @@ def generate(
     """Answer a prompt, or chat, by the tokenizer's template; without one, go on from a text."""
     import sys
 
-    from loftq.export.generate import GenerateOptions, Writer
+    from loftq.serving.generate import GenerateOptions, Writer
 
     quiet_transformers()
     options = GenerateOptions(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)

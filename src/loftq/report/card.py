@@ -96,31 +96,58 @@ def merged_card(manifest: dict[str, Any], identity: dict[str, Any], licence: dic
         identity: of the merge.
         licence: as :func:`model_card` takes it.
     """
-    options, totals = manifest["identity"]["options"], manifest["totals"]
-    adapter = identity["adapter"] or {}
-    rows = {
-        "dtype": identity["options"]["dtype"],
-        "base": f"{options['bits']} bits, format {options['format']}; manifest sha256 {identity['base']}",
-        **{f"adapter, {name}": f"sha256 {digest}" for name, digest in adapter.items()},
-        **({} if adapter else {"adapter": "none: the quantized weights alone"}),
-        "relative weight error of the base with its initialization": f"{totals['error']:.4f}",
-        "made with": f"loftq {identity['loftq']}",
-    }
-    return "\n".join(
+    return _of_both(
+        ["library_name: transformers", *_tags(licence), "tags: [loftq, lora, merged]"],
         [
-            "---",
-            "library_name: transformers",
-            *(f"{key}: {json.dumps(value)}" for key, value in licence.items()),
-            "tags: [loftq, lora, merged]",
-            "---",
             "# A quantized model with its adapter merged",
             "",
             "The weights are the dequantized ones of a LoftQ checkpoint plus the product of a LoRA adapter. They are",
             "dense, and need no package but transformers.",
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {name} | {value} |" for name, value in rows.items()),
-            "",
-        ]
+        ],
+        {"dtype": identity["options"]["dtype"], **_origin(manifest, identity)},
     )
+
+
+def exported_card(
+    manifest: dict[str, Any], identity: dict[str, Any], commands: list[str], licence: dict[str, str]
+) -> str:
+    """README.md of what was exported: how to run it, and what it was made of.
+
+    Args:
+        commands: that run it from inside the directory.
+        manifest, identity, licence: as :func:`merged_card` takes them.
+    """
+    to = identity["options"]["to"]
+    return _of_both(
+        [*_tags(licence), f"tags: [loftq, lora, {to}]"],
+        [
+            f"# A quantized model in {to}",
+            "",
+            "The weights are those of a LoftQ checkpoint, to the last bit. The adapter was made for them; it is apart.",
+            "",
+            "```",
+            *commands,
+            "```",
+        ],
+        _origin(manifest, identity),
+    )
+
+
+def _tags(licence: dict[str, str]) -> list[str]:
+    return [f"{key}: {json.dumps(value)}" for key, value in licence.items()]
+
+
+def _origin(manifest: dict[str, Any], identity: dict[str, Any]) -> dict[str, str]:
+    options, adapter = manifest["identity"]["options"], identity["adapter"] or {}
+    return {
+        "base": f"{options['bits']} bits, format {options['format']}; manifest sha256 {identity['base']}",
+        **{f"adapter, {name}": f"sha256 {digest}" for name, digest in adapter.items()},
+        **({} if adapter else {"adapter": "none: the quantized weights alone"}),
+        "relative weight error of the base with its initialization": f"{manifest['totals']['error']:.4f}",
+        "made with": f"loftq {identity['loftq']}",
+    }
+
+
+def _of_both(front: list[str], body: list[str], rows: dict[str, str]) -> str:
+    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    return "\n".join(["---", *front, "---", *body, "", *table, ""])

@@ -14,12 +14,12 @@ from loftq.architecture.loading import guarded, load_config, load_tokenizer, loa
 from loftq.architecture.skeleton import one_line
 from loftq.checkpoint.assemble import ADAPTER
 from loftq.errors import InputError, LoftqError, UsageError, extra, option, quoted
-from loftq.export.adapter import CONFIG, place_of
-from loftq.export.merge import NO_ADAPTER
 from loftq.formats import strict_json
 from loftq.formats.config import MANIFEST
 from loftq.numerics.device import check_device
 from loftq.options import check_number, check_whole
+from loftq.serving.adapter import CONFIG, place_of
+from loftq.serving.merge import NO_ADAPTER
 from loftq.sources.checkpoint import resolve
 
 Message = dict[str, str]

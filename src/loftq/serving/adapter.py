@@ -13,11 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from loftq.errors import InputError, UsageError, listed, option, quoted
-from loftq.export.base import Base, Dense
 from loftq.formats import fsio, strict_json
 from loftq.formats.picklefile import read_pickle_tensors
 from loftq.formats.regular import local_path, shown
 from loftq.formats.tensorfile import read_header, read_tensor
+from loftq.serving.base import Base, Dense
 from loftq.spec import scaling
 
 CONFIG = "adapter_config.json"

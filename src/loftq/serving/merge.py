@@ -14,10 +14,6 @@ from torch import Tensor
 from loftq.adapters.origins import refuse_other
 from loftq.checkpoint.assemble import ADAPTER
 from loftq.errors import option
-from loftq.export import heads
-from loftq.export.adapter import Adapter, open_adapter, own_files, place_of
-from loftq.export.base import Base, Dense, narrowed, open_base
-from loftq.export.output import Files, copy, produce, write_shards
 from loftq.formats import fsio, strict_json
 from loftq.formats.belongings import belongings, licence
 from loftq.formats.regular import local_path
@@ -25,6 +21,10 @@ from loftq.formats.tensorfile import DTYPES, Entry
 from loftq.numerics import oriented
 from loftq.options import check_choice, check_whole
 from loftq.report.card import merged_card
+from loftq.serving import heads
+from loftq.serving.adapter import Adapter, open_adapter, own_files, place_of
+from loftq.serving.base import Base, Dense, narrowed, open_base
+from loftq.serving.output import Files, copy, produce, write_shards
 from loftq.spec import STORED
 from loftq.version import __version__
 

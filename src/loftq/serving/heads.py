@@ -8,9 +8,9 @@ import transformers
 from loftq.adapters.start import HEADED_TASKS
 from loftq.architecture import skeleton
 from loftq.errors import InputError, listed
-from loftq.export.adapter import Adapter
-from loftq.export.base import Base
 from loftq.formats.regular import shown
+from loftq.serving.adapter import Adapter
+from loftq.serving.base import Base
 
 
 def find(base: Base, adapter: Adapter | None) -> dict[str, Any]:

@@ -1,0 +1,249 @@
+"""``loftq export --to gguf``: what the package gguf reads from the files is what we decode, to the last bit.
+
+The names and the order of rows that llama.cpp wants are those of its converter; the forward pass in float32 below takes
+them from there, so that a file which is wrong in one of them computes other logits than transformers.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
+
+import loftq
+from harness import cli, refused
+from loftq.errors import InputError, UsageError
+from loftq.numerics import decode, encode
+from loftq.planning import Matrix
+from loftq.serving.blocks import BLOCKS, block_bytes
+from loftq.spec import QuantSpec
+from quantizers import Fitted
+from quantizers import quantize as fitted
+
+HIDDEN, INNER, HEADS, GROUPS = 64, 128, 4, 2
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": GROUPS,
+    "max_position_embeddings": 64,
+    "head_dim": 16,
+}
+FAMILIES = {
+    "llama": ("Llama", {"rope_theta": 5000.0}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"tie_word_embeddings": True}),
+    "gemma": ("Gemma", {}),
+    "phi3": ("Phi3", {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 0}),
+}
+IDS = torch.tensor([[5, 9, 200, 31, 7, 7, 250, 1]])
+
+
+def by_bytes():
+    """Byte-level BPE, trained on a line."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=290,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(["how are you, how are they, who are we, the moon and the stars"] * 3, trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+
+
+def made_of(name, place, **options):
+    """A tiny model of a family with a tokenizer, and its quantized directory."""
+    family, more = FAMILIES[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **more})
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(place / name)
+    by_bytes().save_pretrained(place / name)
+    given = {"bits": 4, "code": "int", "block_size": 32, "scale_dtype": "float16", "rank": 4, "workers": 1, **options}
+    loftq.quantize(place / name, place / "quantized", **given)
+    return place / "quantized"
+
+
+def rows_of(block, matrix, stored):
+    """The values of a block's bytes: by the package, or by GGML's definition of a type that the package lacks."""
+    raw = block_bytes(block, matrix, stored).numpy()
+    if block.name != "Q2_0":
+        gguf = pytest.importorskip("gguf")
+        return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(block.type))
+    blocks = raw.reshape(-1, 18)
+    numbers = (blocks[:, 2:, None] >> np.array([0, 2, 4, 6], np.uint8) & 3).reshape(len(blocks), 64).astype(np.float32)
+    return ((numbers - 1) * blocks[:, :2].view(np.float16).astype(np.float32)).reshape(matrix.shape)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=[block.name for block in BLOCKS])
+@pytest.mark.parametrize("kind", [QuantSpec, Fitted], ids=["formula", "fitted"])
+def test_a_block_holds_the_code_exactly(block, kind):
+    spec = kind(bits=block.bits, code=block.code, block_size=block.size, scale_dtype="float16")
+    weight = torch.randn(6, 512, generator=torch.Generator().manual_seed(3))
+    weight[1, :256] = 0
+    stored = encode(fitted(weight, spec), spec)
+    matrix = Matrix("w", "m", "linear", (6, 512), "F32", QuantSpec(**vars(spec)), 4)
+    assert np.array_equal(rows_of(block, matrix, stored), decode(stored, spec, 512).numpy())
+
+
+def read(file):
+    """Fields and tensors of a file, with the package's own reader."""
+    gguf = pytest.importorskip("gguf")
+    reader = gguf.GGUFReader(file)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    values = {}
+    for tensor in reader.tensors:
+        raw = tensor.data
+        if tensor.tensor_type == gguf.GGMLQuantizationType.BF16:
+            value = torch.from_numpy(raw.copy()).view(torch.bfloat16).float()
+        else:
+            value = torch.from_numpy(np.array(gguf.quants.dequantize(raw, tensor.tensor_type)))
+        values[tensor.name] = value.reshape(tuple(int(n) for n in reversed(tensor.shape)))
+    return fields, values
+
+
+def norm(x, weight, eps):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def turned(x, fields, name):
+    """Rotary embedding as llama.cpp has it: of neighbours for llama, of halves for the others."""
+    base, size = fields[f"{name}.rope.freq_base"], x.shape[-1]
+    angles = torch.arange(x.shape[-2])[:, None] * base ** (-torch.arange(0, size, 2) / size)
+    cos, sin = angles.cos(), angles.sin()
+    a, b = (x[..., 0::2], x[..., 1::2]) if name == "llama" else x.chunk(2, -1)
+    parts = a * cos - b * sin, b * cos + a * sin
+    return torch.stack(parts, -1).flatten(-2) if name == "llama" else torch.cat(parts, -1)
+
+
+def logits(fields, t, lora=None):
+    """What llama.cpp computes of such a file, in float32."""
+    name = fields["general.architecture"]
+    eps, size = fields[f"{name}.attention.layer_norm_rms_epsilon"], fields[f"{name}.attention.key_length"]
+
+    def product(x, key):
+        y = x @ t[f"{key}.weight"].T + t.get(f"{key}.bias", torch.zeros(()))
+        if lora is not None and f"{key}.weight.lora_a" in lora[1]:
+            a, b = lora[1][f"{key}.weight.lora_a"], lora[1][f"{key}.weight.lora_b"]
+            y = y + lora[0]["adapter.lora.alpha"] / a.shape[0] * (x @ a.T) @ b.T
+        return y
+
+    x = t["token_embd.weight"][IDS[0]]
+    x = x * HIDDEN**0.5 if name == "gemma" else x
+    for i in range(fields[f"{name}.block_count"]):
+        h = norm(x, t[f"blk.{i}.attn_norm.weight"], eps)
+        if f"blk.{i}.attn_qkv.weight" in t:
+            q, k, v = product(h, f"blk.{i}.attn_qkv").split([HEADS * size, GROUPS * size, GROUPS * size], -1)
+        else:
+            q, k, v = (product(h, f"blk.{i}.attn_{part}") for part in "qkv")
+        q, k, v = (part.unflatten(-1, (-1, size)).transpose(0, 1) for part in (q, k, v))
+        if f"blk.{i}.attn_q_norm.weight" in t:
+            q, k = (norm(part, t[f"blk.{i}.attn_{n}_norm.weight"], eps) for part, n in ((q, "q"), (k, "k")))
+        q, k = (turned(part, fields, name) for part in (q, k))
+        k, v = (part.repeat_interleave(HEADS // GROUPS, 0) for part in (k, v))
+        x = x + product(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1).flatten(1), f"blk.{i}.attn_output"
+        )
+        h = norm(x, t[f"blk.{i}.ffn_norm.weight"], eps)
+        if f"blk.{i}.ffn_gate.weight" in t:
+            gate, up = product(h, f"blk.{i}.ffn_gate"), product(h, f"blk.{i}.ffn_up")
+        else:
+            gate, up = product(h, f"blk.{i}.ffn_up").chunk(2, -1)
+        act = F.gelu(gate, approximate="tanh") if name == "gemma" else F.silu(gate)
+        x = x + product(act * up, f"blk.{i}.ffn_down")
+    return norm(x, t["output_norm.weight"], eps) @ t.get("output.weight", t["token_embd.weight"]).T
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_base_and_adapter_compute_what_transformers_does(name, tmp_path):
+    pytest.importorskip("gguf")
+    directory = made_of(name, tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    config = LoraConfig(r=4, lora_alpha=6, use_rslora=True, rank_pattern={"o_proj": 2}, target_modules="all-linear")
+    tuned = get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+    tuned.save_pretrained(tmp_path / "adapter")
+    loftq.export(directory, tmp_path / "gguf", to="gguf", adapter=tmp_path / "adapter")
+    base, lora = read(tmp_path / "gguf" / "model.gguf"), read(tmp_path / "gguf" / "adapter.gguf")
+    with torch.no_grad():
+        adapted = tuned.eval()(IDS).logits[0]
+        with tuned.disable_adapter():
+            alone = tuned(IDS).logits[0]
+    assert not torch.allclose(adapted, alone, atol=1e-2)
+    torch.testing.assert_close(logits(*base), alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(*base, lora), adapted, rtol=1e-4, atol=1e-4)
+    assert lora[0]["general.type"] == "adapter"
+    assert base[0]["tokenizer.ggml.model"] == "gpt2"
+    assert base[0]["tokenizer.ggml.tokens"][5] == transformers.AutoTokenizer.from_pretrained(
+        directory
+    ).convert_ids_to_tokens(5)
+
+
+def test_rope_of_llama3_divides_the_frequencies(tmp_path):
+    pytest.importorskip("gguf")
+    from loftq.serving.gguf_header import family_of, rope_factors
+
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = transformers.LlamaConfig(
+        **{**SIZES, "head_dim": 64}, rope_parameters={**rope, "original_max_position_embeddings": 32}
+    )
+    model = transformers.LlamaForCausalLM(config)
+    plain = 5e5 ** (-torch.arange(0, 64, 2) / 64)
+    wanted = plain / model.model.rotary_emb.inv_freq
+    torch.testing.assert_close(torch.from_numpy(rope_factors(family_of(model))), wanted, rtol=1e-5, atol=0)
+    assert rope_factors(family_of(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)))) is None
+
+
+def test_pieces_are_merged_by_the_place_of_their_merge(tmp_path):
+    pytest.importorskip("gguf")
+    from loftq.serving.gguf_vocab import _scores
+
+    model = {"merges": [["a", "b"], ["ab", "c"], ["b", "c"], ["a", "bc"]]}
+    assert _scores(["a", "ab", "bc", "abc"], model) == [-4.0, 0.0, -2.0, -1.0]
+
+
+def test_what_gguf_cannot_hold_is_refused(tmp_path, made):
+    pytest.importorskip("gguf")
+    with pytest.raises(InputError, match=r"proj.weight: GGUF holds no code lloyd of 2 bits in blocks of 64; .* int 2"):
+        loftq.export(made("llama").output, tmp_path / "gguf", to="gguf")
+    with pytest.raises(InputError, match="BertModel: no GGUF is made of this family"):
+        loftq.export(made("bert").output, tmp_path / "gguf", to="gguf")
+    with pytest.raises(UsageError, match="to must be one of gguf"):
+        loftq.export(made("bert").output, tmp_path / "gguf", to="onnx")
+    directory = made_of("llama", tmp_path)
+    content = json.loads((directory / "tokenizer.json").read_text())
+    content["pre_tokenizer"] = {"type": "Whitespace"}
+    other = shutil.copytree(directory, tmp_path / "other")
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="neither byte-level"):
+        loftq.export(other, tmp_path / "gguf", to="gguf")
+    content["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Split", "pattern": {"Regex": "x"}}, {"type": "ByteLevel"}],
+    }
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    refused(
+        cli("export", other, "-o", tmp_path / "gguf", "--to", "gguf"), 3, "how it cuts words", "--tokenizer-rule NAME"
+    )
+    assert not (tmp_path / "gguf").exists()
+    ended = cli("export", other, "-o", tmp_path / "gguf", "--to", "gguf", "--tokenizer-rule", "llama-bpe")
+    assert ended.code == 0, ended.err
+    assert "llama-server -m model.gguf --lora adapter.gguf" in ended.out
+    assert {p.name for p in (tmp_path / "gguf").iterdir()} == {
+        *("model.gguf", "adapter.gguf", "Modelfile", "README.md", "loftq_export.json"),
+    }
