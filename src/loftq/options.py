@@ -118,6 +118,13 @@ class Coverage(TypedDict, total=False):
 class Storage(Widths, Codes, Coverage, total=False):
     """Which matrices are quantized, and how they are stored."""
 
+    serve: Annotated[
+        str | None,
+        Option(None, choices=("gguf",)),
+        "Choose code, block and scales that other software holds exactly: gguf (llama.cpp, Ollama). Matrices that it "
+        "cannot hold stay dense. `loftq export` then writes its files.",
+    ]
+
 
 class Ranks(TypedDict, total=False):
     """Rank and scaling of the adapter."""

@@ -194,6 +194,56 @@ def test_base_and_adapter_compute_what_transformers_does(name, tmp_path):
     ).convert_ids_to_tokens(5)
 
 
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"bits": "mlp=8,layers.0=2,4"}, {(8, "int", 32), (2, "int", 64), (4, "iq4nl", 32)}),
+        ({"bits": 2, "block_size": 32}, {(2, "int", 64)}),
+        ({"bits": 4, "code": "int"}, {(4, "int", 32)}),
+    ],
+    ids=["widths", "another block", "a code"],
+)
+def test_serve_chooses_what_gguf_holds(options, wanted, tmp_path):
+    """And what it cannot hold is kept: rows of 96 are no multiple of 64."""
+    sizes = {**SIZES, "intermediate_size": 96}
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path / "source")
+    by_bytes().save_pretrained(tmp_path / "source")
+    plan = loftq.plan(tmp_path / "source", serve="gguf", rank=4, min_coverage=0.0, progress=False, **options)
+    assert {(m.quant.bits, m.quant.code, m.quant.block_size) for m in plan.matrices} == wanted
+    assert {m.quant.scale_dtype for m in plan.matrices} == {"float16"}
+    down = [k.reason for k in plan.kept if "down_proj" in k.name]
+    assert down == (["rows of 96 are no multiple of gguf's block of 64"] * 2 if options.get("bits") == 2 else [])
+
+
+def test_serve_refuses_what_gguf_has_not(tmp_path):
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).save_pretrained(tmp_path)
+    for options, told in (
+        ({"bits": 3}, r"serve='gguf' holds no 3 bits; it has 4 \(iq4nl\)"),
+        ({"bits": 2, "code": "nf"}, "holds no 2 bits of code nf"),
+        ({"bits": 4, "double_quant": True}, "leave them out"),
+        ({"budget": 3.0}, "nor with budget"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            loftq.plan(tmp_path, serve="gguf", rank=4, **options)
+
+
+def test_from_patterns_to_gguf(tmp_path):
+    """The whole way: every code of a mixed plan in one file, which holds what transformers loads."""
+    gguf = pytest.importorskip("gguf")
+    directory = made_of("llama", tmp_path, code="auto", serve="gguf", bits="mlp=8,4", block_size=64)
+    loftq.export(directory, tmp_path / "gguf", to="gguf", adapter="none")
+    _, values = read(tmp_path / "gguf" / "model.gguf")
+    kinds = {t.name: t.tensor_type for t in gguf.GGUFReader(tmp_path / "gguf" / "model.gguf").tensors}
+    assert kinds["blk.0.ffn_up.weight"] == gguf.GGMLQuantizationType.Q8_0
+    assert kinds["blk.0.attn_v.weight"] == gguf.GGMLQuantizationType.IQ4_NL
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    for name, ours in (("blk.0.ffn_up", "mlp.up_proj"), ("blk.0.attn_v", "self_attn.v_proj")):
+        found = model.model.layers[0].get_submodule(ours).dequantize()
+        assert torch.equal(values[f"{name}.weight"], found)
+    assert not (tmp_path / "gguf" / "adapter.gguf").exists()
+
+
 def test_rope_of_llama3_divides_the_frequencies(tmp_path):
     pytest.importorskip("gguf")
     from loftq.serving.gguf_header import family_of, rope_factors

@@ -11,6 +11,7 @@ from loftq.errors import InputError, UsageError, listed, option, quoted
 from loftq.numerics import oriented_shape
 from loftq.options import fields_of
 from loftq.planning.budget import Choice
+from loftq.planning.containers import served
 from loftq.planning.patterns import Rules, parse_rules
 from loftq.planning.pieces import Made, sources
 from loftq.planning.policy import DENSE, Policy
@@ -214,6 +215,11 @@ def make(
         budgeted = chosen.get(role.module) if chosen else None
         rows, columns = oriented_shape(role.kind, shape)
         quant, instead = _quant(policy, width, budgeted, role.kind, rows)
+        if policy.serve and columns % quant.block_size:
+            reason = f"rows of {columns} are no multiple of {policy.serve}'s block of {quant.block_size}"
+            missed = _is_missed(role, shape, smallest)
+            kept.append(Kept(name, dtype, shape, _numel(shape) * _itemsize(dtype), reason, missed, role.made))
+            continue
         rank = budgeted.rank if budgeted else ranks(role.module)
         if rank >= min(rows, columns) and policy.rank_policy == "refuse":
             refused.append(f"{name} {rows}x{columns} with rank {rank}")
@@ -255,6 +261,8 @@ def _quant(policy: Policy, width: float, chosen: Choice | None, kind: str, rows:
     """
     stored = {**fields_of(QuantSpec, vars(policy)), **({"block_size": chosen.block_size} if chosen else {})}
     bits = chosen.bits if chosen else width
+    if policy.serve:
+        return served(policy, bits), ""
     quant = quant_spec(policy.solve, **{**stored, "bits": bits, "code": policy.code})
     why = why_not(quant, kind, rows)
     if not why:

@@ -27,6 +27,7 @@ class Policy:
     scale_dtype: str = default("scale_dtype")
     double_quant: bool = default("double_quant")
     window: int = default("window")
+    serve: str | None = default("serve")
     rank: str = default("rank")
     rank_policy: str = default("rank_policy")
     alpha: float | None = default("alpha")
@@ -48,16 +49,22 @@ class Policy:
         check_fields(self, option)
         if not isinstance(self.solve, SolveSpec):
             raise UsageError(f"solve must be a SolveSpec, got {type(self.solve).__name__}")
+        if self.serve and (self.double_quant or self.embeddings or self.budget):
+            raise UsageError(
+                f"{option('serve', self.serve)} goes neither with {option('double_quant')} and {option('embeddings')}, "
+                f"which it does not hold, nor with {option('budget')}; leave them out, or give {option('code', 'int')}"
+            )
         _check_budget(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; without a budget none of its fields, so that earlier outputs are still known.
 
-        So it is with the window, which only a trellis has.
+        So it is with the window, which only a trellis has, and with ``serve``.
         """
         values = asdict(self)
-        if self.window == default("window"):
-            del values["window"]
+        for name in ("window", "serve"):
+            if values[name] == default(name):
+                del values[name]
         return values if self.budget else {k: v for k, v in values.items() if not k.startswith("budget")}
 
 

@@ -62,8 +62,8 @@ def write(place: Path, base: Base, adapter: Adapter | None, family: Family, rule
         rule: llama.cpp's name of the tokenizer's rule for cutting words, where it is not known.
     """
     placed = [_placed(tensor, family) for tensor in _tensors(base)]
-    advance = begin(len(placed))
     header = _header(base, adapter, family, placed, rule)
+    advance = begin(len(placed))
     factors = rope_factors(family)
     if factors is not None:
         header.add(ROPE_FACTORS, factors.shape, PLAIN["F32"], factors.nbytes)

@@ -11,7 +11,7 @@ from torch import Tensor
 from loftq.checkpoint.manifest import FileRow, Part
 from loftq.checkpoint.output_dir import already_done, check_places, claim, publish
 from loftq.checkpoint.shards import Workspace
-from loftq.errors import InputError
+from loftq.errors import InputError, LoftqError
 from loftq.formats import fsio, hashed_json
 from loftq.formats.config import EXPORTED
 from loftq.formats.regular import output_path, shown
@@ -57,7 +57,11 @@ def produce(
         )  # another process may have finished meanwhile
         if not done:
             claim(work, identity, sources[0])
-            files = {name: asdict(digest) for name, digest in fill(work.output).items()}
+            try:
+                files = {name: asdict(digest) for name, digest in fill(work.output).items()}
+            except LoftqError:
+                fsio.remove_tree(work.root)  # nothing of it could be continued
+                raise
             content = {"format_version": 1, "identity": identity, "files": files, **report()}
             done = hashed_json.write(work.output / EXPORTED, content)
             publish(work, output, {**files, EXPORTED: asdict(fsio.sha256_file(work.output / EXPORTED))}, overwrite)
