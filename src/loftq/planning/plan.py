@@ -156,6 +156,9 @@ class Plan:
             written["quant"] = matrix.quant.to_dict()
             if not matrix.instead:
                 del written["instead"]
+        for tensor in (*plan["matrices"], *plan["kept"]):
+            if not tensor["made"]:
+                del tensor["made"]
         return plan
 
     def digest(self) -> str:
@@ -169,9 +172,6 @@ class Plan:
                 del matrix["factors"]
             if not matrix["source"]:
                 del matrix["source"]
-        for tensor in (*plan["matrices"], *plan["kept"]):
-            if not tensor["made"]:
-                del tensor["made"]
         text = json.dumps(plan, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
