@@ -70,7 +70,7 @@ def pictures(name: str, rows: list[dict[str, Any]], images: Path) -> Iterator[st
 
 
 def glance() -> str:
-    """Every method at 2 bits with NormalFloat or fitted scales, and LoRA on dense weights, a column a task."""
+    """Every method at 2 bits with NormalFloat, fitted scales or a trellis, and LoRA on dense weights, by task."""
     rows = [row for study in ("decoder", "encoder") for row in read_rows(ROWS / f"{study}-small.jsonl")]
     mine = [row for row in rows if _at_a_glance(row["settings"])]
     headings, body = overview(mine)
@@ -87,7 +87,7 @@ def glance() -> str:
 def _at_a_glance(settings: dict[str, Any]) -> bool:
     if settings["method"] == "lora":
         return True
-    return settings["bits"] == "2" and settings.get("code") in ("nf", "lloyd")
+    return settings["bits"] == "2" and settings.get("code") in ("nf", "lloyd", "trellis")
 
 
 def update(file: Path, text: str) -> None:

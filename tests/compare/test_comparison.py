@@ -130,6 +130,8 @@ def test_starts_of_loftq_show_what_else_differs():
     assert headings[:3] == ["method", "bits", "code"]
     assert [line[:3] for line in body[1:]] == [["LoftQ", "2", "nf"], ["LoftQ (descent, calibrated)", "2", "lloyd"]]
     assert "; calibrated: texts texts.txt, samples 128." in notes(rows)[0]
+    rows[2] |= {"settings": {**rows[2]["settings"], "code": "trellis"}}
+    assert [arm.method for arm in arms(rows)] == ["QLoRA", "LoftQ", "LoftQ (descent, trellis, calibrated)"]
 
 
 @pytest.mark.parametrize(

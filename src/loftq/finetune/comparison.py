@@ -50,9 +50,10 @@ class ArmResult:
 
     @property
     def method(self) -> str:
-        """``LoftQ``, and a preset that is not the paper's: ``LoftQ (fitted)``, ``LoftQ (descent, calibrated)``."""
+        """``LoftQ``, and what is not the paper's: ``LoftQ (fitted, trellis)``, ``LoftQ (descent, calibrated)``."""
         s = self.settings
-        words = [*({s.get("preset", "loftq")} - {"loftq"}), *(["calibrated"] if s.get("calibrate") else [])]
+        words = [*({s.get("preset", "loftq")} - {"loftq"}), *({s.get("code")} & {"trellis"})]
+        words += ["calibrated"] if s.get("calibrate") else []
         return NAMES[s["method"]] + (f" ({', '.join(words)})" if words else "")
 
     @property
