@@ -1,17 +1,16 @@
 """A preset and a code from outside the package: registered by one call each, they work wherever the others do."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import transformers
 
 import loftq
 import models
+from harness import Child
 from loftq import codes, spec
 from loftq.cli import app
 from loftq.errors import UsageError
+from loftq.finetune.recipe import parse
 
 WEIGHT = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
 
@@ -57,19 +56,18 @@ def test_in_every_call(own, tmp_path):
 
 
 def test_in_recipes():
-    """In a new process, after recipes were imported and read."""
-    code = (
-        "from loftq.finetune.recipe import parse;"
-        "base = {'model': 'm', 'task': 'sst2', 'method': 'loftq'}; parse({**base, 'quantization': {'bits': 2}});"
-        "import loftq, test_registered; loftq.register_code(test_registered.Thirds);"
-        "loftq.register_preset('two-steps', steps=2);"
-        "own = {'bits': 2, 'code': 'thirds', 'preset': 'two-steps'};"
-        "recipe = parse({**base, 'quantization': own});"
-        "print(recipe.quantization.code, recipe.quantization.solver('loftq').steps)"
-    )
-    paths = f"import sys; sys.path[:0] = {sys.path!r};"
-    ended = subprocess.run([sys.executable, "-c", paths + code], capture_output=True, text=True)
-    assert ended.stdout.strip() == "thirds 2", ended.stderr
+    """In a process of its own, after recipes were imported and read."""
+    base = {"model": "m", "task": "sst2", "method": "loftq"}
+
+    def work():
+        parse({**base, "quantization": {"bits": 2}})
+        loftq.register_code(Thirds)
+        loftq.register_preset("two-steps", steps=2)
+        mine = parse({**base, "quantization": {"bits": 2, "code": "thirds", "preset": "two-steps"}}).quantization
+        print(mine.code, mine.solver("loftq").steps)
+
+    ended = Child(work).ended()
+    assert ended.out.strip() == "thirds 2", ended.err
 
 
 def test_what_is_refused(own):
