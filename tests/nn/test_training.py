@@ -57,6 +57,7 @@ def test_nothing_of_a_weights_shape_is_kept_for_backward(made):
     assert not kept & (dense | {shape[::-1] for shape in dense})
 
 
+@pytest.mark.slow
 def test_compiled_in_one_graph_it_computes_and_trains_the_same(made):
     model = made("llama-flat").start()
     eager, wanted = outputs(model).detach(), gradients(model)

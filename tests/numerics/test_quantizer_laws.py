@@ -287,7 +287,9 @@ for row in ROWS:
     fitted = "fitted-" if isinstance(row, Fitted) else ""
     GROUPS.setdefault(f"{fitted}{row.code}{row.bits}-b{row.block_size}", []).append(row)
 CASES = [
-    pytest.param(law, kept, id=f"{law.__name__}-{group}")
+    pytest.param(
+        law, kept, id=f"{law.__name__}-{group}", marks=[] if kept[0].block_size in (64, 7) else pytest.mark.slow
+    )
     for law in LAWS
     for group, specs in GROUPS.items()
     if (kept := [spec for spec in specs if not excuse(law, spec)])

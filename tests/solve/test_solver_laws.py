@@ -140,7 +140,7 @@ FITTED = [
 
 
 @pytest.mark.parametrize("kind", matrices())
-@pytest.mark.parametrize("order", ["quantize-first", "svd-first"])
+@pytest.mark.parametrize("order", ["quantize-first", pytest.param("svd-first", marks=pytest.mark.slow)])
 def test_with_fitted_scales_no_step_raises_the_error(kind: str, order: str) -> None:
     """Each half of a step starts from what the other left and keeps it, or finds less. Even at two bits."""
     w = matrices()[kind]

@@ -40,7 +40,9 @@ def train_curve(result):
     return [(e["step"], e["loss"], e["grad_norm"], e["learning_rate"]) for e in result.history if "loss" in e]
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "qlora", "loftq"])
+@pytest.mark.parametrize(
+    "method", ["loftq", *(pytest.param(m, marks=pytest.mark.slow) for m in ("full", "lora", "qlora"))]
+)
 def test_a_continued_run_is_the_uninterrupted_one(place, monkeypatch, method):
     whole = finetune(tiny.recipe(place, method, **SAVING, output=str(place / "whole")))
     stopped = tiny.recipe(place, method, **SAVING)
