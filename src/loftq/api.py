@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from loftq.adapters.convert import convert
 from loftq.checkpoint.quantize import quantize as _quantize
 from loftq.checkpoint.quantize import quantize_options
-from loftq.errors import UsageError, checks_names
+from loftq.errors import UsageError, checks_names, listed
 from loftq.formats.statistics import Statistics
 from loftq.frozen.replace import replace
 from loftq.numerics import Moments
@@ -148,7 +148,7 @@ def calibrate(
             ``input_ids`` and, if there is padding, ``attention_mask``, as a ``DataLoader`` gives them.
         tokenizer: for texts and a loaded model; batches need none, a checkpoint has its own.
         output: of a checkpoint: the directory to be made. Statistics that the same call made earlier are left alone.
-        options: of the collection. A loaded model has no ``revision``, and runs on the device that it is on.
+        options: of the collection; ``device`` and ``revision`` of a checkpoint alone.
 
     Example:
         >>> statistics = loftq.calibrate(model, "notes.txt", tokenizer, samples=64)
@@ -160,8 +160,12 @@ def calibrate(
     from loftq.calibration.calibrate import calibrate as run
 
     loaded = not isinstance(model, (str, os.PathLike))
-    if loaded and (output is not None or options.get("revision") is not None):
-        raise UsageError("output and revision are of a checkpoint, and the model is in memory; leave them out")
+    if loaded and (
+        odd := [name for name in ("output", "revision", "device") if {"output": output, **options}.get(name)]
+    ):
+        raise UsageError(
+            f"{listed(odd)}: of a checkpoint, and the model is in memory and runs where it is; leave it out"
+        )
     if not loaded and (output is None or tokenizer is not None):
         raise UsageError(f"{model} is a checkpoint: give output=DIR for its statistics, and no tokenizer")
     chosen = CalibrateOptions(data="" if loaded else as_path("data", data), **fields_of(CalibrateOptions, options))

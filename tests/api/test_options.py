@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import inspect
+import json
 import re
 import shutil
 import subprocess
@@ -91,6 +92,25 @@ def test_a_call_names_its_options_in_signature_types_and_docstring(call):
         assert parameters[name].default is not None or type(None) in typing.get_args(kind), name
         assert call.__doc__.count(f"\n        {name}: ") == 1
     assert "\n        options:" not in call.__doc__
+
+
+TYPED = """import loftq
+
+loftq.quantize("m", "o", bits=2, rank="mlp=8,4", budget_ranks=[4, 8], calibrate=None, overwrite=True)
+loftq.quantize("m", "o", bit=2)
+loftq.plan("m", block_size="64")
+loftq.start("base", "m", "o", rank=8, steps=3)
+loftq.register_preset("own", steps=2, seed=0)
+"""
+
+
+@pytest.mark.slow
+def test_a_type_checker_knows_every_option(tmp_path):
+    (tmp_path / "calls.py").write_text(TYPED, "utf-8")
+    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, tmp_path / "calls.py"]
+    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=False).stdout)["generalDiagnostics"]
+    found = {problem["range"]["start"]["line"] + 1: problem["rule"] for problem in told}
+    assert found == {4: "reportCallIssue", 5: "reportArgumentType", 6: "reportCallIssue", 7: "reportCallIssue"}
 
 
 def test_no_public_callable_takes_options_of_any_type():

@@ -152,6 +152,13 @@ def test_other_calls(tmp_path):
     assert "samples must be" in refused(lambda: loftq.calibrate(model, ["a"], samples="4", progress=False))
     assert "got int" in refused(lambda: loftq.calibrate(model, 3, progress=False))
     assert "got list" in refused(lambda: loftq.calibrate(model, [[1, 2]], progress=False))
+    for option in ({"output": "x"}, {"revision": "main"}, {"device": "cuda"}):
+        told = refused(lambda option=option: loftq.calibrate(model, ["a"], progress=False, **option))
+        assert f"{next(iter(option))}: of a checkpoint, and the model is in memory" in told
+    assert "give output=DIR" in refused(lambda: loftq.calibrate("org/model", "notes.txt"))
+    assert "data: wanted a path, got list" in refused(
+        lambda: loftq.calibrate("org/model", ["a"], output=tmp_path / "s")
+    )
     assert "need a tokenizer" in refused(lambda: loftq.calibrate(model, ["a"], progress=False))
     assert "no packed layers" in refused(lambda: loftq.load_start(model, tmp_path / "source"))
     assert "'blocksize'; did you mean 'block_size'?" in refused(lambda: loftq.Policy(blocksize=3))
