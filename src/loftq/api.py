@@ -185,6 +185,7 @@ def quantize(
     *,
     max_shard_bytes: int = 1 << 30,
     statistics: str | Path | None = None,
+    progress: bool = True,
     **options: Unpack[Quantizing],
 ) -> Report:
     """What ``loftq quantize`` does: stream a checkpoint from disk into a LoftQ checkpoint; its manifest.
@@ -194,6 +195,7 @@ def quantize(
         output: the directory to be made.
         max_shard_bytes: of the largest file of the backbone.
         statistics: where those that are collected go; by default beside the output.
+        progress: whether to show bars.
         options: of the plan, the solver and the run.
     """
     if isinstance(model, nn.Module):
@@ -207,7 +209,9 @@ def quantize(
     for name in ("calibrate", "curves", "statistics"):
         if given.get(name) is not None:
             given[name] = as_path(name, given[name])
-    return of_checkpoint(_quantize(model, output, quantize_options(given)))
+    asked = quantize_options(given)
+    with Bar("calibrate", "step", shown=progress) as collecting, MatrixBar(shown=progress) as bar:
+        return of_checkpoint(_quantize(model, output, asked, bar.begin, collecting.begin))
 
 
 @checks_names
