@@ -48,6 +48,9 @@ PROMISED = {
     "evaluate": {"--task", "--data", "--split", "--adapter", "--batch-size", "--max-length", "--sampling", "--json"},
     "compare": {"--output", "--json"},
     "inspect": {"--json", "--plot"},
+    "merge": {"--adapter", "--dtype", "--max-shard-size", "--output", "--overwrite"},
+    "export": {"--adapter", "--to", "--output", "--overwrite"},
+    "generate": {"--adapter", "--prompt", "--max-new-tokens", "--temperature", "--top-p", "--seed", "--device"},
     "verify": set(),
 }  # fmt: skip
 
