@@ -18,7 +18,7 @@ from loftq.errors import UsageError, checks_names, extra, option
 from loftq.formats.statistics import Statistics
 from loftq.frozen.start import start as _start
 from loftq.frozen.start import start_options
-from loftq.options import Plans, Starting, check_whole, default, keywords
+from loftq.options import Plans, Starting, check_choice, check_whole, default, keywords
 from loftq.planning import Plan, make_policy
 from loftq.report.bars import Bar, MatrixBar, RunBar
 from loftq.report.inspect import inspection
@@ -303,6 +303,10 @@ def evaluate(
 
     Raises: InputError for a model that was never trained for the task.
     """
+    if sampling is not None:
+        check_choice(option("sampling"), sampling, ("greedy", "paper"))
+    for name, count in (("batch_size", batch_size), ("max_length", max_length)):
+        check_whole(option(name), 1 if count is None else count, 1)
     with extra("train"):
         from loftq.finetune.evaluate import evaluate as run
     return run(

@@ -35,6 +35,8 @@ def test_one_line_in_words_of_python(place, tmp_path):
         (lambda: loftq.compare(recipe), "or output"),
         (lambda: loftq.evaluate(place / "model"), "say task, one of"),
         (lambda: loftq.evaluate(place / "model", split="test"), "did you mean 'splits'"),
+        (lambda: loftq.evaluate(place / "model", sampling="beam"), "sampling must be one of greedy, paper"),
+        (lambda: loftq.evaluate(place / "model", batch_size=0), "batch_size must be a whole number of at least 1"),
     ):
         with pytest.raises(UsageError, match=word) as caught:
             call()

@@ -11,7 +11,6 @@ import typer
 from loftq.cli.app import app
 from loftq.cli.options import Json, Overrides, RecipeFile, quiet
 from loftq.errors import extra, quoted
-from loftq.options import check_choice, check_whole
 from loftq.report.bars import MatrixBar, RunBar
 
 
@@ -66,23 +65,20 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate a run, a model or a quantized directory on a task."""
+    from loftq import verbs
+    from loftq.report.tables import print_metrics
+
     with extra("train"):
-        from loftq.finetune.evaluate import evaluate as run
-        from loftq.report.tables import print_metrics
-    if sampling is not None:
-        check_choice("--sampling", sampling, ("greedy", "paper"))
-    check_whole("--batch-size", batch_size, 0)
-    check_whole("--max-length", max_length, 0)
-    quiet()
-    found = run(
+        quiet()
+    found = verbs.evaluate(
         target,
         task=_task(task),
-        data=None if data is None else str(data),
+        data=data,
         splits=split or (),
         adapter=adapter,
         batch_size=batch_size or None,
         max_length=max_length or None,
-        generation=sampling,
+        sampling=sampling,
     )
     if as_json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
