@@ -35,6 +35,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def built(name: str) -> Any:
     cls, options = MODELS[name]
+    if not hasattr(transformers, f"{cls}Model"):
+        pytest.skip(f"this transformers has no {cls}")
     torch.manual_seed(0)
     model = getattr(transformers, f"{cls}Model")(getattr(transformers, f"{cls}Config")(**options))
     with torch.no_grad():

@@ -51,6 +51,9 @@ def read_config(directory: Path, *, quantized: bool = False) -> dict[str, Any]:
         raise InputError(f"{path}: already quantized with {method}; start from the full-precision checkpoint")
     _check_numbers(path, config)
     bounds.check_labels(path, config)
+    names = config.get("architectures")
+    if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
+        config.pop("architectures", None)  # as transformers of late; some releases refuse them
     return without_internal_keys(config)
 
 
@@ -154,8 +157,7 @@ def classes(path: Path, values: dict[str, Any]) -> tuple[Any, Any]:
             f"{path}: model_type {quoted(model_type)} is not one of transformers' own; "
             "loftq does not run code that comes with a checkpoint"
         )
-    named = isinstance(names, list) and names and isinstance(names[0], str)
-    found = getattr(transformers, names[0], None) if named else None  # type: ignore[index]
+    found = getattr(transformers, names[0], None) if names else None
     known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
     return found if known else transformers.AutoModel, CONFIG_MAPPING[model_type]
 

@@ -111,7 +111,7 @@ def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, 
     return grad @ dequantize(stored, spec, columns, grad.dtype)
 
 
-class Weight(NamedTuple):
+class TrellisWeight(NamedTuple):
     """What a kernel is told about a packed weight."""
 
     packed: Tensor  # uint8 (groups, bytes)
@@ -125,7 +125,7 @@ class Weight(NamedTuple):
     group: int  # rows of a group
 
 
-def _weight(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> tuple[Weight, dict[str, int]]:
+def _weight(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> tuple[TrellisWeight, dict[str, int]]:
     """The kernels' view of the stored tensors, and the constants that they are compiled for."""
     held = {name: tensor.detach().contiguous() for name, tensor in stored.items()}
     packed, rates, starts = held["weight"].view(torch.uint8), held.get("weight_rate"), None
@@ -133,7 +133,7 @@ def _weight(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> tuple[W
     if rates is not None:
         wide = rates.to(torch.int32)
         starts = ((wide.cumsum(0) - wide) * (group // RATE_UNIT)).to(torch.int32)
-    weight = Weight(
+    weight = TrellisWeight(
         packed=packed,
         scale=held["weight_scale"].flatten(),
         levels=_levels(spec.code, spec.width, packed.device),
