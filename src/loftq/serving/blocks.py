@@ -91,7 +91,8 @@ def block_for(matrix: Matrix) -> Block:
     found = next((block for block in BLOCKS if block.fits(quant)), None)
     if found is None or quant.double_quant:
         have = ", ".join(f"{b.code} {b.bits} bits block {b.size}" for b in BLOCKS)
-        held = f"code {quant.code} of {quant.bits} bits in blocks of {quant.block_size}"
+        blocks = f" in blocks of {quant.block_size}" if quant.codebook.form == "blocks" else ""
+        held = f"code {quant.code} of {quant.bits} bits{blocks}"
         nested = " with scales that are quantized too" if quant.double_quant else ""
         raise InputError(
             f"{quoted(matrix.name)}: GGUF holds no {held}{nested}; exactly held are {have}. Quantize with "
