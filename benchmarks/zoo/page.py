@@ -80,14 +80,14 @@ def _row(result: dict[str, Any]) -> list[Any]:
         result["class"],
         result["matrices"],
         f"{result['coverage']:.0%}{ask}",
-        _cell("; ".join(dict.fromkeys(map(_brief, result.get("missed", [])))), 90),
+        _cell("; ".join(dict.fromkeys(map(brief, result.get("missed", [])))), 90),
         ", ".join(n for n in result["inputs"] if not n.endswith("mask")),
         result.get("unused") or "",
         {"yes": "yes"}.get(result.get("generate", ""), ""),
     ]
 
 
-def _brief(reason: str) -> str:
+def brief(reason: str) -> str:
     """A reason of the plan, without names of tensors."""
     if "expert" in reason:
         return "experts"

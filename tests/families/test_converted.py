@@ -60,6 +60,17 @@ def test_what_is_put_together_is_what_transformers_makes(tmp_path, name):
         assert torch.equal(checkpoint.read(n, made), model.get_parameter(n)), n
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_no_parameter_is_new_that_a_part_of_a_tensor_fills(tmp_path, name):
+    """Biases too: a module that seems to have none in the files would be trained whole, without its initialization."""
+    built(name).save_pretrained(tmp_path)
+    headers = {n: (t.dtype, t.shape) for n, t in open_checkpoint(tmp_path).tensors.items()}
+    model = skeleton.build(tmp_path)
+    rename = skeleton.renamer(model)
+    there = {rename(n)[0] for n in headers} | conversion.split_parameters(model, headers)
+    assert {n for n, _ in model.named_parameters()} <= there
+
+
 def test_rows_of_every_kind_are_read_alone(tmp_path):
     """Of a tensor that interleaves, one that is transposed, and vectors: the pieces say which bytes are read."""
     loftq_tensors = {"stack": torch.arange(24.0).view(2, 3, 4), "vector": torch.arange(5.0)}

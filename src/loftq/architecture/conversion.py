@@ -42,6 +42,15 @@ def converted_roles(
     return seen, roles
 
 
+def split_parameters(model: nn.Module, tensors: Headers) -> set[str]:
+    """Parameters that transformers makes of tensors which it splits into several, such as a fused bias."""
+    mapping = skeleton.converters(model)
+    rename = skeleton.renamer(model, mapping)
+    several = {p for converter in mapping[1] if len(converter.target_patterns) > 1 for p in converter.source_patterns}
+    with torch.device("cpu"):  # a model is on the meta device while it loads
+        return set(_follow(model, {name: tensors[name] for name in tensors if several and rename(name)[1] in several}))
+
+
 def _follow(model: nn.Module, tensors: Headers) -> dict[str, tuple[str, Made]]:
     """Parameter -> its converter's number, and of what it is made."""
     found: dict[str, tuple[str, Made]] = {}

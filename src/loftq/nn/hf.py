@@ -18,6 +18,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from loftq.architecture.conversion import split_parameters
 from loftq.architecture.kinds import kind_of
 from loftq.architecture.skeleton import renamer, spellings
 from loftq.errors import InputError, UsageError, command, listed, quoted
@@ -326,7 +327,9 @@ def _present(files: list[Path], model: nn.Module) -> dict[str, tuple[str, tuple[
     """Parameters that the files hold, by the name they will have: safetensors dtype and shape."""
     rename = renamer(model)
     headers = [read_header(file) for file in files if file.suffix == ".safetensors"]
-    return {rename(t.name)[0]: (t.dtype, t.shape) for header in headers for t in header.tensors.values()}
+    tensors = {t.name: (t.dtype, t.shape) for header in headers for t in header.tensors.values()}
+    split = dict.fromkeys(split_parameters(model, tensors), ("", ()))
+    return {**split, **{rename(name)[0]: header for name, header in tensors.items()}}
 
 
 def _check_packed(present: dict[str, Any], model: nn.Module, found: Iterable[str], directory: Path) -> None:
