@@ -31,6 +31,12 @@ SCRIPTS = {  # in the order of the page: title, and what limits the result
         "about 1.2 times as long as the dense one: 1.3 times its speed would be faster than not quantizing at all, and "
         "needs products in a lower precision.",
     ),
+    "trellis": (
+        "The trellis code",
+        "A window is a shift, a mask and a look-up of its own, where a byte of `lloyd` is one look-up of four weights. "
+        "Where columns have rates of their own, every weight loads its shift too. Encoding is bound by arithmetic: two "
+        "multiply-adds and a minimum for each of the 2^L windows of a weight, half of a vector register at a time.",
+    ),
     "startup": (
         "Start-up",
         "`import loftq` leaves torch, transformers and PEFT until they are needed. Numba compiles a kernel when it is "

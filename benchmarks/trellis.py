@@ -54,7 +54,7 @@ def decoding(bench: Bench, size: int) -> None:
                 calls[name] = lambda k=kernel, t=stored, s=spec, o=out: k.decode_into(o, t, s)
         case = f"{what}, {size} x {size}"
         versus = [Versus(name, LLOYD, round(1 / goal, 3) if name == MAIN else None) for name in sides if name != LLOYD]
-        bench.compare(case, calls, versus, repeats=15, number=1 if bench.quick else 3)
+        bench.compare(case, calls, versus, repeats=7, number=1 if bench.quick else 3)
 
 
 def encoding(bench: Bench, rows: int, columns: int) -> None:
@@ -76,11 +76,11 @@ def encoding(bench: Bench, rows: int, columns: int) -> None:
 def main() -> None:
     bench = Bench(__file__, __doc__)
     torch.set_flush_denormal(True)
-    decoding(bench, 384 if bench.quick else 4096)
-    encoding(bench, 128, 64 if bench.quick else 1024)
-    shape, tokens = ((256, 2, 256), 64) if bench.quick else ((2048, 2, 1024), 512)
+    shape, tokens = ((256, 2, 256), 64) if bench.quick else ((1024, 2, 1024), 512)
     versus = (Versus(TRELLIS2, DENSE, 0.85), Versus(LOFTQ2, DENSE))
-    one_step(bench, (*shape, "float32", "cpu"), tokens, versus)
+    bench.part(lambda: decoding(bench, 384 if bench.quick else 2048), "decoding")
+    bench.part(lambda: one_step(bench, (*shape, "float32", "cpu"), tokens, versus), "a training step")
+    bench.part(lambda: encoding(bench, 128, 64 if bench.quick else 512), "encoding")
     bench.finish()
 
 
