@@ -91,7 +91,8 @@ def dequantize(stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: 
 def decode_into(out: Tensor, stored: dict[str, Tensor], spec: QuantSpec) -> Tensor:
     """The dense weight in memory that is there, float32 or bfloat16; ``out``."""
     strings = _strings(stored, spec, out.shape[1])
-    run_over_rows(windows.decode, len(out), *strings, out.dtype == torch.bfloat16, out)
+    kernel = windows.decode_bfloat16 if out.dtype == torch.bfloat16 else windows.decode
+    run_over_rows(kernel, len(out), *strings, out)
     return out
 
 
@@ -131,7 +132,8 @@ class Strings(NamedTuple):
     n_bytes: int  # of a group
     rates: Tensor  # int64 (in,)
     starts: Tensor  # int64 (in,), the first bit of every column in its group
-    shifts: Tensor  # uint8 (16, in), where windows begin: of rows 0 to 7 from row 0's, of rows 8 to 15 from row 8's
+    shifts: Tensor  # uint8 (16, in), where windows begin, from the first of each ``read`` rows
+    read: int  # rows whose windows are read at once, 8 or 16
     even: bool  # all columns have one rate
     group: int
     levels: Tensor
@@ -142,21 +144,25 @@ def _strings(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> String
     packed, scale = stored["weight"].detach().contiguous(), _scale(stored)
     group, even, n_bytes = trellis_groups(len(scale))[1], "weight_rate" not in stored, packed.shape[1]
     packed = torch.nn.functional.pad(packed.flatten(), (0, max(0, windows.LEAST - packed.numel())))
-    layout = _even_layout(spec.rate, group, columns) if even else _layout(stored["weight_rate"].detach(), group)
+    if even:
+        layout = _even_layout(spec.rate, spec.width, group, columns)
+    else:
+        layout = _layout(stored["weight_rate"].detach(), spec.width, group)
     return Strings(packed, n_bytes, *layout, even, group, levels(spec.code, spec.width), scale)
 
 
-def _layout(rates: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+def _layout(rates: Tensor, window: int, group: int) -> tuple[Tensor, Tensor, Tensor, int]:
     rates, rows = rates.to(torch.int64), torch.arange(RATE_UNIT, device="cpu")[:, None]
     offsets = rows * rates // RATE_UNIT
-    shifts = offsets - offsets[:: windows.ROWS].repeat_interleave(windows.ROWS, 0)
-    return rates, (rates.cumsum(0) - rates) * (group // RATE_UNIT), shifts.to(torch.uint8)
+    read = windows.UNIT if int(offsets[-1].max()) + window <= windows.READ else windows.UNIT // 2
+    shifts = offsets - offsets[::read].repeat_interleave(read, 0)
+    return rates, (rates.cumsum(0) - rates) * (group // RATE_UNIT), shifts.to(torch.uint8), read
 
 
 @functools.lru_cache(64)
 @torch.inference_mode(False)
-def _even_layout(rate: int, group: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _layout(torch.full((columns,), rate, device="cpu"), group)
+def _even_layout(rate: int, window: int, group: int, columns: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    return _layout(torch.full((columns,), rate, device="cpu"), window, group)
 
 
 def _parts(strings: Strings, columns: int) -> Iterator[tuple[slice, Tensor]]:
@@ -168,7 +174,7 @@ def _parts(strings: Strings, columns: int) -> Iterator[tuple[slice, Tensor]]:
         part = slice(first * strings.group, min((first + groups) * strings.group, rows))
         weight = held[: (part.stop - part.start) * columns].view(-1, columns)
         some = strings._replace(packed=strings.packed[first * strings.n_bytes :], scale=strings.scale[part])
-        run_over_rows(windows.decode, len(weight), *some, False, weight)
+        run_over_rows(windows.decode, len(weight), *some, weight)
         yield part, weight
 
 

@@ -1,8 +1,8 @@
 """Compiled decoder of the trellis code: windows into packed strings of bits, looked up in the table of levels.
 
-A group's string holds its columns one after the other. A tile of :data:`ROWS` rows and up to :data:`COLUMNS` columns is
-decoded at a time: eight windows lie within 57 bits at any rate, so one read of eight bytes serves a column of a tile.
-Values are exact to the bit, ``levels[window] * scale`` in float32.
+A group's string holds its columns one after the other. One read of eight bytes serves a column for sixteen rows where
+their windows lie within 57 bits, and for eight rows at any rate. Values, ``levels[window] * scale`` in float32, are
+exact to the bit.
 
 Helpers are inlined by Numba itself, not by LLVM: the latter counts references to every array that it hands on, which
 takes longer than to decode a column. Indices are unsigned, because Numba looks whether a signed one is negative.
@@ -16,7 +16,7 @@ inlined = njit(nogil=True, inline="always")
 reassociating = njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"})
 
 UNIT = 16  # weights that take as many bits as their rate says
-ROWS, COLUMNS = 8, 256  # of a tile: 8 KiB, beside as much of the packed weight and the table of levels in a fast cache
+COLUMNS = 256  # decoded at a time: their strings and the table of levels stay in a fast cache
 READ, LEAST = 57, 8  # bits that one read has for certain; bytes that there must be to read from
 U = np.uint64
 
@@ -33,12 +33,8 @@ def _read(packed, bit):
 
 
 @inlined
-def _tile(packed, begin, rates, starts, shifts, even, first, size, row, group, mask, levels, words, tile):
-    """Levels of eight rows of a group, from ``row`` on, and ``size`` columns, from ``first`` on, into ``tile``.
-
-    The group's string begins at the bit ``begin``. Where all rates are ``even``, so are the shifts.
-    """
-    gaps = False
+def _words(packed, begin, rates, starts, first, size, row, group, words):
+    """The bits of a group, whose string begins at ``begin``, from ``row`` on, in ``size`` columns from ``first`` on."""
     for i in range(size):
         rate, bit = rates[first + i], begin + starts[first + i]
         at = (row * rate) // UNIT
@@ -47,79 +43,97 @@ def _tile(packed, begin, rates, starts, shifts, even, first, size, row, group, m
         if left < READ:  # the string is a circle
             word = (word & U((1 << left) - 1)) | _read(packed, bit) << U(left)
         words[i] = word
-        gaps |= rate == 0
-    for r in range(U(ROWS)):
-        place = U(row % UNIT) + r
-        if even:
-            shift = U(shifts[place, 0])
-            for i in range(size):
-                tile[r, i] = levels[(words[i] >> shift) & mask]
-        else:
-            for i in range(size):
-                tile[r, i] = levels[(words[i] >> U(shifts[place, first + i])) & mask]
-    if gaps:
-        for r in range(U(ROWS)):
-            for i in range(size):
-                if rates[first + i] == 0:
-                    tile[r, i] = 0
+
+
+@inlined
+def _levels(words, rates, shifts, even, first, size, place, levels, mask, s, out, at, begin):
+    """One row's levels times ``s``, into row ``at`` of ``out`` from ``begin`` on. Of ``even`` rates shifts are even."""
+    if even:
+        shift = U(shifts[place, 0])
+        for i in range(size):
+            out[at, begin + i] = levels[(words[i] >> shift) & mask] * s
+    else:
+        for i in range(size):
+            out[at, begin + i] = levels[(words[i] >> U(shifts[place, first + i])) & mask] * s
+        for i in range(size):
+            if rates[first + i] == 0:
+                out[at, begin + i] = 0
 
 
 @compiled
-def decode(packed, n_bytes, rates, starts, shifts, even, group, levels, scale, bfloat16, out, start, stop):
-    """Dense rows; bfloat16 as bits, rounded to nearest, even. See :class:`loftq.kernels.trellis_cpu.Strings`."""
+def decode(packed, n_bytes, rates, starts, shifts, read, even, group, levels, scale, out, start, stop):
+    """Dense rows in float32. See :class:`loftq.kernels.trellis_cpu.Strings`."""
     rows, columns = out.shape
-    words, tile = np.empty(COLUMNS, np.uint64), np.empty((ROWS, COLUMNS), np.float32)
-    bits, mask = tile.view(np.uint32), U(len(levels) - 1)
-    done, last = -(-start // ROWS), -(-stop // ROWS)
+    words, mask = np.empty(COLUMNS, np.uint64), U(len(levels) - 1)
+    done, last = -(-start // read), -(-stop // read)
     while done < last:  # the rows of one group after the other's
-        number = done * ROWS // group
-        end = min(last, (number + 1) * group // ROWS)
+        number = done * read // group
+        end = min(last, (number + 1) * group // read)
         begin = number * n_bytes * 8
         for first in range(U(0), U(columns), U(COLUMNS)):
             size = min(U(COLUMNS), U(columns) - first)
             for block in range(done, end):
-                top = block * ROWS
+                top = block * read
                 row = top - number * group
-                _tile(packed, begin, rates, starts, shifts, even, first, size, row, group, mask, levels, words, tile)
-                for r in range(U(min(ROWS, rows - top))):
-                    at = U(top) + r
-                    s = scale[at]
-                    if bfloat16:
-                        for i in range(size):
-                            tile[r, i] *= s
-                        for i in range(size):
-                            word = bits[r, i]
-                            rounded = word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))
-                            out[at, first + i] = rounded >> np.uint32(16)
-                    else:
-                        for i in range(size):
-                            out[at, first + i] = tile[r, i] * s
+                _words(packed, begin, rates, starts, first, size, row, group, words)
+                for r in range(U(min(read, rows - top))):
+                    at, place = U(top) + r, U(row % UNIT) + r
+                    _levels(words, rates, shifts, even, first, size, place, levels, mask, scale[at], out, at, first)
+        done = end
+
+
+@compiled
+def decode_bfloat16(packed, n_bytes, rates, starts, shifts, read, even, group, levels, scale, out, start, stop):
+    """:func:`decode` as the bits of bfloat16, rounded to nearest, ties to even."""
+    rows, columns = out.shape
+    words, mask = np.empty(COLUMNS, np.uint64), U(len(levels) - 1)
+    wide, none = np.empty((1, COLUMNS), np.float32), U(0)
+    bits = wide.view(np.uint32)
+    done, last = -(-start // read), -(-stop // read)
+    while done < last:
+        number = done * read // group
+        end = min(last, (number + 1) * group // read)
+        begin = number * n_bytes * 8
+        for first in range(U(0), U(columns), U(COLUMNS)):
+            size = min(U(COLUMNS), U(columns) - first)
+            for block in range(done, end):
+                top = block * read
+                row = top - number * group
+                _words(packed, begin, rates, starts, first, size, row, group, words)
+                for r in range(U(min(read, rows - top))):
+                    at, place = U(top) + r, U(row % UNIT) + r
+                    _levels(words, rates, shifts, even, first, size, place, levels, mask, scale[at], wide, none, none)
+                    for i in range(size):
+                        word = bits[0, i]
+                        rounded = word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))
+                        out[at, first + i] = rounded >> np.uint32(16)
         done = end
 
 
 @reassociating
-def product(packed, n_bytes, rates, starts, shifts, even, group, levels, scale, x, y, start, stop):
+def product(packed, n_bytes, rates, starts, shifts, read, even, group, levels, scale, x, y, start, stop):
     """Some rows of ``y = W x``; ``x`` is (tokens, in), ``y`` (out, tokens)."""
     (tokens, columns), rows = x.shape, len(y)
-    words, tile = np.empty(COLUMNS, np.uint64), np.empty((ROWS, COLUMNS), np.float32)
-    mask = U(len(levels) - 1)
-    done, last = -(-start // ROWS), -(-stop // ROWS)
-    y[done * ROWS : last * ROWS] = 0
+    words, mask = np.empty(COLUMNS, np.uint64), U(len(levels) - 1)
+    values, none = np.empty((1, COLUMNS), np.float32), U(0)
+    done, last = -(-start // read), -(-stop // read)
+    y[done * read : last * read] = 0
     while done < last:
-        number = done * ROWS // group
-        end = min(last, (number + 1) * group // ROWS)
+        number = done * read // group
+        end = min(last, (number + 1) * group // read)
         begin = number * n_bytes * 8
         for first in range(U(0), U(columns), U(COLUMNS)):
             size = min(U(COLUMNS), U(columns) - first)
             for block in range(done, end):
-                top = block * ROWS
+                top = block * read
                 row = top - number * group
-                _tile(packed, begin, rates, starts, shifts, even, first, size, row, group, mask, levels, words, tile)
-                for r in range(U(min(ROWS, rows - top))):
-                    at = U(top) + r
+                _words(packed, begin, rates, starts, first, size, row, group, words)
+                for r in range(U(min(read, rows - top))):
+                    at, place = U(top) + r, U(row % UNIT) + r
+                    _levels(words, rates, shifts, even, first, size, place, levels, mask, scale[at], values, none, none)
                     for t in range(U(tokens)):
                         total = np.float32(0)
                         for i in range(size):
-                            total += tile[r, i] * x[t, first + i]
-                        y[at, t] += total * scale[at]
+                            total += values[0, i] * x[t, first + i]
+                        y[at, t] += total
         done = end
