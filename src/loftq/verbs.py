@@ -194,7 +194,7 @@ def export(
     Args:
         directory: made by :func:`quantize`, with codes that the files hold: ``code="int"`` or ``"iq4nl"``.
         output: the directory to be made.
-        to: ``gguf``, for llama.cpp and Ollama.
+        to: ``gguf``, for llama.cpp and Ollama; ``compressed-tensors``, for vLLM and transformers.
         adapter: as :func:`merge` takes it.
         tokenizer_rule: of ``gguf``: llama.cpp's name of how the tokenizer cuts words, if it is not known here.
         overwrite: replace an earlier output.

@@ -273,7 +273,7 @@ def test_what_gguf_cannot_hold_is_refused(tmp_path, made):
         loftq.export(made("llama").output, tmp_path / "gguf", to="gguf")
     with pytest.raises(InputError, match="BertModel: no GGUF is made of this family"):
         loftq.export(made("bert").output, tmp_path / "gguf", to="gguf")
-    with pytest.raises(UsageError, match="to must be one of gguf"):
+    with pytest.raises(UsageError, match="to must be one of gguf, compressed-tensors"):
         loftq.export(made("bert").output, tmp_path / "gguf", to="onnx")
     directory = made_of("llama", tmp_path)
     content = json.loads((directory / "tokenizer.json").read_text())

@@ -54,7 +54,7 @@ def merge(
 def export(
     directory: Directory,
     output: Output,
-    to: Annotated[str, typer.Option(help="The files of which software: gguf (llama.cpp, Ollama).", show_default=False)],
+    to: Annotated[str, typer.Option(help="gguf (llama.cpp, Ollama) or compressed-tensors (vLLM).", show_default=False)],
     adapter: AdapterOf = None,
     tokenizer_rule: Annotated[
         str | None,

@@ -4,10 +4,11 @@ from loftq.errors import UsageError, option, quoted
 from loftq.planning.policy import Policy
 from loftq.spec import QuantSpec
 
-SCALES = "float16"  # of all of them
+SCALES = {"gguf": "float16"}  # others have the policy's
 # Software -> code, bits and block that it has; of two for the same width the first is the better.
 CONTAINERS = {
     "gguf": (("iq4nl", 4, 32), ("int", 4, 32), ("int", 2, 64), ("int", 2, 256), ("int", 8, 32)),
+    "compressed-tensors": tuple(("int", bits, size) for bits in (2, 3, 4, 8) for size in (64, 32, 128)),
 }
 
 
@@ -23,4 +24,6 @@ def served(policy: Policy, bits: float) -> QuantSpec:
         code = "" if policy.code == "auto" else f" of code {quoted(policy.code)}"
         raise UsageError(f"{option('serve', policy.serve)} holds no {bits} bits{code}; it has {have}")
     code, width, size = min(found, key=lambda row: row[2] != policy.block_size)
-    return QuantSpec(bits=width, code=code, block_size=size, scale_dtype=SCALES)
+    return QuantSpec(
+        bits=width, code=code, block_size=size, scale_dtype=SCALES.get(str(policy.serve), policy.scale_dtype)
+    )

@@ -52,7 +52,21 @@ def _gguf(base: Base, adapter: Adapter | None, options: ExportOptions) -> Write:
     return write
 
 
-TARGETS: dict[str, Callable[[Base, Adapter | None, ExportOptions], Write]] = {"gguf": _gguf}
+def _compressed(base: Base, adapter: Adapter | None, options: ExportOptions) -> Write:
+    from loftq.serving import compressed
+
+    scales = compressed.check(base, adapter)
+
+    def write(place: Path, begin: Begin) -> tuple[Files, list[str]]:
+        return compressed.write(place, base, adapter, scales, begin), compressed.commands(adapter)
+
+    return write
+
+
+TARGETS: dict[str, Callable[[Base, Adapter | None, ExportOptions], Write]] = {
+    "gguf": _gguf,
+    "compressed-tensors": _compressed,
+}
 
 
 def export(directory: Path, output: Path, options: ExportOptions, begin: Begin) -> dict[str, Any]:
