@@ -135,7 +135,8 @@ class Strings(NamedTuple):
     shifts: Tensor  # uint8 (16, in), where windows begin, from the first of each ``read`` rows
     read: int  # rows whose windows are read at once, 8 or 16
     even: bool  # all columns have one rate
-    group: int
+    group: int  # its rows
+    window: int  # its bits
     levels: Tensor
     scale: Tensor  # float32 (out,)
 
@@ -148,7 +149,7 @@ def _strings(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> String
         layout = _even_layout(spec.rate, spec.width, group, columns)
     else:
         layout = _layout(stored["weight_rate"].detach(), spec.width, group)
-    return Strings(packed, n_bytes, *layout, even, group, levels(spec.code, spec.width), scale)
+    return Strings(packed, n_bytes, *layout, even, group, spec.width, levels(spec.code, spec.width), scale)
 
 
 def _layout(rates: Tensor, window: int, group: int) -> tuple[Tensor, Tensor, Tensor, int]:

@@ -33,15 +33,14 @@ def _read(packed, bit):
 
 
 @inlined
-def _words(packed, begin, rates, starts, first, size, row, group, words):
+def _words(packed, begin, rates, starts, first, size, row, read, group, window, words):
     """The bits of a group, whose string begins at ``begin``, from ``row`` on, in ``size`` columns from ``first`` on."""
     for i in range(size):
         rate, bit = rates[first + i], begin + starts[first + i]
-        at = (row * rate) // UNIT
-        left = (group * rate) // UNIT - at
+        at, n = (row * rate) // UNIT, (group * rate) // UNIT
         word = _read(packed, bit + at)
-        if left < READ:  # the string is a circle
-            word = (word & U((1 << left) - 1)) | _read(packed, bit) << U(left)
+        if ((row + read - 1) * rate) // UNIT + window > n:  # the string is a circle
+            word = (word & U((1 << (n - at)) - 1)) | _read(packed, bit) << U(n - at)
         words[i] = word
 
 
@@ -61,7 +60,7 @@ def _levels(words, rates, shifts, even, first, size, place, levels, mask, s, out
 
 
 @compiled
-def decode(packed, n_bytes, rates, starts, shifts, read, even, group, levels, scale, out, start, stop):
+def decode(packed, n_bytes, rates, starts, shifts, read, even, group, window, levels, scale, out, start, stop):
     """Dense rows in float32. See :class:`loftq.kernels.trellis_cpu.Strings`."""
     rows, columns = out.shape
     words, mask = np.empty(COLUMNS, np.uint64), U(len(levels) - 1)
@@ -75,7 +74,7 @@ def decode(packed, n_bytes, rates, starts, shifts, read, even, group, levels, sc
             for block in range(done, end):
                 top = block * read
                 row = top - number * group
-                _words(packed, begin, rates, starts, first, size, row, group, words)
+                _words(packed, begin, rates, starts, first, size, row, read, group, window, words)
                 for r in range(U(min(read, rows - top))):
                     at, place = U(top) + r, U(row % UNIT) + r
                     _levels(words, rates, shifts, even, first, size, place, levels, mask, scale[at], out, at, first)
@@ -83,7 +82,7 @@ def decode(packed, n_bytes, rates, starts, shifts, read, even, group, levels, sc
 
 
 @compiled
-def decode_bfloat16(packed, n_bytes, rates, starts, shifts, read, even, group, levels, scale, out, start, stop):
+def decode_bfloat16(packed, n_bytes, rates, starts, shifts, read, even, group, window, levels, scale, out, start, stop):
     """:func:`decode` as the bits of bfloat16, rounded to nearest, ties to even."""
     rows, columns = out.shape
     words, mask = np.empty(COLUMNS, np.uint64), U(len(levels) - 1)
@@ -99,7 +98,7 @@ def decode_bfloat16(packed, n_bytes, rates, starts, shifts, read, even, group, l
             for block in range(done, end):
                 top = block * read
                 row = top - number * group
-                _words(packed, begin, rates, starts, first, size, row, group, words)
+                _words(packed, begin, rates, starts, first, size, row, read, group, window, words)
                 for r in range(U(min(read, rows - top))):
                     at, place = U(top) + r, U(row % UNIT) + r
                     _levels(words, rates, shifts, even, first, size, place, levels, mask, scale[at], wide, none, none)
@@ -111,7 +110,7 @@ def decode_bfloat16(packed, n_bytes, rates, starts, shifts, read, even, group, l
 
 
 @reassociating
-def product(packed, n_bytes, rates, starts, shifts, read, even, group, levels, scale, x, y, start, stop):
+def product(packed, n_bytes, rates, starts, shifts, read, even, group, window, levels, scale, x, y, start, stop):
     """Some rows of ``y = W x``; ``x`` is (tokens, in), ``y`` (out, tokens)."""
     (tokens, columns), rows = x.shape, len(y)
     words, mask = np.empty(COLUMNS, np.uint64), U(len(levels) - 1)
@@ -127,7 +126,7 @@ def product(packed, n_bytes, rates, starts, shifts, read, even, group, levels, s
             for block in range(done, end):
                 top = block * read
                 row = top - number * group
-                _words(packed, begin, rates, starts, first, size, row, group, words)
+                _words(packed, begin, rates, starts, first, size, row, read, group, window, words)
                 for r in range(U(min(read, rows - top))):
                     at, place = U(top) + r, U(row % UNIT) + r
                     _levels(words, rates, shifts, even, first, size, place, levels, mask, scale[at], values, none, none)
