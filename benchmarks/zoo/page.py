@@ -38,8 +38,7 @@ TITLES = {
 def page(results: dict[str, dict[str, Any]], total: int) -> str:
     """The whole page. ``total``: how many types there are to be tried."""
     counts = collections.Counter(r["outcome"] for r in results.values())
-    commits = ", ".join(dict.fromkeys(r["commit"] for r in results.values()))
-    versions = ", ".join(dict.fromkeys(r["versions"] for r in results.values()))
+    commits, versions = (_counted(r[key] for r in results.values()) for key in ("commit", "versions"))
     partial = [r for r in results.values() if r["outcome"] == WORKS and "asked" in r]
     tried = len(results) - counts[NOT_BUILT] - counts[UPSTREAM]
     parts = [
@@ -48,11 +47,15 @@ def page(results: dict[str, dict[str, Any]], total: int) -> str:
         f"**{counts[WORKS]} of {tried} model types work**, {len(partial)} of them only with `--min-coverage 0`, "
         "because most of their weights stay dense.",
         _table(["outcome", "n", "it means"], [[o, counts[o], MEANING[o]] for o in ORDER if counts[o]]),
-        f"<sub>commit {commits}; {versions}; float32 on a CPU; n = {len(results)} of the {total} model types that "
-        "have a class of their own, one tiny model each</sub>",
+        f"<sub>commits (rows): {commits}; {versions}; float32 on a CPU; n = {len(results)} of the {total} model types "
+        "that have a class of their own, one tiny model each</sub>",
         *_sections(results),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _counted(values: Iterable[str]) -> str:
+    return ", ".join(f"{value} ({n})" for value, n in collections.Counter(values).most_common())
 
 
 def _sections(results: dict[str, dict[str, Any]]) -> Iterable[str]:
