@@ -103,7 +103,7 @@ release: $(TOOLS)/.installed
 	rm -rf dist
 	$(TOOLS)/bin/python -m build --quiet
 	$(TOOLS)/bin/twine check --strict dist/*
-	$(TOOLS)/bin/nox -s wheel
+	$(TOOLS)/bin/nox -s wheel $(NOX)
 
 format: $(STAMP)
 	$(BIN)/ruff format

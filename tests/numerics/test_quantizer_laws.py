@@ -306,6 +306,7 @@ def test_quantizer_law(law: Law, specs: list[QuantSpec]) -> None:
             raise AssertionError(f"{law.__name__} does not hold for {spec}") from e
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("law_name", "reason"), EXCUSES)
 def test_excuses_are_needed(law_name: str, reason: str) -> None:
     """An excuse stays only while the law fails without it."""

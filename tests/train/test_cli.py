@@ -117,6 +117,7 @@ def test_the_extra_is_named(place):
     refused(ended, 2, "this verb needs datasets", "pip install 'loftq[train]'")
 
 
+@pytest.mark.slow
 def test_a_budget_is_spent_before_training(place):
     """Bits and ranks that differ by matrix train like all others; LoRA beside it has no use for a budget."""
     budget = {"budget": 8, "budget_ranks": "2,8", "steps": 1}

@@ -91,7 +91,9 @@ def left_over(directory, source):
         yield m, original, rest
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "preset", [pytest.param(p, marks=[] if p in ("descent", "lq-lora") else pytest.mark.slow) for p in PRESETS]
+)
 def test_every_preset_from_text_to_files(small_llama, statistics, tmp_path, preset):
     place = statistics["fisher" if preset == "lq-lora" else "full"]
     ended = cli("quantize", small_llama, "-o", tmp_path / "out", *FLAGS, "--preset", preset, "--calibrate", place)

@@ -92,7 +92,16 @@ def negative_zero(w):
 
 
 @pytest.mark.parametrize("change", [zero, constant, outlier, denormal, negative_zero])
-@pytest.mark.parametrize("code", ["nf", "uniform", "uniform-tensor", "affine", "lloyd --scales fitted"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "nf",
+        *(
+            pytest.param(code, marks=pytest.mark.slow)
+            for code in ("uniform", "uniform-tensor", "affine", "lloyd --scales fitted")
+        ),
+    ],
+)
 def test_extreme_values(source, change, code):
     """Finite results with an error no larger than the matrix, or a refusal that names it."""
     edit(source, lambda tensors: change(tensors[MATRIX]))

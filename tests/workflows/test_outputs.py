@@ -324,6 +324,7 @@ def test_a_lock_left_by_a_dead_process(source, output):
     assert set(os.listdir(output.parent)) == {"out"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overwrite", [False, True], ids=["", "overwrite"])
 @pytest.mark.parametrize("lead", [0, 20, 60, 120])
 def test_two_processes_where_locks_only_pretend(source, output, lead, overwrite, tmp_path):
