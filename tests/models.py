@@ -101,6 +101,37 @@ GPT2 = {
     "eos_token_id": 2,
 }
 MOE = {"num_experts_per_tok": 2, "head_dim": 16}
+ROUTED = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "moe_intermediate_size": INNER,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "max_position_embeddings": 64,
+}
+DEEPSEEK = {
+    **ROUTED,
+    "num_key_value_heads": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
+NEMOTRON = {
+    **ROUTED,
+    "layers_block_type": ["attention", "moe"],
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "moe_shared_expert_intermediate_size": INNER,
+}
 
 
 @dataclass(frozen=True)
@@ -170,15 +201,31 @@ FAMILIES = {
     "gemma-untied": Family(
         "GemmaForCausalLM", "GemmaConfig", {**LLAMA, "head_dim": 16, "tie_word_embeddings": False}, 14
     ),
-    "mixtral": Family("MixtralForCausalLM", "MixtralConfig", {**LLAMA, **MOE, "num_local_experts": 4}, 8),
+    "mixtral": Family("MixtralForCausalLM", "MixtralConfig", {**LLAMA, **MOE, "num_local_experts": 4}, 12),
     "qwen3-moe": Family(
         "Qwen3MoeForCausalLM",
         "Qwen3MoeConfig",
         {**LLAMA, **MOE, "num_experts": 4, "moe_intermediate_size": INNER},
-        8,
+        12,
     ),
+    "gpt-oss": Family(
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {**LLAMA, **MOE, "num_local_experts": 4, "layer_types": ["full_attention"] * 2, "rope_parameters": None},
+        12,
+    ),
+    "granite-moe": Family(
+        "GraniteMoeForCausalLM",
+        "GraniteMoeConfig",
+        {**LLAMA, "num_experts_per_tok": 2, "num_local_experts": 4},
+        12,
+    ),
+    "deepseek-v3": Family("DeepseekV3ForCausalLM", "DeepseekV3Config", DEEPSEEK, 18),
+    "nemotron-h": Family("NemotronHForCausalLM", "NemotronHConfig", NEMOTRON, 8),
 }
-MIXTURES = ["mixtral", "qwen3-moe"]
+# One tensor for each expert in the files; likewise; transposed, interleaved, with biases; fused and renamed; beside
+# shared experts and dense layers; without gates.
+MIXTURES = ["mixtral", "qwen3-moe", "gpt-oss", "granite-moe", "deepseek-v3", "nemotron-h"]
 SPECIAL = ["llama-deep", "llama-flat", "gemma-untied"]
 DENSE = [name for name in FAMILIES if name not in (*MIXTURES, *SPECIAL)]
 
@@ -273,10 +320,13 @@ def written(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
     config = json.loads((directory / "config.json").read_text())["quantization_config"]
     adapter_config = json.loads((directory / "loftq_init" / "adapter_config.json").read_text())
     stored, factors = tensors(directory), tensors(directory / "loftq_init")
+    plan = json.loads((directory / "loftq_manifest.json").read_text())["plan"]
+    names = {m["module"]: m["name"] for m in plan["matrices"]}  # in the files, where transformers renames them
     result = {}
     for group in read_groups(config):
         for module in group.modules:
-            mine = {n.removeprefix(f"{module}."): t for n, t in stored.items() if n.startswith(f"{module}.weight")}
+            stem = names.get(module, f"{module}.weight").removesuffix("weight")
+            mine = {n.removeprefix(stem): t for n, t in stored.items() if n.startswith(f"{stem}weight")}
             root = f"base_model.model.{module}"
             if f"{root}.lora_embedding_A" in factors:
                 product = (factors[f"{root}.lora_embedding_B"] @ factors[f"{root}.lora_embedding_A"]).T
@@ -287,7 +337,24 @@ def written(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
             alpha, rslora = adapter_config["lora_alpha"], adapter_config["use_rslora"]
             product = product * (alpha / (rank**0.5 if rslora else rank))
             result[module] = decode(mine, group.quant, product.shape[1]), product
+        for stack in group.parameters:
+            last = f"{stack.rpartition('.')[0]}.down_proj"
+            inside = stack != last and any(last in g.parameters for g in read_groups(config))
+            result[stack] = _stack(stack, inside, group.quant, stored, factors, adapter_config)
     return result
+
+
+def _stack(name: str, inside: bool, quant: Any, stored: dict[str, Tensor], factors: dict, config: Any) -> tuple:
+    """Q and s·BA of all experts, ``(experts, out, in)``. PEFT's layer on the last stack lies outside the other's."""
+    parts = {n.removeprefix(name): t for n, t in stored.items() if n == name or n.startswith(f"{name}_")}
+    root = f"base_model.model.{name.rpartition('.')[0]}{'.base_layer' if inside else ''}"
+    a, b, count = factors[f"{root}.lora_A.weight"], factors[f"{root}.lora_B.weight"], len(stored[name])
+    rank, alpha = len(a) // count, config["lora_alpha"]
+    s = alpha / (rank**0.5 if config["use_rslora"] else rank)
+    a, b = a.view(count, rank, -1), b.view(len(b), rank, count)
+    product = torch.stack([s * b[:, :, e] @ a[e] for e in range(count)])
+    one = [{f"weight{part}": t[e] for part, t in parts.items() if not part.endswith("_bias")} for e in range(count)]
+    return torch.stack([decode(tensors, quant, a.shape[2]) for tensors in one]), product
 
 
 def substituted(dense: Any, values: dict[str, Tensor]) -> Any:
@@ -295,6 +362,11 @@ def substituted(dense: Any, values: dict[str, Tensor]) -> Any:
     model = copy.deepcopy(dense)
     with torch.no_grad():
         for module, value in values.items():
+            owner, _, leaf = module.rpartition(".")
+            parent: Any = model.get_submodule(owner)
+            if leaf in parent._parameters:
+                parent._parameters[leaf].copy_(value.transpose(1, 2) if parent.is_transposed else value)
+                continue
             target = model.get_submodule(module)
             transposed = not isinstance(target, (nn.Linear, nn.Embedding))
             target.weight.copy_(value.T if transposed else value)

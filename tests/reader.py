@@ -113,4 +113,30 @@ def matrices(directory: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
                 found[module] = trellis(stored, module, group, config["levels"]), scaling * b @ a
             else:
                 found[module] = backbone(stored, module, group, a.shape[1]), scaling * b @ a
+        for stack in group.get("parameters", []):
+            last = f"{stack.rsplit('.', 1)[0]}.down_proj"
+            inside = stack != last and any(last in g.get("parameters", []) for g in config["groups"])
+            found |= experts(stored, factors, adapter, stack, inside, group)
+    return found
+
+
+def experts(
+    stored: dict[str, np.ndarray],
+    factors: dict[str, np.ndarray],
+    adapter: dict[str, Any],
+    stack: str,
+    inside: bool,
+    group: Any,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """``stack.e`` -> Q and s·BA of expert e; A is stored expert after expert, B rank after rank."""
+    root = f"base_model.model.{stack.rsplit('.', 1)[0]}{'.base_layer' if inside else ''}"
+    a, b = (factors[f"{root}.lora_{x}.weight"].astype(np.float64) for x in "AB")
+    count, found = len(stored[stack]), {}
+    rank = len(a) // count
+    scaling = adapter["lora_alpha"] / (math.sqrt(rank) if adapter["use_rslora"] else rank)
+    suffixes = ("", "_scale", "_zero")
+    for e in range(count):
+        one = {f"m.weight{s}": stored[stack + s][e] for s in suffixes if stack + s in stored}
+        product = scaling * b.reshape(len(b), rank, count)[:, :, e] @ a[e * rank : (e + 1) * rank]
+        found[f"{stack}.{e}"] = backbone(one, "m", group, a.shape[1]), product
     return found

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -20,7 +21,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import loftq
 from loftq.checkpoint.verify import verify
 from loftq.errors import LoftqError
-from loftq.nn.layers import PackedWeight
+from loftq.nn.experts import PackedExperts
+from loftq.nn.layers import Packed, PackedWeight
 from zoo import configs, inputs, outputs
 
 MOST_PARAMETERS = 40_000_000
@@ -223,7 +225,7 @@ def _quantize(journey: Journey) -> None:
         journey.report["asked"] = "--min-coverage 0"
         manifest = loftq.quantize(journey.source, journey.output, **options, min_coverage=0.0)
     plan = manifest["plan"]
-    done = sum(m["shape"][0] * m["shape"][1] for m in plan["matrices"])
+    done = sum(m.get("experts", 1) * m["shape"][0] * m["shape"][1] for m in plan["matrices"])
     missed: dict[str, int] = {}
     for kept in plan["kept"]:
         if kept["missed"]:
@@ -248,7 +250,7 @@ def _load(journey: Journey) -> None:
         odd = set(map(str, info[kind])) - set(map(str, dense[kind]))
         if odd:
             raise outputs.Failed(f"{kind}: {sorted(odd)[:3]}")
-    journey.packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedWeight)}
+    journey.packed = _packed(model)
     if len(journey.packed) != journey.report["matrices"]:
         raise outputs.Failed(f"{len(journey.packed)} packed layers of {journey.report['matrices']} matrices")
     journey.model = model.eval()
@@ -256,8 +258,7 @@ def _load(journey: Journey) -> None:
 
 def _forward(journey: Journey) -> None:
     """The packed model computes what the dense model with dequantized weights computes."""
-    values = {name: layer.dequantize() for name, layer in journey.packed.items()}
-    journey.expected = _substituted(_rounded(journey), values)
+    journey.expected = _substituted(_rounded(journey), {n: _dequantized(m, n) for n, m in journey.packed.items()})
     outputs.compare(journey.forward(journey.model), journey.forward(journey.expected), "packed against dequantized")
 
 
@@ -265,9 +266,7 @@ def _initialization(journey: Journey) -> None:
     """Plain PEFT puts the initialization on every packed layer and computes Q + s·BA."""
     journey.started = journey.start().eval()
     journey.adapted = _adapted(journey.started)
-    missing = set(journey.packed) - {
-        n for n, m in journey.adapted.items() if isinstance(m.get_base_layer(), PackedWeight)
-    }
+    missing = set(journey.packed) - {n for n, m in journey.adapted.items() if isinstance(m.get_base_layer(), Packed)}
     if missing:
         raise outputs.Failed(
             f"no adapter on {len(missing)} of {len(journey.packed)} packed layers: {sorted(missing)[:3]}"
@@ -305,11 +304,11 @@ def _backward(journey: Journey) -> None:
     journey.started.zero_grad()
     if not outputs.backpropagate(journey.started, journey.inputs):
         raise outputs.Failed("no gradient from the outputs to any adapter")
-    used = {n for n, m in journey.adapted.items() if outputs.has_gradient([reference.get_submodule(n).weight])}
+    used = {n for n in journey.adapted if outputs.has_gradient([_weight(reference, n)])}
     got = {
         n
         for n, m in journey.adapted.items()
-        if outputs.has_gradient(p for k, p in m.named_parameters() if "lora_" in k)
+        if outputs.has_gradient(p for k, p in m.named_parameters() if k.startswith("lora_"))
     }
     if used - got:
         raise outputs.Failed(
@@ -381,7 +380,7 @@ def _generate(journey: Journey) -> None:
 
 def _merge(journey: Journey) -> None:
     merged = journey.started.merge_and_unload().eval()
-    if any(isinstance(m, PackedWeight) for m in merged.modules()):
+    if any(isinstance(m, Packed) for m in merged.modules()):
         raise outputs.Failed("packed layers are left after merging")
     outputs.compare(journey.forward(merged), journey.outputs, "merged")
     merged.save_pretrained(journey.directory / "merged")
@@ -396,7 +395,8 @@ def _merge(journey: Journey) -> None:
 
 def _dense_merges_wrongly(journey: Journey) -> bool:
     """Whether plain LoRA on the dense model, merged and saved, comes back as another model."""
-    lora = LoraConfig(r=4, target_modules=sorted(journey.packed))
+    stacks = [n for n, m in journey.packed.items() if isinstance(m, PackedExperts)]
+    lora = LoraConfig(r=4, target_modules=sorted({*journey.packed} - {*stacks}), target_parameters=stacks)
     merged = get_peft_model(copy.deepcopy(journey.dense), lora).merge_and_unload().eval()
     merged.save_pretrained(journey.directory / "dense-merged")
     again = type(journey.dense).from_pretrained(journey.directory / "dense-merged").eval()
@@ -421,13 +421,39 @@ STAGES: tuple[Callable[[Journey], None], ...] = (
 )  # fmt: skip
 
 
+def _packed(model: nn.Module) -> dict[str, Any]:
+    """What is packed: layers by their names, and modules of experts by the names of each of their stacks."""
+    named = dict(model.named_modules())
+    stacks = {f"{n}.{stack}": m for n, m in named.items() if isinstance(m, PackedExperts) for stack in m.stacks}
+    return {n: m for n, m in named.items() if isinstance(m, PackedWeight)} | stacks
+
+
+def _dequantized(module: Any, name: str) -> Tensor:
+    if isinstance(module, PackedExperts):
+        return module.dense(name.rpartition(".")[2], torch.float32)
+    return module.dequantize()
+
+
+def _weight(model: nn.Module, name: str) -> Any:
+    """The dense weight of a layer, or the stack of this name."""
+    owner, _, leaf = name.rpartition(".")
+    parent: Any = model.get_submodule(owner)
+    return parent._parameters[leaf] if leaf in parent._parameters else model.get_submodule(name).weight
+
+
 def _adapted(model: nn.Module) -> dict[str, Any]:
-    return {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    """PEFT's layers, by the names of the layers or stacks under them."""
+    found = {}
+    for name, m in model.named_modules():
+        if isinstance(m, BaseTunerLayer):
+            stack = f".{m.parameter_name}" if isinstance(m, ParamWrapper) else ""
+            found[name.removeprefix("base_model.model.").replace(".base_layer", "") + stack] = m
+    return found
 
 
 def _sums(adapted: dict[str, Any]) -> dict[str, Tensor]:
     """Q + s·BA of every layer."""
-    return {name: layer.get_base_layer().dequantize() + _delta(layer) for name, layer in adapted.items()}
+    return {name: _dequantized(m.get_base_layer(), name) + _delta(m) for name, m in adapted.items()}
 
 
 def _rounded(journey: Journey) -> Any:
@@ -456,8 +482,8 @@ def _substituted(dense: nn.Module, values: dict[str, Tensor]) -> Any:
     model = copy.deepcopy(dense)
     with torch.no_grad():
         for name, value in values.items():
-            target = model.get_submodule(name)
-            target.weight.copy_(value.T if isinstance(target, Conv1D) else value)  # type: ignore[union-attr, operator]
+            turned = isinstance(dict(model.named_modules()).get(name), Conv1D)
+            _weight(model, name).copy_(value.T if turned else value)
     return model
 
 

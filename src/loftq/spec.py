@@ -371,6 +371,18 @@ def stored_rows(spec: QuantSpec, stored: dict[str, Any]) -> int:
     return len(stored["weight_scale" if spec.codebook.form == "trellis" else "weight"])
 
 
+def stacked_tensors(
+    spec: QuantSpec, name: str, experts: int, rows: int, columns: int
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What is stored for a stack of ``experts`` matrices: name -> (safetensors dtype, shape), the experts first.
+
+    The codes have the name of the stack, all else the suffix of :func:`stored_tensors` behind it: ``gate_up_proj``,
+    ``gate_up_proj_scale``.
+    """
+    one = stored_tensors(spec, rows, columns)
+    return {name + s.removeprefix("weight"): (dtype, (experts, *shape)) for s, (dtype, shape) in one.items()}
+
+
 def stored_bytes(spec: QuantSpec, rows: int, columns: int) -> int:
     """Bytes on disk of one quantized matrix, scales and zero points included."""
     total = 0

@@ -301,7 +301,7 @@ GRANITE = {**ENCODER, "num_key_value_heads": 2, "num_local_experts": 4, "num_exp
         ("FunnelModel", {**FUNNEL, "d_inner": 96}, {"r_kernel"}),
         ("SiglipVisionModel", ROWS[12][1], {"in_proj_weight", "out_proj.weight"}),
         ("MambaModel", MAMBA, {"dt_proj.weight", "x_proj.weight", "out_proj.weight"}),
-        ("GraniteMoeModel", GRANITE, {"gate_up_proj", "down_proj"}),
+        ("GraniteMoeModel", GRANITE, set()),
         ("Swinv2Model", {"embed_dim": 32, "depths": [1, 1], "num_heads": [2, 4], "image_size": 32}, {"0.weight"}),
         ("T5Model", {"d_model": 64, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 4}, set()),
     ],

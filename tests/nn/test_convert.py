@@ -187,10 +187,10 @@ def test_what_is_no_dense_transformers_model_is_refused(made):
         converted(wrapped, bits=2, rank=2)
 
 
-def test_experts_are_refused_by_name():
-    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.experts\.\w+_proj \(3-D expert block"):
-        converted(tiny("mixtral"), bits=2, rank=4)
-    model = converted(tiny("mixtral"), bits=2, rank=4, min_coverage=0)
+def test_experts_may_stay_dense():
+    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.experts\.\w+_proj \(left dense by"):
+        converted(tiny("mixtral"), bits="experts=16,2", rank=4)
+    model = converted(tiny("mixtral"), bits="experts=16,2", rank=4, min_coverage=0)
     assert len(packed(model)) == 8
     with torch.no_grad():
         assert outputs(model).isfinite().all()

@@ -44,18 +44,18 @@ MIXTURES = {  # with shared experts, or with layers that are dense
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_shared_experts_and_dense_layers_get_theirs(name, tmp_path):
-    """PEFT would take ``mlp.up_proj`` for the experts', which are fused and dense here."""
+    """PEFT would take ``mlp.up_proj`` for the experts', which are stacked, and dense here."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**MIXTURES[name])
     dense = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     dense.save_pretrained(tmp_path / "dense")
     output = tmp_path / "quantized"
-    quantize(tmp_path / "dense", output, bits=4, min_coverage=0.0)
+    quantize(tmp_path / "dense", output, bits="experts=16,4", min_coverage=0.0)
     load = type(dense).from_pretrained
     starts = [
         PeftModel.from_pretrained(load(output), output, subfolder="loftq_init", is_trainable=True),
         loftq.load_start(load(output), output),
-        loftq.get_peft_model(load(tmp_path / "dense"), bits=4, rank=4, progress=False, min_coverage=0.0),
+        loftq.get_peft_model(load(tmp_path / "dense"), bits="experts=16,4", rank=4, progress=False, min_coverage=0.0),
     ]
     wanted = substituted(dense, {module: q + ba for module, (q, ba) in written(output).items()})
     shared = next(module for module in written(output) if "shared_expert" in module and "down_proj" in module)
@@ -74,7 +74,7 @@ def test_names_of_today_are_not_taken_for_those_of_old(tmp_path):
     options = {**TEXT, **EXPERTS, **SHARED, "gating": False, "mlp_layer_types": ["dense", "sparse"]}
     dense = transformers.LagunaForCausalLM(transformers.LagunaConfig(**options))
     dense.save_pretrained(tmp_path / "dense")
-    manifest = quantize(tmp_path / "dense", tmp_path / "quantized", bits=4, min_coverage=0.0)
+    manifest = quantize(tmp_path / "dense", tmp_path / "quantized", bits="experts=16,4", min_coverage=0.0)
     start = PeftModel.from_pretrained(
         type(dense).from_pretrained(tmp_path / "quantized"), tmp_path / "quantized", subfolder="loftq_init"
     )

@@ -70,7 +70,7 @@ def test_layers_are_quantized_and_all_else_is_kept_with_its_reason():
     [
         (Role(), (8, 8), "not a parameter of the model"),
         (Role("a.b", "linear", True, keep="too odd"), (8, 8), "too odd"),
-        (Role("a.experts", "experts", True), (4, 8, 8), "3-D expert block"),
+        (Role("a.experts", "experts", True, keep="in a way of its own"), (4, 8, 8), "in a way of its own"),
         (Role("a.b", "linear", True), (0, 8), "empty"),
         (Role("a.b", "linear", True), (8,), "a vector"),
         (Role("a.conv", "other", True), (8, 8, 3), "not a Linear, Conv1D or Embedding weight"),
@@ -102,7 +102,7 @@ def test_routers_at_any_depth_are_kept_and_not_missed():
     tensors, roles = model()
     for name in ("layers.0.ffn.router.layer", "layers.0.mlp.gate.wg", "layers.0.mlp.gate", "layers.0.router"):
         tensors[f"{name}.weight"], roles[f"{name}.weight"] = ("F32", (8, 64)), Role(name, "linear", True)
-    roles["layers.0.mlp.experts.up"] = Role("layers.0.mlp.experts", "experts", True)
+    roles["layers.0.mlp.experts.up"] = Role("layers.0.mlp.experts.up", "experts", True, keep="in another way")
     tensors["layers.0.mlp.experts.up"] = ("F32", (8, 8, 8))
     kept = {k.name: k for k in make(tensors, roles, policy()).kept if k.reason == "a router of experts"}
     assert len(kept) == 4
@@ -245,14 +245,15 @@ def test_coverage_names_what_is_missed():
     tensors, roles = model()
     for i in range(5):
         name = f"model.layers.0.experts.{i}"
-        tensors[name], roles[name] = ("F32", (4, 64, 64)), Role(name, "experts", True)
-    message = r"only \d+% of the layers' weights .* less than min_coverage 50%; kept: model.layers.0.experts.0 \(3-D"
+        tensors[name], roles[name] = ("F32", (4, 64, 64)), Role(name, "experts", True, keep="in another way")
+    message = r"only \d+% of the layers' weights .* less than min_coverage 50%; kept: model.layers.0.experts.0 \(in an"
     with pytest.raises(InputError, match=message + r".* and 2 more; lower min_coverage"):
         make(tensors, roles, policy())
     plan = make(tensors, roles, policy(min_coverage=0.1))
     assert 0.1 < plan.coverage < 0.5
     with pytest.raises(
-        InputError, match=r"nothing to quantize: every matrix is kept \(3-D expert block.*, a head or pooler, an"
+        InputError,
+        match=r"nothing to quantize: every matrix is kept \(a head or pooler, an embedding.*, in another way",
     ):
         make(tensors, roles, policy(bits="16", min_coverage=0.0))
 

@@ -19,7 +19,7 @@ ROWS = [
     ("llama", {"bits": 2, "rank": "self_attn=3,4", "rslora": True, "alpha": 5.0}),
     ("gpt2", {"bits": 3}),
     ("bert", {"bits": 8, "embeddings": True}),
-    ("mixtral", {"bits": 4, "code": "affine", "min_coverage": 0.0}),
+    ("mixtral", {"bits": "experts=16,4", "code": "affine", "min_coverage": 0.0}),
     ("t5", {"bits": 2, "format": "dense"}),
 ]
 EACH = pytest.mark.parametrize(("name", "options"), ROWS, ids=[name for name, _ in ROWS])

@@ -9,19 +9,23 @@ from torch import nn
 from loftq import planning
 from loftq.adapters.start import wrap
 from loftq.architecture import skeleton
-from loftq.architecture.adapter import adapter_config, adapter_tensors
+from loftq.architecture.adapter import adapter_config, adapter_tensors, stacked_adapter
 from loftq.errors import UsageError, command, listed, naming, option, quoted
 from loftq.formats.statistics import Statistics
 from loftq.formats.tensorfile import dtype_name
+from loftq.nn.experts import pack_experts
 from loftq.nn.hf import mark_quantized
-from loftq.nn.layers import PackedWeight, pack_like, replace_module
+from loftq.nn.layers import Packed, pack_like, replace_module
 from loftq.numerics import encode, oriented
 from loftq.planning import Matrix, Plan, Policy
 from loftq.solver import Solution, check_finite, ordered_map, solve, workers_for
 from loftq.spec import check_statistics
 
 # Of the adapter's configuration, what PEFT does not set itself.
-FIELDS = ("r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "rank_pattern", "init_lora_weights")
+FIELDS = (
+    *("r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "target_parameters", "rank_pattern"),
+    "init_lora_weights",
+)
 
 
 def convert(
@@ -55,15 +59,20 @@ def convert(
     config = _adapter_config(plan, model)
     start: dict[str, torch.Tensor] = {}
     device = str(parameters[plan.matrices[0].name].device)
-    shapes = [m.shape for m in plan.matrices]
+    members = [member for matrix in plan.matrices for member in matrix.members]
+    shapes = [m.shape for m in members]
     workers = workers or workers_for(shapes, plan.solve, device, statistics is not None)
     del parameters  # a dense weight is freed when its layer is replaced
-    solutions = ordered_map(lambda matrix: _solve(model, matrix, plan, statistics), plan.matrices, workers)
-    for matrix, solution in zip(plan.matrices, solutions, strict=True):
-        _replace(model, matrix, solution)
-        start.update(adapter_tensors(matrix, *solution.factors(plan.scaling(matrix))))
-        if progress:
-            progress(matrix, solution)
+    solutions = ordered_map(lambda matrix: _solve(model, matrix, plan, statistics), members, workers)
+    for matrix in plan.matrices:
+        factors, stored = [], []
+        for member, solution in zip(matrix.members, solutions, strict=False):
+            stored.append(encode(solution.quantized, matrix.quant))
+            factors.append(adapter_tensors(member, *solution.factors(plan.scaling(matrix))))
+            if progress:
+                progress(member, solution)
+        _replace(model, matrix, stored)
+        start.update(stacked_adapter(matrix, factors) if matrix.experts else factors[0])
     mark_quantized(model, planning.nominal_bits(policy.bits, plan))
     wrapped = wrap(model, config, start)
     # Not the dense checkpoint: with that under it, the initialization would be added to weights that need none.
@@ -85,7 +94,7 @@ def _check_model(model: nn.Module) -> None:
             f"wanted a model of transformers, got {type(model).__name__}; load one with from_pretrained first"
         )
     method = getattr(model, "quantization_method", None)
-    if method is not None or any(isinstance(module, PackedWeight) for module in model.modules()):
+    if method is not None or any(isinstance(module, Packed) for module in model.modules()):
         raise UsageError(
             f"the model is quantized already ({quoted(method or 'loftq')}); load it in full precision, or give "
             "this one an adapter by loftq.replace_lora_weights or loftq.load_start"
@@ -100,16 +109,24 @@ def _check_model(model: nn.Module) -> None:
 
 def _solve(model: nn.Module, matrix: Matrix, plan: Plan, statistics: Statistics | None) -> Solution:
     with naming(matrix.name, matrix.shape, option("workers")):
-        weight = oriented(matrix.kind, model.get_parameter(f"{matrix.module}.weight").detach())
+        stack, _, number = matrix.name.rpartition(".")
+        weight = model.get_parameter(stack)[int(number)] if number.isdecimal() else model.get_parameter(matrix.name)
+        weight = oriented(matrix.kind, weight.detach())
         moments = statistics and statistics.moments(matrix.module)
         return solve(weight, matrix.quant, matrix.rank, plan.solve, matrix.name, moments)
 
 
-def _replace(model: nn.Module, matrix: Matrix, solution: Solution) -> None:
+def _replace(model: nn.Module, matrix: Matrix, stored: list[dict[str, torch.Tensor]]) -> None:
     """A packed layer with the solved codes in the place of the dense one, whose bias it keeps."""
+    if matrix.experts:
+        owner, _, stack = matrix.module.rpartition(".")
+        packed = pack_experts(model.get_submodule(owner), stack, matrix.quant, model.get_parameter(matrix.name).device)
+        for e, tensors in enumerate(stored):
+            packed.load_expert(stack, e, tensors)
+        return
     dense: Any = model.get_submodule(matrix.module)
     packed = pack_like(dense, matrix.quant, device=dense.weight.device)
-    packed.load_stored(encode(solution.quantized, matrix.quant))
+    packed.load_stored(stored[0])
     if getattr(dense, "bias", None) is not None:
         packed.bias = dense.bias
     replace_module(model, matrix.module, packed)
@@ -121,5 +138,6 @@ def _adapter_config(plan: Plan, model: Any) -> Any:
 
     chosen = {matrix.module for matrix in plan.matrices}
     others = [name for name, _ in model.named_modules() if name not in chosen]
-    fields = adapter_config(plan, others, str(model.base_model_prefix), "", None)
+    parameters = [name for name, _ in model.named_parameters()]
+    fields = adapter_config(plan, others, str(model.base_model_prefix), "", None, parameters=parameters)
     return LoraConfig(**{k: fields[k] for k in FIELDS})

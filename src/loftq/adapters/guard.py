@@ -15,11 +15,13 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from peft.tuners.lora.config import LoraConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
 from loftq.errors import LoftqError, UsageError, quoted
-from loftq.nn.layers import LoftQEmbedding, LoftQLinear, PackedWeight
+from loftq.nn.experts import PackedExperts
+from loftq.nn.layers import LoftQEmbedding, LoftQLinear, Packed, PackedWeight
 
 NOT_TRIED = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")
 TOLERANCE = 1e-3  # of the largest value; codes in the place of weights are off by more than 1, rounding by 1e-6
@@ -120,17 +122,28 @@ def _targets(tuner: BaseTuner, config: Any, model: nn.Module) -> dict[str, Any]:
 
 
 def _refuse_parameters(config: Any, model: nn.Module) -> None:
-    """UsageError if ``config`` names a tensor of a packed layer as a parameter to adapt."""
+    """UsageError if ``config`` names a tensor of a packed layer as a parameter to adapt.
+
+    LoRA may name stacks of experts; not with dropout, which would have to come between the input and each expert.
+    """
     wanted = tuple(f".{name}" for name in getattr(config, "target_parameters", None) or ())
     for name, module in model.named_modules() if wanted else ():
-        for own in module._parameters if isinstance(module, PackedWeight) else ():
-            parameter = f"{name.removesuffix('.base_layer')}.{own}"
-            if f".{parameter}".endswith(wanted):
+        stacks = module.stacks if isinstance(module, PackedExperts) and isinstance(config, LoraConfig) else []
+        for own in module._parameters if isinstance(module, Packed) else ():
+            parameter = f"{name.replace('.base_layer', '')}.{own}"
+            if not f".{parameter}".endswith(wanted):
+                continue
+            if own in stacks and config.lora_dropout:
+                raise UsageError(
+                    f"lora_dropout is {config.lora_dropout}: PEFT has none for stacks of experts, such as {parameter}; "
+                    "set it to 0"
+                )
+            if own not in stacks and not own.endswith("_bias"):
                 raise UsageError(f"target_parameters names {parameter}, and its layer is packed; use target_modules")
 
 
 def _refuse_block(config: Any, name: str, block: nn.Module) -> None:
-    if any(isinstance(module, PackedWeight) for module in block.modules()):
+    if any(isinstance(module, Packed) for module in block.modules()):
         raise UsageError(
             f"{type(config).__name__} would wrap {quoted(name)}, a {type(block).__name__} of packed layers, and may "
             "read their weights; name layers in target_modules, or call dequantize() on the model first"

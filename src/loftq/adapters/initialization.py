@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from loftq.adapters.placement import is_filled_from_elsewhere, module_of
 from loftq.errors import InputError, UsageError, listed, option, quoted
-from loftq.nn.layers import PackedWeight
+from loftq.nn.experts import PackedExperts
+from loftq.nn.layers import Packed, PackedWeight
 
 FOLDER = "loftq_init"
 
@@ -28,11 +29,15 @@ class Start:
     """The initialization of a directory, for the modules that a model has."""
 
     config: LoraConfig
-    factors: dict[str, tuple[Tensor, Tensor]]  # module -> B (out, rank), A (rank, in)
+    factors: dict[str, tuple[Tensor, Tensor]]  # module -> B (out, rank), A (rank, in); of a stack as PEFT has them
+    experts: dict[str, int]  # stack -> how many
+
+    def rank(self, module: str) -> int:
+        return len(self.factors[module][1]) // self.experts.get(module, 1)
 
     def scaling(self, module: str) -> float:
         """``s`` of the product that was solved for."""
-        rank = len(self.factors[module][1])
+        rank = self.rank(module)
         return self.config.lora_alpha / (rank**0.5 if self.config.use_rslora else rank)
 
     def complete(self, config: LoraConfig) -> LoraConfig:
@@ -42,6 +47,8 @@ class Start:
         if config.target_modules is None:
             config.target_modules = set(self.config.target_modules or ())  # type: ignore[arg-type]
             config.exclude_modules = config.exclude_modules or self.config.exclude_modules
+        if config.target_parameters is None and self.config.target_parameters:
+            config.target_parameters = list(self.config.target_parameters)
         if not config.rank_pattern:
             config.rank_pattern = dict(self.config.rank_pattern or {})
         return config
@@ -49,6 +56,8 @@ class Start:
     def check(self, config: Any, model: nn.Module) -> None:
         """UsageError if ``config`` has another rank, or leaves out a module that was solved for."""
         chosen = {name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)}
+        endings = tuple(f".{target}" for target in config.target_parameters or ())
+        chosen |= {stack for stack in self.experts if f".{stack}".endswith(endings)}
         left = [module for module in self.factors if module not in chosen]
         if left:
             raise UsageError(
@@ -59,10 +68,10 @@ class Start:
         if not min(alphas) > 0:
             raise UsageError(f"init_lora_weights='loftq': the scaling is {min(alphas)}; set lora_alpha above 0")
         other = []
-        for module, (_, a) in self.factors.items():
+        for module in self.factors:
             rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), module), config.r)
-            if rank != len(a):
-                other.append(f"{module} ({rank}, the initialization has {len(a)})")
+            if rank != self.rank(module):
+                other.append(f"{module} ({rank}, the initialization has {self.rank(module)})")
         if other:
             raise UsageError(
                 f"the LoftQ initialization has other ranks than LoraConfig: {listed(other, 3)}; give r={self.config.r} "
@@ -71,10 +80,11 @@ class Start:
 
     def fill(self, model: nn.Module, adapter: str) -> None:
         """Put the factors into the layers of ``adapter``, for the scaling that these have."""
+        from loftq.adapters.experts import wrapper_of
         from loftq.adapters.lora import factors, write
 
         for module, (b, a) in self.factors.items():
-            layer: Any = model.get_submodule(module)
+            layer: Any = wrapper_of(model, module) if module in self.experts else model.get_submodule(module)
             if adapter not in getattr(layer, "scaling", {}):
                 raise InputError(
                     f"{quoted(module)} got no adapter for its LoftQ initialization; leave target_modules out"
@@ -111,13 +121,23 @@ def read_start(model: Any) -> Start:
         ) from e
     if not isinstance(config, LoraConfig):
         raise InputError(f"{quoted(name)}/{FOLDER}: not a LoRA adapter")
-    there = {n for n, _ in model.named_modules()}
-    factors = {module: pair for module, pair in _pairs(tensors).items() if module in there}
-    packed = [n.removesuffix(".base_layer") for n, m in model.named_modules() if isinstance(m, PackedWeight)]
+    there = dict(model.named_modules())
+    mixtures = {n.removesuffix(".base_layer"): m for n, m in there.items() if isinstance(m, PackedExperts)}
+    factors, experts = {}, {}
+    for module, pair in _pairs(tensors).items():
+        owner, depth = module.removesuffix(".base_layer"), module.endswith(".base_layer")
+        if owner in mixtures:
+            stack = mixtures[owner].stacks[-1 - depth]
+            factors[f"{owner}.{stack}"] = pair
+            experts[f"{owner}.{stack}"] = mixtures[owner].banks[stack].experts
+        elif module in there:
+            factors[module] = pair
+    packed = [n.removesuffix(".base_layer") for n, m in there.items() if isinstance(m, PackedWeight)]
+    packed += [f"{owner}.{stack}" for owner, m in mixtures.items() for stack in m.stacks]
     without = [n for n in packed if n not in factors]
     if without:
         raise InputError(f"{quoted(name)}: no LoftQ initialization for {listed(without, 3)}; is it of another model?")
-    return Start(config, factors)
+    return Start(config, factors, experts)
 
 
 def _pairs(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -148,7 +168,7 @@ def has_start(model: Any) -> bool:
 
 
 def _is_packed(model: nn.Module) -> bool:
-    return any(isinstance(module, PackedWeight) for module in model.modules())
+    return any(isinstance(module, Packed) for module in model.modules())
 
 
 def install(lora_model: Any) -> None:

@@ -15,9 +15,11 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from loftq.adapters import guard, initialization
+from loftq.adapters.experts import ParamWrapper, take_ranks_of_stacks
 from loftq.errors import UsageError
+from loftq.nn.experts import PackedExperts
 from loftq.nn.hf import forget_unpacked
-from loftq.nn.layers import LoftQEmbedding, LoftQLinear, PackedWeight
+from loftq.nn.layers import LoftQEmbedding, LoftQLinear, Packed, PackedWeight
 
 READ_NO_WEIGHT = (True, False, "gaussian", "eva")  # initialisations that need no dense weight
 
@@ -65,10 +67,13 @@ class LoftQLoraEmbedding(MergesDense, lora.Embedding):
 
 def _new_layer(config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module | None:
     """Our LoRA layer for a packed target; None leaves the choice to PEFT."""
+    name = kwargs.pop("parameter_name", None)
+    kwargs.pop("device_map", None)
+    experts = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if isinstance(experts, PackedExperts) and name in experts.banks:
+        return ParamWrapper(target, adapter_name, parameter_name=name, config=config, **kwargs)
     if not isinstance(target, PackedWeight):
         return None
-    kwargs.pop("parameter_name", None)
-    kwargs.pop("device_map", None)
     if isinstance(target, LoftQEmbedding):
         return LoftQLoraEmbedding(target, adapter_name, config=config, **kwargs)
     return LoftQLoraLinear(target, adapter_name, config=config, **kwargs)
@@ -77,7 +82,7 @@ def _new_layer(config: LoraConfig, adapter_name: str, target: nn.Module, **kwarg
 def _refuse(config: LoraConfig, target: nn.Module) -> None:
     """UsageError for an adapter that would read, or change, the dense weight that a packed layer does not have."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    if not isinstance(base, PackedWeight):
+    if not isinstance(base, Packed):
         return
     if config.use_dora:
         raise UsageError("DoRA needs the norms of a dense weight and does not work on a packed one; use_dora=False")
@@ -97,8 +102,8 @@ def _refuse_merging(tuner: BaseTuner) -> None:
     where the layer, and the class that would load it merged, has none.
     """
     layers: list[Any] = [m for m in tuner.model.modules() if isinstance(m, BaseTunerLayer)]
-    layers = [m for m in layers if isinstance(m.get_base_layer(), PackedWeight)]
-    if not all(isinstance(layer, MergesDense) for layer in layers):
+    layers = [m for m in layers if isinstance(m.get_base_layer(), Packed)]
+    if not all(isinstance(layer, (MergesDense, ParamWrapper)) for layer in layers):
         raise UsageError(
             f"{type(tuner).__name__} cannot be merged into packed layers; only LoRA can. "
             "Call dequantize() on the model it wraps first"
@@ -117,6 +122,7 @@ def install(_: Any = None) -> None:
     tied = BaseTuner._get_module_names_tied_with_embedding
     guard.install()
     initialization.install(LoraModel)
+    take_ranks_of_stacks(LoraModel)
 
     @functools.wraps(replace)
     def create_and_replace(self, lora_config, adapter_name, target, *args, **kwargs):  # type: ignore[no-untyped-def]
@@ -144,7 +150,7 @@ def install(_: Any = None) -> None:
         try:
             return tied(self)
         except NotImplementedError:  # transformers knows no table of words in this class: nothing is tied to one
-            if not any(isinstance(module, PackedWeight) for module in self.model.modules()):
+            if not any(isinstance(module, Packed) for module in self.model.modules()):
                 raise
             return []
 

@@ -15,7 +15,7 @@ from loftq.adapters.placement import check_placed, filled_from_elsewhere
 from loftq.architecture.adapter import task_type
 from loftq.architecture.loading import guarded
 from loftq.errors import InputError, UsageError, checks_names, listed, quoted
-from loftq.nn.layers import PackedWeight
+from loftq.nn.layers import Packed
 
 # Tasks whose heads are seldom part of a checkpoint: PEFT trains and saves them with the adapter.
 HEADED_TASKS = {
@@ -51,7 +51,7 @@ def load_start(
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"wanted a packed model, got {type(model).__name__}; load it with from_pretrained first")
-    if not any(isinstance(module, PackedWeight) for module in model.modules()):
+    if not any(isinstance(module, Packed) for module in model.modules()):
         raise UsageError(f"{type(model).__name__} has no packed layers; load the directory with from_pretrained first")
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise UsageError("a part of the model is offloaded; an adapter is trained on a model in memory, load all of it")

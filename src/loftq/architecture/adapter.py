@@ -1,11 +1,13 @@
 """The LoftQ initialization as a plain PEFT adapter: its configuration, and the names and shapes of its tensors."""
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from loftq.errors import UsageError, option, quoted
+from loftq.errors import InputError, UsageError, listed, option, quoted
 from loftq.planning import Matrix, Plan, target_suffixes
 
 # What PEFT's model of a task hands on by name, whether the user gave it or not, and the class must know.
@@ -41,9 +43,15 @@ def _generates(model: Any) -> bool:
 
 
 def adapter_config(
-    plan: Plan, others: list[str], prefix: str, base: str, task_type: str | None, transposed: bool = False
+    plan: Plan,
+    others: list[str],
+    prefix: str,
+    base: str,
+    task_type: str | None,
+    transposed: bool = False,
+    parameters: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """``adapter_config.json``: LoRA on exactly the quantized modules.
+    """``adapter_config.json``: LoRA on exactly the quantized modules, and stacks of experts.
 
     Args:
         others: all other modules of the model, also those that hold the quantized ones.
@@ -51,15 +59,18 @@ def adapter_config(
         base: where the frozen model is; what begins with ``..`` is seen from the adapter (:mod:`loftq.adapters.bases`).
         task_type: PEFT's name of the task, or None.
         transposed: PEFT's ``fan_in_fan_out``: whether the weights under the adapter lie as ``(in, out)``.
+        parameters: all Parameters of the model, where some of them are stacks of experts.
 
     Raises: UsageError for a task that PEFT does not know.
     """
     from peft import LoraConfig
 
-    modules = [m.module.removeprefix(f"{prefix}.") for m in plan.matrices]
+    stacks = [m.module.removeprefix(f"{prefix}.") for m in plan.matrices if m.experts]
+    modules = [m.module.removeprefix(f"{prefix}.") for m in plan.matrices if not m.experts]
     ranks = {m.module.removeprefix(f"{prefix}."): m.rank for m in plan.matrices if m.rank != plan.rank}
     targets, excluded = target_suffixes(modules, [o.removeprefix(f"{prefix}.") for o in others])
     alpha = plan.lora_alpha
+    stacked = _stack_suffixes(stacks, {p.removeprefix(f"{prefix}.") for p in parameters}.difference(stacks))
     try:
         made = LoraConfig(
             r=plan.rank,
@@ -67,6 +78,7 @@ def adapter_config(
             use_rslora=plan.use_rslora,
             target_modules=targets,
             exclude_modules=excluded or None,
+            target_parameters=stacked or None,
             rank_pattern=ranks,
             init_lora_weights=True,
             task_type=task_type,  # type: ignore[arg-type]
@@ -80,6 +92,17 @@ def adapter_config(
     config["target_modules"] = sorted(config["target_modules"])
     config["exclude_modules"] = excluded or None
     return config
+
+
+def _stack_suffixes(stacks: list[str], others: Iterable[str]) -> list[str]:
+    """Endings that select the stacks and no other Parameter, which PEFT could not exclude."""
+    suffixes, excluded = target_suffixes(stacks, others)
+    if excluded:
+        raise InputError(
+            f"{listed(excluded, 3)}: a Parameter whose name ends like that of a stack of experts; PEFT, which selects "
+            f"by endings, would adapt both; leave the experts dense: {option('bits', 'experts=16,4')}"
+        )
+    return suffixes
 
 
 def refusal(model: nn.Module, leaf: str) -> str:
@@ -99,6 +122,8 @@ def refusal(model: nn.Module, leaf: str) -> str:
 def adapter_names(matrix: Matrix) -> tuple[str, str]:
     """Names of A and B in the adapter file."""
     root = f"base_model.model.{matrix.module}"
+    if matrix.experts:
+        root = root.rpartition(".")[0] + ".base_layer" * matrix.nested
     if matrix.kind == "embedding":
         return f"{root}.lora_embedding_A", f"{root}.lora_embedding_B"
     return f"{root}.lora_A.weight", f"{root}.lora_B.weight"
@@ -108,6 +133,8 @@ def adapter_shapes(matrix: Matrix) -> dict[str, tuple[int, int]]:
     """Tensors of a matrix's adapter: name -> shape. An embedding's are transposed: see :func:`adapter_tensors`."""
     a, b = adapter_names(matrix)
     rows, columns = matrix.shape
+    if matrix.experts:
+        return {a: (matrix.experts * matrix.rank, columns), b: (rows, matrix.rank * matrix.experts)}
     if matrix.kind == "embedding":
         return {a: (matrix.rank, rows), b: (columns, matrix.rank)}
     return {a: (matrix.rank, columns), b: (rows, matrix.rank)}
@@ -119,6 +146,14 @@ def adapter_tensors(matrix: Matrix, b: Tensor, a: Tensor) -> dict[str, Tensor]:
     if matrix.kind == "embedding":
         return {name_a: b.T.contiguous(), name_b: a.T.contiguous()}
     return {name_a: a.contiguous(), name_b: b.contiguous()}
+
+
+def stacked_adapter(matrix: Matrix, members: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a stack's adapter from those of its experts: A expert after expert, B rank after rank."""
+    pairs = [tuple(member.values()) for member in members]
+    a = torch.cat([a for a, _ in pairs])
+    b = torch.stack([b for _, b in pairs], -1).flatten(1)
+    return dict(zip(adapter_names(matrix), (a, b), strict=True))
 
 
 def adapter_product(matrix: Matrix, tensors: dict[str, Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from loftq.architecture import skeleton
-from loftq.planning import Made, Piece, Role
+from loftq.planning import Made, Piece, Role, of_stack
 
 MOST_PIECES = 256  # of a matrix; rotary embeddings of an old layout have two for each head
 
@@ -26,7 +26,8 @@ Collected = list[tuple[str, str]]  # tensor, and the pattern that it met, in the
 def converted_roles(
     model: nn.Module, tensors: Headers
 ) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, Role]]:
-    """The tensors of a checkpoint with their roles; those that transformers converts as what it makes of them.
+    """The tensors of a checkpoint with their roles; those that transformers converts as what it makes of them, and
+    those that it renames by the names they get, if packed ones would not be found under their own.
 
     A converter is followed in all its places or in none: one that is used on loading is reversed on saving, wherever
     its patterns fit.
@@ -39,6 +40,15 @@ def converted_roles(
     roles = skeleton.roles(model, seen)
     for name, (converter, made) in followed.items():
         roles[name] = replace(roles[name], made=made, converter=converter)
+    rename = skeleton.renamer(model)
+    for name in [n for n, role in roles.items() if role.keep == skeleton.RENAMED]:
+        role = replace(roles[name], keep="")
+        parameter, (dtype, shape) = skeleton.parameter_of(role), seen[name]
+        if parameter not in seen and skeleton.finds_packed(rename, parameter, role):
+            whole = ((Piece(name, shape, 0, shape[0]),),)
+            made = of_stack(name, shape) if len(shape) == 3 else whole
+            del roles[name], seen[name]
+            seen[parameter], roles[parameter] = (dtype, shape), replace(role, made=made, converter=name)
     return seen, roles
 
 

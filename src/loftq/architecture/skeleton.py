@@ -11,6 +11,7 @@ from torch import nn
 
 from loftq.architecture import bounds
 from loftq.architecture.adapter import refusal
+from loftq.architecture.experts import KIND, TURNED, stack_kind
 from loftq.architecture.kinds import kind_of
 from loftq.architecture.reads import holders, readers
 from loftq.errors import InputError, quoted
@@ -31,7 +32,8 @@ INTERNAL_KEYS = (
 )
 LARGEST_SIZE = 1 << 31
 MOST_LAYERS = 4096
-PACKABLE = ("linear", "conv1d", "embedding")
+PACKABLE = ("linear", "conv1d", "embedding", KIND, TURNED)
+RENAMED = "transformers would not find its packed tensors: it renames what it loads"
 Rename = Callable[[str], tuple[str, str | None]]
 MOST_MODULES = 250_000  # five times as many as a model of 61 layers with 256 experts each has
 
@@ -192,16 +194,21 @@ def roles(model: nn.Module, tensor_names: Iterable[str]) -> dict[str, Role]:
     for tensor in tensor_names:
         runtime, pattern = rename(tensor)
         role = modules.converted(tensor, runtime) if pattern else modules.role(runtime)
-        if role.kind in PACKABLE and not role.keep and not _finds_packed(rename, tensor, role.module):
-            role = replace(role, keep="transformers would not find its packed tensors: it renames what it loads")
+        if role.kind in PACKABLE and not role.keep and not finds_packed(rename, tensor, role):
+            role = replace(role, keep=RENAMED)
         result[tensor] = role
     return result
 
 
-def _finds_packed(rename: Rename, tensor: str, module: str) -> bool:
+def finds_packed(rename: Rename, tensor: str, role: Role) -> bool:
     """Whether all that a packed matrix is written as, in the place of ``tensor``, becomes the layer's on loading."""
-    stem = tensor.removesuffix("weight")
-    return all(rename(stem + suffix) == (f"{module}.{suffix}", None) for suffix in SUFFIXES)
+    parts = (suffix.removeprefix("weight") for suffix in SUFFIXES)
+    return all(rename(tensor + part) == (parameter_of(role) + part, None) for part in parts)
+
+
+def parameter_of(role: Role) -> str:
+    """The Parameter that a matrix or a stack is."""
+    return role.module if role.kind in (KIND, TURNED) else f"{role.module}.weight"
 
 
 def parameter_roles(model: nn.Module) -> dict[str, Role]:
@@ -234,8 +241,9 @@ def renamer(model: nn.Module, mapping: tuple[list[Any], list[Any]] | None = None
     from transformers.core_model_loading import rename_source_key
 
     renamings, converting = mapping or converters(model)
-    layers = (name for name, module in model.named_modules(remove_duplicate=False) if _layer(module)[0])
-    packed = (f"{name}.{suffix}" for name in layers for suffix in SUFFIXES)
+    layers = [f"{n}.weight" for n, module in model.named_modules(remove_duplicate=False) if _layer(module)[0]]
+    stacks = [n for n, p in model.named_parameters(remove_duplicate=False) if p.ndim == 3]
+    packed = (name + suffix.removeprefix("weight") for name in (*layers, *stacks) for suffix in SUFFIXES)
     parameters: dict[str, Any] = dict.fromkeys(packed, True) | dict(model.named_parameters(remove_duplicate=False))
     prefix: str = model.base_model_prefix  # type: ignore[assignment]
 
@@ -272,11 +280,15 @@ class _Modules:
         tied = tuple(n for n in self._twins[id(parameter)] if n != name)
         place = stack(self._modules, module_name)
         kind, keep = _layer(module) if leaf == "weight" else ("", "")
+        if not kind:
+            kind, keep = stack_kind(module, name, parameter)
         if kind and not keep:
             keep = self._reason(module_name)
         backbone = module_name.startswith(self._backbone) and module is not self._head
         owner = self._modules[module_name.partition(".parametrizations.")[0]]
-        return Role(module_name, kind or _bare(owner, name, parameter, place), backbone, place, tied, keep)
+        if kind in (KIND, TURNED):
+            return Role(name, kind, backbone, place, tied, keep, order=list(module._parameters).index(leaf))
+        return Role(module_name, kind or _bare(owner, leaf, parameter, place), backbone, place, tied, keep)
 
     def converted(self, tensor: str, runtime: str) -> Role:
         """The role of a tensor that transformers fuses with others, or splits, into ``runtime``."""
@@ -318,12 +330,10 @@ def _layer(module: nn.Module) -> tuple[str, str]:
     return kind, odd
 
 
-def _bare(module: nn.Module, name: str, parameter: nn.Parameter, place: Stack | None) -> str:
+def _bare(module: nn.Module, leaf: str, parameter: nn.Parameter, place: Stack | None) -> str:
     """Kind of a parameter that no layer is there for: a matrix of the model's layers, or anything else."""
-    if parameter.ndim == 3 and "expert" in name:
-        return "experts"
     classes = " ".join(cls.__name__ for cls in type(module).__mro__ if issubclass(cls, nn.Module)).lower()
-    aside = any(word in classes for word in ("embedding", "norm", "convnd"))
+    aside = leaf.endswith("bias") or any(word in classes for word in ("embedding", "norm", "convnd"))
     in_layers = place is not None or isinstance(module, nn.MultiheadAttention)
     return "parameter" if in_layers and parameter.ndim > 1 and not aside else "other"
 

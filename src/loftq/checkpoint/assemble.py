@@ -98,7 +98,7 @@ def adapter_of(source: Source, conv1d: bool, task_type: str | None, base: str = 
     others = [m for m in source.modules if m not in chosen]
     task = task_type or source.task_type
     transposed = conv1d and any(m.kind == "conv1d" for m in source.plan.matrices)
-    return adapter_config(source.plan, others, source.prefix, base, task, transposed)
+    return adapter_config(source.plan, others, source.prefix, base, task, transposed, source.parameters)
 
 
 def _by_reason(left_out: dict[str, str]) -> str:
@@ -141,9 +141,11 @@ def _write_config(job: Job, work: Workspace) -> fsio.FileDigest:
     plan = job.source.plan
     config = strict_json.load_object(job.source.directory / "config.json", special=True)
     config = _without_places(without_internal_keys(config))
-    modules = [(m.module, m.quant) for m in plan.matrices]
+    modules = [(m.module, m.quant) for m in plan.matrices if not m.experts]
+    stacks = [(m.module, m.quant) for m in plan.matrices if m.experts]
     bits = planning.mean_bits(plan) if plan.budget else planning.nominal_bits(job.identity["options"]["bits"], plan)
-    ours = job.layout.quantization_config(modules, bits, job.source.kept_modules)
+    more = {"stacks": stacks} if stacks else {}  # only layouts that hold them are asked
+    ours = job.layout.quantization_config(modules, bits, job.source.kept_modules, **more)
     config.setdefault("architectures", [job.source.architecture])
     if not (config.get("dtype") or config.get("torch_dtype")):  # else the first tensor of the files would decide
         config["dtype"] = TORCH_NAMES[planning.main_dtype(job.source.tensors)]

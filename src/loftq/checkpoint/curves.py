@@ -20,7 +20,7 @@ from loftq.formats import fsio, hashed_json, strict_json
 from loftq.formats.hashed_json import differences
 from loftq.formats.regular import local_path, open_regular, shown
 from loftq.formats.statistics import Statistics
-from loftq.numerics import Moments, oriented
+from loftq.numerics import Moments, frobenius, oriented
 from loftq.numerics.machine import code_path
 from loftq.planning import Candidate, Choice, Matrix, Policy
 from loftq.solver import errors_by_rank, ordered_map, workers_for
@@ -100,10 +100,18 @@ def check_place(keep: Path) -> None:
 def _curve(
     matrix: Matrix, found: list[Candidate], source: Source, device: str, moments: Moments | None
 ) -> list[Choice]:
-    weight = oriented(matrix.kind, source.checkpoint.read(matrix.name, matrix.made)).contiguous().to(device)
+    """The choices of a matrix; of a stack of experts with the errors of all together, each relative to all."""
     quants, ranks = [candidate.quant for candidate in found], found[0].ranks
     metric = None if moments is None else moments.fit
-    errors = errors_by_rank(weight, quants, ranks, source.plan.solve, matrix.name, metric)
+    together = {quant: [0.0] * len(ranks) for quant in quants}
+    whole = 0.0
+    for member in matrix.members:
+        weight = oriented(member.kind, source.checkpoint.read(member.name, member.made)).contiguous().to(device)
+        share = frobenius(weight) ** 2 if matrix.experts else 1.0
+        whole += share
+        for quant, errors in errors_by_rank(weight, quants, ranks, source.plan.solve, member.name, metric).items():
+            together[quant] = [sum_ + share * e for sum_, e in zip(together[quant], errors, strict=True)]
+    errors = {quant: [e / (whole or 1.0) for e in sums] for quant, sums in together.items()}
     return planning.curve(matrix, found, errors)
 
 

@@ -79,6 +79,8 @@ class PlanRow(Part):
     dtype: Literal[tuple(DTYPES)]  # type: ignore[valid-type]
     source: Literal[("", *DTYPES)] = ""  # type: ignore[valid-type]
     rank: Count
+    experts: Count = 0
+    nested: Annotated[int, Field(ge=0, le=4)] = 0
     quant: Annotated[dict[str, Any], AfterValidator(_spec)]
 
 

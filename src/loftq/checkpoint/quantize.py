@@ -31,7 +31,7 @@ from loftq.checkpoint.output_dir import (
     was_taken,
 )
 from loftq.checkpoint.shards import Solved, Workspace, solve_matrix, split
-from loftq.errors import ConflictError, InputError, LoftqError, StorageError, UsageError, option
+from loftq.errors import ConflictError, InputError, LoftqError, StorageError, UsageError, option, quoted
 from loftq.formats import fsio, layouts
 from loftq.formats.layouts import Layout
 from loftq.formats.regular import output_path
@@ -148,6 +148,12 @@ def quantize(
 
 
 def _job(source: Source, layout: Layout, identity: dict[str, Any], options: QuantizeOptions) -> Job:
+    stack = next((m.module for m in source.plan.matrices if m.experts), "")
+    if stack and not layout.stacks:
+        raise UsageError(
+            f"{option('format', layout.name)} holds no stacks of experts, such as {quoted(stack)}; leave them dense: "
+            f"{option('bits', 'experts=16,4')}"
+        )
     units = split(source.plan, layout, options.max_shard_bytes, _in_order(source))
     return Job(source, layout, units, identity, adapter_of(source, layout.keeps_conv1d, options.task_type))
 
@@ -246,11 +252,11 @@ def _make_units(
     for unit, record in zip(job.units, records, strict=True):
         if record is not None:
             fsio.remove_tree(work.solved(unit))
-    finished = sum(len(r["matrices"]) for r in records if r)
-    places = {m.name: work.solved_matrix(unit, i) for unit in missing for i, m in enumerate(unit.matrices)}
-    matrices = [m for unit in missing for m in unit.matrices]
+    finished = sum(len(unit.members) for unit, record in zip(job.units, records, strict=True) if record)
+    places = {m.name: work.solved_matrix(unit, i) for unit in missing for i, m in enumerate(unit.members)}
+    matrices = [m for unit in missing for m in unit.members]
     unsolved = [m for m in matrices if pieces.read(places[m.name], m, layout) is None]
-    advance = begin(len(source.plan.matrices), finished + len(matrices) - len(unsolved)) if begin else lambda _: None
+    advance = begin(finished + len(matrices), finished + len(matrices) - len(unsolved)) if begin else lambda _: None
 
     def work_on(matrix: Matrix) -> Solved:
         moments = statistics and statistics.moments(matrix.module)

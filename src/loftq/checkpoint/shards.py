@@ -5,7 +5,9 @@ is done when its record is whole and its files have the recorded hashes. Until t
 """
 
 import hashlib
+import itertools
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from loftq.architecture.adapter import adapter_product, adapter_shapes, adapter_tensors
+from loftq.architecture.adapter import adapter_product, adapter_shapes, adapter_tensors, stacked_adapter
 from loftq.errors import InputError, LoftqError, NumericalError, naming, option, quoted
 from loftq.formats import fsio, hashed_json
 from loftq.formats.layouts import Layout
@@ -38,6 +40,11 @@ class Unit:
     @property
     def matrices(self) -> list[Matrix]:
         return [t for t in self.tensors if isinstance(t, Matrix)]
+
+    @property
+    def members(self) -> list[Matrix]:
+        """The matrices that are solved, each expert of a stack for itself."""
+        return [member for matrix in self.matrices for member in matrix.members]
 
     def entries(self, layout: Layout) -> list[Entry]:
         return [e for t in self.tensors for e in entries(t, layout)]
@@ -219,10 +226,8 @@ class Workspace:
                 if isinstance(tensor, Kept):
                     yield from map(tensor_bytes, read_finite(tensor, checkpoint))
                     continue
-                result = next(solved)
-                reports.append(result.report)
-                adapter.update(result.adapter)
-                yield from map(tensor_bytes, result.stored)
+                members = itertools.islice(solved, tensor.count)
+                yield from _written(tensor, members, reports, adapter)
 
         def adapter_contents() -> Iterator[bytes | memoryview]:
             yield encode_header(unit.adapter_entries(), {"format": "pt"})
@@ -236,6 +241,47 @@ class Workspace:
         )
         fsio.remove_tree(self.solved(unit))
         return record
+
+
+def _written(
+    matrix: Matrix, members: Iterator[Solved], reports: list[dict[str, Any]], adapter: dict[str, Tensor]
+) -> Iterator[memoryview]:
+    """The bytes of a matrix or stack. Of a stack the codes are written as they come; what follows them has to wait."""
+    found = []
+    for member in members:
+        codes, *others = member.stored
+        yield tensor_bytes(codes)
+        found.append((others, member.adapter, member.report))
+    for tensors in zip(*(others for others, _, _ in found), strict=True):
+        yield from map(tensor_bytes, tensors)
+    reports.append(_together(matrix, [report for *_, report in found]))
+    factors = [factors for _, factors, _ in found]
+    adapter.update(stacked_adapter(matrix, factors) if matrix.experts else factors[0])
+
+
+def _together(matrix: Matrix, members: list[dict[str, Any]]) -> dict[str, Any]:
+    """The report on a stack: errors before and after, of all its experts together, and after of each."""
+    if not matrix.experts:
+        return members[0]
+    report = {**members[0], "name": matrix.name, "bytes": sum(m["bytes"] for m in members)}
+    kinds = {"errors": "norm", "output_errors": "output_norm"}
+    for kind, norm in kinds.items():
+        if not all(kind in m for m in members):
+            report.pop(kind, None)
+            continue
+        whole = math.hypot(*(m[norm] for m in members))
+        first = math.hypot(*(m[kind][0] * m[norm] for m in members))
+        last = math.hypot(*(m[kind][m["kept"]] * m[norm] for m in members))
+        report |= {kind: [first / (whole or 1.0), last / (whole or 1.0)], norm: whole}
+    ratios = (m["adapter_norm_ratio"] * m["norm"] for m in members)
+    return {
+        **report,
+        "kept": int(any(m["kept"] for m in members)),
+        "qlora_error": report["errors"][0],
+        "adapter_norm_ratio": math.hypot(*ratios) / (report["norm"] or 1.0),
+        "source_sha256": hashlib.sha256("".join(m["source_sha256"] for m in members).encode()).hexdigest(),
+        "experts": [m["errors"][m["kept"]] for m in members],
+    }
 
 
 def read_finite(kept: Kept, checkpoint: Checkpoint) -> Iterator[Tensor]:

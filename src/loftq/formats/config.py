@@ -8,31 +8,42 @@ from typing import Any
 from loftq.errors import InputError, UsageError, listed, quoted
 from loftq.spec import QuantSpec, from_dict
 
-FORMAT_VERSION = 2  # of a checkpoint with a trellis; all others are of version 1
+FORMAT_VERSION = 2  # of a checkpoint with a trellis or stacks of experts; all others are of version 1
 MANIFEST = "loftq_manifest.json"  # of a quantized directory, written last
 EXPORTED = "loftq_export.json"  # of what was made from one
 
 
 @dataclass(frozen=True)
 class PackedGroup:
-    """Modules that are stored in the same way."""
+    """Modules, and stacks of experts by the names of their Parameters, that are stored in the same way."""
 
     quant: QuantSpec
     modules: tuple[str, ...]
+    parameters: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.modules, *self.parameters)
 
 
-def quantization_config(modules: Iterable[tuple[str, QuantSpec]], bits: float) -> dict[str, Any]:
-    """The JSON object for ``config.json``; one group per distinct spec, in order of first use."""
-    groups: dict[QuantSpec, list[str]] = {}
-    for module, quant in modules:
-        groups.setdefault(quant, []).append(module)
-    tables = _tables(groups)
+def quantization_config(
+    modules: Iterable[tuple[str, QuantSpec]], bits: float, stacks: Iterable[tuple[str, QuantSpec]] = ()
+) -> dict[str, Any]:
+    """The JSON object for ``config.json``; one group per distinct spec, in order of first use.
+
+    Its version is the lowest that has all that is there, so that older readers refuse only what they cannot read.
+    """
+    groups: dict[QuantSpec, dict[str, list[str]]] = {}
+    for kind, named in (("modules", modules), ("parameters", stacks)):
+        for name, quant in named:
+            groups.setdefault(quant, {"modules": []}).setdefault(kind, []).append(name)
+    tables, stacked = _tables(groups), any("parameters" in names for names in groups.values())
     return {
         "quant_method": "loftq",
-        "format_version": FORMAT_VERSION if tables else 1,
+        "format_version": FORMAT_VERSION if tables or stacked else 1,
         "bits": bits,
         **({"levels": tables} if tables else {}),
-        "groups": [{**quant.to_dict(), "modules": names} for quant, names in groups.items()],
+        "groups": [{**quant.to_dict(), **names} for quant, names in groups.items()],
     }
 
 
@@ -59,7 +70,7 @@ def read_groups(config: Any) -> list[PackedGroup]:
     if not isinstance(written, list) or not written:
         raise InputError(f"quantization_config: 'groups' must be a list that is not empty, got {quoted(repr(written))}")
     groups = [_group(fields) for fields in written]
-    counts = Counter(name for group in groups for name in group.modules)
+    counts = Counter(name for group in groups for name in group.names)
     twice = sorted(name for name, count in counts.items() if count > 1)
     if twice:
         raise InputError(f"quantization_config: in two groups: {listed(twice)}")
@@ -81,10 +92,12 @@ def _check_tables(given: Any, ours: dict[str, str], version: int) -> None:
 
 def _group(written: Any) -> PackedGroup:
     modules = written.get("modules") if isinstance(written, dict) else None
-    if not isinstance(modules, list) or not all(isinstance(m, str) for m in modules):
-        raise InputError("quantization_config: every group needs a list of module names under 'modules'")
+    parameters = written.get("parameters", []) if isinstance(written, dict) else None
+    for names in (modules, parameters):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InputError("quantization_config: every group needs a list of module names under 'modules'")
     try:
-        quant = from_dict(QuantSpec, {k: v for k, v in written.items() if k != "modules"})
+        quant = from_dict(QuantSpec, {k: v for k, v in written.items() if k not in ("modules", "parameters")})
     except (UsageError, TypeError) as e:  # TypeError: a field without default is missing
         raise InputError(f"quantization_config: a group cannot be read: {e}") from e
-    return PackedGroup(quant, tuple(modules))
+    return PackedGroup(quant, tuple(modules or ()), tuple(parameters or ()))

@@ -6,7 +6,7 @@ first; and it reads back what it wrote, so that errors are measured on the file'
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -17,7 +17,7 @@ from loftq.formats.config import quantization_config, read_groups
 from loftq.formats.tensorfile import DTYPES, Entry
 from loftq.numerics import Quantized, decode, dequantize, encode, normal_float, oriented, oriented_shape
 from loftq.options import check_choice
-from loftq.spec import QuantSpec, stored_tensors
+from loftq.spec import QuantSpec, stacked_tensors, stored_tensors
 
 
 class MatrixLike(Protocol):
@@ -35,6 +35,8 @@ class MatrixLike(Protocol):
     def source(self) -> str: ...
     @property
     def quant(self) -> QuantSpec: ...
+    @property
+    def experts(self) -> int: ...
 
 
 class Layout(ABC):
@@ -48,6 +50,7 @@ class Layout(ABC):
         packed: whether this package's layers hold it, as training on the quantized weights wants it.
         budgeted: whether it takes the bytes that a budget counts, :attr:`loftq.planning.Matrix.bytes`.
         rounds: whether what it writes is rounded to the matrix's dtype, and is not the solver's Q to the last digits.
+        stacks: whether it takes stacks of experts: entries then have a leading axis of them, and each is encoded alone.
         keeps_conv1d: whether the model that is loaded from it has a Conv1D where the source has one.
     """
 
@@ -58,6 +61,7 @@ class Layout(ABC):
     packed: ClassVar[bool] = False
     budgeted: ClassVar[bool] = False
     rounds: ClassVar[bool] = False
+    stacks: ClassVar[bool] = False
     keeps_conv1d: ClassVar[bool] = True
 
     def filled(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,8 +80,19 @@ class Layout(ABC):
     def decode(self, matrix: MatrixLike, tensors: list[Tensor]) -> Tensor:
         """The float32 matrix ``(out, in)`` that a reader gets from them."""
 
-    def quantization_config(self, modules: list[tuple[str, QuantSpec]], bits: float, kept: list[str]) -> dict | None:
-        """The object for ``config.json``; None for a dense model."""
+    def quantization_config(
+        self,
+        modules: list[tuple[str, QuantSpec]],
+        bits: float,
+        kept: list[str],
+        stacks: Sequence[tuple[str, QuantSpec]] = (),
+    ) -> dict | None:
+        """The object for ``config.json``; None for a dense model.
+
+        Args:
+            modules, stacks: what is quantized, by the names of modules, and of the Parameters that stack experts.
+            kept: modules that an adapter could wrap and that are not quantized.
+        """
         return None
 
     def modules_in(self, config: Any) -> set[tuple[str, QuantSpec]] | None:
@@ -132,10 +147,13 @@ class PackedLayout(Layout):
     name = "loftq"
     imports = "import loftq  # registers the packed layers\n"
     packages = ("loftq",)
-    packed = budgeted = True
+    packed = budgeted = stacks = True
     keeps_conv1d = False
 
     def entries(self, matrix: MatrixLike) -> list[Entry]:
+        if matrix.experts:
+            stored = stacked_tensors(matrix.quant, matrix.name, matrix.experts, *matrix.shape)
+            return [Entry(name, dtype, shape) for name, (dtype, shape) in stored.items()]
         stem = matrix.name.removesuffix("weight")
         return [
             Entry(stem + suffix, dtype, shape)
@@ -150,11 +168,17 @@ class PackedLayout(Layout):
         names = stored_tensors(matrix.quant, *matrix.shape)
         return decode(dict(zip(names, tensors, strict=True)), matrix.quant, matrix.shape[1])
 
-    def quantization_config(self, modules: list[tuple[str, QuantSpec]], bits: float, kept: list[str]) -> dict | None:
-        return quantization_config(modules, bits)
+    def quantization_config(
+        self,
+        modules: list[tuple[str, QuantSpec]],
+        bits: float,
+        kept: list[str],
+        stacks: Sequence[tuple[str, QuantSpec]] = (),
+    ) -> dict | None:
+        return quantization_config(modules, bits, stacks)
 
     def modules_in(self, config: Any) -> set[tuple[str, QuantSpec]] | None:
-        return {(module, group.quant) for group in read_groups(config) for module in group.modules}
+        return {(module, group.quant) for group in read_groups(config) for module in group.names}
 
 
 @register_format
@@ -162,10 +186,11 @@ class DenseLayout(Layout):
     """The dequantized backbone in the dtype of what is kept: loads anywhere, saves nothing."""
 
     name = "dense"
-    rounds = True
+    rounds = stacks = True
 
     def entries(self, matrix: MatrixLike) -> list[Entry]:
-        return [Entry(matrix.name, matrix.dtype, oriented_shape(matrix.kind, matrix.shape))]
+        shape = oriented_shape(matrix.kind, matrix.shape)
+        return [Entry(matrix.name, matrix.dtype, (matrix.experts, *shape) if matrix.experts else shape)]
 
     def encode(self, matrix: MatrixLike, quantized: Quantized) -> list[Tensor]:
         weight = dequantize(quantized, matrix.quant).to(DTYPES[matrix.dtype])
@@ -214,7 +239,13 @@ class BitsAndBytesLayout(Layout):
         codes = torch.stack([packed[:, 0] >> 4, packed[:, 0] & 15], 1).view(-1, matrix.quant.block_size)
         return (levels[codes.int()] * absmax[:, None]).view(matrix.shape)
 
-    def quantization_config(self, modules: list[tuple[str, QuantSpec]], bits: float, kept: list[str]) -> dict | None:
+    def quantization_config(
+        self,
+        modules: list[tuple[str, QuantSpec]],
+        bits: float,
+        kept: list[str],
+        stacks: Sequence[tuple[str, QuantSpec]] = (),
+    ) -> dict | None:
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,

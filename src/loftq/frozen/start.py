@@ -94,7 +94,8 @@ def start(base: str, weights: str, output: Path, options: StartOptions, begin: B
     check_device(options.device)
     output = output_path(output)
     work = Workspace(output)
-    source, directory = open_source(weights, options.policy, options.revision), resolve(base, options.base_revision)
+    source = without_stacks(open_source(weights, options.policy, options.revision))
+    directory = resolve(base, options.base_revision)
     for place in (source.directory, directory):
         check_places(place, work, output)
     identity = _identity(source, directory, options)
@@ -141,6 +142,14 @@ def _identity(source: Source, base: Path, options: StartOptions) -> dict[str, An
         "loftq": __version__,
         "torch": torch.__version__,
     }
+
+
+def without_stacks(source: Source) -> Source:
+    """The source whose stacks of experts are left alone: a frozen base that keeps them has no layer to correct."""
+    matrices = tuple(m for m in source.plan.matrices if not m.experts)
+    if not matrices:
+        raise InputError(f"{source.directory}: all that could be corrected are stacks of experts")
+    return replace(source, plan=replace(source.plan, matrices=matrices))
 
 
 def _located(source: Source, model: Any) -> Plan:

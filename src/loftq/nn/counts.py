@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from loftq.nn.layers import LoftQEmbedding, PackedWeight
+from loftq.nn.layers import LoftQEmbedding, Packed
 
 
 def surplus(model: nn.Module, *, exclude_embeddings: bool = False) -> int:
@@ -16,7 +16,7 @@ def surplus(model: nn.Module, *, exclude_embeddings: bool = False) -> int:
         exclude_embeddings: the count left out ``weight`` of every embedding, so its scales are all that is too much.
     """
     total = 0
-    for layer in {id(m.weight): m for m in model.modules() if isinstance(m, PackedWeight)}.values():  # shared: once
+    for layer in {id(m.stored[0]): m for m in model.modules() if isinstance(m, Packed)}.values():  # shared: once
         stored = layer.stored_count
         if exclude_embeddings and isinstance(layer, LoftQEmbedding):
             total -= stored - layer.weight.numel()

@@ -8,7 +8,7 @@ from torch import nn
 
 from loftq.errors import UsageError
 from loftq.nn.hf import forget_unpacked, unpack_model
-from loftq.nn.layers import LoftQEmbedding, LoftQLinear, PackedWeight, replace_module
+from loftq.nn.layers import LoftQEmbedding, LoftQLinear, Packed, PackedWeight, replace_module
 
 
 def train_dense_copies(other: Any) -> None:
@@ -83,7 +83,7 @@ def _unpack_tables(model: Any) -> None:
 
 
 def _holds_packed(module: nn.Module) -> bool:
-    return any(isinstance(m, PackedWeight) for m in module.modules())
+    return any(isinstance(m, Packed) for m in module.modules())
 
 
 def _dense_copy(module: nn.Module) -> Any:

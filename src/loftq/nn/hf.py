@@ -6,7 +6,7 @@ quantized from. A model with another head finds the same modules with or without
 
 import functools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextvars import ContextVar
 from itertools import chain
 from pathlib import Path
@@ -19,19 +19,27 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from loftq.architecture.conversion import split_parameters
+from loftq.architecture.experts import packable_stacks
 from loftq.architecture.kinds import kind_of
 from loftq.architecture.skeleton import renamer, spellings
 from loftq.errors import InputError, UsageError, command, listed, quoted
 from loftq.formats.config import quantization_config, read_groups
 from loftq.formats.tensorfile import read_header
 from loftq.kernels import backend
-from loftq.nn.layers import LoftQEmbedding, LoftQLinear, PackedWeight, can_pack, pack_like, replace_module
+from loftq.nn.experts import PackedExperts, pack_experts, unpack_experts
+from loftq.nn.layers import (
+    LoftQEmbedding,
+    LoftQLinear,
+    Packed,
+    PackedWeight,
+    can_pack,
+    pack_like,
+    replace_module,
+)
 from loftq.numerics import encode, oriented
 from loftq.numerics.trellis import check_rates
 from loftq.planning import natural
-from loftq.spec import SUFFIXES, QuantSpec
-
-SCALES = tuple(f".{suffix}" for suffix in SUFFIXES if suffix != "weight")
+from loftq.spec import QuantSpec
 
 
 @register_quantization_config("loftq")
@@ -40,7 +48,7 @@ class LoftQQuantizationConfig(QuantizationConfigMixin):
 
     Attributes:
         bits: the width that was asked for, as a number, for tools that print it.
-        groups: modules that share a spec.
+        groups: modules, and stacks of experts, that share a spec.
         levels: tables of levels, where there is a trellis.
     """
 
@@ -65,7 +73,7 @@ class LoftQQuantizationConfig(QuantizationConfigMixin):
     @property
     def specs(self) -> dict[str, QuantSpec]:
         groups = read_groups(vars(self))
-        return {module: group.quant for group in groups for module in group.modules}
+        return {name: group.quant for group in groups for name in group.names}
 
 
 @register_quantizer("loftq")
@@ -77,6 +85,7 @@ class LoftQHfQuantizer(HfQuantizer):
     """
 
     new_modules: tuple[str, ...] = ()
+    _scales: frozenset[str] = frozenset()  # how scales are called in their modules
     is_trainable = True  # type: ignore[assignment]
     is_compileable = True  # type: ignore[assignment]
 
@@ -95,8 +104,8 @@ class LoftQHfQuantizer(HfQuantizer):
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Scales keep the dtype of the file, whatever dtype the model is loaded in."""
-        name: str = converter.source_patterns[0]
-        return None if name.endswith(SCALES) else super().get_new_dtype(converter, param, dtype)
+        leaf = converter.source_patterns[0].rpartition(".")[2]
+        return None if leaf in self._scales else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -106,22 +115,24 @@ class LoftQHfQuantizer(HfQuantizer):
         config: Any = self.quantization_config
         found = resolve(model, config.specs)
         for name, (_, spec) in found.items():
-            packed = pack_like(model.get_submodule(name), spec, device="meta")
+            packed = _pack_empty(model, name, spec, torch.device("meta"))
             packed._is_hf_initialized = True  # type: ignore[assignment]  # keeps _init_weights off the codes
-            replace_module(model, name, packed)
+        holders = [module for module in model.modules() if isinstance(module, Packed)]
+        dtypes = (pair for module in holders for pair in module._stored_dtypes.items())
+        self._scales = frozenset(name for name, dtype in dtypes if dtype.is_floating_point)
         if checkpoint_files:
             present = _present([Path(f) for f in checkpoint_files], model)
             _check_packed(present, model, found, Path(checkpoint_files[0]).parent)
             self.new_modules = _new_modules(present, model)
         model._checkpoint_conversion_mapping = _prefix_mapping(found)  # type: ignore[assignment]
-        self._dtypes = {} if hasattr(HfQuantizer, "get_new_dtype") else _dtypes_to_load(model)
+        self._dtypes = {} if hasattr(HfQuantizer, "get_new_dtype") else _dtypes_to_load(model, self._scales)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         _refuse_tensor_parallel(model)
         for name, tensor in _tensors(model):
             tensor.data = tensor.data.to(self._dtypes.get(name, tensor.dtype))
         for name, module in model.named_modules():
-            if isinstance(module, PackedWeight):
+            if isinstance(module, Packed):
                 for parameter in module.stored:
                     parameter.requires_grad_(False)
                 if not module.stored[0].is_meta:
@@ -132,10 +143,11 @@ class LoftQHfQuantizer(HfQuantizer):
         return unpack_model(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
 
-def _check_rates(name: str, module: PackedWeight) -> None:
-    """InputError for a packed layer whose columns' rates cannot be."""
+def _check_rates(name: str, module: Packed) -> None:
+    """InputError for a packed layer, or an expert, whose columns' rates cannot be."""
     try:
-        check_rates(dict(zip(module.layout(), module.stored, strict=True)), module.spec)
+        for stored, spec in module.matrices():
+            check_rates(stored, spec)
     except InputError as e:
         raise InputError(f"{quoted(name)}: {e}") from e
 
@@ -159,7 +171,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return chain(model.named_parameters(), model.named_buffers())
 
 
-def _dtypes_to_load(model: Any) -> dict[str, torch.dtype]:
+def _dtypes_to_load(model: Any, scales: Collection[str]) -> dict[str, torch.dtype]:
     """What every tensor is cast to when it is loaded, by transformers from 5.21 on.
 
     Those before leave the dtype of the file where a tensor has another name there, as under another head, and make
@@ -167,7 +179,7 @@ def _dtypes_to_load(model: Any) -> dict[str, torch.dtype]:
     """
     wanted = {}
     for name, tensor in _tensors(model):
-        plan = {} if name.endswith(SCALES) else model._get_dtype_plan(tensor.dtype)
+        plan = {} if name.rpartition(".")[2] in scales else model._get_dtype_plan(tensor.dtype)
         kept = (dtype for pattern, dtype in plan.items() if re.search(pattern.replace("*", ".*"), name))
         wanted[name] = next(kept, tensor.dtype)
     return wanted
@@ -185,7 +197,7 @@ def report_model_dtype() -> None:
     first_float: Any = PreTrainedModel.dtype
 
     def dtype(self: PreTrainedModel) -> torch.dtype:
-        packed = next((m for m in self.modules() if isinstance(m, PackedWeight)), None)
+        packed = next((m for m in self.modules() if isinstance(m, Packed)), None)
         return first_float.fget(self) if packed is None else packed.compute_dtype
 
     PreTrainedModel.dtype = property(dtype, doc=first_float.__doc__)  # type: ignore[assignment]
@@ -198,7 +210,13 @@ def mark_quantized(model: Any, bits: float) -> None:
     report_model_dtype()
     packed = {name: m.spec for name, m in model.named_modules() if isinstance(m, PackedWeight)}
     modules = ((name, packed[name]) for name in sorted(packed, key=natural))
-    config = LoftQQuantizationConfig(**quantization_config(modules, bits))
+    stacks = [
+        (f"{name}.{stack}", bank.spec)
+        for name, m in sorted(model.named_modules(), key=lambda pair: natural(pair[0]))
+        if isinstance(m, PackedExperts)
+        for stack, bank in m.banks.items()
+    ]
+    config = LoftQQuantizationConfig(**quantization_config(modules, bits, stacks))
     model.config.quantization_config = config
     model.hf_quantizer = LoftQHfQuantizer(config)
     model.is_quantized, model.quantization_method = True, "loftq"
@@ -259,8 +277,12 @@ def pack_from_config(modeling: Any) -> None:
 
 
 def _pack_random(model: Any, config: Any) -> None:
+    modules = dict(model.named_modules())
     for name, (_, spec) in resolve(model, config.specs).items():
-        dense: Any = model.get_submodule(name)
+        if name not in modules:
+            _pack_random_stack(model, name, spec)
+            continue
+        dense: Any = modules[name]
         packed = pack_like(dense, spec, device=dense.weight.device)
         if dense.weight.device.type != "meta":
             weight = oriented(kind_of(dense), dense.weight.detach().float())
@@ -272,11 +294,23 @@ def _pack_random(model: Any, config: Any) -> None:
     mark_quantized(model, config.bits or 0)
 
 
+def _pack_random_stack(model: Any, name: str, spec: QuantSpec) -> None:
+    owner, _, leaf = name.rpartition(".")
+    dense = model.get_parameter(name).detach()
+    packed = pack_experts(model.get_submodule(owner), leaf, spec, dense.device)
+    for e, weight in enumerate(dense if dense.device.type != "meta" else ()):
+        weight = (weight.T if packed.banks[leaf].transposed else weight).float().contiguous()
+        quantized, _ = backend(weight.device, spec).quantize_residual(weight, weight, spec)
+        packed.load_expert(leaf, e, encode(quantized, spec))
+
+
 def unpack_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every packed layer by a dense one, in ``dtype`` or that of the model around it."""
     for name, module in list(model.named_modules()):
         if isinstance(module, (LoftQLinear, LoftQEmbedding)):
             replace_module(model, name, module.to_dense(dtype or module.compute_dtype))
+        elif isinstance(module, PackedExperts):
+            unpack_experts(module, dtype or module.compute_dtype)
     return model
 
 
@@ -287,18 +321,19 @@ def forget_unpacked(model: Any) -> None:
         return
     bits = quantizer.quantization_config.bits
     quantizer.remove_quantization_config(model)
-    if any(isinstance(m, PackedWeight) for m in model.modules()):
+    if any(isinstance(m, Packed) for m in model.modules()):
         mark_quantized(model, bits)
 
 
 def resolve(model: nn.Module, specs: dict[str, QuantSpec]) -> dict[str, tuple[str, QuantSpec]]:
-    """Runtime name -> (name in the config, spec), for the modules that this model class has."""
+    """Runtime name -> (name in the config, spec), for the modules and stacks of experts that this model class has."""
     prefix = model.base_model_prefix
     modules = dict(model.named_modules())
+    stacks = packable_stacks(model)
     found = {}
     for name, spec in specs.items():
         for candidate in spellings(name, str(prefix)):
-            if candidate in modules:
+            if candidate in modules or candidate in stacks:
                 found[candidate] = (name, spec)
                 break
     if not found:
@@ -306,10 +341,31 @@ def resolve(model: nn.Module, specs: dict[str, QuantSpec]) -> dict[str, tuple[st
             f"none of the packed modules ({listed(specs, 3)}) is in {type(model).__name__}; "
             "load the checkpoint with the model class that it was made from"
         )
-    odd = [f"{name} ({type(modules[name]).__name__})" for name in found if not can_pack(modules[name])]
+    odd = [f"{n} ({type(modules[n]).__name__})" for n in found if n not in stacks and not can_pack(modules[n])]
     if odd:
         raise InputError(f"quantization_config packs what is no Linear, Conv1D or Embedding: {listed(odd)}")
     return found
+
+
+def _pack_empty(model: nn.Module, name: str, spec: QuantSpec, device: torch.device) -> nn.Module:
+    """Empty stored tensors in the place of a weight, or of a stack of experts; the module that has them."""
+    owner, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(owner)
+    if leaf in parent._parameters:
+        return pack_experts(parent, leaf, spec, device)
+    packed = pack_like(model.get_submodule(name), spec, device)
+    replace_module(model, name, packed)
+    return packed
+
+
+def _layout(model: nn.Module, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Full names of what a packed module or stack stores -> (safetensors dtype, shape)."""
+    owner, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(owner)
+    if isinstance(parent, PackedExperts) and leaf in parent.banks:
+        return {f"{owner}.{stored}": kept for stored, kept in parent.banks[leaf].layout(leaf).items()}
+    layout: Any = model.get_submodule(name).layout  # type: ignore[operator]
+    return {f"{name}.{suffix}": kept for suffix, kept in layout().items()}
 
 
 def _prefix_mapping(found: dict[str, tuple[str, QuantSpec]]) -> dict[str, str]:
@@ -336,10 +392,10 @@ def _check_packed(present: dict[str, Any], model: nn.Module, found: Iterable[str
     """Refuse files that lack a packed tensor or hold it in another shape; transformers would only warn."""
     wrong = []
     for runtime in found:
-        for suffix, wanted in model.get_submodule(runtime).layout().items():  # type: ignore[operator]
-            got = present.get(f"{runtime}.{suffix}")
+        for name, wanted in _layout(model, runtime).items():
+            got = present.get(name)
             if got != wanted:
-                wrong.append(f"{runtime}.{suffix}: wanted {wanted}, found {quoted(got or 'nothing')}")
+                wrong.append(f"{name}: wanted {wanted}, found {quoted(got or 'nothing')}")
     if wrong:
         raise InputError(
             f"{directory}: the packed weights do not fit config.json: {listed(wrong)}; "

@@ -4,7 +4,7 @@ Being subclasses, PEFT's dispatch, ``target_modules="all-linear"``, accelerate a
 isinstance checks. All stored tensors are frozen Parameters, so they are saved, moved and sharded like any other.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,7 +25,79 @@ TORCH_DTYPES = {
 }
 
 
-class PackedWeight(nn.Module):
+class Packed(nn.Module):
+    """A module with stored tensors among its Parameters: frozen, and never converted. What all that is packed shares.
+
+    Attributes:
+        weight_count: number of weights that the stored tensors stand for.
+    """
+
+    _stored_dtypes: dict[str, torch.dtype]
+    weight_count: int
+
+    def _hold(self, layout: dict[str, tuple[str, tuple[int, ...]]], device: torch.device | str | None) -> None:
+        """Register empty stored tensors. ``layout``: name -> (safetensors dtype, shape)."""
+        for name, (stored, shape) in layout.items():
+            self._stored_dtypes[name] = TORCH_DTYPES[stored]
+            empty = torch.empty(shape, dtype=TORCH_DTYPES[stored], device=device)
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+
+    def _like_model(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """A buffer that holds no value. Its dtype is the model's, and follows .to(dtype) like any buffer."""
+        self.register_buffer("_like", torch.empty(0, device=device, dtype=dtype), persistent=False)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of the model around this module; the stored tensors keep their own."""
+        return self._like.dtype  # type: ignore[union-attr, return-value]
+
+    def _checked(self, names: Iterable[str]) -> list[Tensor]:
+        """Stored tensors. UsageError if a cast has rounded one of them."""
+        found = []
+        for name in names:
+            wanted, held = self._stored_dtypes[name], self._parameters[name]
+            if held.dtype != wanted and not (wanted.is_floating_point and held.dtype == torch.float32):  # type: ignore[union-attr]
+                raise UsageError(
+                    f"{name} of a packed layer is {held.dtype}, stored as {wanted}: something rounded it, such as a "  # type: ignore[union-attr]
+                    f"mixed precision policy of FSDP. Quantize with {option('scale_dtype', 'bfloat16')} and without "
+                    f"{option('double_quant')}, or switch the policy's param_dtype off"
+                )
+            found.append(held)
+        return found
+
+    @property
+    def stored(self) -> list[Tensor]:
+        """The stored tensors in the order of their layout. UsageError if a cast has rounded one of them."""
+        return self._checked(self._stored_dtypes)
+
+    def matrices(self) -> Iterator[tuple[dict[str, Tensor], QuantSpec]]:
+        """The stored tensors of every matrix, by suffix, and its spec."""
+        raise NotImplementedError
+
+    @property
+    def stored_count(self) -> int:
+        """Number of elements of the stored tensors."""
+        return sum(self._parameters[name].numel() for name in self._stored_dtypes)  # type: ignore[union-attr]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Write the dtypes of the format, whatever PEFT's ``prepare_model_for_kbit_training`` widened meanwhile."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, dtype in self._stored_dtypes.items():
+            destination[prefix + name] = destination[prefix + name].to(dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Packed":
+        """Move and share the stored tensors like all others, but never convert them: they pass ``fn`` as bytes."""
+        everything = self._parameters
+        self._parameters = {n: p for n, p in everything.items() if n not in self._stored_dtypes}
+        super()._apply(fn, recurse)
+        for name in self._stored_dtypes:
+            held: Tensor = everything[name].data  # type: ignore[union-attr]
+            self._parameters[name] = nn.Parameter(fn(held.view(torch.int8)).view(held.dtype), requires_grad=False)
+        self._parameters = {n: self._parameters[n] for n in everything}  # in the order of before
+        return self
+
+
+class PackedWeight(Packed):
     """The stored tensors of one matrix, as frozen Parameters named by suffix. A mixin of the two layers below."""
 
     spec: QuantSpec
@@ -42,45 +114,21 @@ class PackedWeight(nn.Module):
         self._columns = columns
         self._spec_key = ops.spec_key(spec)
         self._rows = rows
-        self._stored_dtypes = {name: TORCH_DTYPES[stored] for name, (stored, _) in self.layout().items()}
-        for name, (_, shape) in self.layout().items():
-            empty = torch.empty(shape, dtype=self._stored_dtypes[name], device=device)
-            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
-        # Holds no value. Its dtype is the model's, and follows .to(dtype) like any buffer.
-        self.register_buffer("_like", torch.empty(0, device=device, dtype=dtype), persistent=False)
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Dtype of the model around this layer; the stored tensors keep their own."""
-        return self._like.dtype  # type: ignore[union-attr, return-value]
+        self._stored_dtypes = {}
+        self._hold(self.layout(), device)
+        self._like_model(device, dtype)
 
     def layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Suffix -> (safetensors dtype, shape) of the stored tensors."""
         return stored_tensors(self.spec, self._rows, self._columns)
 
     @property
-    def stored(self) -> list[Tensor]:
-        """The stored tensors in the order of :meth:`layout`. UsageError if a cast has rounded one of them."""
-        for name, wanted in self._stored_dtypes.items():
-            got = self._parameters[name].dtype  # type: ignore[union-attr]
-            if got != wanted and not (wanted.is_floating_point and got == torch.float32):
-                raise UsageError(
-                    f"{name} of a packed layer is {got}, stored as {wanted}: something rounded it, such as a mixed "
-                    f"precision policy of FSDP. Quantize with {option('scale_dtype', 'bfloat16')} and without "
-                    f"{option('double_quant')}, or "
-                    "switch the policy's param_dtype off"
-                )
-        return [self._parameters[name] for name in self._stored_dtypes]  # type: ignore[misc]
-
-    @property
-    def weight_count(self) -> int:
+    def weight_count(self) -> int:  # type: ignore[override]
         """Number of weights that this layer stands for."""
         return self._rows * self._columns
 
-    @property
-    def stored_count(self) -> int:
-        """Number of elements of the stored tensors."""
-        return sum(self._parameters[name].numel() for name in self._stored_dtypes)  # type: ignore[union-attr]
+    def matrices(self) -> Iterator[tuple[dict[str, Tensor], QuantSpec]]:
+        yield dict(zip(self.layout(), self.stored, strict=True)), self.spec
 
     def load_stored(self, tensors: dict[str, Tensor]) -> None:
         """Take over freshly encoded tensors (see :func:`loftq.numerics.encode`)."""
@@ -90,23 +138,6 @@ class PackedWeight(nn.Module):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight, ``(rows, columns)``."""
         return ops.dequantize(self.stored, self._spec_key, self._columns, dtype)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Write the dtypes of the format, whatever PEFT's ``prepare_model_for_kbit_training`` widened meanwhile."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, dtype in self._stored_dtypes.items():
-            destination[prefix + name] = destination[prefix + name].to(dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedWeight":
-        """Move and share the stored tensors like all others, but never convert them: they pass ``fn`` as bytes."""
-        everything = self._parameters
-        self._parameters = {n: p for n, p in everything.items() if n not in self._stored_dtypes}
-        super()._apply(fn, recurse)
-        for name in self._stored_dtypes:
-            held: Tensor = everything[name].data  # type: ignore[union-attr]
-            self._parameters[name] = nn.Parameter(fn(held.view(torch.int8)).view(held.dtype), requires_grad=False)
-        self._parameters = {n: self._parameters[n] for n in everything}  # in the order of before
-        return self
 
     def reset_parameters(self) -> None:
         """Nothing to initialise: the stored tensors come from a file or from the solver."""

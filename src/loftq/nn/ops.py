@@ -120,3 +120,117 @@ def _of_linear_grad_input(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
 # Without the bias, each is the other's derivative: the product with a constant matrix, and with its transpose.
 linear.register_autograd(_of_linear, setup_context=_save_linear)
 linear_grad_input.register_autograd(_of_linear_grad_input, setup_context=_save_linear_grad_input)
+
+
+def _groups(ends: Tensor, count: int) -> tuple[list[tuple[int, slice]], slice]:
+    """Experts that have rows, with these; and the rows of none. One look at the device, however many experts."""
+    stops = [min(end, count) for end in ends.tolist()]
+    starts = [0, *stops[:-1]]
+    pairs = enumerate(zip(starts, stops, strict=True))
+    return [(e, slice(start, stop)) for e, (start, stop) in pairs if stop > start], slice(stops[-1], count)
+
+
+@torch.library.custom_op("loftq::experts", mutates_args=())
+def experts(x: Tensor, ends: Tensor, stored: list[Tensor], spec: str, rows: int, columns: int) -> Tensor:
+    """``x_i @ W_e.T`` for packed experts; only those that have rows are decoded, one at a time.
+
+    Args:
+        x: ``(n, in)``, sorted by expert.
+        ends: of every expert, the number of the row after its last, ``(experts,)``. What is beyond them all gives zero.
+        stored: each with the experts as leading axis.
+    """
+    y = x.new_empty(len(x), rows)
+    groups, rest = _groups(ends, len(x))
+    for e, part in groups:
+        kernels, tensors, quant = _named([tensor[e] for tensor in stored], spec)
+        y[part] = kernels.linear(x[part], tensors, quant, columns)
+    y[rest] = 0
+    return y
+
+
+@experts.register_fake
+def _(x: Tensor, ends: Tensor, stored: list[Tensor], spec: str, rows: int, columns: int) -> Tensor:
+    return x.new_empty(len(x), rows)
+
+
+@torch.library.custom_op("loftq::experts_grad_input", mutates_args=())
+def experts_grad_input(grad: Tensor, ends: Tensor, stored: list[Tensor], spec: str, rows: int, columns: int) -> Tensor:
+    """``grad_i @ W_e``: the gradient of :func:`experts` with respect to its input."""
+    x = grad.new_empty(len(grad), columns)
+    groups, rest = _groups(ends, len(grad))
+    for e, part in groups:
+        kernels, tensors, quant = _named([tensor[e] for tensor in stored], spec)
+        x[part] = kernels.linear_grad_input(grad[part], tensors, quant, columns)
+    x[rest] = 0
+    return x
+
+
+@experts_grad_input.register_fake
+def _(grad: Tensor, ends: Tensor, stored: list[Tensor], spec: str, rows: int, columns: int) -> Tensor:
+    return grad.new_empty(len(grad), columns)
+
+
+def _save_experts(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, ends, stored, *ctx.sizes = inputs
+    ctx.save_for_backward(ends, *stored)
+
+
+def _of_experts(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    ends, *stored = ctx.saved_tensors
+    return experts_grad_input(grad, ends, stored, *ctx.sizes), None, [None] * len(stored), None, None, None
+
+
+def _of_experts_grad_input(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    ends, *stored = ctx.saved_tensors
+    return experts(grad, ends, stored, *ctx.sizes), None, [None] * len(stored), None, None, None
+
+
+experts.register_autograd(_of_experts, setup_context=_save_experts)
+experts_grad_input.register_autograd(_of_experts_grad_input, setup_context=_save_experts)
+
+
+@torch.library.custom_op("loftq::grouped_mm", mutates_args=())
+def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """``x_i @ W_e`` for dense ``(experts, in, out)``; ``x`` and ``ends`` as :func:`experts` takes them.
+
+    The gradient of an expert without rows is zero, not missing.
+    """
+    y = x.new_empty(len(x), weights.shape[2])
+    groups, rest = _groups(ends, len(x))
+    for e, part in groups:
+        torch.mm(x[part], weights[e], out=y[part])
+    y[rest] = 0
+    return y
+
+
+@grouped_mm.register_fake
+def _(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(len(x), weights.shape[2])
+
+
+@torch.library.custom_op("loftq::grouped_outer", mutates_args=())
+def grouped_outer(x: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
+    """``sum_i x_i^T grad_i`` over the rows of each expert: the gradient of :func:`grouped_mm` for its weights."""
+    result = x.new_zeros(len(ends), x.shape[1], grad.shape[1])
+    for e, part in _groups(ends, len(x))[0]:
+        torch.mm(x[part].T, grad[part], out=result[e])
+    return result
+
+
+@grouped_outer.register_fake
+def _(x: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(len(ends), x.shape[1], grad.shape[1])
+
+
+def _save_grouped(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _of_grouped(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    x, weights, ends = ctx.saved_tensors
+    to_x = grouped_mm(grad, weights.transpose(1, 2), ends) if ctx.needs_input_grad[0] else None
+    to_weights = grouped_outer(x, grad, ends) if ctx.needs_input_grad[1] else None
+    return to_x, to_weights, None
+
+
+grouped_mm.register_autograd(_of_grouped, setup_context=_save_grouped)

@@ -1,15 +1,18 @@
-"""Which way round a weight lies: ``(out, in)`` in all that is computed; a Conv1D of transformers stores ``(in, out)``.
+"""Which way round a weight lies: ``(out, in)`` in all that is computed; a Conv1D of transformers stores ``(in, out)``,
+and so do some of its experts.
 
 Kinds are those of :class:`loftq.planning.Role`. Both functions are their own inverses.
 """
 
 from torch import Tensor
 
+TRANSPOSED = ("conv1d", "experts-transposed")
+
 
 def oriented(kind: str, weight: Tensor) -> Tensor:
     """What is stored as ``(out, in)``, or the other way; a view."""
-    return weight.T if kind == "conv1d" else weight
+    return weight.T if kind in TRANSPOSED else weight
 
 
 def oriented_shape(kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[::-1] if kind == "conv1d" else shape
+    return shape[::-1] if kind in TRANSPOSED else shape

@@ -2,6 +2,7 @@
 
 from loftq.planning.budget import Allocation, Choice, allocate, check_solver, frontier, parse_size
 from loftq.planning.candidates import Candidate, candidates, curve, factor_bytes, first_layers, limit
+from loftq.planning.names import natural, target_suffixes
 from loftq.planning.patterns import Rules, parse_rules
 from loftq.planning.pieces import Made, Piece, of_stack, sources
 from loftq.planning.plan import (
@@ -16,8 +17,6 @@ from loftq.planning.plan import (
     main_dtype,
     make,
     mean_bits,
-    natural,
     nominal_bits,
-    target_suffixes,
 )
 from loftq.planning.policy import Policy, make_policy

@@ -87,11 +87,11 @@ def _adapters(plan: Plan) -> int:
 
 def bytes_of(matrix: Matrix, quant: QuantSpec, rank: int) -> int:
     """What a matrix takes on disk, with its adapter."""
-    return stored_bytes(quant, *matrix.shape) + factor_bytes(matrix, rank)
+    return matrix.count * stored_bytes(quant, *matrix.shape) + factor_bytes(matrix, rank)
 
 
 def factor_bytes(matrix: Matrix, rank: int) -> int:
-    return ITEM_BYTES[matrix.factors] * rank * sum(matrix.shape)
+    return ITEM_BYTES[matrix.factors] * matrix.count * rank * sum(matrix.shape)
 
 
 def first_layers(

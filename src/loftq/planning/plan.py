@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -12,8 +12,9 @@ from loftq.numerics import oriented_shape
 from loftq.options import fields_of
 from loftq.planning.budget import Choice
 from loftq.planning.containers import served
+from loftq.planning.names import natural, routers_among
 from loftq.planning.patterns import Rules, parse_rules
-from loftq.planning.pieces import Made, sources
+from loftq.planning.pieces import Made, Piece, of_stack, sources
 from loftq.planning.policy import DENSE, Policy
 from loftq.spec import (
     BITS,
@@ -49,11 +50,13 @@ class Role:
 
     Attributes:
         module: name of the module that owns it at run time; empty if the model has no such parameter.
-        kind: ``linear``, ``conv1d``, ``embedding``, ``experts`` (3-D), ``parameter`` (a matrix of the layers that
-            belongs to none of these modules), or ``other``.
+        kind: ``linear``, ``conv1d``, ``embedding``, ``experts`` or ``experts-transposed`` (a stack, whose ``module`` is
+            the name of the Parameter), ``parameter`` (a matrix of the layers that belongs to none of these modules), or
+            ``other``.
         backbone: inside the base model, not in a task head.
         tied: names of other parameters that are the same tensor.
         keep: a reason known to the model's side why it must stay dense.
+        order: of a stack of experts, its place among the Parameters of its module, in which PEFT nests its layers.
         made: what transformers makes it of, if the checkpoint does not hold it as it is.
         converter: which of transformers' converters does; its tensors are all written as the model has them, or none.
     """
@@ -64,13 +67,15 @@ class Role:
     stack: Stack | None = None
     tied: tuple[str, ...] = ()
     keep: str = ""
+    order: int = 0
     made: Made = ()
     converter: str = ""
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A tensor to quantize. ``shape`` is ``(out, in)`` as solved; a Conv1D's tensor is stored transposed.
+    """A matrix to quantize, or a stack of ``experts`` of one shape. ``shape`` is ``(out, in)`` as solved, of each; a
+    Conv1D's tensor is stored transposed.
 
     ``dtype`` is what it has where it is written dense, ``source`` what it has in the source (empty: the same),
     ``factors`` that of the adapter's tensors. ``made``: what it is put together of, if the source does not hold it.
@@ -88,14 +93,34 @@ class Matrix:
     source: str = ""
     made: Made = ()
     instead: str = ""
+    experts: int = 0
+    nested: int = 0  # layers of PEFT around its module's stacks that lie outside its own
+
+    @property
+    def count(self) -> int:
+        """How many matrices it is."""
+        return max(1, self.experts)
 
     @property
     def numel(self) -> int:
-        return self.shape[0] * self.shape[1]
+        return self.count * self.shape[0] * self.shape[1]
 
     @property
     def bytes(self) -> int:
-        return stored_bytes(self.quant, *self.shape)
+        return self.count * stored_bytes(self.quant, *self.shape)
+
+    @property
+    def members(self) -> "list[Matrix]":
+        """The matrices that are solved: each expert of a stack, called by its number, else the matrix itself."""
+        one = replace(self, experts=0, nested=0)
+        if not self.experts:
+            return [one]
+        made = self.made or of_stack(self.name, (self.experts, *oriented_shape(self.kind, self.shape)))
+        return [_member(one, e, pieces) for e, pieces in enumerate(made)]
+
+
+def _member(stack: Matrix, number: int, pieces: tuple[Piece, ...]) -> Matrix:
+    return replace(stack, name=f"{stack.name}.{number}", module=f"{stack.module}.{number}", made=(pieces,))
 
 
 @dataclass(frozen=True)
@@ -157,8 +182,9 @@ class Plan:
             if not matrix.instead:
                 del written["instead"]
         for tensor in (*plan["matrices"], *plan["kept"]):
-            if not tensor["made"]:
-                del tensor["made"]
+            for name in ("made", "experts", "nested"):
+                if not tensor.get(name, True):
+                    del tensor[name]
         return plan
 
     def digest(self) -> str:
@@ -193,9 +219,9 @@ def make(
         nothing, or less than ``policy.min_coverage`` of the layers' weights, would be quantized.
     """
     ranks = parse_rules(option("rank"), policy.rank, _rank_value)
-    routers = _routers(role.module for role in roles.values())
+    routers = routers_among(role.module for role in roles.values())
     wanted = {n: _reason_to_keep(n, *tensors[n], roles[n], policy.embeddings, ranks, routers) for n in tensors}
-    smallest = _smallest_matrix([tensors[n][1] for n, reason in wanted.items() if not reason])
+    smallest = _smallest_matrix([_one(roles[n], tensors[n][1]) for n, reason in wanted.items() if not reason])
     modules = [roles[n].module for n, reason in wanted.items() if not reason]
     bits = _bits_rules(policy.bits, policy.code, [roles[n] for n, reason in wanted.items() if not reason])
     bits.refuse_unmatched(option("bits"), modules)
@@ -213,13 +239,17 @@ def make(
             kept.append(Kept(name, dtype, shape, _numel(shape) * _itemsize(dtype), reason, missed, role.made))
             continue
         budgeted = chosen.get(role.module) if chosen else None
-        rows, columns = oriented_shape(role.kind, shape)
+        rows, columns = oriented_shape(role.kind, _one(role, shape))
         quant, instead = _quant(policy, width, budgeted, role.kind, rows)
-        if policy.serve and columns % quant.block_size:
+        if policy.serve and (_is_stack(role) or columns % quant.block_size):
             reason = f"rows of {columns} are no multiple of {policy.serve}'s block of {quant.block_size}"
+            reason = (
+                f"a stack of experts, which cannot be exported to {policy.serve} yet" if _is_stack(role) else reason
+            )
             missed = _is_missed(role, shape, smallest)
             kept.append(Kept(name, dtype, shape, _numel(shape) * _itemsize(dtype), reason, missed, role.made))
             continue
+        experts = shape[0] if _is_stack(role) else 0
         rank = budgeted.rank if budgeted else ranks(role.module)
         if rank >= min(rows, columns) and policy.rank_policy == "refuse":
             refused.append(f"{name} {rows}x{columns} with rank {rank}")
@@ -227,7 +257,7 @@ def make(
         rank, factors = min(rank, min(rows, columns) - 1), STORED[policy.adapter_dtype]
         source = tensors[name][0] if tensors[name][0] != dtype else ""
         place = (name, role.module, role.kind, (rows, columns), dtype)
-        matrices.append(Matrix(*place, quant, rank, factors, source, role.made, instead))
+        matrices.append(Matrix(*place, quant, rank, factors, source, role.made, instead, experts))
     if refused:
         raise UsageError(
             f"the rank must be below the shorter side of every matrix, and is not for {listed(refused)}; "
@@ -236,9 +266,31 @@ def make(
     alpha = float(ranks.default if policy.alpha is None else policy.alpha)
     scaling(alpha, ranks.default, policy.rslora)
     kept = _as_in_source(kept, roles, {roles[m.name].converter for m in matrices})
+    matrices = _nested(matrices, roles)
     plan = Plan(tuple(matrices), tuple(kept), alpha, policy.rslora, ranks.default, policy.solve)
     _check_coverage(plan, policy)
     return plan
+
+
+def _is_stack(role: Role) -> bool:
+    return role.kind.startswith("experts")
+
+
+def _one(role: Role, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of one expert, where the role is of a stack of them."""
+    return shape[1:] if _is_stack(role) else shape
+
+
+def _nested(matrices: list[Matrix], roles: Mapping[str, Role]) -> list[Matrix]:
+    """With the layers of PEFT that lie outside of each stack's: a module is wrapped for its first stack first."""
+    orders: dict[str, list[int]] = {}
+    for m in matrices:
+        orders.setdefault(m.module.rpartition(".")[0], []).extend([roles[m.name].order] if m.experts else [])
+
+    def outside(m: Matrix) -> int:
+        return sum(order > roles[m.name].order for order in orders[m.module.rpartition(".")[0]])
+
+    return [replace(m, nested=outside(m)) if m.experts else m for m in matrices]
 
 
 def _as_in_source(kept: list[Kept], roles: Mapping[str, Role], converters: set[str]) -> list[Kept]:
@@ -325,23 +377,6 @@ def _check_coverage(plan: Plan, policy: Policy) -> None:
         )
 
 
-def _routers(modules: Iterable[str]) -> set[str]:
-    """Modules that choose experts: below a ``router`` at any depth, and a ``gate`` or what lies in one beside experts.
-
-    A ``gate`` with layers in it may be a gated projection too, where there are no experts.
-    """
-    modules = set(modules)
-    split = [name.split(".") for name in modules]
-    mixtures = {".".join(parts[:i]) for parts in split for i, part in enumerate(parts) if "expert" in part}
-    return {
-        ".".join(parts)
-        for parts in split
-        if "router" in parts
-        or parts[-1] == "gate"
-        or any(part == "gate" and ".".join(parts[:i]) in mixtures for i, part in enumerate(parts))
-    }
-
-
 def _smallest_matrix(shapes: list[tuple[int, ...]]) -> int:
     """Weights from which on a Parameter is taken for a matrix of the layers rather than a bias or a table.
 
@@ -353,7 +388,8 @@ def _smallest_matrix(shapes: list[tuple[int, ...]]) -> int:
 
 def _is_missed(role: Role, shape: tuple[int, ...], smallest: int) -> bool:
     """Whether a kept tensor is a matrix of the layers that one would want quantized."""
-    matrix = role.kind in ("linear", "conv1d", "experts") or (role.kind == "parameter" and _numel(shape) >= smallest)
+    large = role.kind == "parameter" and _numel(shape) >= smallest
+    matrix = role.kind in ("linear", "conv1d") or _is_stack(role) or large
     return role.backbone and matrix and len(shape) > 1 and min(shape) > 1 and not set(role.module.split(".")) & HEADS
 
 
@@ -372,14 +408,13 @@ def _reason_to_keep(
         return role.keep
     if not role.module:
         return NO_PARAMETER
-    if role.kind == "experts":
-        return "3-D expert block: no adapter of PEFT's fits packed experts yet"
     if len(shape) < 2 or 0 in shape:
         return "empty" if 0 in shape else "a vector (norm or bias)"
     if role.module in routers:
         return "a router of experts"
     if role.kind == "parameter":
         return "a Parameter of its own, not the weight of a Linear, Conv1D or Embedding"
+    shape = _one(role, shape)
     if role.kind == "other" or len(shape) > 2:
         return "not a Linear, Conv1D or Embedding weight"
     if role.kind == "embedding" and not embeddings:
@@ -452,38 +487,6 @@ def _rank_value(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"{option('rank')}: {quoted(text)} is not a whole number of at least 1")
     return int(text)
-
-
-def target_suffixes(chosen: Iterable[str], others: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Shortest endings, of at least two parts, that select the chosen modules; and which others they select too.
-
-    The others are all named modules, not only those that an adapter fits: PEFT fails on a block that is selected. They
-    are to be excluded by name, and there are some only where a whole chosen name is the ending of another.
-
-    PEFT selects modules whose name ends with one of these. Two parts at the least, so that a layer of a task
-    head that is added later (``classification_head.out_proj``) is not caught by a name as short as ``out_proj``.
-    """
-    owners: dict[str, list[str]] = {}  # an ending -> the others that have it
-    for other in others:
-        for ending in _endings(other):
-            owners.setdefault(ending, []).append(other)
-    suffixes, excluded = set(), set()
-    for name in chosen:
-        free = next((e for e in _endings(name) if e not in owners and (e.count(".") or e == name)), name)
-        suffixes.add(free)
-        excluded.update(owners.get(free, ()))
-    return sorted(suffixes, key=natural), sorted(excluded, key=natural)
-
-
-def _endings(name: str) -> list[str]:
-    """``a.b.c`` -> ``c``, ``b.c``, ``a.b.c``."""
-    parts = name.split(".")
-    return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
-
-
-def natural(name: str) -> list[tuple[int, int, str]]:
-    """Sort key that counts: layer 2 comes before layer 10."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(".")]
 
 
 def _numel(shape: tuple[int, ...]) -> int:

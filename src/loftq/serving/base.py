@@ -93,6 +93,11 @@ def open_base(directory: Path) -> Base:
     layout = layout_of(directory, manifest)
     checkpoint = open_checkpoint(directory)
     matrices = planned(manifest)
+    if any(matrix.experts for matrix in matrices):
+        raise InputError(
+            f"{shown(directory)}: has stacks of experts, which are merged in memory alone: load the model and its "
+            "adapter, and call merge_and_unload()"
+        )
     entries = {entry.name: entry for matrix in matrices for entry in layout.entries(matrix)}
     found = checkpoint.tensors
     odd = [n for n, e in entries.items() if n not in found or (found[n].dtype, found[n].shape) != (e.dtype, e.shape)]

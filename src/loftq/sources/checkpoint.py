@@ -30,6 +30,7 @@ class Source:
     architecture: str
     task_type: str | None  # PEFT's
     modules: list[str]  # all of the model
+    parameters: list[str]  # the same
     kept_modules: list[str]  # those that an adapter could wrap and that are not quantized
 
 
@@ -55,6 +56,7 @@ def open_source(model: str, policy: Policy, revision: str | None = None) -> Sour
         architecture=type(built).__name__,
         task_type=task_type(built),
         modules=[name for name, _ in built.named_modules()],
+        parameters=[name for name, _ in built.named_parameters()],
         kept_modules=[m for m in skeleton.adaptable(built) if m not in chosen],
     )
 
@@ -117,7 +119,7 @@ def plan_table(plan: Plan) -> list[dict[str, Any]]:
         {
             "name": m.name,
             "action": "quantize",
-            "shape": list(m.shape),
+            "shape": [*([m.experts] if m.experts else []), *m.shape],
             "kind": m.kind,
             "bits": m.quant.bits,
             "code": m.quant.code,

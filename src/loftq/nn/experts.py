@@ -1,0 +1,204 @@
+"""Experts that stay packed: a stack of matrices, of which only those that tokens are routed to are decoded.
+
+transformers marks its classes of experts with all that tells them apart (``use_experts_implementation``), and asks of
+each the same call, so one ``forward`` serves them all: gated or not, with biases, transposed, interleaved.
+"""
+
+import copy
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from loftq.architecture.experts import FIRST, LAST
+from loftq.nn import ops
+from loftq.nn.layers import Packed
+from loftq.spec import QuantSpec, stacked_tensors, stored_tensors
+
+
+@dataclass(frozen=True)
+class Bank:
+    """A stack of experts' matrices, each stored as ``(rows, columns)``, which is ``(out, in)``.
+
+    Attributes:
+        transposed: the dense Parameter is ``(experts, in, out)``.
+    """
+
+    spec: QuantSpec
+    experts: int
+    rows: int
+    columns: int
+    transposed: bool
+
+    @property
+    def weight_count(self) -> int:  # type: ignore[override]
+        return self.experts * self.rows * self.columns
+
+    @property
+    def dense_shape(self) -> tuple[int, int, int]:
+        """Of the dense Parameter."""
+        return (self.experts, *((self.columns, self.rows) if self.transposed else (self.rows, self.columns)))
+
+    def layout(self, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Names beside that of the Parameter -> safetensors dtype and shape, the experts first."""
+        return stacked_tensors(self.spec, name, self.experts, self.rows, self.columns)
+
+
+class Lora(NamedTuple):
+    """An adapter's part of a stack: ``W_e + s · B_e @ A_e``."""
+
+    a: Tensor  # (experts, rank, in)
+    b: Tensor  # (experts, out, rank)
+    s: float
+
+
+class PackedExperts(Packed):
+    """A module of experts some of whose stacks are packed. Its class is made by :func:`pack_experts`."""
+
+    banks: dict[str, Bank]
+
+    @property
+    def weight_count(self) -> int:  # type: ignore[override]
+        return sum(bank.weight_count for bank in self.banks.values())
+
+    @property
+    def stacks(self) -> list[str]:
+        """The packed stacks, in the order of the module's Parameters."""
+        return [name for name in self._parameters if name in self.banks]
+
+    def matrices(self) -> Iterator[tuple[dict[str, Tensor], QuantSpec]]:
+        for name, bank in self.banks.items():
+            suffixes = stored_tensors(bank.spec, bank.rows, bank.columns)
+            stored = self.stored_of(name)
+            for e in range(bank.experts):
+                yield dict(zip(suffixes, (tensor[e] for tensor in stored), strict=True)), bank.spec
+
+    def stored_of(self, name: str) -> list[Tensor]:
+        """The stored tensors of a stack, in the order of its layout."""
+        return self._checked(self.banks[name].layout(name))
+
+    def expert(self, name: str, index: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """One dense matrix ``(out, in)``."""
+        stored = [tensor[index] for tensor in self.stored_of(name)]
+        return ops.dequantize(stored, ops.spec_key(self.banks[name].spec), self.banks[name].columns, dtype)
+
+    def dense(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A whole stack, as the model had it."""
+        bank = self.banks[name]
+        stack = torch.empty(bank.dense_shape, dtype=dtype, device=self._parameters[name].device)  # type: ignore[union-attr]
+        for e, place in enumerate(stack):
+            one = self.expert(name, e, dtype)
+            place.copy_(one.T if bank.transposed else one)
+        return stack
+
+    def load_expert(self, name: str, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the freshly encoded tensors of one expert (see :func:`loftq.numerics.encode`)."""
+        for place, tensor in zip(self.stored_of(name), tensors.values(), strict=True):
+            place.data[index] = tensor
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        *,
+        lora: Mapping[str, list[Lora]] | None = None,
+    ) -> Tensor:
+        """The sum of every token's experts, weighted.
+
+        Args:
+            hidden_states: ``(tokens, hidden)``.
+            top_k_index, top_k_weights: ``(tokens, k)``. An index beyond the last expert is of none, and adds nothing.
+            lora: stack -> what adapters add to it.
+        """
+        me: Any = self
+        tokens, k = top_k_index.shape
+        experts, order = top_k_index.reshape(-1).sort(stable=True)
+        x = hidden_states[order // k]
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        first = next(name for name in FIRST if hasattr(self, name))
+        count = len(getattr(self, first))
+        ends = torch.searchsorted(experts, torch.arange(count, device=experts.device), right=True)
+        of_bias = experts.clamp(max=count - 1)
+        x = self._project(first, x, ends, of_bias, (lora or {}).get(first, []))
+        x = me._apply_gate(x) if me.has_gate else me.act_fn(x)
+        x = self._project(LAST, x, ends, of_bias, (lora or {}).get(LAST, []))
+        if getattr(me, "has_post_expert_norm", False):
+            x = me.post_expert_norm(x)
+        weights = top_k_weights.reshape(-1)[order].masked_fill(experts >= count, 0)
+        x = x * weights[:, None]
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        return x[place].view(tokens, k, x.shape[1]).sum(1).to(hidden_states.dtype)
+
+    def _project(self, name: str, x: Tensor, ends: Tensor, experts: Tensor, lora: list[Lora]) -> Tensor:
+        """``x_i @ (W_e + s · B_e A_e).T + bias_e``, rows of ``x`` being grouped by their experts ``e``."""
+        if name in self.banks:
+            bank = self.banks[name]
+            args = ops.spec_key(bank.spec), bank.rows, bank.columns
+            y = ops.experts(x, ends, self.stored_of(name), *args)
+        else:
+            weight: Any = getattr(self, name)
+            weight = weight if self.is_transposed else weight.transpose(1, 2)
+            y = ops.grouped_mm(x, weight.to(x.dtype), ends)
+        for a, b, s in lora:
+            dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else a.dtype
+            inner = ops.grouped_mm(x.to(dtype), a.to(dtype).transpose(1, 2), ends)
+            y = y + (ops.grouped_mm(inner, b.to(dtype).transpose(1, 2), ends) * s).to(y.dtype)
+        bias = getattr(self, f"{name}_bias", None)
+        return y if bias is None else y + bias[experts].to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return ", ".join(
+            f"{name}: {b.experts} x ({b.rows}, {b.columns}), bits={b.spec.bits}, code={b.spec.code}"
+            for name, b in self.banks.items()
+        )
+
+
+@functools.cache
+def _packed_class(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(f"LoftQ{cls.__name__}", (PackedExperts, cls), {"__module__": __name__})
+
+
+def pack_experts(
+    module: nn.Module, name: str, spec: QuantSpec, device: torch.device | str | None = None
+) -> PackedExperts:
+    """Put empty packed tensors in the place of one stack; the module itself stays, with all else that it has.
+
+    They come in the place of the dense Parameter among the others, since PEFT nests its layers in that order.
+    """
+    dense: Any = module.get_parameter(name)
+    packed: Any = module
+    if not isinstance(module, PackedExperts):
+        packed.__class__ = _packed_class(type(module))
+        packed.banks, packed._stored_dtypes = {}, {}
+        packed._like_model(device, dense.dtype)
+    experts, rows, columns = dense.shape
+    rows, columns = (columns, rows) if packed.is_transposed else (rows, columns)
+    bank = packed.banks[name] = Bank(spec, experts, rows, columns, packed.is_transposed)
+    layout, before = bank.layout(name), list(packed._parameters)
+    del packed._parameters[name]
+    packed._hold(layout, device)
+    order = [new for old in before for new in (layout if old == name else [old])]
+    packed._parameters = {new: packed._parameters[new] for new in order}
+    return packed
+
+
+def unpack_experts(module: PackedExperts, dtype: torch.dtype) -> PackedExperts:
+    """Make a module dense, of the class that it was packed from; a twin that still holds what was packed."""
+    twin = copy.copy(module)
+    dense = {name: nn.Parameter(module.dense(name, dtype), requires_grad=False) for name in module.banks}
+    kept = {n: dense.get(n, p) for n, p in module._parameters.items() if n in dense or n not in module._stored_dtypes}
+    module.__class__ = type(module).__bases__[1]
+    module._parameters, module._buffers = kept, {n: b for n, b in module._buffers.items() if n != "_like"}
+    del module.banks, module._stored_dtypes
+    return twin
+
+
+def repack_experts(module: nn.Module, twin: PackedExperts) -> None:
+    """Undo :func:`unpack_experts`."""
+    module.__class__ = type(twin)
+    module.__dict__.update(twin.__dict__)
