@@ -144,7 +144,9 @@ class Strings(NamedTuple):
 def _strings(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Strings:
     packed, scale = stored["weight"].detach().contiguous(), _scale(stored)
     group, even, n_bytes = trellis_groups(len(scale))[1], "weight_rate" not in stored, packed.shape[1]
-    packed = torch.nn.functional.pad(packed.flatten(), (0, max(0, windows.LEAST - packed.numel())))
+    packed = packed.flatten()
+    if len(packed) < windows.LEAST:
+        packed = torch.nn.functional.pad(packed, (0, windows.LEAST - len(packed)))
     if even:
         layout = _even_layout(spec.rate, spec.width, group, columns)
     else:
