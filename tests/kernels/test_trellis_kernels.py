@@ -7,7 +7,7 @@ from torch import Tensor
 
 import loftq.kernels
 from loftq.codes import Trellis
-from loftq.kernels import TRELLIS, cpu, reference, trellis_cpu
+from loftq.kernels import TRELLIS, cpu, reference, trellis_cpu, windows
 from loftq.numerics import Quantized, dequantize, fit_scales, trellis
 from loftq.spec import QuantSpec, stored_tensors, why_not
 
@@ -63,6 +63,14 @@ def test_every_rate_is_decoded_to_the_bit(kernels: Backend, window: int, rows: i
 def test_rates_of_columns_are_decoded_to_the_bit(kernels: Backend, rows: int, columns: int) -> None:
     agree(kernels, *mixed(rows, columns), columns)
     agree(kernels, random_strings(spec_of(35, 10), rows, columns), spec_of(35, 10), columns)
+
+
+def test_more_columns_than_are_decoded_at_a_time() -> None:
+    spec, columns = spec_of(35, 10), windows.COLUMNS + 76
+    tensors, x = random_strings(spec, 48, columns), torch.randn(2, columns)
+    agree(Backend(trellis_cpu, torch.device("cpu")), tensors, spec, columns)
+    weight = reference.dequantize(tensors, spec, columns, torch.float32)
+    torch.testing.assert_close(trellis_cpu.linear(x, tensors, spec, columns), x @ weight.T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("columns_have_rates", [False, True])

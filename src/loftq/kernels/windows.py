@@ -16,7 +16,9 @@ inlined = njit(nogil=True, inline="always")
 reassociating = njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"})
 
 UNIT = 16  # weights that take as many bits as their rate says
-COLUMNS = 256  # decoded at a time: their strings and the table of levels stay in a fast cache
+COLUMNS = (
+    1024  # decoded at a time: what they are decoded from stays in fast caches, and rows are written in long pieces
+)
 READ, LEAST = 57, 8  # bits that one read has for certain; bytes that there must be to read from
 U = np.uint64
 
