@@ -14,6 +14,7 @@ Goals: output error at 2.25, 3.25, 4.25 bits at most 0.40, 0.50, 0.60 of the pap
 at least halved; 10 times its time at most.
 
     python benchmarks/calibrated.py --fit wt103.train.txt.gz --test wt2.test.txt.gz [--model llama=DIRECTORY]
+    python benchmarks/calibrated.py --trellis --fit … --test … --output docs/data/trellis-calibrated.json
     python benchmarks/calibrated.py --show      # the table of docs/methods.md, from what was measured
 """
 
@@ -22,6 +23,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +37,7 @@ from harness import ROOT, environment
 from loftq.formats.statistics import Statistics
 from loftq.numerics import dequantize
 from loftq.solver import solve
-from loftq.spec import QuantSpec, SolveSpec, code_for, solve_spec, stored_bytes
+from loftq.spec import QuantSpec, SolveSpec, code_for, quant_spec, solve_spec, stored_bytes
 
 GOALS = {2: 0.40, 3: 0.50, 4: 0.60}
 SAMPLES, TOKENS = 128, 256
@@ -46,6 +48,9 @@ class Side(NamedTuple):
     quant: QuantSpec
     spec: SolveSpec
     statistics: str = "full"  # which of COLLECTED; empty for none
+
+
+Sides = Callable[[int, bool], dict[str, Side]]  # of a number of bits, and whether the model is a decoder
 
 
 def sides(bits: int, decoder: bool) -> dict[str, Side]:
@@ -70,15 +75,34 @@ def sides(bits: int, decoder: bool) -> dict[str, Side]:
     return found
 
 
+def trellis(bits: int, decoder: bool) -> dict[str, Side]:
+    """The trellis beside the default with a calibration; a byte of every column, for its rate, is counted."""
+    rates = {2: (2.1875, 2.125, 1.9375, 1.875, 1.4375, 1.375), 3: (3.1875, 3.125), 4: (4,)}[bits]
+    spec = solve_spec("descent")
+    found = {
+        "loftq": Side(QuantSpec(bits=bits), solve_spec("loftq"), ""),
+        "descent": Side(quant_spec(spec, bits), spec),
+    }
+    for rate in rates:
+        found[f"trellis of {rate}, descent"] = Side(quant_spec(spec, rate, "trellis"), spec)
+    if bits == 2:
+        feedback = solve_spec("cloq", scales="fitted")
+        found["trellis of 2.125, cloq, fitted"] = Side(quant_spec(feedback, 2.125, "trellis"), feedback)
+        even = replace(quant_spec(spec, 2.1875, "trellis"), column_rates=False)
+        found["trellis of 2.1875, descent, one rate"] = Side(even, spec)
+    return found
+
+
 class Calibrated:
     """A model, the statistics of two texts, and what collecting the first took."""
 
-    def __init__(self, name: str, directory: str, fit: Path, test: Path) -> None:
+    def __init__(self, name: str, directory: str, fit: Path, test: Path, sides: Sides) -> None:
         self.name, self.model = name, Model(directory, test)
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         self.seconds = {"": 0.0}
         self.statistics: dict[str, Statistics | None] = {"": None}
-        for which in COLLECTED if self.model.decoder else ("full", "half"):
+        chosen = [side for bits in WIDTHS for side in sides(bits, self.model.decoder).values()]
+        for which in (kind for kind in COLLECTED if any(side.statistics == kind for side in chosen)):
             begun = time.process_time()
             self.statistics[which] = self._collected(fit, tokenizer, which)
             self.seconds[which] = time.process_time() - begun
@@ -118,7 +142,7 @@ class Calibrated:
         }
 
 
-def rows(subject: Calibrated) -> list[dict[str, Any]]:
+def rows(subject: Calibrated, sides: Sides) -> list[dict[str, Any]]:
     found = []
     for bits in WIDTHS:
         chosen = sides(bits, subject.model.decoder)
@@ -192,6 +216,7 @@ def main() -> None:
     )
     parser.add_argument("--fit", type=Path, help="text to calibrate on, may be .gz")
     parser.add_argument("--test", type=Path, help="another, to measure on")
+    parser.add_argument("--trellis", action="store_true", help="the trellis at several rates, beside the default")
     parser.add_argument("--show", action="store_true", help="measure nothing")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "data" / "calibrated.json")
     options = parser.parse_args()
@@ -201,12 +226,12 @@ def main() -> None:
     if options.fit is None or options.test is None:
         parser.error("--fit and --test are needed")
     torch.set_num_threads(1)
-    models, begun_in = [], environment()
+    models, begun_in, compared = [], environment(), trellis if options.trellis else sides
     for named in [f"all-MiniLM-L6-v2={minilm()}", *options.model]:
         name, _, directory = named.rpartition("=")
-        subject = Calibrated(name or Path(directory).resolve().name, directory, options.fit, options.test)
+        subject = Calibrated(name or Path(directory).resolve().name, directory, options.fit, options.test, compared)
         what = "perplexity" if subject.model.decoder else "cosine"
-        table = rows(subject)
+        table = rows(subject, compared)
         show(subject.name, what, table)
         models.append(
             {
@@ -230,8 +255,9 @@ def main() -> None:
         "models": models,
     }
     options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    update(page, figures(result))
-    print(f"\nwritten: {options.output}, {page}")
+    if not options.trellis:
+        update(page, figures(result))
+    print(f"\nwritten: {options.output}")
 
 
 if __name__ == "__main__":
