@@ -39,7 +39,7 @@ from loftq.nn.layers import (
 from loftq.numerics import encode, oriented
 from loftq.numerics.trellis import check_rates
 from loftq.planning import natural
-from loftq.spec import QuantSpec
+from loftq.spec import SUFFIXES, QuantSpec
 
 
 @register_quantization_config("loftq")
@@ -85,7 +85,7 @@ class LoftQHfQuantizer(HfQuantizer):
     """
 
     new_modules: tuple[str, ...] = ()
-    _scales: frozenset[str] = frozenset()  # how scales are called in their modules
+    _scales: frozenset[str] = frozenset(SUFFIXES[1:])  # how scales are called in their modules; stacks have more
     is_trainable = True  # type: ignore[assignment]
     is_compileable = True  # type: ignore[assignment]
 
@@ -119,7 +119,7 @@ class LoftQHfQuantizer(HfQuantizer):
             packed._is_hf_initialized = True  # type: ignore[assignment]  # keeps _init_weights off the codes
         holders = [module for module in model.modules() if isinstance(module, Packed)]
         dtypes = (pair for module in holders for pair in module._stored_dtypes.items())
-        self._scales = frozenset(name for name, dtype in dtypes if dtype.is_floating_point)
+        self._scales |= {name for name, dtype in dtypes if dtype.is_floating_point}
         if checkpoint_files:
             present = _present([Path(f) for f in checkpoint_files], model)
             _check_packed(present, model, found, Path(checkpoint_files[0]).parent)
