@@ -90,8 +90,8 @@ def test_a_call_names_its_options_in_signature_types_and_docstring(call):
         assert parameters[name].default in (None, option.default)
         assert parameters[name].annotation == kind
         assert parameters[name].default is not None or type(None) in typing.get_args(kind), name
-        assert call.__doc__.count(f"\n        {name}: ") == 1
-    assert "\n        options:" not in call.__doc__
+        assert inspect.getdoc(call).count(f"\n    {name}: ") == 1
+    assert "\n    options:" not in inspect.getdoc(call)
 
 
 TYPED = """import loftq
