@@ -140,5 +140,5 @@ def test_what_a_loaded_model_needs():
         loftq.calibrate(model, ["w1 w2"] * 5, progress=False)
     with pytest.raises(InputError, match="the data given: too little text: 0 samples"):
         loftq.calibrate(model, [], progress=False)
-    with pytest.raises(UsageError, match="^kind must be one of .*, got 'both'"):
+    with pytest.raises(UsageError, match=r"^kind must be one of .*, got 'both'"):
         loftq.calibrate(model, [], kind="both", progress=False)
