@@ -13,7 +13,7 @@ import loftq
 import reader
 from loftq.errors import InputError, UsageError
 from loftq.formats.source import Checkpoint
-from loftq.nn.experts import Lora, PackedExperts, pack_experts
+from loftq.nn.experts import PackedExperts, StackFactors, pack_experts
 from loftq.numerics import encode, quantize
 from loftq.spec import QuantSpec
 from models import MIXTURES, VOCAB, close, inputs, outputs, same, substituted, tensors, tiny, written
@@ -343,7 +343,7 @@ def test_gradients_of_the_factors_are_those_of_the_sum():
     for name, (_, rows, columns) in {n: dense.get_parameter(n).shape for n in packed.stacks}.items():
         a = torch.randn(4, 3, columns, generator=draw, requires_grad=True)
         b = torch.randn(4, rows, 3, generator=draw, requires_grad=True)
-        lora[name] = [Lora(a, b, 0.1)]
+        lora[name] = [StackFactors(a, b, 0.1)]
         sums[name] = dense.get_parameter(name).detach() + 0.1 * b @ a
     found = packed(x, index, weights, lora=lora)
     wanted = torch.func.functional_call(dense, sums, (x, index, weights))
@@ -384,7 +384,7 @@ def test_in_bfloat16_it_computes_the_same_to_its_digits(how):
     packed, draw = packed_of(experts_of("gpt-oss")), torch.Generator().manual_seed(0)
     index, weights, x = torch.tensor(ROUTES["some"]), torch.full((5, 2), 0.5), torch.randn(5, 72, generator=draw)
     a, b = 0.1 * torch.randn(4, 3, 72, generator=draw), 0.1 * torch.randn(4, 80, 3, generator=draw)
-    lora = {"gate_up_proj": [Lora(a, b, 0.5)]}
+    lora = {"gate_up_proj": [StackFactors(a, b, 0.5)]}
     with torch.no_grad():
         wanted = packed(x, index, weights, lora=lora)
         if how == "model":

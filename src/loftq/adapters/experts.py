@@ -14,7 +14,7 @@ import torch
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
-from loftq.nn.experts import Lora, PackedExperts, repack_experts, unpack_experts
+from loftq.nn.experts import PackedExperts, StackFactors, repack_experts, unpack_experts
 
 
 class ParamWrapper(lora.ParamWrapper):
@@ -44,12 +44,12 @@ class ParamWrapper(lora.ParamWrapper):
         mine = [self._factors(name) for name in self.active_adapters if name in self.lora_A]
         return self.base_layer(x, *args, lora={**(lora or {}), self.parameter_name: mine}, **kwargs)
 
-    def _factors(self, adapter: str) -> Lora:
+    def _factors(self, adapter: str) -> StackFactors:
         """A lies expert after expert, B rank after rank."""
         factors: Any = self.lora_A[adapter], self.lora_B[adapter]
         a, b = (linear.weight for linear in factors)
         b = b.reshape(len(b), -1, self.num_experts).permute(2, 0, 1)
-        return Lora(a.reshape(self.num_experts, -1, a.shape[1]), b, self.scaling[adapter])
+        return StackFactors(a.reshape(self.num_experts, -1, a.shape[1]), b, self.scaling[adapter])
 
     def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(self.get_base_layer(), PackedExperts):

@@ -47,7 +47,7 @@ class Bank:
         return stacked_tensors(self.spec, name, self.experts, self.rows, self.columns)
 
 
-class Lora(NamedTuple):
+class StackFactors(NamedTuple):
     """An adapter's part of a stack: ``W_e + s · B_e @ A_e``."""
 
     a: Tensor  # (experts, rank, in)
@@ -105,7 +105,7 @@ class PackedExperts(Packed):
         top_k_index: Tensor,
         top_k_weights: Tensor,
         *,
-        lora: Mapping[str, list[Lora]] | None = None,
+        lora: Mapping[str, list[StackFactors]] | None = None,
     ) -> Tensor:
         """The sum of every token's experts, weighted.
 
@@ -134,7 +134,7 @@ class PackedExperts(Packed):
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         return x[place].view(tokens, k, x.shape[1]).sum(1).to(hidden_states.dtype)
 
-    def _project(self, name: str, x: Tensor, ends: Tensor, experts: Tensor, lora: list[Lora]) -> Tensor:
+    def _project(self, name: str, x: Tensor, ends: Tensor, experts: Tensor, lora: list[StackFactors]) -> Tensor:
         """``x_i @ (W_e + s · B_e A_e).T + bias_e``, rows of ``x`` being grouped by their experts ``e``."""
         if name in self.banks:
             bank = self.banks[name]
