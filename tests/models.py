@@ -340,15 +340,18 @@ def written(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
         for stack in group.parameters:
             last = f"{stack.rpartition('.')[0]}.down_proj"
             inside = stack != last and any(last in g.parameters for g in read_groups(config))
-            result[stack] = _stack(stack, inside, group.quant, stored, factors, adapter_config)
+            parts = {n.removeprefix(names[stack]): t for n, t in stored.items() if n.startswith(names[stack])}
+            result[stack] = _stack(stack, inside, group.quant, parts, factors, adapter_config)
     return result
 
 
-def _stack(name: str, inside: bool, quant: Any, stored: dict[str, Tensor], factors: dict, config: Any) -> tuple:
-    """Q and s·BA of all experts, ``(experts, out, in)``. PEFT's layer on the last stack lies outside the other's."""
-    parts = {n.removeprefix(name): t for n, t in stored.items() if n == name or n.startswith(f"{name}_")}
+def _stack(name: str, inside: bool, quant: Any, parts: dict[str, Tensor], factors: dict, config: Any) -> tuple:
+    """Q and s·BA of all experts, ``(experts, out, in)``, of what is stored by suffix.
+
+    PEFT's layer on the last stack lies outside the other's.
+    """
     root = f"base_model.model.{name.rpartition('.')[0]}{'.base_layer' if inside else ''}"
-    a, b, count = factors[f"{root}.lora_A.weight"], factors[f"{root}.lora_B.weight"], len(stored[name])
+    a, b, count = factors[f"{root}.lora_A.weight"], factors[f"{root}.lora_B.weight"], len(parts[""])
     rank, alpha = len(a) // count, config["lora_alpha"]
     s = alpha / (rank**0.5 if config["use_rslora"] else rank)
     a, b = a.view(count, rank, -1), b.view(len(b), rank, count)
