@@ -89,6 +89,7 @@ class Child:
             os.dup2(self._streams[1], 2)
             sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, closefd=False) for n in (1, 2))
             faulthandler.register(HANGS, all_threads=True)
+            torch.set_num_threads(1)  # makes PyTorch's pool anew: two threads that are first at once would find none
             code = work()
             sys.stdout.flush()
             os._exit(code or 0)

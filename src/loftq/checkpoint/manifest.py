@@ -167,6 +167,14 @@ def checked(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
     return manifest
 
 
+def kept(manifest: dict[str, Any], path: Path) -> dict[str, str]:
+    """Name -> reason of every tensor that a manifest's plan keeps. InputError for what is no such list."""
+    try:
+        return {row["name"]: row["reason"] for row in manifest["plan"]["kept"]}
+    except (TypeError, KeyError) as e:
+        raise InputError(f"{shown(path)}: plan.kept: wanted names with reasons; not a manifest of this loftq") from e
+
+
 def planned(manifest: dict[str, Any]) -> list[Matrix]:
     """The matrices of a manifest's plan, in order."""
     return [_matrix(row) for row in manifest["plan"]["matrices"]]

@@ -8,7 +8,7 @@ from typing import Any
 
 from loftq.architecture.adapter import adapter_shapes
 from loftq.checkpoint.assemble import ADAPTER
-from loftq.checkpoint.manifest import MANIFEST, planned, read_manifest
+from loftq.checkpoint.manifest import MANIFEST, kept, planned, read_manifest
 from loftq.errors import InputError, LoftqError, UsageError, listed, quoted
 from loftq.formats import fsio, layouts, strict_json
 from loftq.formats.layouts import Layout
@@ -31,7 +31,7 @@ def verify(directory: Path) -> dict[str, Any]:
         tensors = {t.name: (t.dtype, t.shape) for f in files for t in f.tensors.values()}
         layout = layout_of(directory, manifest)
         problems = [p for m in planned(manifest) for p in _matrix_problems(m, tensors, layout)]
-        limits = {k["name"] for k in manifest["plan"]["kept"] if k["reason"] == NO_PARAMETER}
+        limits = {name for name, reason in kept(manifest, directory / MANIFEST).items() if reason == NO_PARAMETER}
         problems += [p for f in files for p in _values_problems(f, limits)]
     if problems:
         raise InputError(f"{shown(directory)}: {listed(problems)}; make it again, or download it again")
