@@ -31,7 +31,7 @@ from loftq.checkpoint.output_dir import (
     was_taken,
 )
 from loftq.checkpoint.shards import Solved, Workspace, solve_matrix, split
-from loftq.errors import ConflictError, InputError, LoftqError, StorageError, UsageError, option, quoted
+from loftq.errors import ConflictError, InputError, LoftqError, StorageError, UsageError, listed, option, quoted
 from loftq.formats import fsio, layouts
 from loftq.formats.layouts import Layout
 from loftq.formats.regular import output_path
@@ -121,6 +121,8 @@ def quantize(
         raise UsageError(f"{option('curves')} is of a budget; give one: {option('budget', 2.5)}")
     already_done(output, {}, overwrite=True)  # refuses what is no result of ours, before the texts are run
     statistics = _statistics(model, output, options, begin_calibration)
+    if statistics is not None:
+        _tell_uncalibrated(source, statistics)
     job = _job(source, layout, _identity(source, layout, options, statistics), options)
     done = already_done(output, job.identity, options.overwrite)
     if done and not (work.root.exists() and is_ours(work, job.identity)):  # nothing to clean away
@@ -176,6 +178,18 @@ def _spend(
 def _in_order(source: Source) -> list[str]:
     """All tensors in the order of the model's layers, matrices and copies mixed."""
     return sorted((t.name for t in (*source.plan.matrices, *source.plan.kept)), key=planning.natural)
+
+
+def _tell_uncalibrated(source: Source, statistics: Statistics) -> None:
+    """Warn of layers that are solved by their weights, for want of statistics. An embedding has no inputs."""
+    there = set(statistics.modules)
+    without = [m.module for m in source.plan.matrices if m.module not in there and m.kind != "embedding"]
+    if without:
+        logger.warning(
+            "no statistics for %s: solved by their weights, as without a calibration (stacks of experts are not "
+            "calibrated yet; other layers were not reached by the texts)",
+            listed(without, 3),
+        )
 
 
 def _statistics(model: str, output: Path, options: QuantizeOptions, begin: collect.Begin | None) -> Statistics | None:
