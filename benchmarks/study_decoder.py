@@ -52,6 +52,7 @@ def recipe(given: argparse.Namespace, task: str) -> study.Recipe:
                         "quantization.preset": "descent",
                         "quantization.calibrate": str(given.data / WIKITEXT["train"]),
                     },
+                    *study.trellis_arms(given.data / WIKITEXT["train"]),
                 ],
             },
         },

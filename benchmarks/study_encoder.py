@@ -60,13 +60,8 @@ def arms(given: argparse.Namespace) -> list[dict[str, Any]]:
         {"method": both, "quantization.bits": [4, 2.5, 2]},
         {"method": both, "quantization.code": "uniform-tensor"},
         {"method": "loftq", "quantization.preset": "fitted"},
-        {
-            "method": "loftq",
-            "quantization.preset": "fitted",
-            "quantization.code": "trellis",
-            "quantization.bits": 2.1875,
-        },
         {"method": "loftq", "quantization.preset": "descent", "quantization.calibrate": str(given.data / CALIBRATION)},
+        *study.trellis_arms(given.data / CALIBRATION),
     ]
     if given.size == "full":
         found += [

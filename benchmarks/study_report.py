@@ -87,7 +87,7 @@ def glance() -> str:
 def _at_a_glance(settings: dict[str, Any]) -> bool:
     if settings["method"] == "lora":
         return True
-    return settings["bits"] == "2" and settings.get("code") in ("nf", "lloyd", "trellis")
+    return (settings["bits"], settings.get("code")) in {("2", "nf"), ("2", "lloyd"), ("2.1875", "trellis")}
 
 
 def update(file: Path, text: str) -> None:
