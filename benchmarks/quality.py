@@ -1,12 +1,11 @@
-"""Which quality at which bytes? One picture of all codes, data-free and calibrated, and the limit that no code can pass.
+"""Which quality at which bytes? One picture of the codes, data-free and calibrated, with the limit of any code.
 
-The rows are those of docs/data/trellis.json (benchmarks/fitted.py --trellis), docs/data/fitted.json and
-docs/data/trellis-calibrated.json (benchmarks/calibrated.py --trellis). The limit is simulated here, once, with
---limit: LoftQ's alternation with an ideal code in the place of the quantizer. The rate-distortion function of a
-Gaussian source says that a code of R bits leaves at least the part D = 2^(-2R) of the energy; its test channel,
-X = Q + sqrt(D) sigma Z with Q and Z independent, says how the error of such a code lies to the weights (Cover and
-Thomas, Elements of Information Theory, 10.3.2). Weights of one matrix are not quite independent, nor quite Gaussian:
-a code that knows more of them could pass this line.
+The rows are those of docs/data/trellis.json (benchmarks/fitted.py --trellis) and docs/data/trellis-calibrated.json
+(benchmarks/calibrated.py --trellis). The limit is simulated here, with --limit: LoftQ's alternation with an ideal code
+in the place of the quantizer. A code of R bits leaves at least the part D = 2^(-2R) of a Gaussian source's energy; the
+test channel that does, X = Q + sqrt(D) sigma Z with Q and Z independent, says how the error of such a code lies to the
+weights (Cover and Thomas, Elements of Information Theory, 10.3.2). Weights of one matrix are not quite independent, nor
+quite Gaussian: a code that knows more of them could pass this line.
 
     python benchmarks/quality.py --limit    # simulates, minutes; then draws
     python benchmarks/quality.py            # draws docs/images/quality.png
@@ -98,15 +97,17 @@ def draw(file: Path) -> None:
         "k:",
         label="limit of independent Gaussian weights",
     )
-    left.set(yscale="log", ylabel="weight error ‖W − Q − BA‖ / ‖W‖", title="Data-free: error of the weights")
+    left.set(yscale="log", ylabel="weight error ‖W - Q - BA‖ / ‖W‖", title="Data-free: error of the weights")
     for rows, style, told in ((free, "o-", "data-free"), (calibrated, "s--", "calibrated, descent")):
         for name, points in lines(rows, "quality").items():
             right.plot(*zip(*points, strict=True), style, color=colours[name], label=f"{name}, {told}")
     right.set(ylabel="cosine of embeddings with full precision's", title="Before any training: outputs")
-    for axes in (left, right):
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter("{x:g}")
+    for axes, place in ((left, "lower left"), (right, "lower right")):
         axes.set_xlabel("stored bits of a quantized weight, scales counted")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc=place)
     figure.suptitle(f"all-MiniLM-L6-v2, rank {RANK}, T = {STEPS}")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
