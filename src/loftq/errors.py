@@ -13,6 +13,8 @@ import functools
 import inspect
 import itertools
 import re
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -20,6 +22,7 @@ from typing import Any, TypeVar
 _UNSEEN = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
+_LIBRARIES = ("loftq", "peft", "transformers", "trl")
 
 
 class LoftqError(Exception):
@@ -189,6 +192,14 @@ def listed(names: Iterable[object], limit: int = 10) -> str:
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape", "replace").decode()
+
+
+def warn(message: str) -> None:
+    """A UserWarning at the line that called this package, through whichever library of its models it came."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 @contextlib.contextmanager

@@ -99,13 +99,12 @@ def test_as_a_second_adapter(made):
     assert close(result(model), first)
 
 
-@pytest.mark.parametrize("init", [True, False, "gaussian"])
-def test_a_start_that_is_not_used_is_told(made, init):
-    with pytest.warns(
-        UserWarning, match=r"the LoftQ initialization of .* is not used: .*init_lora_weights='loftq'"
-    ) as told:
-        get_peft_model(made("llama").load(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=init))
-    assert len([w for w in told if "LoftQ initialization" in str(w.message)]) == 1
+@pytest.mark.parametrize(("init", "task"), [(True, None), (False, "CAUSAL_LM"), ("gaussian", "CAUSAL_LM")])
+def test_a_start_that_is_not_used_is_told(made, init, task):
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=init, task_type=task)
+    with pytest.warns(UserWarning, match=r"the LoftQ initialization of .* is not used: .*lora_weights='loftq'") as told:
+        get_peft_model(made("llama").load(), adapter)
+    assert [w.filename for w in told if "LoftQ initialization" in str(w.message)] == [__file__]
 
 
 def test_a_start_that_is_used_is_not(made, tmp_path):

@@ -105,8 +105,9 @@ def test_dense_and_bitsandbytes(llama, tmp_path):
     assert close(
         tensors(dense)["model.layers.0.mlp.up_proj.weight"], written(llama.output)["model.layers.0.mlp.up_proj"][0]
     )
-    with pytest.raises(UsageError, match="code nf has"):
-        loftq.quantize(llama.source, tmp_path / "bnb", bits=1.5, rank=4, format="bnb")
+    for bits in (1.5, "down_proj=2.5,4"):
+        with pytest.raises(UsageError, match=r"format='bnb' has no (1|2)\.5 bits, only 2 or 4; use bits=4"):
+            loftq.quantize(llama.source, tmp_path / "bnb", bits=bits, rank=4, format="bnb")
 
 
 def test_merging(llama, tmp_path):

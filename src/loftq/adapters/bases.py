@@ -12,12 +12,11 @@ import json
 import os
 import posixpath
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from loftq.errors import InputError, StorageError
+from loftq.errors import InputError, StorageError, warn
 from loftq.formats import fsio, strict_json
 
 PARENT = ".."
@@ -58,9 +57,7 @@ def _moved_with(adapter: str, base: str) -> str | None:
         for i in range(len(names)):
             found = str(above.joinpath(*names[i:]))
             if _is_packed(found):
-                warnings.warn(
-                    f"the adapter's base {base} is not there; {found} is taken, as moved with it", stacklevel=2
-                )
+                warn(f"the adapter's base {base} is not there; {found} is taken, as moved with it")
                 return found
     return None
 

@@ -6,7 +6,6 @@ divided by the ratio of the two scalings, so that ``s · B @ A`` is what was sol
 
 import copy
 import functools
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from loftq.adapters.placement import is_filled_from_elsewhere, module_of
-from loftq.errors import InputError, UsageError, listed, option, quoted
+from loftq.errors import InputError, UsageError, listed, option, quoted, warn
 from loftq.nn.experts import PackedExperts
 from loftq.nn.layers import Packed, PackedWeight
 
@@ -229,11 +228,10 @@ def warn_of_unused_starts(peft_model: Any) -> None:
         unused = lora and not is_filled_from_elsewhere() and _is_packed(model) and has_start(model)
         make(self, model, peft_config, *args, **kwargs)
         if unused:
-            warnings.warn(
+            warn(
                 f"the LoftQ initialization of {quoted(model.name_or_path)} is not used: this adapter begins at zero, "
                 "on weights whose quantization error nothing makes up for. Give LoraConfig(init_lora_weights='loftq'), "
-                "or use loftq.load_start(model, directory)",
-                stacklevel=4,
+                "or use loftq.load_start(model, directory)"
             )
 
     model_class.__init__ = warning

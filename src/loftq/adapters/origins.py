@@ -8,12 +8,11 @@ initialization in a quantized directory needs none: its base is the directory th
 
 import functools
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
 from loftq.adapters.bases import KEY, resolved
-from loftq.errors import InputError, LoftqError, quoted
+from loftq.errors import InputError, LoftqError, quoted, warn
 from loftq.formats import fsio, strict_json
 from loftq.formats.config import EXPORTED, MANIFEST
 from loftq.nn.layers import PackedWeight
@@ -68,7 +67,7 @@ def warn_of_other(model: Any, adapter: Any, subfolder: str | None = None) -> Non
     found = identity(name) if os.path.isdir(name) else None
     unknown = found is None and any(isinstance(module, PackedWeight) for module in model.modules())
     if wanted != found and not unknown:
-        warnings.warn(f"{quoted(place, 400)}: {_told(wanted, found, quoted(name, 400))}", stacklevel=3)
+        warn(f"{quoted(place, 400)}: {_told(wanted, found, quoted(name, 400))}")
 
 
 def _told(wanted: str, found: str | None, name: str) -> str:

@@ -80,9 +80,15 @@ class QuantizeOptions:
 
 def quantize_options(given: Mapping[str, Any]) -> QuantizeOptions:
     """The options of a run out of a caller's, by name. What they leave open is what the format can hold."""
-    given = layouts.get(given.get("format", default("format"))).filled(given)
+    layout = layouts.get(given.get("format", default("format")))
+    given = layout.filled(given)
     paths = {name: Path(given[name]) for name in ("curves", "statistics") if given.get(name) is not None}
     policy = make_policy(given, calibrated=given.get("calibrate") is not None)
+    wanted = planning.widths(policy.bits)
+    other = sorted(wanted.difference(layout.widths or wanted))
+    if other:
+        have, instead = " or ".join(map(str, layout.widths)), option("bits", layout.widths[-1])
+        raise UsageError(f"{option('format', layout.name)} has no {other[0]} bits, only {have}; use {instead}")
     return QuantizeOptions(**fields_of(QuantizeOptions, {**given, **paths}), policy=policy)
 
 

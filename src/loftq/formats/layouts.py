@@ -45,6 +45,7 @@ class Layout(ABC):
     Attributes:
         name: of ``--format``.
         fills: options of a policy that it needs, for those that are left open (None or ``auto``).
+        widths: numbers of bits that it has; any if none is named.
         imports: lines of Python that its reader needs before ``from_pretrained``, each with its end.
         packages: what must be installed to read it, beside transformers and PEFT.
         packed: whether this package's layers hold it, as training on the quantized weights wants it.
@@ -56,6 +57,7 @@ class Layout(ABC):
 
     name: ClassVar[str]
     fills: ClassVar[Mapping[str, Any]] = {}
+    widths: ClassVar[tuple[int, ...]] = ()
     imports: ClassVar[str] = ""
     packages: ClassVar[tuple[str, ...]] = ()
     packed: ClassVar[bool] = False
@@ -209,6 +211,7 @@ class BitsAndBytesLayout(Layout):
 
     name = "bnb"
     fills: ClassVar[Mapping[str, Any]] = {"scale_dtype": "float32", "code": "nf"}
+    widths = (2, 4)
     packages = ("bitsandbytes",)
     SUFFIXES = ("weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4")
     NF2_IN_NF4 = (0, 7, 11, 15)
@@ -259,11 +262,8 @@ class BitsAndBytesLayout(Layout):
 
     def _check(self, matrix: MatrixLike) -> None:
         quant = matrix.quant
-        if (quant.code, quant.scale_dtype, quant.double_quant) != (
-            "nf",
-            "float32",
-            False,
-        ) or quant.bits not in (2, 4):
+        stored = (quant.code, quant.scale_dtype, quant.double_quant)
+        if stored != ("nf", "float32", False) or quant.bits not in self.widths:
             raise UsageError(
                 f"{matrix.name}: {option('format', 'bnb')} holds NF4 (or NF2 in it) with float32 scales; use "
                 f"{option('bits', 4)}, {option('code', 'nf')}, {option('scale_dtype', 'float32')}, without "

@@ -18,5 +18,6 @@ from loftq.planning.plan import (
     make,
     mean_bits,
     nominal_bits,
+    widths,
 )
 from loftq.planning.policy import Policy, make_policy

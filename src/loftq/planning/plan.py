@@ -443,14 +443,12 @@ def _bits_rules(text: str, code: str, roles: list[Role]) -> Rules[float]:
     The paper's mixed precision (section 4.4; LoftQ's code): with an average of ``a`` bits, the first
     ``int(L * (a - 2) / 2)`` of a stack's ``L`` layers have 4 bits, everything else 2.
     """
-    if "." not in text or "=" in text or code == "trellis":
+    if code == "trellis" or not _is_average(text):
         return parse_rules(option("bits"), text, _bits_value)
     try:
         average = float(text)
     except ValueError:
         average = -1.0
-    if average < 2 and average in codes.get("trellis").widths:
-        return parse_rules(option("bits"), text, _bits_value)
     if not 2 <= average <= 4:
         raise UsageError(
             f"{option('bits')} {quoted(text)}: an average must lie between 2.0 and 4.0 (the first layers "
@@ -468,6 +466,25 @@ def _bits_rules(text: str, code: str, roles: list[Role]) -> Rules[float]:
             f"({stacks or 'no stack found'}); give a pattern such as 'layers.0=4,2'"
         )
     return Rules(tuple(rules), 2)
+
+
+def widths(bits: str) -> set[float]:
+    """What ``--bits`` may give, but for what it leaves dense: every width of its patterns, both of an average."""
+    if _is_average(bits):
+        return {2, 4}
+    rules = parse_rules(option("bits"), bits, _bits_value)
+    return {rules.default, *(width for _, width in rules.rules)} - {DENSE}
+
+
+def _is_average(bits: str) -> bool:
+    """Whether it is a decimal number, and none below 2 that a trellis has."""
+    if "." not in bits or "=" in bits:
+        return False
+    try:
+        width = float(bits)
+    except ValueError:
+        return True
+    return width >= 2 or width not in codes.get("trellis").widths
 
 
 def _bits_value(text: str) -> float:
