@@ -16,10 +16,10 @@ pytestmark = pytest.mark.slow
 
 # One of each kind: two towers, pictures among words, speech with and without a decoder, pictures alone, experts beside
 # dense layers, a state space, a Linear of its own, experts as bare Parameters, attention as bare Parameters, one block
-# used many times, time series, fused tensors that are split on loading.
+# used many times, time series, fused tensors that are split on loading, names in files that no scale can have.
 SAMPLE = [
     "clip", "qwen2_vl", "whisper", "wav2vec2", "vit", "deepseek_v3", "jamba", "falcon", "dbrx", "xlnet", "albert",
-    "patchtst", "step3p7",
+    "patchtst", "step3p7", "inkling_mm_model",
 ]  # fmt: skip
 COMMON = 0.05  # of the families that work: what so many have, one of the sample has
 

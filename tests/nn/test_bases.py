@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import AutoPeftModel, AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import loftq
@@ -89,6 +89,29 @@ def test_what_was_trained_and_moved_together_with_it(moved, logits, tmp_path, lo
     auto = {"AutoPeftModel": AutoPeftModelForCausalLM, "AutoModel": AutoModelForCausalLM}[loader]
     with pytest.warns(UserWarning, match=r"base .*moved/here is not there; .*again/here is taken, as moved with it"):
         assert same(auto.from_pretrained(tmp_path / "again" / "runs" / "trained"), logits)
+
+
+def test_what_was_trained_in_it_and_the_whole_renamed(moved, logits, tmp_path):
+    AutoPeftModelForCausalLM.from_pretrained(moved / "loftq_init").save_pretrained(moved / "trained")
+    moved.rename(tmp_path / "renamed")
+    with pytest.warns(UserWarning, match=r"base .*moved/here is not there; .*/renamed is taken, as moved with it"):
+        assert same(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "renamed" / "trained"), logits)
+
+
+def test_another_packed_model_around_it_is_not_taken(made, moved, tmp_path):
+    AutoPeftModelForCausalLM.from_pretrained(moved / "loftq_init").save_pretrained(tmp_path / "trained")
+    other = shutil.copytree(made("gpt2").output, tmp_path / "other")
+    (tmp_path / "trained").rename(other / "trained")
+    moved.rename(tmp_path / "gone")
+    assert base_of(other / "trained") == resolved(str(moved), other / "trained") == str(moved)
+
+
+def test_where_no_task_tells_the_class(made, tmp_path):
+    checkpoint = made("bert")
+    shutil.copytree(checkpoint.output, tmp_path / "moved")
+    model = AutoPeftModel.from_pretrained(tmp_path / "moved" / "loftq_init")
+    with torch.no_grad():
+        assert torch.equal(outputs(model), outputs(checkpoint.start()))
 
 
 def test_a_dense_model_at_the_end_of_the_path_is_not_taken(made, tmp_path):

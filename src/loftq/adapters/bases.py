@@ -51,12 +51,18 @@ def resolved(base: Any, place: str | os.PathLike, subfolder: str | None = None) 
 
 
 def _moved_with(adapter: str, base: str) -> str | None:
-    """The packed model at the end of ``base`` that lies nearest above ``adapter``, with a warning; None without one."""
-    names = Path(base).parts[1:]
+    """The packed model that moved with an adapter from ``base``, with a warning; None without one.
+
+    It lies around the adapter, or nearest above it where the end of ``base`` says; one that is known to be another than
+    the adapter's is passed over.
+    """
+    from loftq.adapters.origins import beside, identity  # which asks here where bases are
+
+    names, wanted = Path(base).parts[1:], beside(adapter)
     for above in Path(os.path.abspath(adapter)).parents:
-        for i in range(len(names)):
-            found = str(above.joinpath(*names[i:]))
-            if _is_packed(found):
+        for end in (names[i:] for i in range(len(names) + 1)):
+            found = str(above.joinpath(*end))
+            if _is_packed(found) and wanted in (None, identity(found)):
                 warn(f"the adapter's base {base} is not there; {found} is taken, as moved with it")
                 return found
     return None

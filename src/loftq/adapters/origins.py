@@ -34,10 +34,16 @@ def identity(directory: str | os.PathLike) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def beside(adapter: str | os.PathLike) -> str | None:
+    """The hash that lies beside an adapter; None if there is none."""
+    found = _read(Path(adapter) / BESIDE).get(FIELD)
+    return found if isinstance(found, str) else None
+
+
 def recorded(adapter: str | os.PathLike) -> str | None:
     """The hash of the base that the adapter in a local directory was made or trained on; None if it is not known."""
-    found = _read(Path(adapter) / BESIDE).get(FIELD)
-    if isinstance(found, str):
+    found = beside(adapter)
+    if found is not None:
         return found
     base = resolved(_read(Path(adapter) / "adapter_config.json").get(KEY), adapter)
     return identity(base) if isinstance(base, str) and os.path.isdir(base) else None

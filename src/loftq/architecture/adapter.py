@@ -20,6 +20,8 @@ HANDED_ON = {
 }
 FLAGS = ("output_attentions", "output_hidden_states", "return_dict")  # handed on too; ``**kwargs`` may take them
 
+_CLASS = ("base_model_class", "parent_library")  # as PEFT's ``auto_mapping`` has them
+
 
 def task_type(model: nn.Module) -> str | None:
     """PEFT's task type of a model that generates from text; None for any other, which PEFT then calls as it is.
@@ -50,6 +52,7 @@ def adapter_config(
     task_type: str | None,
     transposed: bool = False,
     parameters: Iterable[str] = (),
+    model_class: tuple[str, str] | None = None,
 ) -> dict[str, Any]:
     """``adapter_config.json``: LoRA on exactly the quantized modules, and stacks of experts.
 
@@ -60,6 +63,7 @@ def adapter_config(
         task_type: PEFT's name of the task, or None.
         transposed: PEFT's ``fan_in_fan_out``: whether the weights under the adapter lie as ``(in, out)``.
         parameters: all Parameters of the model, where some of them are stacks of experts.
+        model_class: name and module, which PEFT's ``AutoPeftModel`` reads where no task tells it.
 
     Raises: UsageError for a task that PEFT does not know.
     """
@@ -69,7 +73,7 @@ def adapter_config(
     modules = [m.module.removeprefix(f"{prefix}.") for m in plan.matrices if not m.experts]
     ranks = {m.module.removeprefix(f"{prefix}."): m.rank for m in plan.matrices if m.rank != plan.rank}
     targets, excluded = target_suffixes(modules, [o.removeprefix(f"{prefix}.") for o in others])
-    alpha = plan.lora_alpha
+    alpha, named = plan.lora_alpha, model_class and dict(zip(_CLASS, model_class, strict=True))
     stacked = _stack_suffixes(stacks, {p.removeprefix(f"{prefix}.") for p in parameters}.difference(stacks))
     try:
         made = LoraConfig(
@@ -82,6 +86,7 @@ def adapter_config(
             rank_pattern=ranks,
             init_lora_weights=True,
             task_type=task_type,  # type: ignore[arg-type]
+            auto_mapping=None if task_type else named,
             base_model_name_or_path=base,
             inference_mode=True,
             fan_in_fan_out=transposed,

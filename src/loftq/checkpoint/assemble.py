@@ -98,7 +98,8 @@ def adapter_of(source: Source, conv1d: bool, task_type: str | None, base: str = 
     others = [m for m in source.modules if m not in chosen]
     task = task_type or source.task_type
     transposed = conv1d and any(m.kind == "conv1d" for m in source.plan.matrices)
-    return adapter_config(source.plan, others, source.prefix, base, task, transposed, source.parameters)
+    named = source.architecture, source.library
+    return adapter_config(source.plan, others, source.prefix, base, task, transposed, source.parameters, named)
 
 
 def _by_reason(left_out: dict[str, str]) -> str:

@@ -176,7 +176,9 @@ def _adapter_config(plan: Plan, source: Source, model: Any, base: str, options: 
     task = options.task_type or task_type(model)
     prefix = str(model.base_model_prefix)
     transposed = any(kind_of(model.get_submodule(name)) == "conv1d" for name in chosen)
-    return adapter_config(plan, [*others, *source.kept_modules], prefix, base, task, transposed)
+    named = type(model).__name__, type(model).__module__
+    others += source.kept_modules
+    return adapter_config(plan, others, prefix, base, task, transposed, model_class=named)
 
 
 def _solve(

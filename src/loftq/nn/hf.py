@@ -241,6 +241,37 @@ def _renamings(model: Any) -> list[Any]:
     return [conversion for conversion in used if isinstance(conversion, WeightRenaming)]
 
 
+def save_by_names_that_are_read(modeling: Any) -> None:
+    """``save_pretrained`` gives packed tensors the names of the source where these are read back, else the model's.
+
+    Not every renaming of transformers can be undone: some match the name of a weight, and miss that of its scales.
+
+    Args:
+        modeling: the module ``transformers.modeling_utils``.
+    """
+    revert = modeling.revert_weight_conversion
+
+    @functools.wraps(revert)
+    def reverted(model: Any, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        holders = ((name, module) for name, module in model.named_modules() if isinstance(module, Packed))
+        stored = {f"{name}.{leaf}" for name, module in holders for leaf in module._stored_dtypes}
+        packed = [name for name in state_dict if name in stored]
+        if not packed:
+            return revert(model, state_dict)
+        result = revert(model, {name: tensor for name, tensor in state_dict.items() if name not in stored})
+        used, rename = getattr(model, "_weight_conversions", None), renamer(model)
+        model._weight_conversions = _renamings(model)
+        try:
+            for name in packed:
+                (source,) = revert(model, {name: torch.empty(0)})
+                result[source if rename(source)[0] == name else name] = state_dict[name]
+        finally:
+            model._weight_conversions = used
+        return dict(sorted(result.items(), key=lambda item: natural(item[0])))
+
+    modeling.revert_weight_conversion = reverted
+
+
 def pack_from_config(modeling: Any) -> None:
     """``from_config`` of a packed configuration gives packed layers: their codes are those of the random weights.
 
@@ -311,7 +342,14 @@ def unpack_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
             replace_module(model, name, module.to_dense(dtype or module.compute_dtype))
         elif isinstance(module, PackedExperts):
             unpack_experts(module, dtype or module.compute_dtype)
+    if hasattr(model, "_weight_conversions"):
+        _save_like_new(model)
     return model
+
+
+def _save_like_new(model: Any) -> None:
+    """Let transformers name, fuse and split what a dense model saves as if it had not been loaded from packed files."""
+    model._weight_conversions = None
 
 
 def forget_unpacked(model: Any) -> None:
@@ -323,6 +361,8 @@ def forget_unpacked(model: Any) -> None:
     quantizer.remove_quantization_config(model)
     if any(isinstance(m, Packed) for m in model.modules()):
         mark_quantized(model, bits)
+    else:
+        _save_like_new(model)
 
 
 def resolve(model: nn.Module, specs: dict[str, QuantSpec]) -> dict[str, tuple[str, QuantSpec]]:

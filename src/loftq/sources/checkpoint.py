@@ -28,6 +28,7 @@ class Source:
     roles: dict[str, Role]
     prefix: str  # of the base model
     architecture: str
+    library: str  # the module of that class
     task_type: str | None  # PEFT's
     modules: list[str]  # all of the model
     parameters: list[str]  # the same
@@ -54,6 +55,7 @@ def open_source(model: str, policy: Policy, revision: str | None = None) -> Sour
         roles=roles,
         prefix=str(built.base_model_prefix),
         architecture=type(built).__name__,
+        library=type(built).__module__,
         task_type=task_type(built),
         modules=[name for name, _ in built.named_modules()],
         parameters=[name for name, _ in built.named_parameters()],
