@@ -118,7 +118,7 @@ def test_threads_after_a_fork() -> None:
 
 def test_compiled_kernels_are_found_in_the_cache_again() -> None:
     """Numba's key holds what a kernel closes over; a function in it has a new identity in every process."""
-    for kernel in (cpu._decoder(2, False), cpu._product(2)):
+    for kernel in (cpu._decoder(2), cpu._product(2, 1)):
         closed_over = [cell.cell_contents for cell in kernel.py_func.__closure__]  # type: ignore[attr-defined]
         assert closed_over
         assert all(isinstance(value, bool | int) for value in closed_over)

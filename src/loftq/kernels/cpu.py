@@ -9,7 +9,7 @@ import ctypes
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +17,21 @@ from numba import njit
 from torch import Tensor
 
 from loftq.codes import HOST, Absmax, levels
-from loftq.kernels import fitting, rounding
+from loftq.kernels import fitting, rounding, vectors
 from loftq.kernels.threads import over_rows
+from loftq.kernels.vectors import (
+    LANES,
+    add_products,
+    add_scaled,
+    add_totals,
+    look_up,
+    multiply,
+    real,
+    spread,
+    store,
+    subtract,
+    zeros,
+)
 from loftq.numerics import Quantized, decode_rows, fit_scales, fitted_scales, scale_and_zero, store_scales
 from loftq.numerics import rounding as by_output
 from loftq.numerics.codebooks import midpoints
@@ -26,10 +39,13 @@ from loftq.numerics.fitting import AROUND, ROUNDS, start_parts
 from loftq.spec import QuantSpec, packed_shape
 
 NAME = "cpu"
-FEW_TOKENS = 4  # up to here a product reads the packed weight once; beyond, decoding it first is faster
+FEW_TOKENS = 8  # up to here a product reads the packed weight once; beyond, decoding it first is faster
+TOGETHER = 4  # tokens multiplied at once, where there are several
+CACHED = 4096  # activations that stay in the fastest cache
+FEW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations that float32 holds
 PART = 1 << 21  # weights decoded at a time for a product in float32
 DTYPES = {torch.int8: "u1", torch.uint8: "u1", torch.bfloat16: "u2", torch.int16: "i2"}  # as arrays
-DTYPES |= {torch.int64: "i8", torch.float64: "f8"}
+DTYPES |= {torch.float16: "i2", torch.int64: "i8", torch.float64: "f8"}
 FEW_GAPS = 15  # up to here counting the smaller ones, vectorised, beats a table that tells where to look
 
 compiled = njit(nogil=True, cache=True)
@@ -138,32 +154,33 @@ def dequantize(stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: 
 
 def decode_into(out: Tensor, stored: dict[str, Tensor], spec: QuantSpec) -> Tensor:
     """The dense weight in memory that is there, float32 or bfloat16; ``out``."""
-    packed = stored["weight"].detach().contiguous().flatten(1)
-    scale, zero, block = _expanded(stored, spec, out.shape)
-    kernel = _decoder(spec.width, out.dtype == torch.bfloat16)
-    run_over_rows(kernel, len(packed), packed, scale, zero, _lookup(spec.code, spec.width), block, out)
+    run_over_rows(_decoder(spec.width), len(out), *_codes(stored, spec, out.shape[1]), out)
     return out
 
 
 def linear(x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, bias: Tensor | None = None) -> Tensor:
-    """``x @ W.T + bias``. For few tokens in float32 straight from the packed weight, else decoded first, then BLAS."""
+    """``x @ W.T + bias``. For few tokens straight from the packed weight, in float32, else decoded first, then BLAS."""
     tokens = x.numel() // columns
+    if tokens <= FEW_TOKENS and x.dtype in FEW_DTYPES:
+        y = _few_products(x.detach().reshape(tokens, columns).float(), _codes(stored, spec, columns), spec.width)
+        return (y if bias is None else y.add_(bias)).to(x.dtype).view(*x.shape[:-1], y.shape[1])
     if x.dtype != torch.float32:
         bias = None if bias is None else bias.to(x.dtype)
         return torch.nn.functional.linear(x, dequantize(stored, spec, columns, x.dtype), bias)
-    if tokens > FEW_TOKENS:
-        rows, y = x.detach().reshape(tokens, columns), x.new_empty(tokens, len(stored["weight"]))
-        for part, weight in _parts(stored, spec, columns):
-            torch.mm(rows, weight.T, out=y[:, part])
-        return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], y.shape[1])
-    packed = stored["weight"].detach().contiguous().flatten(1)
-    scale, zero, block = _expanded(stored, spec, (len(packed), columns))
-    y, rows = x.new_empty(len(packed), tokens), x.detach().reshape(tokens, columns).contiguous()
-    run_over_rows(
-        _product(spec.width), len(packed), packed, scale, zero, _lookup(spec.code, spec.width), block, rows, y
-    )
-    y = y.T.contiguous().view(*x.shape[:-1], len(packed))
-    return y if bias is None else y.add_(bias)
+    rows, y = x.detach().reshape(tokens, columns), x.new_empty(tokens, len(stored["weight"]))
+    for part, weight in _parts(stored, spec, columns):
+        torch.mm(rows, weight.T, out=y[:, part])
+    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], y.shape[1])
+
+
+def _few_products(x: Tensor, codes: "Codes", bits: int) -> Tensor:
+    """``x @ W.T`` in float32, one token or :data:`TOGETHER` at once."""
+    tokens, few = len(x), 1 if len(x) == 1 else TOGETHER
+    rows = torch.nn.functional.pad(x, (0, 0, 0, -tokens % few)) if tokens % few else x.contiguous()
+    y = rows.new_empty(len(rows), len(codes.packed))
+    for t in range(0, len(rows), few):
+        run_over_rows(_product(bits, few), y.shape[1], *codes, rows[t : t + few], y[t : t + few])
+    return y[:tokens]
 
 
 def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:
@@ -182,15 +199,16 @@ def _parts(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Iterator
 
     Fresh memory for a whole weight costs more, in page faults, than decoding it.
     """
-    packed = stored["weight"].detach().contiguous().flatten(1)
-    scale, zero, block = _expanded(stored, spec, (len(packed), columns))
-    step = min(len(packed), max(16, PART // columns))
+    codes = _codes(stored, spec, columns)
+    rows = len(codes.packed)
+    step = min(rows, max(16, PART // columns))
     held = scratch(step * columns)
-    for start in range(0, len(packed), step):
-        part = slice(start, min(start + step, len(packed)))
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
         weight = held[: (part.stop - start) * columns].view(-1, columns)
-        args = packed[part], scale[part], zero[part], _lookup(spec.code, spec.width), block, weight
-        run_over_rows(_decoder(spec.width, False), len(weight), *args)
+        zero = None if codes.zero is None else codes.zero[part]
+        some = codes._replace(packed=codes.packed[part], scale=codes.scale[part], zero=zero)
+        run_over_rows(_decoder(spec.width), len(weight), *some, weight)
         yield part, weight
 
 
@@ -236,13 +254,30 @@ def _expanded(stored: dict[str, Tensor], spec: QuantSpec, shape: Any) -> tuple[T
     return scale, zeros, block
 
 
+class Codes(NamedTuple):
+    """What the kernels are told about a packed weight."""
+
+    packed: Tensor  # int8 (out, bytes)
+    scale: Tensor  # (out, blocks), of a dtype that vectors.real reads
+    zero: Tensor | None  # the same
+    table: Tensor  # float32, the value of every code, as vectors.look_up wants it
+    block: int
+
+
+def _codes(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Codes:
+    packed = stored["weight"].detach().contiguous().flatten(1)
+    if spec.double_quant:
+        stored = dict(zip(("weight_scale", "weight_zero"), scale_and_zero({k: v.detach() for k, v in stored.items()})))
+    scale, zero = stored["weight_scale"].detach().expand(len(packed), -1).contiguous(), stored.get("weight_zero")
+    zero = None if zero is None else zero.detach().expand(len(packed), -1).contiguous()
+    return Codes(packed, scale, zero, _table(spec.code, spec.width), spec.block(columns))
+
+
 @functools.cache
-def _lookup(code: str, bits: int) -> np.ndarray:
-    """Row ``i``: the levels of all codes in the index ``i``: one byte, or twelve bits for the four codes of 3 bits."""
-    index_bits = 12 if bits == 3 else 8
-    shifts = np.arange(index_bits // bits) * bits
-    codes = (np.arange(2**index_bits)[:, None] >> shifts) & (2**bits - 1)
-    return np.ascontiguousarray(levels(code, bits).numpy()[codes])
+@torch.inference_mode(False)
+def _table(code: str, bits: int) -> Tensor:
+    found = levels(code, bits)
+    return found.repeat(max(1, vectors.LANES // len(found)))
 
 
 @functools.cache
@@ -345,80 +380,78 @@ def _code_at(packed, i, j, bits):
 
 
 @inlined
-def _read(packed, lookup, i, first, size, x, bits):
-    """Decode ``size`` codes of a row, from column ``first``, into ``x``, unscaled.
+def _tiled(first, size, bits):
+    """How many of ``size`` codes, from column ``first`` on, lie in whole tiles that begin at a byte."""
+    return 0 if (first * bits) & 7 else size // LANES * LANES
 
-    A module-level function with ``bits`` as an argument: Numba's cache cannot find again what closes over a kernel.
-    """
-    per = 4 if bits == 3 else 8 // bits  # codes of one lookup
-    aligned = 8 if bits == 3 else per  # codes after which a lookup begins at a byte
-    done = 0
-    if first % aligned == 0:
-        if bits == 3:
-            at = first // 8 * 3
-            for g in range(size // 8):
-                word = (
-                    np.uint32(packed[i, at + 3 * g])
-                    | np.uint32(packed[i, at + 3 * g + 1]) << np.uint32(8)
-                    | np.uint32(packed[i, at + 3 * g + 2]) << np.uint32(16)
-                )
-                low, high = word & np.uint32(4095), word >> np.uint32(12)
-                for k in range(4):
-                    x[8 * g + k] = lookup[low, k]
-                    x[8 * g + 4 + k] = lookup[high, k]
-        else:
-            at = first // per
-            for g in range(size // per):
-                for k in range(per):
-                    x[per * g + k] = lookup[packed[i, at + g], k]
-        done = size // aligned * aligned
-    for j in range(done, size):
-        x[j] = lookup[_code_at(packed, i, first + j, bits), 0]
+
+@inlined
+def _value(packed, scale, zero, table, i, j, b, bits):
+    """One weight, wherever its bits lie."""
+    value = table[_code_at(packed, i, j, bits)]
+    if zero is not None:
+        value -= real(zero[i, b])
+    return value * real(scale[i, b])
 
 
 @functools.cache
-def _decoder(bits: int, bfloat16: bool) -> Callable:
+def _decoder(bits: int) -> Callable:
     @compiled
-    def decode(packed, scale, zero, lookup, block, out, start, stop):
-        x = np.empty(block, np.float32)
-        word = x.view(np.uint32)
-        columns = out.shape[1]
+    def decode(packed, scale, zero, table, block, out, start, stop):
+        columns, stride = out.shape[1], packed.shape[1]
         for i in range(start, stop):
             for b in range(scale.shape[1]):
                 first = b * block
                 size = min(block, columns - first)
-                s, z = scale[i, b], zero[i, b]
-                _read(packed, lookup, i, first, size, x, bits)
-                if bfloat16:  # round to nearest, ties to even, on the bits
-                    for j in range(size):
-                        x[j] = (x[j] - z) * s
-                    for j in range(size):
-                        rounded = word[j] + np.uint32(0x7FFF) + ((word[j] >> np.uint32(16)) & np.uint32(1))
-                        out[i, first + j] = rounded >> np.uint32(16)
-                else:
-                    for j in range(size):
-                        out[i, first + j] = (x[j] - z) * s
+                whole, codes, place = _tiled(first, size, bits), i * stride + (first * bits >> 3), i * columns + first
+                s, z = spread(real(scale[i, b])), spread(np.float32(0))
+                if zero is not None:
+                    z = spread(real(zero[i, b]))
+                for j in range(0, whole, LANES):
+                    values = look_up(table, packed, codes + (j * bits >> 3), bits)
+                    if zero is not None:
+                        values = subtract(values, z)
+                    store(out, place + j, multiply(values, s))
+                for j in range(whole, size):
+                    store(out, place + j, _value(packed, scale, zero, table, i, first + j, b, bits))
 
     return decode
 
 
 @functools.cache
-def _product(bits: int) -> Callable:
-    @reassociating
-    def product(packed, scale, zero, lookup, block, rows, y, start, stop):
-        x = np.empty(block, np.float32)
-        tokens, columns = rows.shape
-        for i in range(start, stop):
-            y[i, :] = 0
-            for b in range(scale.shape[1]):
-                first = b * block
-                size = min(block, columns - first)
-                s, z = scale[i, b], zero[i, b]
-                _read(packed, lookup, i, first, size, x, bits)
-                for t in range(tokens):
-                    total = np.float32(0)
-                    for j in range(size):
-                        total += (x[j] - z) * rows[t, first + j]
-                    y[i, t] += s * total
+def _product(bits: int, few: int) -> Callable:
+    """``y[t, i] = W_i · rows[t]`` for ``few`` tokens at once, some columns at a time: what fast caches hold of them."""
+
+    @compiled
+    def product(packed, scale, zero, table, block, rows, y, start, stop):
+        columns, stride, blocks, count = rows.shape[1], packed.shape[1], scale.shape[1], len(packed)
+        even = block % LANES == 0 and columns % LANES == 0
+        step = max(1, CACHED // (few * block))
+        y[:, start:stop] = 0
+        for low in range(0, blocks, step):
+            for i in range(start, stop):
+                sums = zeros(few)
+                for b in range(low, min(low + step, blocks)):
+                    first = b * block
+                    whole, codes = _tiled(first, min(block, columns - first), bits), i * stride + (first * bits >> 3)
+                    parts, z = zeros(few), spread(np.float32(0))
+                    if zero is not None:
+                        z = spread(real(zero[i, b]))
+                    for j in range(0, whole, LANES):
+                        values = look_up(table, packed, codes + (j * bits >> 3), bits)
+                        if zero is not None:
+                            values = subtract(values, z)
+                        parts = add_products(parts, values, rows, first + j, columns)
+                    sums = add_scaled(sums, parts, spread(real(scale[i, b])))
+                add_totals(y, i, count, sums)
+        if not even:
+            for i in range(start, stop):
+                for b in range(blocks):
+                    first = b * block
+                    size = min(block, columns - first)
+                    for j in range(first + _tiled(first, size, bits), first + size):
+                        value = _value(packed, scale, zero, table, i, j, b, bits)
+                        for t in range(few):
+                            y[t, i] += value * rows[t, j]
 
     return product

@@ -1,0 +1,281 @@
+"""Vectors of sixteen float32 values for the compiled CPU kernels: read, looked up, computed with, and stored.
+
+Compilers turn a loop over a table into sixteen loads. Every x86 processor of the last ten years looks sixteen values up
+in a register, in one instruction (AVX-512) or in two to five (AVX2); elsewhere they are loaded one by one. All else is
+LLVM's portable arithmetic on vectors, which it splits into registers of the size that there is. Nothing is contracted
+but sums of products.
+
+Places are counted in elements from the beginning of an array in row-major order; no bound is checked.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.datamodel import PrimitiveModel
+from numba.extending import intrinsic, register_model
+
+LANES = 16
+BYTE, SHORT, WORD, REAL = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
+MULTIPLY_ADD = "llvm.fmuladd.v16f32"
+WORDS, REALS, HALF = ir.VectorType(WORD, LANES), ir.VectorType(REAL, LANES), ir.VectorType(REAL, LANES // 2)
+
+
+class Vector(types.Type):
+    """Sixteen float32 values."""
+
+
+class Vectors(types.Type):
+    """Some vectors."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(f"float32x16x{count}")
+        self.count = count
+
+
+vector = Vector("float32x16")
+
+
+@register_model(Vector)
+class _VectorModel(PrimitiveModel):
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, REALS)
+
+
+@register_model(Vectors)
+class _VectorsModel(PrimitiveModel):
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, ir.ArrayType(REALS, kind.count))
+
+
+@intrinsic
+def spread(typing: Any, value: Any) -> Any:
+    """A float32 value in all lanes."""
+
+    def build(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        one = builder.insert_element(ir.Constant(REALS, ir.Undefined), values[0], WORD(0))
+        return builder.shuffle_vector(one, one, _constants([0] * LANES))
+
+    return vector(types.float32), build
+
+
+@intrinsic
+def subtract(typing: Any, a: Any, b: Any) -> Any:
+    return vector(vector, vector), lambda context, builder, signature, values: builder.fsub(*values)
+
+
+@intrinsic
+def multiply(typing: Any, a: Any, b: Any) -> Any:
+    return vector(vector, vector), lambda context, builder, signature, values: builder.fmul(*values)
+
+
+@intrinsic(prefer_literal=True)
+def zeros(typing: Any, count: Any) -> Any:
+    """So many vectors of zeros; a constant."""
+    if not isinstance(count, types.IntegerLiteral):
+        return None
+    kind = Vectors(count.literal_value)
+    return kind(count), lambda context, builder, signature, values: ir.Constant(context.get_value_type(kind), None)
+
+
+@intrinsic
+def add_products(typing: Any, sums: Any, values: Any, array: Any, at: Any, stride: Any) -> Any:
+    """``sums[t] + values * array[at + t * stride:]`` for every one of the sums, sixteen values of a float32 array each.
+
+    In one instruction and with one rounding where the processor has it.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        sums, values, array, at, stride = given
+        for t in range(signature.args[0].count):
+            place = builder.add(at, builder.mul(stride, stride.type(t)))
+            x = _load(builder, _place(context, builder, signature.args[2], array, place, REAL), REALS)
+            added = _call(builder, MULTIPLY_ADD, REALS, [values, x, builder.extract_value(sums, t)])
+            sums = builder.insert_value(sums, added, t)
+        return sums
+
+    return sums(sums, values, array, at, stride), build
+
+
+@intrinsic
+def add_scaled(typing: Any, sums: Any, parts: Any, scale: Any) -> Any:
+    """``sums[t] + parts[t] * scale`` for every one."""
+
+    def build(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        sums, parts, scale = given
+        for t in range(signature.args[0].count):
+            terms = [builder.extract_value(parts, t), scale, builder.extract_value(sums, t)]
+            sums = builder.insert_value(sums, _call(builder, MULTIPLY_ADD, REALS, terms), t)
+        return sums
+
+    return sums(sums, sums, vector), build
+
+
+@intrinsic
+def add_totals(typing: Any, array: Any, at: Any, stride: Any, sums: Any) -> Any:
+    """``array[at + t * stride]`` grows by the sum of the sixteen lanes of ``sums[t]``, added by halves."""
+
+    def build(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        array, at, stride, sums = given
+        for t in range(signature.args[3].count):
+            left, width = builder.extract_value(sums, t), LANES
+            while width > 1:
+                width //= 2
+                low, high = (builder.shuffle_vector(left, left, _constants(range(k, k + width))) for k in (0, width))
+                left = builder.fadd(low, high)
+            place = builder.add(at, builder.mul(stride, stride.type(t)))
+            place = _place(context, builder, signature.args[0], array, place, REAL)
+            builder.store(builder.fadd(builder.load(place), builder.extract_element(left, WORD(0))), place)
+        return context.get_dummy_value()
+
+    return types.void(array, at, stride, sums), build
+
+
+@intrinsic
+def store(typing: Any, array: Any, at: Any, value: Any) -> Any:
+    """A vector, or one float32 value, to place ``at``: of a uint16 array as the bits of bfloat16, ties to even."""
+
+    def build(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        array, at, value = values
+        if signature.args[0].dtype == types.uint16:
+            value = _to_bfloat16(builder, value)
+        element = value.type.element if isinstance(value.type, ir.VectorType) else value.type
+        place = _place(context, builder, signature.args[0], array, at, element)
+        align = 2 if element == SHORT else 4
+        builder.store(value, builder.bitcast(place, value.type.as_pointer()), align=align)
+        return context.get_dummy_value()
+
+    return types.void(array, at, vector if value is vector else types.float32), build
+
+
+def _to_bfloat16(builder: Any, value: Any) -> Any:
+    shape = (lambda kind: ir.VectorType(kind, LANES)) if isinstance(value.type, ir.VectorType) else (lambda kind: kind)
+    bits = builder.bitcast(value, shape(WORD))
+    constant = {n: _constants([n] * LANES) if bits.type != WORD else WORD(n) for n in (1, 16, 0x7FFF)}
+    odd = builder.and_(builder.lshr(bits, constant[16]), constant[1])
+    rounded = builder.add(builder.add(bits, constant[0x7FFF]), odd)
+    return builder.trunc(builder.lshr(rounded, constant[16]), shape(SHORT))
+
+
+@intrinsic(prefer_literal=True)
+def look_up(typing: Any, table: Any, packed: Any, at: Any, bits: Any) -> Any:
+    """The values of sixteen codes.
+
+    Args:
+        table: float32: the value of every code; of less than 4 bits, all again up to sixteen.
+        packed: bytes, the first code in the lowest bits of the first.
+        at: where the codes begin.
+        bits: of a code; a constant.
+    """
+    if not isinstance(bits, types.IntegerLiteral):
+        return None
+    width = bits.literal_value
+
+    def build(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        table, packed, at = values[:3]
+        table = _place(context, builder, signature.args[0], table, at.type(0), REAL)
+        packed = _place(context, builder, signature.args[1], packed, at, BYTE)
+        words, features = _words(builder, packed, width), context.codegen().magic_tuple()[2].split(",")
+        if width > 4 or "+avx2" not in features:
+            return _loaded_one_by_one(builder, table, words, width)
+        codes = _codes(builder, words)
+        if "+avx512f" in features:
+            name = "llvm.x86.avx512.permvar.sf.512"  # reads the low 4 bits of every index
+            return _call(builder, name, REALS, [_load(builder, table, REALS), codes])
+        return _looked_up_by_halves(builder, table, codes, width)
+
+    return vector(table, packed, at, bits), build
+
+
+def _words(builder: Any, packed: Any, width: int) -> list[tuple[Any, int]]:
+    """For every lane a word of the packed bytes, and how many bits its code is shifted there."""
+    reach = -(-LANES * width // 32)  # words that all codes lie in
+    per, found = LANES // reach, []
+    for k in range(reach):
+        begin = per * width // 8 * k
+        early = max(0, begin + 4 - LANES * width // 8)  # bytes by which a word would go beyond the last code
+        word = _load(builder, builder.gep(packed, [WORD(begin - early)]), WORD)
+        found += [(word, lane * width + 8 * early) for lane in range(per)]
+    return found
+
+
+def _codes(builder: Any, words: list[tuple[Any, int]]) -> Any:
+    """The words of all lanes, every code in the lowest bits, with others above it."""
+    found = ir.Constant(WORDS, ir.Undefined)
+    for word in dict(words):
+        one = builder.insert_element(ir.Constant(WORDS, ir.Undefined), word, WORD(0))
+        places = [LANES if words[lane][0] is word else lane for lane in range(LANES)]
+        found = builder.shuffle_vector(found, one, _constants(places))
+    return builder.lshr(found, _constants([shift for _, shift in words]))
+
+
+def _looked_up_by_halves(builder: Any, table: Any, codes: Any, width: int) -> Any:
+    """By AVX2, which looks eight values up in a register of eight, and reads the low 3 bits of every index."""
+    parts = []
+    for at in (0, LANES // 2):
+        part = builder.shuffle_vector(codes, codes, _constants(range(at, at + LANES // 2)))
+        found = []
+        for begin in (0, LANES // 2)[: 2 if width > 3 else 1]:
+            eight = _load(builder, builder.gep(table, [WORD(begin)]), HALF)
+            found.append(_call(builder, "llvm.x86.avx2.permps", HALF, [eight, part]))
+        if width > 3:
+            sign = builder.shl(part, _constants([28] * (LANES // 2)))
+            second = builder.icmp_signed("<", sign, _constants([0] * (LANES // 2)))
+            found = [builder.select(second, found[1], found[0])]
+        parts += found
+    return builder.shuffle_vector(*parts, _constants(range(LANES)))
+
+
+def _loaded_one_by_one(builder: Any, table: Any, words: list[tuple[Any, int]], width: int) -> Any:
+    found = ir.Constant(REALS, ir.Undefined)
+    for lane, (word, shift) in enumerate(words):
+        code = builder.and_(builder.lshr(word, WORD(shift)), WORD(2**width - 1))
+        value = builder.load(builder.gep(table, [builder.zext(code, ir.IntType(64))]))
+        found = builder.insert_element(found, value, WORD(lane))
+    return found
+
+
+@intrinsic
+def real(typing: Any, stored: Any) -> Any:
+    """A stored scale or zero point as float32: uint16 the bits of bfloat16, int16 those of float16, uint8 a number."""
+
+    def build(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        (value,) = values
+        if stored == types.float32:
+            return value
+        if stored == types.uint8:
+            return builder.uitofp(value, REAL)
+        word = builder.zext(value, WORD)
+        if stored == types.uint16:
+            return builder.bitcast(builder.shl(word, WORD(16)), REAL)
+        exponent, fraction = builder.and_(word, WORD(0x7C00)), builder.and_(word, WORD(0x3FF))
+        normal = builder.add(builder.shl(builder.and_(word, WORD(0x7FFF)), WORD(13)), WORD(112 << 23))
+        small = builder.bitcast(builder.fmul(builder.uitofp(fraction, REAL), REAL(2.0**-24)), WORD)
+        size = builder.select(builder.icmp_unsigned("==", exponent, WORD(0)), small, normal)
+        sign = builder.shl(builder.and_(word, WORD(0x8000)), WORD(16))
+        return builder.bitcast(builder.or_(size, sign), REAL)
+
+    return types.float32(stored), build
+
+
+def _constants(values: Sequence[int] | range) -> Any:
+    return ir.Constant(ir.VectorType(WORD, len(values)), list(values))
+
+
+def _call(builder: Any, name: str, result: Any, values: Sequence[Any]) -> Any:
+    kind = ir.FunctionType(result, [value.type for value in values])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
+
+
+def _place(context: Any, builder: Any, kind: Any, array: Any, at: Any, element: Any) -> Any:
+    """A pointer to an array's element."""
+    memory = context.make_array(kind)(context, builder, array).data
+    return builder.gep(builder.bitcast(memory, element.as_pointer()), [at])
+
+
+def _load(builder: Any, pointer: Any, kind: Any) -> Any:
+    """From anywhere: an array of float32 lies at a multiple of four bytes, codes at any byte."""
+    align = 4 if kind != WORD else 1
+    return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=align)
