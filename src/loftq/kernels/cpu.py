@@ -162,7 +162,8 @@ def linear(x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, 
     """``x @ W.T + bias``. For few tokens straight from the packed weight, in float32, else decoded first, then BLAS."""
     tokens = x.numel() // columns
     if tokens <= FEW_TOKENS and x.dtype in FEW_DTYPES:
-        y = _few_products(x.detach().reshape(tokens, columns).float(), _codes(stored, spec, columns), spec.width)
+        codes, rows = _codes(stored, spec, columns), x.detach().reshape(tokens, columns).float()
+        y = few_products(rows, len(codes.packed), functools.partial(_product, spec.width), *codes)
         return (y if bias is None else y.add_(bias)).to(x.dtype).view(*x.shape[:-1], y.shape[1])
     if x.dtype != torch.float32:
         bias = None if bias is None else bias.to(x.dtype)
@@ -173,13 +174,13 @@ def linear(x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, 
     return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], y.shape[1])
 
 
-def _few_products(x: Tensor, codes: "Codes", bits: int) -> Tensor:
-    """``x @ W.T`` in float32, one token or :data:`TOGETHER` at once."""
+def few_products(x: Tensor, rows: int, kernel: Callable[[int], Callable], *weight: Any) -> Tensor:
+    """``x @ W.T`` in float32: by the kernel for one token, or for :data:`TOGETHER` at once."""
     tokens, few = len(x), 1 if len(x) == 1 else TOGETHER
-    rows = torch.nn.functional.pad(x, (0, 0, 0, -tokens % few)) if tokens % few else x.contiguous()
-    y = rows.new_empty(len(rows), len(codes.packed))
-    for t in range(0, len(rows), few):
-        run_over_rows(_product(bits, few), y.shape[1], *codes, rows[t : t + few], y[t : t + few])
+    x = torch.nn.functional.pad(x, (0, 0, 0, -tokens % few)) if tokens % few else x.contiguous()
+    y = x.new_empty(len(x), rows)
+    for t in range(0, len(x), few):
+        run_over_rows(kernel(few), rows, *weight, x[t : t + few], y[t : t + few])
     return y[:tokens]
 
 
@@ -266,9 +267,10 @@ class Codes(NamedTuple):
 
 def _codes(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Codes:
     packed = stored["weight"].detach().contiguous().flatten(1)
+    scale, zero = stored["weight_scale"].detach(), stored.get("weight_zero")
     if spec.double_quant:
-        stored = dict(zip(("weight_scale", "weight_zero"), scale_and_zero({k: v.detach() for k, v in stored.items()})))
-    scale, zero = stored["weight_scale"].detach().expand(len(packed), -1).contiguous(), stored.get("weight_zero")
+        scale, _ = scale_and_zero({k: v.detach() for k, v in stored.items()})
+    scale = scale.expand(len(packed), -1).contiguous()
     zero = None if zero is None else zero.detach().expand(len(packed), -1).contiguous()
     return Codes(packed, scale, zero, _table(spec.code, spec.width), spec.block(columns))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loftq.codes import RATE_UNIT, levels
 from loftq.kernels import viterbi, windows
-from loftq.kernels.cpu import FEW_TOKENS, PART, run_over_rows, scratch
+from loftq.kernels.cpu import FEW_DTYPES, FEW_TOKENS, PART, few_products, run_over_rows, scratch
 from loftq.numerics import Quantized, trellis_rounding
 from loftq.numerics.trellis import better_scales, first_scales
 from loftq.spec import QuantSpec, trellis_groups
@@ -91,26 +91,23 @@ def dequantize(stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: 
 def decode_into(out: Tensor, stored: dict[str, Tensor], spec: QuantSpec) -> Tensor:
     """The dense weight in memory that is there, float32 or bfloat16; ``out``."""
     strings = _strings(stored, spec, out.shape[1])
-    kernel = windows.decode_bfloat16 if out.dtype == torch.bfloat16 else windows.decode
-    run_over_rows(kernel, len(out), *strings, out)
+    run_over_rows(windows.kernel(1), len(out), *strings, None, out)
     return out
 
 
 def linear(x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, bias: Tensor | None = None) -> Tensor:
-    """``x @ W.T + bias``. For few tokens in float32 straight from the packed weight, else decoded first, then BLAS."""
+    """``x @ W.T + bias``. For few tokens straight from the packed weight, in float32, else decoded first, then BLAS."""
     tokens = x.numel() // columns
+    if tokens <= FEW_TOKENS and x.dtype in FEW_DTYPES:
+        strings, rows = _strings(stored, spec, columns), x.detach().reshape(tokens, columns).float()
+        y = few_products(rows, len(strings.scale), windows.kernel, *strings)
+        return (y if bias is None else y.add_(bias)).to(x.dtype).view(*x.shape[:-1], y.shape[1])
     if x.dtype != torch.float32:
         bias = None if bias is None else bias.to(x.dtype)
         return torch.nn.functional.linear(x, dequantize(stored, spec, columns, x.dtype), bias)
-    strings, rows = _strings(stored, spec, columns), x.detach().reshape(tokens, columns).contiguous()
-    if tokens > FEW_TOKENS:
-        y = x.new_empty(tokens, len(strings.scale))
-        for part, weight in _parts(strings, columns):
-            torch.mm(rows, weight.T, out=y[:, part])
-    else:
-        products = x.new_empty(len(strings.scale), tokens)
-        run_over_rows(windows.product, len(products), *strings, rows, products)
-        y = products.T.contiguous()
+    rows, y = x.detach().reshape(tokens, columns), x.new_empty(tokens, len(stored["weight_scale"]))
+    for part, weight in _parts(_strings(stored, spec, columns), columns):
+        torch.mm(rows, weight.T, out=y[:, part])
     return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], y.shape[1])
 
 
@@ -133,11 +130,12 @@ class Strings(NamedTuple):
     rates: Tensor  # int64 (in,)
     starts: Tensor  # int64 (in,), the first bit of every column in its group
     shifts: Tensor  # uint8 (16, in), where windows begin, from the first of each ``read`` rows
+    absent: Tensor  # int16 (in,), 0, or for a column without bits the place of a zero in ``table``
     read: int  # rows whose windows are read at once, 8 or 16
     even: bool  # all columns have one rate
     group: int  # its rows
     window: int  # its bits
-    levels: Tensor
+    table: Tensor  # float32, the levels and a zero
     scale: Tensor  # float32 (out,)
 
 
@@ -151,20 +149,27 @@ def _strings(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> String
         layout = _even_layout(spec.rate, spec.width, group, columns)
     else:
         layout = _layout(stored["weight_rate"].detach(), spec.width, group)
-    return Strings(packed, n_bytes, *layout, even, group, spec.width, levels(spec.code, spec.width), scale)
+    return Strings(packed, n_bytes, *layout, even, group, spec.width, _table(spec.code, spec.width), scale)
 
 
-def _layout(rates: Tensor, window: int, group: int) -> tuple[Tensor, Tensor, Tensor, int]:
+@functools.cache
+@torch.inference_mode(False)
+def _table(code: str, window: int) -> Tensor:
+    return torch.nn.functional.pad(levels(code, window), (0, 2**window))
+
+
+def _layout(rates: Tensor, window: int, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     rates, rows = rates.to(torch.int64), torch.arange(RATE_UNIT, device="cpu")[:, None]
     offsets = rows * rates // RATE_UNIT
     read = windows.UNIT if int(offsets[-1].max()) + window <= windows.READ else windows.UNIT // 2
     shifts = offsets - offsets[::read].repeat_interleave(read, 0)
-    return rates, (rates.cumsum(0) - rates) * (group // RATE_UNIT), shifts.to(torch.uint8), read
+    absent = rates.eq(0).to(torch.int16) << window
+    return rates, (rates.cumsum(0) - rates) * (group // RATE_UNIT), shifts.to(torch.uint8), absent, read
 
 
 @functools.lru_cache(64)
 @torch.inference_mode(False)
-def _even_layout(rate: int, window: int, group: int, columns: int) -> tuple[Tensor, Tensor, Tensor, int]:
+def _even_layout(rate: int, window: int, group: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     return _layout(torch.full((columns,), rate, device="cpu"), window, group)
 
 
@@ -177,7 +182,7 @@ def _parts(strings: Strings, columns: int) -> Iterator[tuple[slice, Tensor]]:
         part = slice(first * strings.group, min((first + groups) * strings.group, rows))
         weight = held[: (part.stop - part.start) * columns].view(-1, columns)
         some = strings._replace(packed=strings.packed[first * strings.n_bytes :], scale=strings.scale[part])
-        run_over_rows(windows.decode, len(weight), *some, weight)
+        run_over_rows(windows.kernel(1), len(weight), *some, None, weight)
         yield part, weight
 
 

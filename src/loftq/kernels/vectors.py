@@ -18,7 +18,7 @@ from numba.core.datamodel import PrimitiveModel
 from numba.extending import intrinsic, register_model
 
 LANES = 16
-BYTE, SHORT, WORD, REAL = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
+BYTE, SHORT, WORD, LONG, REAL = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 MULTIPLY_ADD = "llvm.fmuladd.v16f32"
 WORDS, REALS, HALF = ir.VectorType(WORD, LANES), ir.VectorType(REAL, LANES), ir.VectorType(REAL, LANES // 2)
 
@@ -177,7 +177,7 @@ def look_up(typing: Any, table: Any, packed: Any, at: Any, bits: Any) -> Any:
         table, packed, at = values[:3]
         table = _place(context, builder, signature.args[0], table, at.type(0), REAL)
         packed = _place(context, builder, signature.args[1], packed, at, BYTE)
-        words, features = _words(builder, packed, width), context.codegen().magic_tuple()[2].split(",")
+        words, features = _words(builder, packed, width), _features(context)
         if width > 4 or "+avx2" not in features:
             return _loaded_one_by_one(builder, table, words, width)
         codes = _codes(builder, words)
@@ -187,6 +187,43 @@ def look_up(typing: Any, table: Any, packed: Any, at: Any, bits: Any) -> Any:
         return _looked_up_by_halves(builder, table, codes, width)
 
     return vector(table, packed, at, bits), build
+
+
+@intrinsic
+def bits_at(typing: Any, packed: Any, at: Any) -> Any:
+    """Eight bytes from place ``at`` on, as one number."""
+
+    def build(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return _load(builder, _place(context, builder, signature.args[0], *values, BYTE), LONG)
+
+    return types.uint64(packed, at), build
+
+
+@intrinsic
+def take(typing: Any, table: Any, indices: Any, at: Any) -> Any:
+    """The float32 values of ``table`` with sixteen indices, from place ``at`` of an array of uint16 on.
+
+    Four indices are one load: loads are what limits it.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        table, indices, at = values
+        table = _place(context, builder, signature.args[0], table, at.type(0), REAL)
+        indices = _place(context, builder, signature.args[1], indices, at, SHORT)
+        found = ir.Constant(REALS, ir.Undefined)
+        for lane in range(LANES):
+            if lane % 4 == 0:
+                four = _load(builder, builder.gep(indices, [WORD(lane)]), LONG)
+            index = builder.and_(builder.lshr(four, LONG(16 * (lane % 4))), LONG(0xFFFF))
+            found = builder.insert_element(found, builder.load(builder.gep(table, [index])), WORD(lane))
+        return found
+
+    return vector(table, indices, at), build
+
+
+def _features(context: Any) -> list[str]:
+    """What the processor that is compiled for has, as LLVM names it."""
+    return context.codegen().magic_tuple()[2].split(",")
 
 
 def _words(builder: Any, packed: Any, width: int) -> list[tuple[Any, int]]:
@@ -232,7 +269,7 @@ def _loaded_one_by_one(builder: Any, table: Any, words: list[tuple[Any, int]], w
     found = ir.Constant(REALS, ir.Undefined)
     for lane, (word, shift) in enumerate(words):
         code = builder.and_(builder.lshr(word, WORD(shift)), WORD(2**width - 1))
-        value = builder.load(builder.gep(table, [builder.zext(code, ir.IntType(64))]))
+        value = builder.load(builder.gep(table, [builder.zext(code, LONG)]))
         found = builder.insert_element(found, value, WORD(lane))
     return found
 
@@ -277,5 +314,5 @@ def _place(context: Any, builder: Any, kind: Any, array: Any, at: Any, element: 
 
 def _load(builder: Any, pointer: Any, kind: Any) -> Any:
     """From anywhere: an array of float32 lies at a multiple of four bytes, codes at any byte."""
-    align = 4 if kind != WORD else 1
+    align = 1 if kind in (WORD, LONG) else 4
     return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=align)

@@ -8,17 +8,30 @@ Helpers are inlined by Numba itself, not by LLVM: the latter counts references t
 takes longer than to decode a column. Indices are unsigned, because Numba looks whether a signed one is negative.
 """
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 from numba import njit
 
+from loftq.kernels.vectors import (
+    LANES,
+    add_products,
+    add_scaled,
+    add_totals,
+    bits_at,
+    multiply,
+    spread,
+    store,
+    take,
+    zeros,
+)
+
 compiled = njit(nogil=True, cache=True)
 inlined = njit(nogil=True, inline="always")
-reassociating = njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"})
 
 UNIT = 16  # weights that take as many bits as their rate says
-COLUMNS = (
-    1024  # decoded at a time: what they are decoded from stays in fast caches, and rows are written in long pieces
-)
+COLUMNS = 2048  # decoded at a time: their words stay in fast caches, and rows are written in long pieces
 READ, LEAST = 57, 8  # bits that one read has for certain; bytes that there must be to read from
 U = np.uint64
 
@@ -27,114 +40,77 @@ U = np.uint64
 def _read(packed, bit):
     """:data:`READ` bits or more, from any bit on; zeros behind the end of the memory, which has
     :data:`LEAST` bytes or more."""
-    at = min(U(bit) >> U(3), U(packed.size - 8))
-    low = U(packed[at]) | U(packed[at + U(1)]) << U(8) | U(packed[at + U(2)]) << U(16) | U(packed[at + U(3)]) << U(24)
-    at += U(4)
-    high = U(packed[at]) | U(packed[at + U(1)]) << U(8) | U(packed[at + U(2)]) << U(16) | U(packed[at + U(3)]) << U(24)
-    return (low | high << U(32)) >> (U(bit) - ((at - U(4)) << U(3)))
+    at = min(bit >> U(3), U(packed.size - LEAST))
+    return bits_at(packed, at) >> (bit - (at << U(3)))
 
 
 @inlined
-def _words(packed, begin, rates, starts, first, size, row, read, group, window, words):
+def _words(packed, begin, rates, starts, even, first, size, row, read, group, window, words):
     """The bits of a group, whose string begins at ``begin``, from ``row`` on, in ``size`` columns from ``first`` on."""
+    same = U(rates[0])
     for i in range(size):
-        rate, bit = rates[first + i], begin + starts[first + i]
-        at, n = (row * rate) // UNIT, (group * rate) // UNIT
+        rate, bit = same if even else U(rates[first + i]), U(begin) + U(starts[first + i])
+        at, n = (U(row) * rate) >> U(4), (U(group) * rate) >> U(4)
         word = _read(packed, bit + at)
-        if ((row + read - 1) * rate) // UNIT + window > n:  # the string is a circle
-            word = (word & U((1 << (n - at)) - 1)) | _read(packed, bit) << U(n - at)
+        if ((U(row + read - 1) * rate) >> U(4)) + U(window) > n:  # the string is a circle
+            word = (word & ((U(1) << (n - at)) - U(1))) | _read(packed, bit) << (n - at)
         words[i] = word
 
 
 @inlined
-def _levels(words, rates, shifts, even, first, size, place, levels, mask, s, out, at, begin):
-    """One row's levels times ``s``, into row ``at`` of ``out`` from ``begin`` on. Of ``even`` rates shifts are even."""
+def _indices(words, shifts, absent, even, first, size, place, mask, indices):
+    """One row's windows, as places in the table. Of ``even`` rates shifts are even."""
     if even:
         shift = U(shifts[place, 0])
         for i in range(size):
-            out[at, begin + i] = levels[(words[i] >> shift) & mask] * s
+            indices[i] = np.uint16((words[i] >> shift) & mask)
     else:
         for i in range(size):
-            out[at, begin + i] = levels[(words[i] >> U(shifts[place, first + i])) & mask] * s
-        for i in range(size):
-            if rates[first + i] == 0:
-                out[at, begin + i] = 0
+            indices[i] = np.uint16((words[i] >> U(shifts[place, first + i])) & mask) | absent[first + i]
 
 
-@compiled
-def decode(packed, n_bytes, rates, starts, shifts, read, even, group, window, levels, scale, out, start, stop):
-    """Dense rows in float32. See :class:`loftq.kernels.trellis_cpu.Strings`."""
-    rows, columns = out.shape
-    words, mask = np.empty(COLUMNS, np.uint64), U(len(levels) - 1)
-    done, last = -(-start // read), -(-stop // read)
-    while done < last:  # the rows of one group after the other's
-        number = done * read // group
-        end = min(last, (number + 1) * group // read)
-        begin = number * n_bytes * 8
-        for first in range(U(0), U(columns), U(COLUMNS)):
-            size = min(U(COLUMNS), U(columns) - first)
-            for block in range(done, end):
-                top = block * read
-                row = top - number * group
-                _words(packed, begin, rates, starts, first, size, row, read, group, window, words)
-                for r in range(U(min(read, rows - top))):
-                    at, place = U(top) + r, U(row % UNIT) + r
-                    _levels(words, rates, shifts, even, first, size, place, levels, mask, scale[at], out, at, first)
-        done = end
+@functools.cache
+def kernel(few: int) -> Callable:
+    """Some rows of the dense weight in float32 or as the bits of bfloat16, or of its products with ``few`` tokens."""
 
+    @compiled
+    def decode(
+        packed, n_bytes, rates, starts, shifts, absent, read, even, group, window, table, scale, x, out, start, stop
+    ):
+        """With ``x``, (few, in), ``out`` is (few, out). The rest is in :class:`loftq.kernels.trellis_cpu.Strings`."""
+        rows, columns, mask = U(len(scale)), U(len(rates)), U((1 << window) - 1)
+        words, indices = np.empty(COLUMNS, np.uint64), np.empty(COLUMNS, np.uint16)
+        done, last = -(-start // read), -(-stop // read)
+        if x is not None:
+            out[:, done * read : last * read] = 0
+        while done < last:  # the rows of one group after the other's
+            number = done * read // group
+            end = min(last, (number + 1) * group // read)
+            begin = number * n_bytes * 8
+            for first in range(U(0), columns, U(COLUMNS)):
+                size = min(U(COLUMNS), columns - first)
+                whole = size // U(LANES) * U(LANES)
+                for block in range(done, end):
+                    row = block * read - number * group
+                    _words(packed, begin, rates, starts, even, first, size, row, read, group, window, words)
+                    for r in range(U(min(read, len(scale) - block * read))):
+                        at, place = U(block * read) + r, U(row % UNIT) + r
+                        _indices(words, shifts, absent, even, first, size, place, mask, indices)
+                        s = scale[at]
+                        if x is None:
+                            for i in range(U(0), whole, U(LANES)):
+                                values = multiply(take(table, indices, i), spread(s))
+                                store(out, at * columns + first + i, values)
+                            for i in range(whole, size):
+                                store(out, at * columns + first + i, table[indices[i]] * s)
+                        else:
+                            sums = zeros(few)
+                            for i in range(U(0), whole, U(LANES)):
+                                sums = add_products(sums, take(table, indices, i), x, first + i, columns)
+                            add_totals(out, at, rows, add_scaled(zeros(few), sums, spread(s)))
+                            for i in range(whole, size):
+                                for t in range(few):
+                                    out[t, at] += table[indices[i]] * s * x[t, first + i]
+            done = end
 
-@compiled
-def decode_bfloat16(packed, n_bytes, rates, starts, shifts, read, even, group, window, levels, scale, out, start, stop):
-    """:func:`decode` as the bits of bfloat16, rounded to nearest, ties to even."""
-    rows, columns = out.shape
-    words, mask = np.empty(COLUMNS, np.uint64), U(len(levels) - 1)
-    wide, none = np.empty((1, COLUMNS), np.float32), U(0)
-    bits = wide.view(np.uint32)
-    done, last = -(-start // read), -(-stop // read)
-    while done < last:
-        number = done * read // group
-        end = min(last, (number + 1) * group // read)
-        begin = number * n_bytes * 8
-        for first in range(U(0), U(columns), U(COLUMNS)):
-            size = min(U(COLUMNS), U(columns) - first)
-            for block in range(done, end):
-                top = block * read
-                row = top - number * group
-                _words(packed, begin, rates, starts, first, size, row, read, group, window, words)
-                for r in range(U(min(read, rows - top))):
-                    at, place = U(top) + r, U(row % UNIT) + r
-                    _levels(words, rates, shifts, even, first, size, place, levels, mask, scale[at], wide, none, none)
-                    for i in range(size):
-                        word = bits[0, i]
-                        rounded = word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))
-                        out[at, first + i] = rounded >> np.uint32(16)
-        done = end
-
-
-@reassociating
-def product(packed, n_bytes, rates, starts, shifts, read, even, group, window, levels, scale, x, y, start, stop):
-    """Some rows of ``y = W x``; ``x`` is (tokens, in), ``y`` (out, tokens)."""
-    (tokens, columns), rows = x.shape, len(y)
-    words, mask = np.empty(COLUMNS, np.uint64), U(len(levels) - 1)
-    values, none = np.empty((1, COLUMNS), np.float32), U(0)
-    done, last = -(-start // read), -(-stop // read)
-    y[done * read : last * read] = 0
-    while done < last:
-        number = done * read // group
-        end = min(last, (number + 1) * group // read)
-        begin = number * n_bytes * 8
-        for first in range(U(0), U(columns), U(COLUMNS)):
-            size = min(U(COLUMNS), U(columns) - first)
-            for block in range(done, end):
-                top = block * read
-                row = top - number * group
-                _words(packed, begin, rates, starts, first, size, row, read, group, window, words)
-                for r in range(U(min(read, rows - top))):
-                    at, place = U(top) + r, U(row % UNIT) + r
-                    _levels(words, rates, shifts, even, first, size, place, levels, mask, scale[at], values, none, none)
-                    for t in range(U(tokens)):
-                        total = np.float32(0)
-                        for i in range(size):
-                            total += values[0, i] * x[t, first + i]
-                        y[at, t] += total
-        done = end
+    return decode
