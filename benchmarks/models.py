@@ -62,11 +62,12 @@ def _packed(model: nn.Module, rank: int, bits: int, steps: int = 0, **options: A
     return loftq.get_peft_model(model, bits=bits, rank=rank, preset="loftq", steps=steps, progress=False, **options)
 
 
-DENSE, BNB, BNB_NESTED, LOFTQ4, LOFTQ2, TRELLIS2 = (
+DENSE, BNB, BNB_NESTED, LOFTQ4, LOFTQ3, LOFTQ2, TRELLIS2 = (
     "dense",
     "bitsandbytes 4 bits",
     "bitsandbytes 4 bits, nested scales",
     "loftq 4 bits",
+    "loftq 3 bits",
     "loftq 2 bits",
     "trellis 2 bits",
 )
@@ -75,6 +76,7 @@ WAYS: dict[str, Callable[[Any, int], nn.Module]] = {  # model, rank -> the model
     BNB: _bitsandbytes,
     BNB_NESTED: functools.partial(_bitsandbytes, nested=True),
     LOFTQ4: functools.partial(_packed, bits=4),
+    LOFTQ3: functools.partial(_packed, bits=3),
     LOFTQ2: functools.partial(_packed, bits=2),
     TRELLIS2: functools.partial(_packed, bits=2, code="trellis"),
 }

@@ -31,9 +31,8 @@ def trellis_side(size: int, bits: float, window: int, column_rates: bool = False
     stored = {"weight": torch.randint(-128, 128, shape, dtype=torch.int8)}
     stored["weight_scale"] = torch.rand(size, 1).bfloat16()
     if column_rates:
-        half = torch.randint(0, 31, (size // 2,))
-        half[half > 0] += 1
-        half[half == 31] = 32
+        half = torch.randint(0, 33, (size // 2,))
+        half[half == 1] = 0  # a sixteenth of a bit is less than a window
         stored["weight_rate"] = torch.cat([half, 2 * spec.rate - half])[torch.randperm(size)].byte()
     return stored, spec
 

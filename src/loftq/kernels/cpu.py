@@ -159,48 +159,79 @@ def decode_into(out: Tensor, stored: dict[str, Tensor], spec: QuantSpec) -> Tens
 
 
 def linear(x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, bias: Tensor | None = None) -> Tensor:
-    """``x @ W.T + bias``. For few tokens straight from the packed weight, in float32, else decoded first, then BLAS."""
-    tokens = x.numel() // columns
-    if tokens <= FEW_TOKENS and x.dtype in FEW_DTYPES:
-        codes, rows = _codes(stored, spec, columns), x.detach().reshape(tokens, columns).float()
-        y = few_products(rows, len(codes.packed), functools.partial(_product, spec.width), *codes)
-        return (y if bias is None else y.add_(bias)).to(x.dtype).view(*x.shape[:-1], y.shape[1])
-    if x.dtype != torch.float32:
-        bias = None if bias is None else bias.to(x.dtype)
-        return torch.nn.functional.linear(x, dequantize(stored, spec, columns, x.dtype), bias)
-    rows, y = x.detach().reshape(tokens, columns), x.new_empty(tokens, len(stored["weight"]))
-    for part, weight in _parts(stored, spec, columns):
-        torch.mm(rows, weight.T, out=y[:, part])
-    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], y.shape[1])
-
-
-def few_products(x: Tensor, rows: int, kernel: Callable[[int], Callable], *weight: Any) -> Tensor:
-    """``x @ W.T`` in float32: by the kernel for one token, or for :data:`TOGETHER` at once."""
-    tokens, few = len(x), 1 if len(x) == 1 else TOGETHER
-    x = torch.nn.functional.pad(x, (0, 0, 0, -tokens % few)) if tokens % few else x.contiguous()
-    y = x.new_empty(len(x), rows)
-    for t in range(0, len(x), few):
-        run_over_rows(kernel(few), rows, *weight, x[t : t + few], y[t : t + few])
-    return y[:tokens]
+    """``x @ W.T + bias``."""
+    return multiply_by(_weight(stored, spec, columns), x, bias)
 
 
 def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:
+    """``grad @ W``."""
+    return multiply_back(_weight(stored, spec, columns), grad)
+
+
+class Weight(NamedTuple):
+    """A packed weight, as products see it."""
+
+    rows: int
+    columns: int
+    arguments: tuple[Any, ...]  # what kernels are told about it
+    product: Callable[[int], Callable]  # tokens that are multiplied at once -> the kernel
+    parts: Callable[[], Iterator[tuple[slice, Tensor]]]  # the dense weight in float32, some rows at a time
+    dense: Callable[[torch.dtype], Tensor]
+
+
+def multiply_by(weight: Weight, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ W.T + bias``. For few tokens straight from the packed weight, in float32; else decoded first, then BLAS."""
+    rows = x.detach().reshape(x.numel() // weight.columns, weight.columns)
+    if len(rows) <= FEW_TOKENS and x.dtype in FEW_DTYPES:
+        y = _few_products(weight, rows.float())
+        y = (y if bias is None else y.add_(bias)).to(x.dtype)
+    elif x.dtype != torch.float32:
+        y = torch.nn.functional.linear(rows, weight.dense(x.dtype), None if bias is None else bias.to(x.dtype))
+    else:
+        y = rows.new_empty(len(rows), weight.rows)
+        for part, decoded in weight.parts():
+            torch.mm(rows, decoded.T, out=y[:, part])
+        y = y if bias is None else y.add_(bias)
+    return y.view(*x.shape[:-1], weight.rows)
+
+
+def _few_products(weight: Weight, x: Tensor) -> Tensor:
+    """``x @ W.T`` in float32: one token, or :data:`TOGETHER` at once."""
+    tokens, few = len(x), 1 if len(x) == 1 else TOGETHER
+    x = torch.nn.functional.pad(x, (0, 0, 0, -tokens % few)) if tokens % few else x.contiguous()
+    y = x.new_empty(len(x), weight.rows)
+    for t in range(0, len(x), few):
+        run_over_rows(weight.product(few), weight.rows, *weight.arguments, x[t : t + few], y[t : t + few])
+    return y[:tokens]
+
+
+def multiply_back(weight: Weight, grad: Tensor) -> Tensor:
     """``grad @ W``: decoded, then BLAS."""
-    rows = grad.detach().reshape(-1, len(stored["weight"]))
+    rows = grad.detach().reshape(-1, weight.rows)
     if grad.dtype != torch.float32:
-        return (rows @ dequantize(stored, spec, columns, grad.dtype)).view(*grad.shape[:-1], columns)
-    result = grad.new_zeros(len(rows), columns)
-    for part, weight in _parts(stored, spec, columns):
-        result.addmm_(rows[:, part], weight)
-    return result.view(*grad.shape[:-1], columns)
+        result = rows @ weight.dense(grad.dtype)
+    else:
+        result = rows.new_zeros(len(rows), weight.columns)
+        for part, decoded in weight.parts():
+            result.addmm_(rows[:, part], decoded)
+    return result.view(*grad.shape[:-1], weight.columns)
 
 
-def _parts(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Iterator[tuple[slice, Tensor]]:
+def _weight(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Weight:
+    codes = _codes(stored, spec, columns)
+    return Weight(
+        *(len(codes.packed), columns, codes),
+        product=functools.partial(_product, spec.width),
+        parts=functools.partial(_parts, codes, spec.width, columns),
+        dense=functools.partial(dequantize, stored, spec, columns),
+    )
+
+
+def _parts(codes: "Codes", bits: int, columns: int) -> Iterator[tuple[slice, Tensor]]:
     """The dense weight in float32, some rows at a time, always in the same memory.
 
     Fresh memory for a whole weight costs more, in page faults, than decoding it.
     """
-    codes = _codes(stored, spec, columns)
     rows = len(codes.packed)
     step = min(rows, max(16, PART // columns))
     held = scratch(step * columns)
@@ -209,7 +240,7 @@ def _parts(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Iterator
         weight = held[: (part.stop - start) * columns].view(-1, columns)
         zero = None if codes.zero is None else codes.zero[part]
         some = codes._replace(packed=codes.packed[part], scale=codes.scale[part], zero=zero)
-        run_over_rows(_decoder(spec.width), len(weight), *some, weight)
+        run_over_rows(_decoder(bits), len(weight), *some, weight)
         yield part, weight
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loftq.codes import RATE_UNIT, levels
 from loftq.kernels import viterbi, windows
-from loftq.kernels.cpu import FEW_DTYPES, FEW_TOKENS, PART, few_products, run_over_rows, scratch
+from loftq.kernels.cpu import PART, Weight, multiply_back, multiply_by, run_over_rows, scratch
 from loftq.numerics import Quantized, trellis_rounding
 from loftq.numerics.trellis import better_scales, first_scales
 from loftq.spec import QuantSpec, trellis_groups
@@ -96,30 +96,23 @@ def decode_into(out: Tensor, stored: dict[str, Tensor], spec: QuantSpec) -> Tens
 
 
 def linear(x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, bias: Tensor | None = None) -> Tensor:
-    """``x @ W.T + bias``. For few tokens straight from the packed weight, in float32, else decoded first, then BLAS."""
-    tokens = x.numel() // columns
-    if tokens <= FEW_TOKENS and x.dtype in FEW_DTYPES:
-        strings, rows = _strings(stored, spec, columns), x.detach().reshape(tokens, columns).float()
-        y = few_products(rows, len(strings.scale), windows.kernel, *strings)
-        return (y if bias is None else y.add_(bias)).to(x.dtype).view(*x.shape[:-1], y.shape[1])
-    if x.dtype != torch.float32:
-        bias = None if bias is None else bias.to(x.dtype)
-        return torch.nn.functional.linear(x, dequantize(stored, spec, columns, x.dtype), bias)
-    rows, y = x.detach().reshape(tokens, columns), x.new_empty(tokens, len(stored["weight_scale"]))
-    for part, weight in _parts(_strings(stored, spec, columns), columns):
-        torch.mm(rows, weight.T, out=y[:, part])
-    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], y.shape[1])
+    """``x @ W.T + bias``."""
+    return multiply_by(_weight(stored, spec, columns), x, bias)
 
 
 def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:
-    """``grad @ W``: decoded, then BLAS."""
-    rows = grad.detach().reshape(-1, grad.shape[-1])
-    if grad.dtype != torch.float32:
-        return (rows @ dequantize(stored, spec, columns, grad.dtype)).view(*grad.shape[:-1], columns)
-    result = grad.new_zeros(len(rows), columns)
-    for part, weight in _parts(_strings(stored, spec, columns), columns):
-        result.addmm_(rows[:, part], weight)
-    return result.view(*grad.shape[:-1], columns)
+    """``grad @ W``."""
+    return multiply_back(_weight(stored, spec, columns), grad)
+
+
+def _weight(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Weight:
+    strings = _strings(stored, spec, columns)
+    return Weight(
+        *(len(strings.scale), columns, strings),
+        product=windows.kernel,
+        parts=functools.partial(_parts, strings, columns),
+        dense=functools.partial(dequantize, stored, spec, columns),
+    )
 
 
 class Strings(NamedTuple):

@@ -14,10 +14,12 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.core.datamodel import PrimitiveModel
+from numba.core.datamodel.models import PrimitiveModel
 from numba.extending import intrinsic, register_model
 
 LANES = 16
+operation: Any = intrinsic  # for type checkers: kernels give all arguments but the first
+of_constants: Any = intrinsic(prefer_literal=True)
 BYTE, SHORT, WORD, LONG, REAL = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 MULTIPLY_ADD = "llvm.fmuladd.v16f32"
 WORDS, REALS, HALF = ir.VectorType(WORD, LANES), ir.VectorType(REAL, LANES), ir.VectorType(REAL, LANES // 2)
@@ -50,7 +52,7 @@ class _VectorsModel(PrimitiveModel):
         super().__init__(manager, kind, ir.ArrayType(REALS, kind.count))
 
 
-@intrinsic
+@operation
 def spread(typing: Any, value: Any) -> Any:
     """A float32 value in all lanes."""
 
@@ -61,17 +63,17 @@ def spread(typing: Any, value: Any) -> Any:
     return vector(types.float32), build
 
 
-@intrinsic
+@operation
 def subtract(typing: Any, a: Any, b: Any) -> Any:
     return vector(vector, vector), lambda context, builder, signature, values: builder.fsub(*values)
 
 
-@intrinsic
+@operation
 def multiply(typing: Any, a: Any, b: Any) -> Any:
     return vector(vector, vector), lambda context, builder, signature, values: builder.fmul(*values)
 
 
-@intrinsic(prefer_literal=True)
+@of_constants
 def zeros(typing: Any, count: Any) -> Any:
     """So many vectors of zeros; a constant."""
     if not isinstance(count, types.IntegerLiteral):
@@ -80,7 +82,7 @@ def zeros(typing: Any, count: Any) -> Any:
     return kind(count), lambda context, builder, signature, values: ir.Constant(context.get_value_type(kind), None)
 
 
-@intrinsic
+@operation
 def add_products(typing: Any, sums: Any, values: Any, array: Any, at: Any, stride: Any) -> Any:
     """``sums[t] + values * array[at + t * stride:]`` for every one of the sums, sixteen values of a float32 array each.
 
@@ -99,7 +101,7 @@ def add_products(typing: Any, sums: Any, values: Any, array: Any, at: Any, strid
     return sums(sums, values, array, at, stride), build
 
 
-@intrinsic
+@operation
 def add_scaled(typing: Any, sums: Any, parts: Any, scale: Any) -> Any:
     """``sums[t] + parts[t] * scale`` for every one."""
 
@@ -113,7 +115,7 @@ def add_scaled(typing: Any, sums: Any, parts: Any, scale: Any) -> Any:
     return sums(sums, sums, vector), build
 
 
-@intrinsic
+@operation
 def add_totals(typing: Any, array: Any, at: Any, stride: Any, sums: Any) -> Any:
     """``array[at + t * stride]`` grows by the sum of the sixteen lanes of ``sums[t]``, added by halves."""
 
@@ -133,7 +135,7 @@ def add_totals(typing: Any, array: Any, at: Any, stride: Any, sums: Any) -> Any:
     return types.void(array, at, stride, sums), build
 
 
-@intrinsic
+@operation
 def store(typing: Any, array: Any, at: Any, value: Any) -> Any:
     """A vector, or one float32 value, to place ``at``: of a uint16 array as the bits of bfloat16, ties to even."""
 
@@ -159,7 +161,7 @@ def _to_bfloat16(builder: Any, value: Any) -> Any:
     return builder.trunc(builder.lshr(rounded, constant[16]), shape(SHORT))
 
 
-@intrinsic(prefer_literal=True)
+@of_constants
 def look_up(typing: Any, table: Any, packed: Any, at: Any, bits: Any) -> Any:
     """The values of sixteen codes.
 
@@ -189,17 +191,18 @@ def look_up(typing: Any, table: Any, packed: Any, at: Any, bits: Any) -> Any:
     return vector(table, packed, at, bits), build
 
 
-@intrinsic
+@operation
 def bits_at(typing: Any, packed: Any, at: Any) -> Any:
     """Eight bytes from place ``at`` on, as one number."""
 
     def build(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return _load(builder, _place(context, builder, signature.args[0], *values, BYTE), LONG)
+        array, at = values
+        return _load(builder, _place(context, builder, signature.args[0], array, at, BYTE), LONG)
 
     return types.uint64(packed, at), build
 
 
-@intrinsic
+@operation
 def take(typing: Any, table: Any, indices: Any, at: Any) -> Any:
     """The float32 values of ``table`` with sixteen indices, from place ``at`` of an array of uint16 on.
 
@@ -274,7 +277,7 @@ def _loaded_one_by_one(builder: Any, table: Any, words: list[tuple[Any, int]], w
     return found
 
 
-@intrinsic
+@operation
 def real(typing: Any, stored: Any) -> Any:
     """A stored scale or zero point as float32: uint16 the bits of bfloat16, int16 those of float16, uint8 a number."""
 

@@ -1,0 +1,125 @@
+"""How fast is one token generated on packed weights, and what does a loaded model hold in memory?
+
+Peer: the same model with dense float32 and dense bfloat16 weights, and bitsandbytes NF4 through transformers; llama.cpp
+is not among them. All have LoRA of rank 16 on every linear layer, in the dtype that PEFT gives it; switched off, the
+products of the base alone are compared. Memory is what a process of its own takes to
+load a directory of 4 bits, and to make a token, beyond what torch, transformers and PEFT take; the libraries that each
+side loads for it are counted.
+
+Goal: for one token at 4 and at 2 bits, in bfloat16, 1.5 times the speed of dense float32 and 1.2 times that of dense
+bfloat16, on one thread; at most 1.2 times the memory of bitsandbytes. A Llama of 6 layers, hidden 2048, 0.3 billion
+weights; a token after a prompt of 8.
+"""
+
+import ctypes
+import gc
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import loftq
+from harness import Bench, Versus, in_own_process, resident
+from models import BNB, DENSE, LOFTQ2, LOFTQ3, LOFTQ4, TRELLIS2, WAYS, llama
+
+RANK, PROMPT = 16, 8
+FLOAT, HALF = "float32", "bfloat16"
+Shape = tuple[int, int, int]  # hidden, layers, vocabulary
+
+
+def one_token(model: Any) -> Callable[[], Any]:
+    """A call that makes one token after a prompt, always the same one."""
+    model.eval()
+    ids = torch.randint(model.config.vocab_size, (1, PROMPT + 1))
+    with torch.inference_mode():
+        cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
+
+    @torch.inference_mode()
+    def call() -> None:
+        model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+        cache.crop(-1)
+
+    return call
+
+
+def without_adapter(model: Any, call: Callable[[], Any]) -> Callable[[], Any]:
+    def bare() -> None:
+        with model.disable_adapter():
+            call()
+
+    return bare
+
+
+def speed(bench: Bench, shape: Shape) -> None:
+    """One token of all models, in turn; all are in memory."""
+    ways = [(DENSE, FLOAT), (DENSE, HALF), (BNB, HALF)]
+    ways += [(way, dtype) for way in (LOFTQ4, LOFTQ3, LOFTQ2, TRELLIS2) for dtype in (FLOAT, HALF)]
+    models = {f"{way}, {dtype}": WAYS[way](llama(*shape, dtype), RANK) for way, dtype in ways}
+    calls = {side: one_token(model) for side, model in models.items()}
+    versus = []
+    for way in (LOFTQ4, LOFTQ3, LOFTQ2, TRELLIS2):
+        goals = (1.5, 1.2) if way in (LOFTQ4, LOFTQ2) else (None, None)
+        versus += [Versus(f"{way}, {HALF}", f"{DENSE}, {FLOAT}", goals[0])]
+        versus += [Versus(f"{way}, {HALF}", f"{DENSE}, {HALF}", goals[1])]
+        versus += [Versus(f"{way}, {HALF}", f"{BNB}, {HALF}"), Versus(f"{way}, {FLOAT}", f"{DENSE}, {FLOAT}")]
+    hidden, layers, _ = shape
+    for threads in sorted({1, bench.threads}):
+        torch.set_num_threads(threads)
+        goals = versus if threads == 1 else [Versus(v.side, v.peer) for v in versus]
+        case = f"one token, hidden {hidden}, {layers} layers, {threads} thread{'s' * (threads > 1)}"
+        bench.compare(case, calls, goals, repeats=3 if bench.quick else 9, number=1 if bench.quick else 2)
+        bare = {side: without_adapter(models[side], call) for side, call in calls.items()}
+        goals = [Versus(v.side, v.peer) for v in versus]
+        bench.compare(f"{case}, without adapter", bare, goals, repeats=3 if bench.quick else 7)
+
+
+def loaded(directory: str) -> dict[str, int]:
+    """Bytes that this process takes with a model loaded, and after it has made a token, beyond those before."""
+    from transformers.models.llama import modeling_llama  # noqa: F401  # which every side needs
+
+    before = resident()
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
+    gc.collect()
+    after = resident()
+    with torch.inference_mode():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long))
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return {"loaded": after - before, "loaded, a token made": resident() - before}
+
+
+def memory(bench: Bench, shape: Shape) -> None:
+    with tempfile.TemporaryDirectory() as work:
+        dense = f"{work}/dense"
+        llama(*shape, HALF).save_pretrained(dense)
+        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+        theirs: Any = AutoModelForCausalLM.from_pretrained(dense, quantization_config=nf4, dtype=torch.bfloat16)
+        theirs.save_pretrained(f"{work}/bnb")
+        loftq.quantize(dense, f"{work}/loftq", bits=4, rank=RANK, preset="qlora", code="nf", progress=False)
+        found: dict[str, list[dict[str, int]]] = {f"{BNB}": [], f"{LOFTQ4}": []}
+        for _ in range(1 if bench.quick else 3):
+            for way, directory in ((BNB, "bnb"), (LOFTQ4, "loftq")):
+                found[way].append(in_own_process(loaded, f"{work}/{directory}"))
+        for way, directory in ((BNB, "bnb"), (LOFTQ4, "loftq")):
+            size = sum(file.stat().st_size for file in Path(work, directory).glob("*.safetensors"))
+            bench.record("memory, bfloat16", f"files of {way}", [size], "B")
+            for what in found[way][0]:
+                bench.record("memory, bfloat16", f"{way}, {what}", [each[what] for each in found[way]], "B")
+    for what, goal in (("loaded", None), ("loaded, a token made", 1.2)):
+        pairs = [ours[what] / theirs[what] for ours, theirs in zip(found[LOFTQ4], found[BNB], strict=True)]
+        bench.record("memory, bfloat16", f"{LOFTQ4} / {BNB}, {what}", pairs, "x", at_most=goal)
+
+
+def main() -> None:
+    bench = Bench(__file__, __doc__)
+    shape = (256, 2, 256) if bench.quick else (2048, 6, 4096)
+    bench.part(lambda: speed(bench, shape), "one token")
+    bench.part(lambda: memory(bench, shape), "memory")
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()
