@@ -11,13 +11,13 @@ from torch import nn
 
 from loftq.architecture import bounds
 from loftq.architecture.adapter import refusal
-from loftq.architecture.experts import KIND, TURNED, stack_kind
+from loftq.architecture.experts import STACKS, stack_kind
 from loftq.architecture.kinds import kind_of
 from loftq.architecture.reads import holders, readers
 from loftq.errors import InputError, quoted
 from loftq.formats import strict_json
 from loftq.planning import Role, Stack
-from loftq.spec import SUFFIXES
+from loftq.spec import STORED, SUFFIXES
 
 # Keys that steer transformers from inside a config file (CVE-2026-4372), with and without the underscore of their
 # private twins; never taken from a checkpoint.
@@ -32,7 +32,8 @@ INTERNAL_KEYS = (
 )
 LARGEST_SIZE = 1 << 31
 MOST_LAYERS = 4096
-PACKABLE = ("linear", "conv1d", "embedding", KIND, TURNED)
+QUANTIZATION = ("quantization_config", "compression_config")
+PACKABLE = ("linear", "conv1d", "embedding", *STACKS)
 RENAMED = "transformers would not find its packed tensors: it renames what it loads"
 Rename = Callable[[str], tuple[str, str | None]]
 MOST_MODULES = 250_000  # five times as many as a model of 61 layers with 256 experts each has
@@ -48,8 +49,9 @@ def read_config(directory: Path, *, quantized: bool = False) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: missing; a Hugging Face model directory holds a config.json beside its weights")
     config = strict_json.load_object(path, special=True)
-    method = _quantized_with(config)
-    if method and not quantized:
+    found = quantization_of(config)
+    if found is not None and not quantized:
+        method = quoted(found.get("quant_method", "an unnamed method") if isinstance(found, dict) else repr(found))
         raise InputError(f"{path}: already quantized with {method}; start from the full-precision checkpoint")
     _check_numbers(path, config)
     bounds.check_labels(path, config)
@@ -68,15 +70,29 @@ def without_internal_keys(config: Any) -> Any:
     return {key: without_internal_keys(one) for key, one in config.items() if not key.startswith(INTERNAL_KEYS)}
 
 
-def _quantized_with(config: dict[str, Any]) -> str:
-    """Method of a ``quantization_config``, also of a nested config; empty if there is none."""
+def quantization_of(config: dict[str, Any]) -> Any:
+    """The ``quantization_config`` of a configuration, also of a nested one; None if there is none."""
     for key, value in config.items():
-        if key in ("quantization_config", "compression_config") and value is not None:
-            return quoted(value.get("quant_method", "an unnamed method") if isinstance(value, dict) else repr(value))
-        nested = _quantized_with(value) if isinstance(value, dict) else ""
-        if nested:
+        if key in QUANTIZATION and value is not None:
+            return value
+        nested = quantization_of(value) if isinstance(value, dict) else None
+        if nested is not None:
             return nested
-    return ""
+    return None
+
+
+def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` and the configs nested in it, without what :func:`quantization_of` finds."""
+    kept = {key: value for key, value in config.items() if key not in QUANTIZATION}
+    return {key: without_quantization(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
+def dtype_of(config: dict[str, Any]) -> str:
+    """safetensors' name of the dtype that a model is used in by its configuration, or by that of its language model."""
+    nested = config.get("text_config")
+    configs = [config, nested if isinstance(nested, dict) else {}]
+    names = [c.get(key) for c in configs for key in ("dtype", "torch_dtype")]
+    return next((STORED[name] for name in names if isinstance(name, str) and name in STORED), STORED["bfloat16"])
 
 
 def _check_numbers(path: Path, config: dict[str, Any]) -> None:
@@ -132,7 +148,7 @@ def build(directory: Path, tensors: int | None = None, *, quantized: bool = Fals
     """
     path = directory / "config.json"
     values = read_config(directory, quantized=quantized)
-    values.pop("quantization_config", None)
+    values = without_quantization(values)
     if tensors is not None:
         bounds.check_layers(path, values, tensors)
     model_class, config_class = classes(path, values)
@@ -208,7 +224,7 @@ def finds_packed(rename: Rename, tensor: str, role: Role) -> bool:
 
 def parameter_of(role: Role) -> str:
     """The Parameter that a matrix or a stack is."""
-    return role.module if role.kind in (KIND, TURNED) else f"{role.module}.weight"
+    return role.module if role.kind in STACKS else f"{role.module}.weight"
 
 
 def parameter_roles(model: nn.Module) -> dict[str, Role]:
@@ -286,7 +302,7 @@ class _Modules:
             keep = self._reason(module_name)
         backbone = module_name.startswith(self._backbone) and module is not self._head
         owner = self._modules[module_name.partition(".parametrizations.")[0]]
-        if kind in (KIND, TURNED):
+        if kind in STACKS:
             return Role(name, kind, backbone, place, tied, keep, order=list(module._parameters).index(leaf))
         return Role(module_name, kind or _bare(owner, leaf, parameter, place), backbone, place, tied, keep)
 

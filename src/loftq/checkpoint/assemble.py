@@ -8,7 +8,7 @@ from typing import Any
 from loftq import planning
 from loftq.adapters import bases
 from loftq.architecture.adapter import adapter_config
-from loftq.architecture.skeleton import without_internal_keys
+from loftq.architecture.skeleton import without_internal_keys, without_quantization
 from loftq.checkpoint.manifest import MANIFEST
 from loftq.checkpoint.shards import Unit, Workspace
 from loftq.errors import InputError, listed
@@ -141,7 +141,7 @@ def _write_config(job: Job, work: Workspace) -> fsio.FileDigest:
     """The source's configuration with ours added, without keys that would select or run code."""
     plan = job.source.plan
     config = strict_json.load_object(job.source.directory / "config.json", special=True)
-    config = _without_places(without_internal_keys(config))
+    config = _without_places(without_quantization(without_internal_keys(config)))
     modules = [(m.module, m.quant) for m in plan.matrices if not m.experts]
     stacks = [(m.module, m.quant) for m in plan.matrices if m.experts]
     bits = planning.mean_bits(plan) if plan.budget else planning.nominal_bits(job.identity["options"]["bits"], plan)

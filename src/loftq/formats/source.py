@@ -103,22 +103,26 @@ class Checkpoint:
 
     def _rows(self, piece: Any) -> torch.Tensor:
         if not piece.transposed:
-            return self._range(piece.tensor, piece.start, piece.stop)[:: piece.step]
+            return self.rows(piece.tensor, piece.start, piece.stop)[:: piece.step]
         inner, width = piece.shape[-2:]  # the rows are columns of one of the stack's matrices
         place = piece.start // width
         first = place * width
-        block = self._range(piece.tensor, place * inner, (place + 1) * inner).T
+        block = self.rows(piece.tensor, place * inner, (place + 1) * inner).T
         return block[piece.start - first : piece.stop - first : piece.step]
 
-    def _range(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows of a tensor, seen as a matrix of its last axis; a vector's are its values."""
+    def rows(self, name: str, start: int, stop: int, columns: int | None = None) -> torch.Tensor:
+        """Rows of a tensor, seen as a matrix of its last axis; a vector's are its values.
+
+        Args:
+            columns: those of the matrix, if it is to be another.
+        """
         info = self._info(name)
-        columns = info.shape[1:] and info.shape[-1:]
+        shape = info.shape[1:] and info.shape[-1:] if columns is None else (columns,)
         if self.kind != "safetensors":
-            return self.read(name).reshape(-1, *columns)[start:stop]
-        row = info.torch_dtype.itemsize * math.prod(columns)
+            return self.read(name).reshape(-1, *shape)[start:stop]
+        row = info.torch_dtype.itemsize * math.prod(shape)
         begin, end = info.start + start * row, info.start + stop * row
-        part = replace(info, shape=(stop - start, *columns), start=begin, stop=end, nbytes=end - begin)
+        part = replace(info, shape=(stop - start, *shape), start=begin, stop=end, nbytes=end - begin)
         return read_tensor(part, self._stamps[info.file])
 
     def chunks(self, name: str) -> Iterator[memoryview]:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from loftq.errors import InputError, NumericalError, naming, quoted
-from loftq.formats.source import Checkpoint, is_quantized_source, open_checkpoint
+from loftq.formats.source import Checkpoint
 from loftq.formats.statistics import Statistics
 from loftq.numerics import frobenius, oriented, oriented_shape
 from loftq.planning import FLOATS, Made, sources
 from loftq.solver import fit_adapter
+from loftq.sources.checkpoint import open_weights
 from loftq.spec import SolveSpec
 
 MATRICES = ("linear", "conv1d", "embedding")
@@ -123,14 +124,9 @@ def open_originals(directory: Path) -> Originals:
 
     Raises: InputError for one that is quantized itself.
     """
-    from loftq.architecture import skeleton
     from loftq.architecture.conversion import converted_roles
 
-    checkpoint = open_checkpoint(directory)
-    method = is_quantized_source(checkpoint.tensors)
-    if method:
-        raise InputError(f"{directory}: quantized with {method}; give the full-precision checkpoint")
-    built = skeleton.build(directory, len(checkpoint.tensors))
+    checkpoint, built = open_weights(directory, "give")
     modules: dict[str, Original] = {}
     tensors, roles = converted_roles(built, {n: (t.dtype, t.shape) for n, t in checkpoint.tensors.items()})
     for tensor, role in roles.items():

@@ -7,6 +7,7 @@ from typing import Any
 
 from loftq import planning
 from loftq.errors import InputError, StorageError, first_line, listed, quoted
+from loftq.formats import dequantized
 from loftq.formats.belongings import module_paths, not_fetched
 from loftq.formats.lookalikes import refuse_adapter
 from loftq.formats.regular import local_path, shown
@@ -65,16 +66,34 @@ def open_source(model: str, policy: Policy, revision: str | None = None) -> Sour
 
 def open_dense(directory: Path) -> tuple[Checkpoint, Any]:
     """Headers and skeleton of a full-precision model, which fit each other: nothing of the backbone is missing."""
-    from loftq.architecture import presence, skeleton
+    from loftq.architecture import presence
 
-    checkpoint = open_checkpoint(directory)
-    refuse_adapter(directory)
-    method = is_quantized_source(checkpoint.tensors)
-    if method:
-        raise InputError(f"{directory}: already quantized with {method}; start from the full-precision checkpoint")
-    built = skeleton.build(directory, len(checkpoint.tensors))
+    checkpoint, built = open_weights(directory)
     presence.check_weights(built, {n: (t.dtype, t.shape) for n, t in checkpoint.tensors.items()}, directory)
     return checkpoint, built
+
+
+def open_weights(directory: Path, cure: str = "start from") -> tuple[Checkpoint, Any]:
+    """Headers and skeleton of a full-precision model, or of one in 4 or 8 bits that :mod:`loftq.formats.dequantized`
+    can read as that.
+
+    Args:
+        cure: what to do with the full-precision checkpoint, for the message.
+
+    Raises: InputError for one that is quantized in another way.
+    """
+    from loftq.architecture import skeleton
+
+    stored = open_checkpoint(directory)
+    refuse_adapter(directory)
+    config = skeleton.read_config(directory, quantized=True)
+    found = skeleton.quantization_of(config)
+    readable = found is None or (isinstance(found, dict) and found.get("quant_method") in dequantized.METHODS)
+    checkpoint = dequantized.dense(stored, found, skeleton.dtype_of(config)) if readable else stored
+    method = is_quantized_source(checkpoint.tensors)
+    if method:
+        raise InputError(f"{directory}: already quantized with {method}; {cure} the full-precision checkpoint")
+    return checkpoint, skeleton.build(directory, len(checkpoint.tensors), quantized=checkpoint is not stored)
 
 
 def resolve(model: str, revision: str | None = None) -> Path:
