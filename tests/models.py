@@ -222,10 +222,22 @@ FAMILIES = {
     ),
     "deepseek-v3": Family("DeepseekV3ForCausalLM", "DeepseekV3Config", DEEPSEEK, 18),
     "nemotron-h": Family("NemotronHForCausalLM", "NemotronHConfig", NEMOTRON, 8),
+    "llama4": Family(
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        {**LLAMA, **MOE, "num_local_experts": 4, "intermediate_size_mlp": INNER, "interleave_moe_layer_step": 1},
+        18,
+    ),
+    "jetmoe": Family(
+        "JetMoeForCausalLM",
+        "JetMoeConfig",
+        {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 16, "aux_loss_coef": 0.0},
+        10,
+    ),
 }
 # One tensor for each expert in the files; likewise; transposed, interleaved, with biases; fused and renamed; beside
-# shared experts and dense layers; without gates.
-MIXTURES = ["mixtral", "qwen3-moe", "gpt-oss", "granite-moe", "deepseek-v3", "nemotron-h"]
+# shared experts and dense layers; without gates; of classes without a mark.
+MIXTURES = ["mixtral", "qwen3-moe", "gpt-oss", "granite-moe", "deepseek-v3", "nemotron-h", "llama4", "jetmoe"]
 SPECIAL = ["llama-deep", "llama-flat", "gemma-untied"]
 DENSE = [name for name in FAMILIES if name not in (*MIXTURES, *SPECIAL)]
 
@@ -368,7 +380,9 @@ def substituted(dense: Any, values: dict[str, Tensor]) -> Any:
             owner, _, leaf = module.rpartition(".")
             parent: Any = model.get_submodule(owner)
             if leaf in parent._parameters:
-                parent._parameters[leaf].copy_(value.transpose(1, 2) if parent.is_transposed else value)
+                parent._parameters[leaf].copy_(
+                    value.transpose(1, 2) if getattr(parent, "is_transposed", False) else value
+                )
                 continue
             target = model.get_submodule(module)
             transposed = not isinstance(target, (nn.Linear, nn.Embedding))

@@ -8,6 +8,8 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel
 from torch.nn import functional
+from transformers.models.llama4 import modeling_llama4
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 import loftq
 import reader
@@ -16,7 +18,7 @@ from loftq.formats.source import Checkpoint
 from loftq.nn.experts import PackedExperts, StackFactors, pack_experts
 from loftq.numerics import encode, quantize
 from loftq.spec import QuantSpec
-from models import MIXTURES, VOCAB, close, inputs, outputs, same, substituted, tensors, tiny, written
+from models import MIXTURES, close, inputs, outputs, same, substituted, tensors, tiny, written
 from models import quantize as quantize_checkpoint
 
 WIDTHS = [
@@ -57,8 +59,8 @@ def test_all_experts_are_packed_and_nothing_that_routes(made, name):
 @pytest.mark.parametrize("name", MIXTURES)
 @pytest.mark.parametrize("options", WIDTHS, ids=lambda options: f"{options['bits']}-bit")
 def test_packed_and_started_they_compute_what_the_files_say(made, name, options):
-    if name not in ("mixtral", "gpt-oss") and options["bits"] != 2:
-        pytest.skip("the widths are tried on one family of either orientation")
+    if name not in ("mixtral", "gpt-oss", "llama4") and options["bits"] != 2:
+        pytest.skip("the widths are tried on one family of each orientation")
     checkpoint = made(name, **options)
     model = checkpoint.load()
     with torch.no_grad():
@@ -238,23 +240,39 @@ def test_formats_that_hold_no_stacks_are_refused(tmp_path):
         quantize_checkpoint(tmp_path / "dense", tmp_path / "out", bits=4, format="bnb", min_coverage=0.0)
 
 
-def test_experts_of_another_way_of_computing_are_kept_and_missed(tmp_path):
-    """Llama 4 gives every expert all tokens, in a class that transformers does not mark."""
-    config = transformers.Llama4TextConfig(
-        vocab_size=VOCAB,
-        hidden_size=72,
-        intermediate_size=40,
-        intermediate_size_mlp=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_local_experts=4,
-        interleave_moe_layer_step=1,
-    )
-    transformers.Llama4ForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"gate_up_proj \(Llama4TextExperts computes its experts in a way of its own"):
-        loftq.plan(tmp_path, bits=2, rank=4)
+class Squared(Llama4TextExperts):
+    """Experts of nobody's way."""
+
+    def forward(self, hidden_states):
+        return super().forward(hidden_states).square()
+
+
+def test_experts_of_another_way_of_computing_are_kept_and_missed(tmp_path, monkeypatch):
+    tiny("llama4").save_pretrained(tmp_path)
+    monkeypatch.setattr(modeling_llama4, "Llama4TextExperts", Squared)
+    with pytest.raises(InputError, match=r"gate_up_proj \(Squared computes its experts in a way of its own"):
+        loftq.plan(tmp_path, bits=2, rank=4, min_coverage=0.9)
+
+
+def test_rows_of_zeros_are_left_out_of_batches(monkeypatch):
+    """Llama 4 gives every expert all tokens, times zero where they are not sent to it."""
+    from loftq.kernels import cpu
+
+    module = next(m for m in tiny("llama4").modules() if isinstance(m, Llama4TextExperts))
+    packed = packed_of(module)
+    dense, draw = dense_of(packed, module), torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, 72, generator=draw)
+    x[1], x[2, 1:] = 0, 0
+    counted, product = [], cpu.linear_grad_input
+    monkeypatch.setattr(cpu, "linear_grad_input", lambda x, *args: counted.append(len(x)) or product(x, *args))
+    mine, theirs = x.flatten(0, 1).requires_grad_(), x.flatten(0, 1).clone().requires_grad_()
+    found, wanted = packed(mine), dense(theirs)
+    assert counted == [3, 1, 3, 3, 1, 3]  # of three experts, in two stacks
+    assert close(found, wanted)
+    found.square().sum().backward()
+    wanted.square().sum().backward()
+    assert close(mine.grad, theirs.grad)
+    assert packed(torch.zeros(8, 72)).abs().max() == 0
 
 
 # --- the module alone -----------------------------------------------------------------------------------------------
@@ -270,7 +288,7 @@ def packed_of(module: torch.nn.Module, bits: int = 3) -> PackedExperts:
         spec, dense = QuantSpec(bits=bits, scale_dtype="float32"), module.get_parameter(name).detach()
         pack_experts(packed, name, spec)
         for e, weight in enumerate(dense):
-            oriented = (weight.T if module.is_transposed else weight).contiguous()
+            oriented = (weight.T if getattr(module, "is_transposed", False) else weight).contiguous()
             packed.load_expert(name, e, encode(quantize(oriented, spec), spec))
     return packed
 

@@ -1,7 +1,8 @@
 """Experts that stay packed: a stack of matrices, of which only those that tokens are routed to are decoded.
 
 transformers marks its classes of experts with all that tells them apart (``use_experts_implementation``), and asks of
-each the same call, so one ``forward`` serves them all: gated or not, with biases, transposed, interleaved.
+each the same call, so one ``forward`` serves them all: gated or not, with biases, transposed, interleaved. Two
+more are for classes without the mark (:mod:`loftq.architecture.experts`).
 """
 
 import copy
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from loftq.architecture.experts import FIRST, LAST
+from loftq.architecture.experts import FIRST, LAST, TURNED, way_of
+from loftq.errors import InputError
 from loftq.nn import ops
 from loftq.nn.layers import Packed
 from loftq.spec import QuantSpec, stacked_tensors, stored_tensors
@@ -21,7 +23,7 @@ from loftq.spec import QuantSpec, stacked_tensors, stored_tensors
 
 @dataclass(frozen=True)
 class Bank:
-    """A stack of experts' matrices, each stored as ``(rows, columns)``, which is ``(out, in)``.
+    """A stack of experts' matrices, each stored as ``(rows, columns)``, which is ``(out, in)`` unless it is reversed.
 
     Attributes:
         transposed: the dense Parameter is ``(experts, in, out)``.
@@ -59,6 +61,7 @@ class PackedExperts(Packed):
     """A module of experts some of whose stacks are packed. Its class is made by :func:`pack_experts`."""
 
     banks: dict[str, Bank]
+    is_reversed = False  # whether its stacks are
 
     @property
     def weight_count(self) -> int:  # type: ignore[override]
@@ -139,15 +142,17 @@ class PackedExperts(Packed):
         if name in self.banks:
             bank = self.banks[name]
             args = ops.spec_key(bank.spec), bank.rows, bank.columns
-            y = ops.experts(x, ends, self.stored_of(name), *args)
+            product = ops.experts_grad_input if self.is_reversed else ops.experts
+            y = product(x, ends, self.stored_of(name), *args)
         else:
             weight: Any = getattr(self, name)
-            weight = weight if self.is_transposed else weight.transpose(1, 2)
+            weight = weight if self.is_reversed or self.is_transposed else weight.transpose(1, 2)
             y = ops.grouped_mm(x, weight.to(x.dtype), ends)
         for a, b, s in lora:
             dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else a.dtype
-            inner = ops.grouped_mm(x.to(dtype), a.to(dtype).transpose(1, 2), ends)
-            y = y + (ops.grouped_mm(inner, b.to(dtype).transpose(1, 2), ends) * s).to(y.dtype)
+            first, second = (b, a) if self.is_reversed else (a.transpose(1, 2), b.transpose(1, 2))
+            inner = ops.grouped_mm(x.to(dtype), first.to(dtype), ends)
+            y = y + (ops.grouped_mm(inner, second.to(dtype), ends) * s).to(y.dtype)
         bias = getattr(self, f"{name}_bias", None)
         return y if bias is None else y + bias[experts].to(y.dtype)
 
@@ -158,9 +163,44 @@ class PackedExperts(Packed):
         )
 
 
+class PackedBatches(PackedExperts):
+    """Experts that are given as many rows each, zeros where a token is not sent to them, as in Llama 4."""
+
+    is_reversed = True
+
+    def forward(self, hidden_states: Tensor, *, lora: Mapping[str, list[StackFactors]] | None = None) -> Tensor:  # type: ignore[override]
+        """``(experts · n, hidden)``; what is zero comes out as zero, and is left out of all products."""
+        me: Any = self
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        count = len(getattr(self, LAST))
+        places = x.any(1).nonzero()[:, 0]
+        ends = torch.searchsorted(places, torch.arange(1, count + 1, device=x.device) * (len(x) // count))
+        part = x[places]
+        if torch.is_autocast_enabled(x.device.type):
+            part = part.to(torch.get_autocast_dtype(x.device.type))
+        gate, up = self._project(FIRST[0], part, ends, ends, (lora or {}).get(FIRST[0], [])).chunk(2, -1)
+        y = self._project(LAST, up * me.act_fn(gate), ends, ends, (lora or {}).get(LAST, []))
+        return torch.zeros_like(x).index_copy(0, places, y.to(x.dtype))
+
+
+class PackedProducts(PackedExperts):
+    """One stack, called with rows sorted by expert and the number of each expert's, as in JetMoe."""
+
+    def forward(  # type: ignore[override]
+        self, inputs: Tensor, expert_size: list[int], *, lora: Mapping[str, list[StackFactors]] | None = None
+    ) -> Tensor:
+        ends = torch.tensor(expert_size, device=inputs.device).cumsum(0)
+        if torch.is_autocast_enabled(inputs.device.type):
+            inputs = inputs.to(torch.get_autocast_dtype(inputs.device.type))
+        return self._project("weight", inputs, ends, ends, (lora or {}).get("weight", []))
+
+
+_WAYS = {"routed": PackedExperts, "batched": PackedBatches, "product": PackedProducts}
+
+
 @functools.cache
-def _packed_class(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"LoftQ{cls.__name__}", (PackedExperts, cls), {"__module__": __name__})
+def _packed_class(cls: type[nn.Module], way: str) -> type[nn.Module]:
+    return type(f"LoftQ{cls.__name__}", (_WAYS[way], cls), {"__module__": __name__})
 
 
 def pack_experts(
@@ -173,12 +213,17 @@ def pack_experts(
     dense: Any = module.get_parameter(name)
     packed: Any = module
     if not isinstance(module, PackedExperts):
-        packed.__class__ = _packed_class(type(module))
+        way = way_of(module)
+        if way is None:
+            raise InputError(f"{type(module).__name__}.{name} is no stack of experts that can be packed")
+        packed.__class__ = _packed_class(type(module), way.name)
+        packed._kind = way.kind
         packed.banks, packed._stored_dtypes = {}, {}
         packed._like_model(device, dense.dtype)
     experts, rows, columns = dense.shape
-    rows, columns = (columns, rows) if packed.is_transposed else (rows, columns)
-    bank = packed.banks[name] = Bank(spec, experts, rows, columns, packed.is_transposed)
+    transposed = packed._kind == TURNED
+    rows, columns = (columns, rows) if transposed else (rows, columns)
+    bank = packed.banks[name] = Bank(spec, experts, rows, columns, transposed)
     layout, before = bank.layout(name), list(packed._parameters)
     del packed._parameters[name]
     packed._hold(layout, device)
@@ -194,7 +239,7 @@ def unpack_experts(module: PackedExperts, dtype: torch.dtype) -> PackedExperts:
     kept = {n: dense.get(n, p) for n, p in module._parameters.items() if n in dense or n not in module._stored_dtypes}
     module.__class__ = type(module).__bases__[1]
     module._parameters, module._buffers = kept, {n: b for n, b in module._buffers.items() if n != "_like"}
-    del module.banks, module._stored_dtypes
+    del module.banks, module._stored_dtypes, module._kind
     return twin
 
 
