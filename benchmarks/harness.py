@@ -50,9 +50,10 @@ class Bench:
     Attributes:
         quick: sizes that only show that the script works; nothing is written unless ``--output`` is given.
         threads: what every library was told to use.
+        options: further numbers, by their names.
     """
 
-    def __init__(self, script: str, doc: str) -> None:
+    def __init__(self, script: str, doc: str, **numbers: int) -> None:
         self.name = Path(script).stem
         paragraphs = [" ".join(p.split()) for p in doc.split("\n\n")]
         told = dict(p.split(": ", 1) for p in paragraphs if p.startswith(("Peer: ", "Goal: ")))
@@ -61,12 +62,15 @@ class Bench:
         parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
         parser.add_argument("--output", type=Path, help="directory of the JSON file [default: docs/data/bench]")
         parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further part after so many")
+        for name, number in numbers.items():
+            parser.add_argument(f"--{name}", type=int, default=number, help=f"[default: {number}]")
         options = parser.parse_args()
         if os.environ.get("OMP_NUM_THREADS") != str(options.threads):  # each library reads it once, when it is loaded
             os.environ["OMP_NUM_THREADS"] = str(options.threads)
             os.execv(sys.executable, sys.orig_argv)
         self.quick: bool = options.quick
         self.threads: int = options.threads
+        self.options: dict[str, int] = {name: getattr(options, name) for name in numbers}
         self.output: Path | None = options.output or (None if self.quick else ROOT / "docs" / "data" / "bench")
         self.console = Console(width=None if sys.stdout.isatty() else 120)
         self.end = time.monotonic() + 60 * options.minutes

@@ -44,6 +44,11 @@ SCRIPTS = {  # in the order of the page: title, and what limits the result
         "read serves eight rows. Encoding is bound by arithmetic: two "
         "multiply-adds and a minimum for each of the 2^L windows of a weight, half of a vector register at a time.",
     ),
+    "experts": (
+        "Experts",
+        "A token reads all weights of its 8 experts once: dense ones at the speed of memory, packed ones at that of "
+        "decoding. With many tokens the products are most of it.",
+    ),
     "startup": (
         "Start-up",
         "`import loftq` leaves torch, transformers and PEFT until they are needed. Numba compiles a kernel when it is "

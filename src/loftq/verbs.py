@@ -5,6 +5,7 @@ Those that make or calibrate something in memory are in :mod:`loftq.api`. Option
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from typing_extensions import Unpack
 
 from loftq.api import as_path, statistics_from
 from loftq.checkpoint.budget import check_budget, within_budget
+from loftq.checkpoint.estimate import estimate as estimated
 from loftq.checkpoint.manifest import read_manifest
 from loftq.checkpoint.verify import verify as _verify
 from loftq.errors import UsageError, checks_names, extra, option
@@ -42,6 +44,8 @@ def plan(
     *,
     calibration: Statistics | str | Path | None = None,
     curves: str | Path | None = None,
+    estimate: bool = False,
+    tokens: int = 2048,
     workers: int = default("workers"),
     revision: str | None = None,
     progress: bool = True,
@@ -53,7 +57,10 @@ def plan(
         model: a local directory or a hub id.
         calibration: with a budget: statistics of the model, or their directory; its error is then that of the outputs.
         curves: with a budget: a JSON file of measured errors; what it has of the same model is used again.
-        workers: with a budget: matrices measured at a time; 0: as many as CPUs and memory allow.
+        estimate: also what quantizing and training would take, as the plan's ``estimate``.
+        tokens: with an estimate: of a training batch, all sequences together.
+        workers: with a budget: matrices measured at a time; with an estimate: those it is for. 0: as many as CPUs and
+            memory allow.
         revision: branch, tag or commit of a hub id.
         options: of the plan, and of the solver.
 
@@ -63,20 +70,23 @@ def plan(
         >>> plan = loftq.plan("org/model", bits=2, rank=8)
         >>> plan.coverage, {matrix.name: matrix.quant.bits for matrix in plan.matrices}
         >>> loftq.plan("org/model", budget="300MB").budget["chosen"]["error"]
+        >>> loftq.plan("org/model", bits=2, estimate=True, tokens=4096).estimate["train"]["total"]
     """
     check_whole(option("workers"), workers, 0)
     policy, model = make_policy(options, calibrated=calibration is not None), as_path("model", model)
+    check_whole("tokens", tokens, 1)
     source = open_source(model, policy, revision)
     statistics = statistics_from(calibration, source.directory)
     check_statistics(policy.solve, statistics and statistics.kind)
-    if not policy.budget:
-        if curves is not None or calibration is not None:
-            raise UsageError(f"calibration and curves are of a budget here; give one: {option('budget', 2.5)}")
-        return source.plan
-    keep = None if curves is None else Path(as_path("curves", curves))
-    check_budget(source, policy, keep)
-    with MatrixBar("measuring", shown=progress) as bar:
-        return within_budget(source, policy, keep, statistics, workers=workers, begin=bar.begin).plan
+    if policy.budget:
+        keep = None if curves is None else Path(as_path("curves", curves))
+        check_budget(source, policy, keep)
+        with MatrixBar("measuring", shown=progress) as bar:
+            source = within_budget(source, policy, keep, statistics, workers=workers, begin=bar.begin)
+    elif curves is not None or calibration is not None:
+        raise UsageError(f"calibration and curves are of a budget here; give one: {option('budget', 2.5)}")
+    forecast = estimated(source, tokens, workers, statistics is not None) if estimate else None
+    return replace(source.plan, estimate=forecast)
 
 
 @checks_names

@@ -21,6 +21,10 @@ def plan(
         typer.Option(help="Directory made by `loftq calibrate`: a budget then goes by outputs.", show_default=False),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Save a picture of error against bytes: budget.png.")] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Say what it would take: CPU time, memory, disk; memory of training.")
+    ] = False,
+    tokens: Annotated[int, typer.Option(help="With --estimate: tokens of a training batch.", min=1)] = 2048,
     as_json: Json = False,
     **given: Any,
 ) -> None:
@@ -28,6 +32,7 @@ def plan(
     from loftq import verbs
     from loftq.report.budget import plot as draw
     from loftq.report.budget import print_budget
+    from loftq.report.estimate import print_estimate
     from loftq.report.figures import check_place
     from loftq.report.tables import print_cost, print_plan
     from loftq.sources.checkpoint import plan_table
@@ -36,15 +41,18 @@ def plan(
         raise UsageError("--plot and --curves are of a budget, and so is --calibrate here; give one: --budget 2.5")
     if plot:
         check_place(plot)
-    planned = verbs.plan(model, calibration=calibrate, **given)
+    planned = verbs.plan(model, calibration=calibrate, estimate=estimate, tokens=tokens, **given)
     rows, coverage, spent = plan_table(planned), planned.coverage, planned.budget
     if plot and spent:
         draw(spent, plot)
     if as_json:
-        budget = {"budget": spent} if spent else {}
-        print(json.dumps({"tensors": rows, "coverage": coverage, "digest": planned.digest(), **budget}, indent=2))
+        more = {name: told for name, told in (("budget", spent), ("estimate", planned.estimate)) if told}
+        print(json.dumps({"tensors": rows, "coverage": coverage, "digest": planned.digest(), **more}, indent=2))
         return
     print_plan(rows, coverage)
-    print_cost([m.shape for m in planned.matrices], planned.solve)
+    if planned.estimate:
+        print_estimate(planned.estimate)
+    else:
+        print_cost([m.shape for m in planned.matrices for _ in range(m.count)], planned.solve)
     if spent:
         print_budget(spent)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -50,8 +51,8 @@ class Role:
 
     Attributes:
         module: name of the module that owns it at run time; empty if the model has no such parameter.
-        kind: ``linear``, ``conv1d``, ``embedding``, ``experts`` or ``experts-transposed`` (a stack, whose ``module`` is
-            the name of the Parameter), ``parameter`` (a matrix of the layers that belongs to none of these modules), or
+        kind: ``linear``, ``conv1d``, ``embedding``, one that begins with ``experts`` (a stack, whose ``module`` is the
+            name of the Parameter), ``parameter`` (a matrix of the layers that belongs to none of these modules), or
             ``other``.
         backbone: inside the base model, not in a task head.
         tied: names of other parameters that are the same tensor.
@@ -148,6 +149,7 @@ class Plan:
         rank: the adapter's default rank; matrices that differ are in its ``rank_pattern``.
         coverage: share of the layers' matrices, in weights, that is quantized.
         budget: how the budget compares that chose it, :func:`loftq.checkpoint.budget.within_budget`; None without one.
+        estimate: what it would take, :func:`loftq.checkpoint.estimate.estimate`; None if that was not asked for.
     """
 
     matrices: tuple[Matrix, ...]
@@ -157,6 +159,7 @@ class Plan:
     rank: int
     solve: SolveSpec
     budget: dict[str, Any] | None = field(default=None, compare=False)
+    estimate: dict[str, Any] | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         bits = 8 * sum(m.bytes for m in self.matrices) / max(1, sum(m.numel for m in self.matrices))
@@ -170,13 +173,13 @@ class Plan:
     def coverage(self) -> float:
         """Share of the layers' matrices, in weights, that is quantized."""
         done = sum(m.numel for m in self.matrices)
-        missed = sum(_numel(k.shape) for k in self.kept if k.missed)
+        missed = sum(math.prod(k.shape) for k in self.kept if k.missed)
         return done / (done + missed) if done + missed else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: every decision, without what led to it."""
-        plan = asdict(replace(self, budget=None))
-        del plan["budget"]
+        plan = asdict(replace(self, budget=None, estimate=None))
+        del plan["budget"], plan["estimate"]
         for matrix, written in zip(self.matrices, plan["matrices"], strict=True):
             written["quant"] = matrix.quant.to_dict()
             if not matrix.instead:
@@ -236,7 +239,7 @@ def make(
             reason = "left dense by --bits"
         if reason:
             missed = role.module not in routers and _is_missed(role, shape, smallest)
-            kept.append(Kept(name, dtype, shape, _numel(shape) * _itemsize(dtype), reason, missed, role.made))
+            kept.append(Kept(name, dtype, shape, math.prod(shape) * _itemsize(dtype), reason, missed, role.made))
             continue
         budgeted = chosen.get(role.module) if chosen else None
         rows, columns = oriented_shape(role.kind, _one(role, shape))
@@ -247,7 +250,7 @@ def make(
                 f"a stack of experts, which cannot be exported to {policy.serve} yet" if _is_stack(role) else reason
             )
             missed = _is_missed(role, shape, smallest)
-            kept.append(Kept(name, dtype, shape, _numel(shape) * _itemsize(dtype), reason, missed, role.made))
+            kept.append(Kept(name, dtype, shape, math.prod(shape) * _itemsize(dtype), reason, missed, role.made))
             continue
         experts = shape[0] if _is_stack(role) else 0
         rank = budgeted.rank if budgeted else ranks(role.module)
@@ -301,7 +304,7 @@ def _as_in_source(kept: list[Kept], roles: Mapping[str, Role], converters: set[s
             result[k.name] = k
             continue
         for tensor, shape in sources(k.made).items():
-            size = _numel(shape) * _itemsize(k.dtype)
+            size = math.prod(shape) * _itemsize(k.dtype)
             result[tensor] = Kept(tensor, k.dtype, shape, size, k.reason, k.missed)
     return list(result.values())
 
@@ -346,7 +349,7 @@ def main_dtype(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
     counts = dict.fromkeys(FLOATS, 0)
     for dtype, shape in tensors.values():
         if dtype in counts:
-            counts[dtype] += _numel(shape)
+            counts[dtype] += math.prod(shape)
     return max(counts, key=counts.__getitem__)
 
 
@@ -383,12 +386,12 @@ def _smallest_matrix(shapes: list[tuple[int, ...]]) -> int:
     As many as the smallest quantized matrix has, or a square one of their typical width, if that is smaller.
     """
     widths = sorted(min(shape) for shape in shapes)
-    return min(*(_numel(shape) for shape in shapes), widths[len(widths) // 2] ** 2) if shapes else 0
+    return min(*(math.prod(shape) for shape in shapes), widths[len(widths) // 2] ** 2) if shapes else 0
 
 
 def _is_missed(role: Role, shape: tuple[int, ...], smallest: int) -> bool:
     """Whether a kept tensor is a matrix of the layers that one would want quantized."""
-    large = role.kind == "parameter" and _numel(shape) >= smallest
+    large = role.kind == "parameter" and math.prod(shape) >= smallest
     matrix = role.kind in ("linear", "conv1d") or _is_stack(role) or large
     return role.backbone and matrix and len(shape) > 1 and min(shape) > 1 and not set(role.module.split(".")) & HEADS
 
@@ -504,13 +507,6 @@ def _rank_value(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"{option('rank')}: {quoted(text)} is not a whole number of at least 1")
     return int(text)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count
 
 
 def _itemsize(dtype: str) -> int:

@@ -1,5 +1,6 @@
 """Tables for the terminal."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def print_plan(rows: list[dict[str, Any]], coverage: float) -> None:
     out = console()
     out.print(table)
     quantized = [r for r in rows if r["action"] == "quantize"]
-    weights = sum(r["shape"][0] * r["shape"][1] for r in quantized)
+    weights = sum(math.prod(r["shape"]) for r in quantized)
     packed, total = sum(r["bytes"] for r in quantized), sum(r["bytes"] for r in rows)
     out.print(
         f"\n{len(quantized)} of {len(rows)} tensors are quantized: {weights:,} weights, {coverage:.1%} of those in the "
@@ -90,13 +91,15 @@ def print_cost(shapes: list[tuple[int, int]], spec: SolveSpec) -> None:
     if not squares(spec):
         return
     each, plain = [seconds(*s, spec) for s in shapes], SolveSpec(**PRESETS["fitted"])
+    fitted = spell_time(sum(seconds(*s, plain) for s in shapes))
     console().print(
-        f"{preset_of(spec)} takes out·in² for a matrix, about {_time(sum(each))} of CPU time in all and "
-        f"{_time(max(each))} for the largest; fitted about {_time(sum(seconds(*s, plain) for s in shapes))} in all."
+        f"{preset_of(spec)} takes out·in² for a matrix, about {spell_time(sum(each))} of CPU time in all and "
+        f"{spell_time(max(each))} for the largest; fitted about {fitted} in all."
     )
 
 
-def _time(seconds: float) -> str:
+def spell_time(seconds: float) -> str:
+    """In the largest unit of which there are two."""
     units = {"hours": 3600, "minutes": 60, "seconds": 1}
     unit = next((u for u, n in units.items() if seconds >= 2 * n), "seconds")
     return f"{seconds / units[unit]:.1f} {unit}"

@@ -1,15 +1,29 @@
-"""What one matrix costs, by laws that were measured: docs/methods.md, "What they cost"."""
+"""What one matrix costs, by laws that were measured: docs/methods.md, "What they cost".
 
+benchmarks/constants.py measures their constants, and writes them to constants.json.
+"""
+
+import functools
+import json
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 from loftq.numerics.machine import default_workers
-from loftq.spec import SolveSpec
+from loftq.spec import QuantSpec, SolveSpec
 
-BASE = 13  # bytes of a worker per weight
-SQUARE = {"weights": 24, "calibrated": 40}  # bytes per in_features²: three, or five, float64 matrices
 
-PER_WEIGHT = 5e-8  # seconds of one CPU, per weight and step
-PER_SQUARE = 1.1e-10  # and per out_features * in_features², where error feedback goes over the codes
+@functools.cache
+def constants() -> dict[str, Any]:
+    """The measured constants.
+
+    Of one CPU, for a step: ``seconds_per_weight``; ``seconds_per_square``: and per ``out · in²``, where error feedback
+    goes over the codes; ``seconds_per_trellis_weight``: more, by the window. Of memory: ``bytes_of_process``;
+    ``bytes_per_weight``: of a worker; ``bytes_per_square``: and per ``in²``, for three or five float64 matrices. Of a
+    training step: ``floats_per_feature``: kept of a token for each input and output of a layer; ``bytes_per_logit``:
+    of a token and a word of the vocabulary.
+    """
+    return json.loads((Path(__file__).parent / "constants.json").read_text("utf-8"))
 
 
 def squares(spec: SolveSpec) -> bool:
@@ -20,14 +34,17 @@ def squares(spec: SolveSpec) -> bool:
 def memory(rows: int, columns: int, spec: SolveSpec, calibrated: bool) -> int:
     """Bytes that a worker needs for a matrix ``(rows, columns)``."""
     whole = calibrated and spec.metric == "full"
-    square = SQUARE["calibrated"] if whole else SQUARE["weights"] if squares(spec) else 0
-    return BASE * rows * columns + square * columns**2
+    square = constants()["bytes_per_square"]["calibrated" if whole else "weights"] if whole or squares(spec) else 0
+    return round(constants()["bytes_per_weight"] * rows * columns) + square * columns**2
 
 
-def seconds(rows: int, columns: int, spec: SolveSpec) -> float:
+def seconds(rows: int, columns: int, spec: SolveSpec, quant: QuantSpec | None = None) -> float:
     """CPU seconds for a matrix ``(rows, columns)``, about: measured on one CPU, within a factor of two on others."""
-    steps = max(spec.steps, 1)
-    return steps * rows * columns * (PER_WEIGHT + (PER_SQUARE * columns if squares(spec) else 0))
+    found = constants()
+    each = found["seconds_per_weight"] + (found["seconds_per_square"] * columns if squares(spec) else 0)
+    if quant is not None and quant.codebook.form == "trellis":
+        each += found["seconds_per_trellis_weight"][str(quant.window)]
+    return max(spec.steps, 1) * rows * columns * each
 
 
 def workers_for(shapes: Iterable[tuple[int, int]], spec: SolveSpec, device: str, calibrated: bool) -> int:

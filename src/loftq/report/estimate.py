@@ -1,0 +1,48 @@
+"""What quantizing and training would take, for the terminal."""
+
+from typing import Any
+
+from loftq.report.tables import console, plain_table, spell_time
+
+PARTS = {
+    "weights": "weights, packed",
+    "scales": "scales",
+    "kept": "what is kept",
+    "adapter": "adapter",
+    "gradients": "its gradients",
+    "optimizer": "its optimizer (AdamW)",
+    "decoding": "one decoded matrix",
+    "logits": "logits",
+    "activations": "activations",
+    "activations_with_checkpointing": "activations with checkpointing",
+    "total": "in all",
+    "total_with_checkpointing": "in all with checkpointing",
+}
+
+
+def print_estimate(estimate: dict[str, Any]) -> None:
+    """Two tables: quantizing, and training."""
+    quantize, train = estimate["quantize"], estimate["train"]
+    table = plain_table(("to quantize", "left"), ("", "right"))
+    table.add_row("CPU time", spell_time(quantize["cpu_seconds"]))
+    table.add_row("CPU time of the largest matrix", spell_time(quantize["largest_matrix_seconds"]))
+    for workers, seconds in quantize["seconds"].items():
+        here = " (this machine)" if workers == quantize["workers"] else ""
+        table.add_row(f"time, {workers} worker{'s' * (workers > 1)}{here}", spell_time(seconds))
+    table.add_row("memory of a worker", _size(quantize["memory_per_worker"]))
+    table.add_row(f"memory with {quantize['workers']} workers, here", _size(quantize["memory"]))
+    table.add_row("source", _size(quantize["source"]))
+    table.add_row("output, with the adapter", _size(quantize["output"]))
+    table.add_row("disk while it is made", _size(quantize["disk"]))
+    console().print(table)
+    table = plain_table((f"memory to train, {train['tokens']:,} tokens a batch", "left"), ("", "right"))
+    for part, name in PARTS.items():
+        table.add_row(name, _size(train[part]))
+    console().print(table)
+    console().print(
+        f"By constants that benchmarks/constants.py measured on {estimate['measured'].get('cpu', 'a CPU')}."
+    )
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e9:,.2f} GB" if number >= 1e8 else f"{number / 1e6:,.1f} MB"
