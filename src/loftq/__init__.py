@@ -43,6 +43,7 @@ __all__ = [
     "replace_lora_weights",
     "solve",
     "start",
+    "status",
     "train",
     "verify",
 ]
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
     from loftq.report.report import Report
     from loftq.solver import Solution, solve
     from loftq.spec import QuantSpec, SolveSpec, register_preset
-    from loftq.verbs import compare, evaluate, export, generate, inspect, merge, plan, start, train, verify
+    from loftq.verbs import compare, evaluate, export, generate, inspect, merge, plan, start, status, train, verify
 
 # module -> the public names that lie in it
 _PUBLIC = {
@@ -83,6 +84,7 @@ _PUBLIC = {
         "merge",
         "plan",
         "start",
+        "status",
         "train",
         "verify",
     ],

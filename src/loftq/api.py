@@ -193,7 +193,7 @@ def quantize(
     Args:
         model: a local directory or a hub id.
         output: the directory to be made.
-        max_shard_bytes: of the largest file of the backbone.
+        max_shard_bytes: of the largest file of the backbone; 0: by the size of the model.
         statistics: where those that are collected go; by default beside the output.
         progress: whether to show bars.
         options: of the plan, the solver and the run.

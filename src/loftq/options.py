@@ -281,6 +281,11 @@ class Work(Made, total=False):
         "Matrices worked on at a time. Default: as many as CPUs and memory allow; on a GPU one.",
     ]
     overwrite: Annotated[bool, Option(False), "Replace an earlier output of loftq."]
+    shared: Annotated[
+        bool,
+        Option(False),
+        "Share the work with all processes that run the same command on the same directory, on any machines.",
+    ]
 
 
 class Training(TypedDict, total=False):

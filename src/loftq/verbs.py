@@ -1,5 +1,5 @@
-"""The verbs of the command line as Python calls: plan, inspect, verify, start, merge, generate; train, evaluate,
-compare.
+"""The verbs of the command line as Python calls: plan, inspect, verify, status, start, merge, generate; train,
+evaluate, compare.
 
 Those that make or calibrate something in memory are in :mod:`loftq.api`. Options have the command line's names.
 """
@@ -15,6 +15,7 @@ from loftq.api import as_path, statistics_from
 from loftq.checkpoint.budget import check_budget, within_budget
 from loftq.checkpoint.estimate import estimate as estimated
 from loftq.checkpoint.manifest import read_manifest
+from loftq.checkpoint.status import status as _status
 from loftq.checkpoint.verify import verify as _verify
 from loftq.errors import UsageError, checks_names, extra, option
 from loftq.formats.statistics import Statistics
@@ -25,6 +26,7 @@ from loftq.planning import Plan, make_policy
 from loftq.report.bars import Bar, MatrixBar, RunBar
 from loftq.report.inspect import inspection
 from loftq.report.report import Report, of_checkpoint, of_start
+from loftq.report.status import line as status_line
 from loftq.serving.merge import MergeOptions
 from loftq.serving.merge import merge as _merge
 from loftq.sources.checkpoint import open_source, resolve
@@ -107,6 +109,22 @@ def verify(directory: str | Path) -> Report:
     """
     manifest = _verify(Path(as_path("directory", directory)))
     return of_checkpoint(manifest, f"{len(manifest['files'])} files, all good")
+
+
+@checks_names
+def status(directory: str | Path) -> Report:
+    """How far a run of :func:`quantize` is that other processes make, or that was stopped.
+
+    Args:
+        directory: its output.
+
+    Returns: ``state``, ``units`` and ``matrices`` (``done`` of ``all``), ``workers`` (``host``, ``pid``, ``state``, …)
+        and ``seconds_left``. Where processes share the work, it takes some seconds to see who is alive.
+
+    Raises: InputError for a directory that nobody works on.
+    """
+    found = _status(Path(as_path("directory", directory)))
+    return Report(found, status_line(found))
 
 
 @checks_names

@@ -198,14 +198,14 @@ def die_before(bench: Bench, k: int, **changes: Any) -> None:
     assert ended.code == LOST, ended.err
 
 
-OPS = {"mkdir", "create", "write", "fsync", "rename", "fsync-dir", "rmtree"}
+OPS = {"mkdir", "create", "write", "fsync", "rename", "link", "unlink", "fsync-dir", "rmtree"}
 
 
 def test_the_ops_are_known(bench):
     assert {op for op, _ in bench.calls} == OPS
 
 
-@pytest.mark.parametrize("op", ["mkdir", "create", "rename", "rmtree"])
+@pytest.mark.parametrize("op", ["mkdir", "create", "rename", "link", "unlink", "rmtree"])
 def test_killed_before_every(op, bench):
     """A kill keeps what was written, so these are all states but those within a file, which follow below.
 

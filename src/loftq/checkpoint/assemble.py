@@ -55,7 +55,7 @@ def assemble(job: Job, work: Workspace, records: list[dict[str, Any]]) -> dict[s
     fsio.make_dirs(work.output / ADAPTER)
     if len(job.units) > 1:
         write("model.safetensors.index.json", _write_index(job, work))
-    write(f"{ADAPTER}/adapter_model.safetensors", _write_adapter(job, work))
+    write(f"{ADAPTER}/adapter_model.safetensors", _write_adapter(job, work, records))
     write(f"{ADAPTER}/adapter_config.json", fsio.write_json(work.output / ADAPTER / "adapter_config.json", job.adapter))
     write("config.json", _write_config(job, work))
     own = belongings(job.source.directory)
@@ -123,14 +123,14 @@ def _write_index(job: Job, work: Workspace) -> fsio.FileDigest:
     return fsio.write_json(work.output / "model.safetensors.index.json", index)
 
 
-def _write_adapter(job: Job, work: Workspace) -> fsio.FileDigest:
+def _write_adapter(job: Job, work: Workspace, records: list[dict[str, Any]]) -> fsio.FileDigest:
     """One adapter file from the units' pieces, streamed."""
     entries = [entry for unit in job.units for entry in unit.adapter_entries()]
 
     def contents() -> Iterator[bytes | memoryview]:
         yield encode_header(entries, {"format": "pt"})
-        for unit in job.units:
-            piece = read_header(work.piece(unit))
+        for unit, record in zip(job.units, records, strict=True):
+            piece = read_header(work.by(record).piece(unit))
             for entry in unit.adapter_entries():
                 yield from read_chunks(piece.tensors[entry.name], piece.stamp)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,18 @@ def within_budget(
         point has ``bytes`` (all tensors, the adapter and what is kept among them), ``bits_per_weight``, and ``error``
         (expected: root of the mean over all weights of the squared error relative to their matrix).
     """
-    curves = measured(source, policy, keep, statistics, **measuring)
+    return planned(source, policy, spent(source, policy, measured(source, policy, keep, statistics, **measuring)))
+
+
+def planned(source: Source, policy: Policy, spending: Mapping[str, Any]) -> Source:
+    """The source with the plan of what :func:`spent` chose."""
+    chosen = {module: Choice(*choice) for module, choice in spending["chosen"].items()}
+    plan = planning.make(source.tensors, source.roles, policy, chosen)
+    return replace(source, plan=replace(plan, budget=spending["report"]))
+
+
+def spent(source: Source, policy: Policy, curves: Curves) -> dict[str, Any]:
+    """The choice of every matrix, by module, and the report on them, as :func:`within_budget` has it; plain values."""
     best = planning.allocate(curves, planning.limit(source.plan, policy), policy.budget_solver)
     roles, tensors = source.roles, source.tensors
     plan = planning.make(tensors, roles, policy, best.chosen)
@@ -73,7 +84,7 @@ def within_budget(
         ],
         "frontier": [[kept + size, math.sqrt(error / weights)] for size, error in _frontier(curves)],
     }
-    return replace(source, plan=replace(plan, budget=report))
+    return {"chosen": {module: astuple(choice) for module, choice in best.chosen.items()}, "report": report}
 
 
 def _frontier(curves: Curves) -> list[tuple[int, float]]:

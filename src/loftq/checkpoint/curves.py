@@ -32,6 +32,8 @@ logger = logging.getLogger("loftq")
 
 KIND = "error curves of loftq"
 Curves = dict[str, list[Choice]]  # by module
+Advance = Callable[[dict[str, Any]], None]
+Together = Callable[[list[Matrix], Callable[[Matrix], list[Choice]], Advance], Curves]
 
 
 def measured(
@@ -42,7 +44,8 @@ def measured(
     *,
     workers: int = 0,
     device: str = "cpu",
-    begin: Callable[[int, int], Callable[[dict[str, Any]], None]] | None = None,
+    begin: Callable[[int, int], Advance] | None = None,
+    together: Together | None = None,
 ) -> Curves:
     """The choices of every matrix, with their bytes and errors: out of ``keep``, or measured, and one by one put there.
 
@@ -55,6 +58,8 @@ def measured(
         statistics: what a calibration found out. Curves of another are not used.
         workers: matrices at a time; 0 for as many as CPUs, memory and device allow.
         begin: called if anything is measured, with the number of matrices and 0; returns what is called after each.
+        together: measures matrices beside other processes, given how one is measured and what is called after each;
+            nothing is put into ``keep`` then.
 
     Raises: ConflictError for a ``keep`` that holds something else, or a part of the curves from another machine;
         NumericalError for weights that are not finite.
@@ -73,6 +78,8 @@ def measured(
             moments = statistics and statistics.moments(matrix.module)
             return _curve(matrix, found[matrix.module], source, device, moments)
 
+    if together is not None:
+        return curves | together(missing, work_on, advance)
     if keep is not None:
         head = {"kind": KIND, "identity": identity, "machine": machine}
         fsio.write_atomic(keep, [hashed_json.line(head), *(_line(module, curves[module]) for module in curves)])

@@ -12,6 +12,7 @@ from loftq.errors import ConflictError, InputError, LoftqError, StorageError, Us
 from loftq.formats import fsio, hashed_json, strict_json
 
 PLACE = "source_directory"  # in the identity of a workspace alone: no output holds a path
+SHARED = "shared"  # the same: whether it is made by processes that share it
 OF_SOURCE = ("source.", "base.", "plan:", "statistics.")  # of an identity: the sources, and what follows from them
 MACHINE = "machine"  # of an identity: what may change bits, and makes no other result of what is done
 _TAKEN = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
@@ -67,10 +68,28 @@ def is_ours(work: Workspace, identity: dict[str, Any]) -> bool:
     return not work.identity.exists() or not list(hashed_json.differences(_left(work)[0], identity))
 
 
-def claim(work: Workspace, identity: dict[str, Any], source: Path) -> None:
-    """Make the workspace, or accept one that an earlier run with the same identity left. ConflictError for others."""
+def claim(work: Workspace, identity: dict[str, Any], source: Path, shared: bool = False) -> None:
+    """Make the workspace, or accept one that an earlier run with the same identity left. ConflictError for others.
+
+    Args:
+        shared: other processes may be at work in it.
+    """
+    _accept(work, identity, source, shared)
+    for directory in (work.output, work.units):
+        fsio.make_dirs(directory)
+    if not shared:
+        for directory in (work.root, work.output, work.units, *filter(Path.is_dir, work.units.iterdir())):
+            for leftover in directory.glob(".*.tmp"):
+                fsio.remove(leftover)
+    mine = {**identity, PLACE: str(source.resolve()), **({SHARED: True} if shared else {})}
+    if not work.identity.exists() and not fsio.create(work.identity, [strict_json.dumps(mine)]):
+        _accept(work, identity, source, shared)
+
+
+def _accept(work: Workspace, identity: dict[str, Any], source: Path, shared: bool) -> None:
+    """ConflictError for the workspace of another command, or of another way to share it."""
     if work.identity.exists():
-        left, place = _left(work)
+        left, place, others = _left(work)
         changed = list(hashed_json.differences(left, identity))
         if changed and place == str(source.resolve()) and all(change.startswith(OF_SOURCE) for change in changed):
             raise ConflictError(
@@ -87,13 +106,11 @@ def claim(work: Workspace, identity: dict[str, Any], source: Path) -> None:
                 f"{work.root}: holds unfinished work of another command ({listed(changed)}); "
                 "run that command again to finish it, or delete the directory"
             )
-    for directory in (work.output, work.units):
-        fsio.make_dirs(directory)
-    for directory in (work.root, work.output, work.units, *filter(Path.is_dir, work.units.iterdir())):
-        for leftover in directory.glob(".*.tmp"):
-            fsio.remove(leftover)
-    if not work.identity.exists():
-        fsio.write_json(work.identity, {**identity, PLACE: str(source.resolve())})
+        if others != shared:
+            mode, way = ("by processes that share it", "with") if others else ("by one process", "without")
+            raise ConflictError(
+                f"{work.root}: begun {mode}; go on {way} {option('shared', True)}, or delete the directory"
+            )
 
 
 def publish(work: Workspace, output: Path, files: dict[str, Any], overwrite: bool) -> None:
@@ -125,14 +142,13 @@ def was_taken(error: LoftqError) -> bool:
     return isinstance(error.__cause__, OSError) and error.__cause__.errno in _TAKEN
 
 
-def _left(work: Workspace) -> tuple[dict[str, Any], Any]:
-    """The identity of the work that was left, and where its source lay; both empty if they cannot be read."""
+def _left(work: Workspace) -> tuple[dict[str, Any], Any, bool]:
+    """The identity of the work that was left, where its source lay, and whether it is shared; empty if unreadable."""
     try:
         left = strict_json.load_object(work.identity)
     except LoftqError:
-        return {}, None
-    place = left.pop(PLACE, None)
-    return left, place
+        return {}, None, False
+    return left, left.pop(PLACE, None), left.pop(SHARED, False) is True
 
 
 def _size(path: Path) -> int:

@@ -7,8 +7,10 @@ command continues from the finished shards, and from the matrices of the unfinis
 
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +32,26 @@ from loftq.checkpoint.output_dir import (
     put_back,
     was_taken,
 )
-from loftq.checkpoint.shards import Solved, Workspace, solve_matrix, split
-from loftq.errors import ConflictError, InputError, LoftqError, StorageError, UsageError, listed, option, quoted
+from loftq.checkpoint.shards import Solved, Workspace, solve_matrix, split, suitable
+from loftq.checkpoint.shared import make_shared, write_tasks
+from loftq.errors import (
+    ConflictError,
+    InputError,
+    LoftqError,
+    StorageError,
+    UsageError,
+    command,
+    listed,
+    option,
+    quoted,
+)
 from loftq.formats import fsio, layouts
 from loftq.formats.layouts import Layout
 from loftq.formats.regular import output_path
 from loftq.formats.statistics import Statistics
 from loftq.formats.tensorfile import file_size
 from loftq.numerics.device import check_device
-from loftq.numerics.machine import code_path
+from loftq.numerics.machine import code_path, cpus
 from loftq.options import check_fields, check_whole, default, fields_of
 from loftq.planning import Matrix, Policy, make_policy
 from loftq.solver import ordered_map, workers_for
@@ -63,8 +76,9 @@ class QuantizeOptions:
     format: str = default("format")
     workers: int = default("workers")  # 0: as many as CPUs, memory and device allow
     device: str = default("device")
-    max_shard_bytes: int = 1 << 30
+    max_shard_bytes: int = 1 << 30  # 0: what suits the checkpoint's size
     overwrite: bool = default("overwrite")
+    shared: bool = default("shared")
     revision: str | None = default("revision")
     task_type: str | None = default("task_type")
     calibrate: str | None = default("calibrate")
@@ -74,8 +88,13 @@ class QuantizeOptions:
 
     def __post_init__(self) -> None:
         layouts.get(self.format)
-        check_whole(option("max_shard_bytes"), self.max_shard_bytes, 1)
+        check_whole(option("max_shard_bytes"), self.max_shard_bytes, 0)
         check_fields(self, option)
+        if self.shared and self.overwrite:
+            raise UsageError(
+                f"{option('shared', True)} and {option('overwrite', True)}: a process that is begun late would replace "
+                f"what the others made; remove the old output, or choose another {option('output')}"
+            )
 
 
 def quantize_options(given: Mapping[str, Any]) -> QuantizeOptions:
@@ -120,6 +139,7 @@ def quantize(
     spec = options.policy.solve
     check_statistics(spec, None if options.calibrate is None else statistics_kind(spec))
     source, layout = open_source(model, options.policy, options.revision), layouts.get(options.format)
+    options = replace(options, max_shard_bytes=options.max_shard_bytes or suitable(source.plan))
     check_places(source.directory, work, output)
     if options.policy.budget:
         check_budget(source, options.policy, options.curves, layout.name)
@@ -132,6 +152,14 @@ def quantize(
     job = _job(source, layout, _identity(source, layout, options, statistics), options)
     done = already_done(output, job.identity, options.overwrite)
     if done and not (work.root.exists() and is_ours(work, job.identity)):  # nothing to clean away
+        return done
+    if options.shared:
+
+        def respend(budgeted: Source) -> Job:
+            return _job(budgeted, layout, job.identity, options)
+
+        done = done or make_shared(job, work, options, statistics, respend, begin)
+        _clean(work)
         return done
     fsio.make_dirs(work.root)
     with fsio.DirectoryLock(work.lock):
@@ -202,6 +230,11 @@ def _statistics(model: str, output: Path, options: QuantizeOptions, begin: colle
     """What ``options.calibrate`` names, or what is collected from it; None if it is None."""
     if options.calibrate is None:
         return None
+    if options.shared and not Path(options.calibrate).is_dir():
+        raise UsageError(
+            f"{option('shared', True)} takes statistics that are there, and {quoted(options.calibrate)} are texts; "
+            f"collect them first: {command('calibrate', 'MODEL', data=options.calibrate, output='STATS')}"
+        )
     asked = CalibrateOptions(
         data=options.calibrate,
         kind=statistics_kind(options.policy.solve),
@@ -267,11 +300,13 @@ def _make_units(
 ) -> list[dict[str, Any]]:
     """Records of all units, made where they are not there yet; matrices are solved ahead, across units."""
     source, layout = job.source, job.layout
-    records = [work.finished(unit) for unit in job.units]
+    with ThreadPoolExecutor(cpus()) as pool:
+        records = list(pool.map(work.finished, job.units))
     missing = [unit for unit, record in zip(job.units, records, strict=True) if record is None]
     for unit, record in zip(job.units, records, strict=True):
         if record is not None:
             fsio.remove_tree(work.solved(unit))
+    write_tasks(job, work)
     finished = sum(len(unit.members) for unit, record in zip(job.units, records, strict=True) if record)
     places = {m.name: work.solved_matrix(unit, i) for unit in missing for i, m in enumerate(unit.members)}
     matrices = [m for unit in missing for m in unit.members]
@@ -297,9 +332,10 @@ def _make_units(
     workers = options.workers or workers_for(
         (m.shape for m in unsolved), source.plan.solve, options.device, statistics is not None
     )
-    solved = in_order(ordered_map(work_on, unsolved, workers, keep))
+    solved, began = in_order(ordered_map(work_on, unsolved, workers, keep)), time.monotonic()
     for unit in missing:
-        records[unit.index] = work.make(unit, solved, source.checkpoint, layout)
+        records[unit.index] = work.make(unit, solved, source.checkpoint, layout, began)
+        began = time.monotonic()
     return [r for r in records if r is not None]
 
 

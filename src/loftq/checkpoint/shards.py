@@ -8,6 +8,9 @@ import hashlib
 import itertools
 import logging
 import math
+import os
+import socket
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,6 +92,15 @@ def split(plan: Plan, layout: Layout, max_shard_bytes: int, order: list[str]) ->
         return [Unit(0, "model.safetensors", tuple(shards[0]))]
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     return [Unit(i, name, tuple(s)) for i, (name, s) in enumerate(zip(names, shards, strict=True))]
+
+
+def suitable(plan: Plan) -> int:
+    """Bytes of a shard such that there are about a thousand, and none below 64 MiB or above 1 GiB.
+
+    Depends on the plan alone, so that any number of processes makes the same files.
+    """
+    packed = sum(t.bytes for t in (*plan.matrices, *plan.kept))
+    return min(max(packed // 1024, 64 << 20), 1 << 30)
 
 
 def solve_matrix(
@@ -178,17 +190,32 @@ def _measured(
 
 
 class Workspace:
-    """The directory beside the output in which units are collected until all are there."""
+    """The directory beside the output in which units are collected until all are there.
 
-    def __init__(self, output: Path) -> None:
+    Attributes:
+        maker: where several processes share it, the one whose files these are: two may make the same unit.
+    """
+
+    def __init__(self, output: Path, maker: str = "") -> None:
+        self.target, self.maker = output, maker
         self.root = output.with_name(f"{output.name}{PARTIAL}")
         self.lock, self.identity = self.root / "lock", self.root / "identity.json"
+        self.tasks = self.root / "tasks.json"  # what is to be done, for those who ask how far it is
         self.curves = self.root / "curves.json"  # of a budget
-        self.units, self.output = self.root / "units", self.root / "output"
+        self.units = self.root / "units"
+        self.output = self.root / (f"output.{maker}" if maker else "output")
         self.replaced = self.root / "replaced"  # by --overwrite, until the new output stands
 
+    def by(self, record: dict[str, Any]) -> "Workspace":
+        """As the process sees it that made a unit, by its record."""
+        return Workspace(self.target, record.get("maker", ""))
+
+    def shard(self, unit: Unit) -> Path:
+        """Of a process that shares the workspace among the units: which process assembles is not known yet."""
+        return self.units / f"{unit.index:05d}.{self.maker}.shard" if self.maker else self.output / unit.file_name
+
     def piece(self, unit: Unit) -> Path:
-        return self.units / f"{unit.index:05d}.safetensors"
+        return self.units / (f"{unit.index:05d}.{self.maker}.safetensors".replace("..", "."))
 
     def record(self, unit: Unit) -> Path:
         return self.units / f"{unit.index:05d}.json"
@@ -207,7 +234,7 @@ class Workspace:
             return None
         try:
             record = hashed_json.load(self.record(unit))
-            found = {"shard": self.output / unit.file_name, "piece": self.piece(unit)}
+            found = {"shard": self.by(record).shard(unit), "piece": self.by(record).piece(unit)}
             if all(record[key] == asdict(fsio.sha256_file(path)) for key, path in found.items()):
                 return record
         except InputError:
@@ -215,8 +242,16 @@ class Workspace:
         logger.warning("%s: its bytes are not those that were recorded; it is made again", unit.file_name)
         return None
 
-    def make(self, unit: Unit, solved: Iterator[Solved], checkpoint: Checkpoint, layout: Layout) -> dict[str, Any]:
-        """Write a unit's shard, its part of the adapter and, last, its record; no matrix has to wait any more."""
+    def make(
+        self, unit: Unit, solved: Iterator[Solved], checkpoint: Checkpoint, layout: Layout, began: float
+    ) -> dict[str, Any]:
+        """Write a unit's shard, its part of the adapter and, last, its record; no matrix has to wait any more.
+
+        Where processes share the workspace, the first record stays, whoever made it.
+
+        Args:
+            began: the work on it, by the monotonic clock; the record says how long it took, and who did it.
+        """
         reports: list[dict[str, Any]] = []
         adapter: dict[str, Tensor] = {}
 
@@ -234,11 +269,15 @@ class Workspace:
             for entry in unit.adapter_entries():
                 yield tensor_bytes(adapter.pop(entry.name))
 
-        shard = fsio.write_atomic(self.output / unit.file_name, contents())
+        shard = fsio.write_atomic(self.shard(unit), contents())
         piece = fsio.write_atomic(self.piece(unit), adapter_contents())
-        record = hashed_json.write(
-            self.record(unit), {"shard": asdict(shard), "piece": asdict(piece), "matrices": reports}
-        )
+        record = {"shard": asdict(shard), "piece": asdict(piece), "matrices": reports}
+        record |= {"host": socket.gethostname(), "pid": os.getpid(), "seconds": time.monotonic() - began}
+        if self.maker:
+            record["maker"] = self.maker
+            hashed_json.create(self.record(unit), record)
+        else:
+            record = hashed_json.write(self.record(unit), record)
         fsio.remove_tree(self.solved(unit))
         return record
 

@@ -1,4 +1,4 @@
-"""Verbs on checkpoints: quantize, inspect, verify."""
+"""Verbs on checkpoints: quantize, status, inspect, verify."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,9 @@ from loftq.report.bars import Bar, MatrixBar
 def quantize(
     model: Model,
     output: Output,
-    max_shard_size: Annotated[str, typer.Option(help="Largest file of the backbone: 500MB, 2GB.")] = "1GB",
+    max_shard_size: Annotated[
+        str, typer.Option(help="Largest file of the backbone: 500MB, 2GB; auto: by the size of the model.")
+    ] = "1GB",
     **given: Any,
 ) -> None:
     """Make a LoftQ checkpoint: packed backbone, LoRA initialization, manifest, card. Continues where it was stopped."""
@@ -29,7 +31,8 @@ def quantize(
 
     if given["calibration_samples"] is not None:
         check("calibration_samples", given["calibration_samples"], "--samples")
-    options = quantize_options({**given, "max_shard_bytes": parse_size("--max-shard-size", max_shard_size)})
+    largest = 0 if max_shard_size == "auto" else parse_size("--max-shard-size", max_shard_size)
+    options = quantize_options({**given, "max_shard_bytes": largest})
     _prepare_texts(given["calibrate"], given["calibration_samples"])
     with Bar("calibrate", "step") as collecting, MatrixBar() as bar:
         manifest = run(model, output, options, bar.begin, collecting.begin)
@@ -44,6 +47,22 @@ def _prepare_texts(calibrate: str | None, samples: int | None) -> None:
     if from_texts:
         with extra("train"):
             quiet()
+
+
+@app.command()
+def status(
+    directory: Annotated[Path, typer.Argument(help="The --output of a `loftq quantize`.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Show how far a run is: what is done, by whom, what is in work, how long the rest takes."""
+    from loftq.checkpoint.status import status as run
+    from loftq.report.status import print_status
+
+    found = run(directory)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        print_status(directory, found)
 
 
 @app.command()

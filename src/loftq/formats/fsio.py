@@ -28,10 +28,14 @@ from loftq.formats.regular import RegularFile, open_regular, shown
 
 logger = logging.getLogger("loftq")
 
+TRIES = 10  # to remove a directory that others use
+
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NO_DIRECTORY_SYNC = (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP)
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_IN_USE = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)
 _CURES = {
     errno.EEXIST: "move it away or choose another {output}",
     errno.EISDIR: "move it away or choose another {output}",
@@ -57,8 +61,8 @@ def step(op: str, path: Path) -> None:
     """Called just before each primitive; does nothing. Tests replace it.
 
     Args:
-        op: create, open, write, fsync, rename, mkdir, unlink, fsync-dir or rmtree.
-        path: what is changed; for rename the destination.
+        op: create, open, write, fsync, rename, link, mkdir, unlink, fsync-dir or rmtree.
+        path: what is changed; for rename and link the destination.
     """
 
 
@@ -75,9 +79,7 @@ def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> FileDigest
     Raises: StorageError naming ``path`` and what to do, also for a device, pipe or link there, which is not replaced.
     """
     check_replaceable(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    with _mutation("create", temporary, path):
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    temporary, fd = _temporary(path)
     try:
         digest = _fill(fd, chunks, temporary, path)
         with _mutation("rename", path):
@@ -88,6 +90,73 @@ def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> FileDigest
         raise
     _sync_directory(path.parent)
     return digest
+
+
+def create(path: Path, chunks: Iterable[bytes | memoryview]) -> bool:
+    """Put the bytes of ``chunks`` at ``path``, whole and durably, unless something is there; whether it was done.
+
+    Of several processes at once, on any machines, the first one wins: a link is made, which no file system lets replace
+    another. One without links gets a rename after a look: of two at the very same moment the last one stays, and
+    both are told that they won.
+
+    Raises: StorageError, as :func:`write_atomic`.
+    """
+    if os.path.lexists(path):
+        return False
+    temporary, fd = _temporary(path)
+    try:
+        _fill(fd, chunks, temporary, path)
+        won = _link(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError), _mutation("unlink", temporary):
+            os.unlink(temporary)
+        raise
+    if os.path.lexists(temporary):
+        with _mutation("unlink", temporary, path):
+            os.unlink(temporary)
+    _sync_directory(path.parent)
+    return won
+
+
+def place(src: Path, dst: Path) -> None:
+    """Give the file ``src`` a second name, durably; where there are no links, a copy has it."""
+    try:
+        with _mutation("link", dst):
+            os.link(src, dst)
+    except StorageError as e:
+        if _errno(e) not in _NO_LINKS:
+            raise
+        copy_file(src, dst)
+    else:
+        _sync_directory(dst.parent)
+
+
+def _temporary(path: Path) -> tuple[Path, int]:
+    """A new file beside ``path``, and its descriptor."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    with _mutation("create", temporary, path):
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    return temporary, fd
+
+
+def _link(temporary: Path, path: Path) -> bool:
+    try:
+        with _mutation("link", path):
+            os.link(temporary, path)
+    except StorageError as e:
+        if _errno(e) == errno.EEXIST:  # NFS says so too where its first answer was lost, and counts two names
+            return os.stat(temporary).st_nlink > 1
+        if _errno(e) not in _NO_LINKS:
+            raise
+        if os.path.lexists(path):
+            return False
+        with _mutation("rename", path):
+            os.rename(temporary, path)
+    return True
+
+
+def _errno(error: StorageError) -> int | None:
+    return error.__cause__.errno if isinstance(error.__cause__, OSError) else None
 
 
 def check_replaceable(path: Path) -> None:
@@ -163,12 +232,23 @@ def remove(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory and all in it, durably; links are not followed, an absent one is fine."""
+    """Remove a directory and all in it, durably; links are not followed, an absent one is fine.
+
+    Other processes may remove it too, or still write into it, for some tries.
+    """
     if not os.path.lexists(path):
         return
     with _mutation("rmtree", path):
-        shutil.rmtree(path)
-    _sync_directory(path.parent)
+        for tries in range(TRIES, 0, -1):
+            try:
+                shutil.rmtree(path)
+            except OSError as e:
+                if e.errno not in _IN_USE or tries == 1:
+                    raise
+            if not os.path.lexists(path):
+                break
+    if path.parent.is_dir():
+        _sync_directory(path.parent)
 
 
 class DirectoryLock:

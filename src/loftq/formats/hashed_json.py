@@ -15,9 +15,14 @@ SEAL = "sha256"
 
 def write(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Put ``content`` and its hash at ``path``, atomically; what a reader will get."""
-    sealed = {**content, SEAL: _hash(content)}
-    fsio.write_json(path, sealed)
-    return strict_json.loads(strict_json.dumps(sealed), shown(path))
+    raw = _sealed(content)
+    fsio.write_atomic(path, [raw])
+    return strict_json.loads(raw, shown(path))
+
+
+def create(path: Path, content: dict[str, Any]) -> bool:
+    """:func:`write`, unless something is at ``path``; whether it was done: :func:`loftq.formats.fsio.create`."""
+    return fsio.create(path, [_sealed(content)])
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -44,6 +49,10 @@ def load_lines(path: Path) -> Iterator[dict[str, Any]]:
         if not content or sealed.get(SEAL) != _hash(content) or not text.endswith(b"\n"):
             raise InputError(f"{where}, line {number}: it does not match its own sha256; the file was changed")
         yield content
+
+
+def _sealed(content: dict[str, Any]) -> bytes:
+    return strict_json.dumps({**content, SEAL: _hash(content)})
 
 
 def _hash(content: dict[str, Any]) -> str:

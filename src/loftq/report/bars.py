@@ -55,8 +55,8 @@ class MatrixBar(Bar):
     def advance(self, report: Any, *_: Any) -> None:  # type: ignore[override]
         from loftq.report.inspect import judged
 
-        if "errors" not in report:
-            return super().advance("measuring for the budget")
+        if "errors" not in report:  # or another process has made it
+            return super().advance("measuring for the budget" if "measured" in report else "")
         error, _alone, norm = judged(report)
         self._error += (error * norm) ** 2
         self._norm += norm**2

@@ -1,5 +1,6 @@
 """Work on several matrices at a time, results in order, bits independent of the number of workers."""
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -11,19 +12,30 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def ordered_map(
-    work: Callable[[T], R], items: Iterable[T], workers: int, finished: Callable[[R], object] | None = None
-) -> Iterator[R]:
-    """``map(work, items)`` on ``workers`` threads, at most one finished result waiting per worker.
-
-    While the next result is not there, ``finished`` is called, in the caller's thread, with each later one that is;
-    and with every result before it is yielded.
+@contextlib.contextmanager
+def solvers(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool of ``workers`` threads for matrices; what still runs at the end is not waited for.
 
     LAPACK's bits depend on its number of threads, so each matrix is worked on by one thread, always; PyTorch
     releases the interpreter's lock in its kernels, so threads are enough, and share memory with the writer.
     """
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(workers, "loftq", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+def ordered_map(
+    work: Callable[[T], R], items: Iterable[T], workers: int, finished: Callable[[R], object] | None = None
+) -> Iterator[R]:
+    """``map(work, items)`` on ``workers`` of the :func:`solvers`, at most one finished result waiting per worker.
+
+    While the next result is not there, ``finished`` is called, in the caller's thread, with each later one that is;
+    and with every result before it is yielded.
+    """
     waiting: deque[Future[R]] = deque()
     untold: set[Future[R]] = set()
 
@@ -37,7 +49,7 @@ def ordered_map(
                     finished(future.result())
         return head.result()
 
-    try:
+    with solvers(workers) as pool:
         for item in items:
             waiting.append(pool.submit(work, item))
             untold.add(waiting[-1])
@@ -45,6 +57,3 @@ def ordered_map(
                 yield first()
         while waiting:
             yield first()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        torch.set_num_threads(before)

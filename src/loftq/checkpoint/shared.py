@@ -1,0 +1,265 @@
+"""One checkpoint made by processes that are begun any number of times, on any machines that see one directory.
+
+Units, and the error curves of a budget, are shares of a :class:`Team`. What a unit is made of has the name of who made
+it, and the first record of a unit says whose files count. Who claims the end puts them together in a directory of
+its own; one rename makes that the output, so of two that try, one does. Every process returns the same manifest.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loftq.checkpoint import pieces, team
+from loftq.checkpoint.assemble import Job, assemble
+from loftq.checkpoint.budget import planned, spent
+from loftq.checkpoint.claims import Crew
+from loftq.checkpoint.curves import Advance, Curves, measured
+from loftq.checkpoint.manifest import MANIFEST
+from loftq.checkpoint.output_dir import already_done, claim, publish
+from loftq.checkpoint.shards import Solved, Unit, Workspace, solve_matrix
+from loftq.checkpoint.team import Share, Task, Team
+from loftq.errors import LoftqError
+from loftq.formats import fsio, hashed_json
+from loftq.formats.statistics import Statistics
+from loftq.numerics.machine import cpus
+from loftq.planning import Choice, Matrix
+from loftq.solver import seconds, workers_for
+from loftq.sources.checkpoint import Source
+
+if TYPE_CHECKING:
+    from loftq.checkpoint.quantize import Begin, QuantizeOptions
+
+logger = logging.getLogger("loftq")
+
+
+class _Damaged(Exception):
+    """A result in a file is not what was written; its number in the share."""
+
+
+@dataclass
+class Sharing:
+    """This process among those that make one checkpoint.
+
+    Attributes:
+        job: with the plan before a budget is spent.
+        respend: the job of a source with another plan.
+    """
+
+    job: Job
+    work: Workspace
+    options: "QuantizeOptions"
+    statistics: Statistics | None
+    respend: Callable[[Source], Job]
+    crew: Crew
+
+    def __post_init__(self) -> None:
+        self.mine = Workspace(self.work.target, self.crew.me.id)
+        self.found_done: set[Path] | None = None  # records that were there already when this process looked first
+
+    def published(self) -> dict[str, Any] | None:
+        """The manifest, if the output is there."""
+        team.names_in(self.work.target.parent)  # a listing: a network file system then forgets what it remembers
+        return already_done(self.work.target, self.job.identity, False)
+
+    def over(self) -> bool:
+        """Whether nothing is left to do here: the output is there, or the workspace is gone."""
+        return (self.work.target / MANIFEST).exists() or not self.work.identity.exists()
+
+    def team(self, workers: int = 0) -> Team:
+        calibrated = self.statistics is not None
+        shapes = (m.shape for m in self.job.source.plan.matrices)
+        solve = self.job.source.plan.solve
+        return Team(
+            self.crew,
+            workers or self.options.workers or workers_for(shapes, solve, self.options.device, calibrated),
+            self.over,
+        )
+
+    def shares(self) -> list[Share]:
+        return [share_of(self.job, self.work, unit) for unit in self.job.units]
+
+    def spend(self, begin: "Begin | None") -> None:
+        """Measure the curves of a budget with the others; go on with the plan that the first one chose of them."""
+        choice, source, policy = self.work.root / "choice.json", self.job.source, self.options.policy
+        keep, device = self.options.curves, self.options.device
+        if not choice.exists():
+            curves = measured(
+                source, policy, keep, self.statistics, device=device, begin=begin, together=self._measured
+            )
+        while not choice.exists() and not self.over():
+            if self.crew.take(choice):
+                hashed_json.create(choice, spent(source, policy, curves))  # type: ignore[possibly-undefined]
+            else:
+                time.sleep(team.POLL)
+        if not self.over():
+            self.job = self.respend(planned(source, policy, hashed_json.load(choice)))
+
+    def make_units(self, begin: "Begin | None", shares: list[Share] | None = None, workers: int = 0) -> None:
+        """Until every unit has a record, or the output is there."""
+        job, work, units = self.job, self.work, {self.work.record(unit): unit for unit in self.job.units}
+        there = team.names_in(work.units)
+        done = {record for record in units if record.name in there}
+        self.found_done = done if self.found_done is None else self.found_done
+        known = sum(len(units[record].members) for record in done)
+        advance = begin(sum(len(u.members) for u in job.units), known) if begin else lambda _: None
+        began = [time.monotonic()]
+
+        def solve(share: Share, item: int) -> Solved:
+            matrix = units[share.record].members[item]
+            moments = self.statistics and self.statistics.moments(matrix.module)
+            checkpoint, plan = job.source.checkpoint, job.source.plan
+            return solve_matrix(matrix, checkpoint, plan, job.layout, self.options.device, moments)
+
+        def keep(share: Share, item: int, solved: Solved) -> None:
+            pieces.write(share.place(item), solved, job.layout)
+            advance(solved.report)
+
+        def close(share: Share) -> list[int]:
+            unit = units[share.record]
+            try:
+                self.mine.make(unit, self._solved(share, unit), job.source.checkpoint, job.layout, began[0])
+            except _Damaged as e:
+                return [e.args[0]]
+            began[0] = time.monotonic()
+            return []
+
+        def told(items: int) -> None:
+            for _ in range(items):
+                advance({})
+
+        left = [share for share in shares or self.shares() if share.record not in done]
+        self.team(workers).work(left, Task(solve, keep, close, told))
+
+    def finish(self) -> dict[str, Any] | None:
+        """Put it together and publish it, if no other process is at it; the manifest, if all records were good."""
+        if not self.crew.take(self.work.root / "assembling"):
+            time.sleep(team.POLL)
+            return None
+        records = self._records()
+        if records is None:
+            return None
+        fsio.remove_tree(self.mine.output)
+        fsio.make_dirs(self.mine.output)
+        for unit, record in zip(self.job.units, records, strict=True):
+            fsio.place(self.work.by(record).shard(unit), self.mine.output / unit.file_name)
+        manifest = assemble(self.job, self.mine, records)
+        publish(self.mine, self.work.target, manifest["files"], overwrite=False)
+        return manifest
+
+    def _records(self) -> list[dict[str, Any]] | None:
+        """Of all units; None if one is damaged, which is then made again. Those of this run are read, not hashed."""
+
+        def record_of(unit: Unit) -> dict[str, Any] | None:
+            if self.work.record(unit) in (self.found_done or ()):
+                return self.work.finished(unit)
+            return hashed_json.load(self.work.record(unit))
+
+        with ThreadPoolExecutor(cpus()) as pool:
+            records = list(pool.map(record_of, self.job.units))
+        for unit, record in zip(self.job.units, records, strict=True):
+            if record is None:
+                fsio.remove(self.work.record(unit))
+        found = [record for record in records if record is not None]
+        return found if len(found) == len(records) else None
+
+    def _solved(self, share: Share, unit: Unit) -> Iterator[Solved]:
+        for item, matrix in enumerate(unit.members):
+            solved = pieces.read(share.place(item), matrix, self.job.layout)
+            if solved is None:
+                raise _Damaged(item)
+            yield solved
+
+    def _measured(self, missing: list[Matrix], measure: Callable[[Matrix], list[Choice]], advance: Advance) -> Curves:
+        """The curves of matrices, a unit of them at a time, each in a file until all of its unit are there."""
+        wanted = {matrix.module for matrix in missing}
+        matrices = {
+            self.work.root / "curves" / f"{u.index:05d}.json": [m for m in u.matrices if m.module in wanted]
+            for u in self.job.units
+        }
+        fsio.make_dirs(self.work.root / "curves")
+        solve = self.job.source.plan.solve
+        shares = [
+            Share(record, len(found), sum(seconds(*m.shape, solve) for m in found), ".json")
+            for record, found in matrices.items()
+        ]
+
+        def keep(share: Share, item: int, curve: list[Choice]) -> None:
+            fsio.make_dirs(share.directory)
+            hashed_json.write(share.place(item), {"choices": [astuple(choice) for choice in curve]})
+            advance({"measured": matrices[share.record][item].name})
+
+        def close(share: Share) -> list[int]:
+            found, bad = {}, []
+            for item, matrix in enumerate(matrices[share.record]):
+                try:
+                    found[matrix.module] = hashed_json.load(share.place(item))["choices"]
+                except LoftqError:
+                    bad.append(item)
+            if not bad:
+                hashed_json.create(share.record, found)
+                fsio.remove_tree(share.directory)
+            return bad
+
+        def told(items: int) -> None:
+            for _ in range(items):
+                advance({"measured": ""})
+
+        def solve_one(share: Share, item: int) -> list[Choice]:
+            return measure(matrices[share.record][item])
+
+        self.team().work(shares, Task(solve_one, keep, close, told))
+        curves: Curves = {}
+        for record, found in matrices.items():
+            rows = {} if self.over() else hashed_json.load(record)
+            curves |= {m.module: [Choice(*c) for c in rows[m.module]] for m in found if m.module in rows}
+        return curves
+
+
+def share_of(job: Job, work: Workspace, unit: Unit) -> Share:
+    cost = sum(seconds(*m.shape, job.source.plan.solve) for m in unit.members)
+    return Share(work.record(unit), len(unit.members), cost)
+
+
+def make_shared(
+    job: Job,
+    work: Workspace,
+    options: "QuantizeOptions",
+    statistics: Statistics | None,
+    respend: Callable[[Source], Job],
+    begin: "Begin | None",
+    make_units: "Callable[[Sharing, Begin | None], None]" = Sharing.make_units,
+) -> dict[str, Any]:
+    """The manifest of the output that this process and others make.
+
+    Args:
+        make_units: how the units are made; by default by the threads of this process.
+    """
+    claim(work, job.identity, job.source.directory, shared=True)
+    try:
+        with Crew(work.root) as crew:
+            sharing = Sharing(job, work, options, statistics, respend, crew)
+            if options.policy.budget:
+                sharing.spend(begin)
+            write_tasks(sharing.job, work)
+            while True:
+                make_units(sharing, begin)
+                begin = None
+                if done := sharing.published() or sharing.finish():
+                    return done
+    except (LoftqError, OSError):
+        team.names_in(work.target.parent)
+        done = already_done(work.target, job.identity, False)
+        if not done:
+            raise
+        return done
+
+
+def write_tasks(job: Job, work: Workspace) -> None:
+    """What is to be done: of every unit its file, matrices, and seconds of one CPU, as the laws of costs have them."""
+    if not work.tasks.exists():
+        units = [[u.file_name, len(u.members), share_of(job, work, u).cost] for u in job.units]
+        fsio.write_json(work.tasks, {"units": units})

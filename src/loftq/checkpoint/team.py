@@ -1,0 +1,201 @@
+"""Work that is taken in shares by whoever is there: threads of this process, and other processes beside it.
+
+A share is taken whole by a claim. Its results are files, one for each item, and whoever has nothing left to take
+solves items of shares that others have: from the end, as the one who has it goes from the beginning. Who took a share
+makes its record, and a share with a record is done. So a slow machine holds nobody up, nor does one that is gone.
+"""
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loftq.checkpoint import claims
+from loftq.checkpoint.claims import Crew
+from loftq.formats import fsio
+from loftq.solver import solvers
+
+POLL = 0.5  # seconds between two looks at what others have done
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process takes at a time.
+
+    Attributes:
+        record: the file that says that it is done; beside it a directory of its name has the results until then.
+        items: how many there are.
+        cost: of all of them; the dearest shares are begun first.
+        suffix: of the files of results.
+    """
+
+    record: Path
+    items: int
+    cost: float = 0.0
+    suffix: str = ".safetensors"
+
+    @property
+    def directory(self) -> Path:
+        return self.record.with_suffix("")
+
+    def place(self, item: int) -> Path:
+        """Where the result of an item goes."""
+        return self.directory / f"{item:05d}{self.suffix}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is done with the items of shares.
+
+    Attributes:
+        solve: the result of an item, on a thread.
+        keep: puts it into its place.
+        close: makes the record of a share whose results are all there; returns those that turn out to be damaged.
+        told: called with the number of items that others have done.
+    """
+
+    solve: Callable[[Share, int], Any]
+    keep: Callable[[Share, int, Any], None]
+    close: Callable[[Share], list[int]]
+    told: Callable[[int], None] = lambda _: None
+
+
+@dataclass
+class Team:
+    """This process at work on shares.
+
+    Attributes:
+        workers: its threads.
+        over: whether the end of all is there already, by others.
+    """
+
+    crew: Crew
+    workers: int
+    over: Callable[[], bool]
+    _mine: list[Share] = field(default_factory=list)
+    _begun: set[tuple[Path, int]] = field(default_factory=set)
+    _counted: set[tuple[Path, int]] = field(default_factory=set)
+    _looked: float = 0.0
+
+    def work(self, shares: Iterable[Share], task: Task) -> None:
+        """Until every share has its record, or all is over: return. Errors of the task are raised."""
+        left = _in_order(shares, self.crew.me.id)
+        running: dict[Future[Any], tuple[Share, int]] = {}
+        self._mine, self._begun = [], set()
+        with solvers(self.workers) as pool:
+            while (left := self._without_done(left, task)) and not self.over():
+                if self._close(left, task):
+                    continue
+                self._submit(pool, running, left, task)
+                for future in _next_of(running):
+                    share, item = running.pop(future)
+                    result = future.result()
+                    if result is not None:
+                        task.keep(share, item, result)
+                        self._counted.add((share.record, item))
+
+    def _submit(
+        self, pool: ThreadPoolExecutor, running: dict[Future[Any], tuple[Share, int]], left: list[Share], task: Task
+    ) -> None:
+        """As many items as keep the threads busy while results are written."""
+
+        def solve(share: Share, item: int) -> Any:
+            return None if share.place(item).exists() or share.record.exists() else task.solve(share, item)
+
+        while len(running) < 2 * self.workers:
+            found = self._own(left) or self._take(left) or (len(running) < self.workers and self._help(left))
+            if not found:
+                return
+            self._begun.add((found[0].record, found[1]))
+            running[pool.submit(solve, *found)] = found
+
+    def _own(self, left: list[Share]) -> tuple[Share, int] | None:
+        """The next item of a share of ours that no other process has begun."""
+        for share in self._mine:
+            if share in left:
+                names = names_in(share.directory)
+                for item in self._missing(share, names):
+                    if not claims.claimed(names, f"{item:05d}"):
+                        return share, item
+        return None
+
+    def _take(self, left: list[Share]) -> tuple[Share, int] | None:
+        """The first item of a share that nobody has, or whose worker is dead."""
+        others = [share for share in left if share not in self._mine]
+        names = names_in(others[0].record.parent) if others else set()
+        free = [share for share in others if not claims.claimed(names, share.directory.name)]
+        if not free and time.monotonic() - self._looked > claims.BEAT:
+            free, self._looked = others, time.monotonic()
+        for share in free:
+            if self.crew.take(share.directory):
+                self._mine.append(share)
+                found = self._own(left)
+                if found or not share.items:
+                    return found
+        return None
+
+    def _help(self, left: list[Share]) -> tuple[Share, int] | None:
+        """An item that another process has still to begin, or is slow with."""
+        for share in left:
+            missing = self._missing(share, names_in(share.directory))
+            if share in self._mine:
+                if missing:
+                    return share, missing[0]
+                continue
+            for item in reversed(missing):
+                fsio.make_dirs(share.directory)
+                if self.crew.take(share.directory / f"{item:05d}"):
+                    return share, item
+        return None
+
+    def _missing(self, share: Share, names: set[str]) -> list[int]:
+        """Items without a result that this process has not begun."""
+        items = range(share.items)
+        return [i for i in items if share.place(i).name not in names and (share.record, i) not in self._begun]
+
+    def _close(self, left: list[Share], task: Task) -> bool:
+        """Make the record of a share of ours whose results are all there; whether there was one."""
+        for share in [share for share in self._mine if share in left]:
+            names = names_in(share.directory)
+            if all(share.place(i).name in names for i in range(share.items)):
+                for item in task.close(share):
+                    fsio.remove(share.place(item))
+                    self._begun.discard((share.record, item))
+                return True
+        return False
+
+    def _without_done(self, left: list[Share], task: Task) -> list[Share]:
+        """The shares that have no record yet; the items of others are counted once."""
+        names = names_in(left[0].record.parent) if left else set()
+        done = [share for share in left if share.record.name in names]
+        for share in done:
+            items = {(share.record, i) for i in range(share.items)}
+            task.told(len(items - self._counted))
+            self._counted |= items
+        return [share for share in left if share not in done]
+
+
+def _next_of(running: dict[Future[Any], Any]) -> set[Future[Any]]:
+    """What is done, after a while at the most."""
+    if not running:
+        time.sleep(POLL)
+        return set()
+    return wait(running, POLL, FIRST_COMPLETED).done
+
+
+def _in_order(shares: Iterable[Share], seed: str) -> list[Share]:
+    """The dearest first, by powers of two, and within one by chance: so not all ask for the same."""
+    chance = random.Random(seed)
+    return sorted(shares, key=lambda share: (-round(share.cost).bit_length(), chance.random()))
+
+
+def names_in(directory: Path) -> set[str]:
+    """What is in a directory now: a listing asks the server, where a single name might be remembered."""
+    try:
+        return set(os.listdir(directory))
+    except OSError:
+        return set()
