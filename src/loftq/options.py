@@ -286,6 +286,11 @@ class Work(Made, total=False):
         Option(False),
         "Share the work with all processes that run the same command on the same directory, on any machines.",
     ]
+    cluster: Annotated[
+        str | None,
+        Option(None, metavar="auto|ray://HOST:PORT"),
+        "Let the workers of a Ray cluster do the work, on a directory that they all see.",
+    ]
 
 
 class Training(TypedDict, total=False):

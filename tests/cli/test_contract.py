@@ -40,7 +40,7 @@ PROMISED = {
         "--output", "--bits", "--code", "--block-size", "--rank", "--alpha", "--steps", "--method", "--format",
         "--embeddings", "--workers", "--device", "--seed", "--overwrite", "--rank-policy", "--max-shard-size",
         "--budget", "--budget-ranks", "--budget-solver", "--curves", "--preset", "--calibrate", "--samples", "--scales",
-        "--shared",
+        "--shared", "--cluster",
     },
     "status": {"--json"},
     "start": {
@@ -71,7 +71,7 @@ def test_the_promised_verbs_and_options():
 def test_plan_takes_the_options_of_quantize_that_change_a_plan():
     only_work = {
         "--output", "--samples", "--steps", "--order", "--svd", "--format", "--device", "--seed", "--max-shard-size",
-        "--task-type", "--overwrite", "--shared",
+        "--task-type", "--overwrite", "--shared", "--cluster",
     }  # fmt: skip
     assert options("quantize") - options("plan") == only_work
     assert options("plan") - options("quantize") == {"--json", "--plot"}

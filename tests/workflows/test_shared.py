@@ -23,7 +23,7 @@ from loftq.checkpoint import claims, quantize, shared, team
 from loftq.checkpoint.claims import Crew, Watch
 from loftq.checkpoint.output_dir import claim
 from loftq.checkpoint.shards import Workspace
-from loftq.checkpoint.team import Share, Task, Team
+from loftq.checkpoint.team import Handlers, Share, Team
 from loftq.errors import ConflictError, UsageError
 from loftq.formats import fsio
 
@@ -220,7 +220,7 @@ def test_what_sharing_refuses(source, golden, tmp_path):
     with pytest.raises(UsageError, match="remove the old output"):
         run(source, tmp_path / "out", shared=True, overwrite=True)
     policy = dataclasses.replace(POLICY, solve=loftq.SolveSpec(steps=2, metric="full"))
-    with pytest.raises(UsageError, match="takes statistics that are there"):
+    with pytest.raises(UsageError, match="take statistics that are there"):
         run(source, tmp_path / "out", shared=True, policy=policy, calibrate="notes.txt")
     stopped_run(source, tmp_path / "out", shared=True)
 
@@ -326,7 +326,7 @@ def test_every_item_is_solved_about_once(tmp_path):
     def work(_: int) -> int:
         told: list[int] = []
         with team_at(tmp_path) as one:
-            one.work(shares, Task(solve, keep, close, told.append))
+            one.work(shares, Handlers(solve, keep, close, told.append))
         return sum(told)
 
     with ThreadPoolExecutor(3) as pool:

@@ -81,7 +81,7 @@ class Watch:
         return self._workers[name]
 
     def has_beaten(self, name: str) -> bool:
-        """Whether its file has grown since the first look."""
+        """Whether its file has grown since the last look."""
         first = self._seen.get(name)
         return self._look(name) and first is not None and self._seen[name] != first
 

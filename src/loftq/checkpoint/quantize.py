@@ -33,7 +33,7 @@ from loftq.checkpoint.output_dir import (
     was_taken,
 )
 from loftq.checkpoint.shards import Solved, Workspace, solve_matrix, split, suitable
-from loftq.checkpoint.shared import make_shared, write_tasks
+from loftq.checkpoint.shared import Engine, Prepared, Sharing, make_shared, write_tasks
 from loftq.errors import (
     ConflictError,
     InputError,
@@ -41,6 +41,7 @@ from loftq.errors import (
     StorageError,
     UsageError,
     command,
+    extra,
     listed,
     option,
     quoted,
@@ -79,6 +80,7 @@ class QuantizeOptions:
     max_shard_bytes: int = 1 << 30  # 0: what suits the checkpoint's size
     overwrite: bool = default("overwrite")
     shared: bool = default("shared")
+    cluster: str | None = default("cluster")
     revision: str | None = default("revision")
     task_type: str | None = default("task_type")
     calibrate: str | None = default("calibrate")
@@ -90,11 +92,16 @@ class QuantizeOptions:
         layouts.get(self.format)
         check_whole(option("max_shard_bytes"), self.max_shard_bytes, 0)
         check_fields(self, option)
-        if self.shared and self.overwrite:
+        if self.is_shared and self.overwrite:
             raise UsageError(
-                f"{option('shared', True)} and {option('overwrite', True)}: a process that is begun late would replace "
+                f"{option('overwrite', True)}: of processes that share the work, one that is begun late would replace "
                 f"what the others made; remove the old output, or choose another {option('output')}"
             )
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes may work on the same output."""
+        return self.shared or self.cluster is not None
 
 
 def quantize_options(given: Mapping[str, Any]) -> QuantizeOptions:
@@ -133,6 +140,42 @@ def quantize(
     Raises: ConflictError if ``output`` holds something else or another process works on it; InputError,
         NumericalError, StorageError as their names say. In every case ``output`` is absent or complete.
     """
+    ready = prepared(model, output, options, begin_calibration)
+    job, work, options = ready.job, ready.work, ready.options
+    output, statistics = work.target, ready.statistics
+    done = already_done(output, job.identity, options.overwrite)
+    if done and not (work.root.exists() and is_ours(work, job.identity)):  # nothing to clean away
+        return done
+    if options.is_shared:
+        done = done or make_shared(ready, begin, _engine(model, ready))
+        _clean(work)
+        return done
+    fsio.make_dirs(work.root)
+    with fsio.DirectoryLock(work.lock):
+        try:
+            put_back(work, output)
+            done = already_done(output, job.identity, options.overwrite)  # another process may have finished meanwhile
+            if not done:
+                claim(work, job.identity, job.source.directory)
+                if options.policy.budget:
+                    job = _spend(job, work, options, statistics, begin)
+                _check_space(job, work)
+                done = assemble(job, work, _make_units(job, work, options, statistics, begin))
+                publish(work, output, done["files"], options.overwrite)
+        except LoftqError as e:
+            done = already_done(output, job.identity, False) if was_taken(e) else None
+            if not done:
+                _forget_if_changed(job, work, e)
+                raise
+        if is_ours(work, job.identity):
+            _clean(work)
+    return done
+
+
+def prepared(
+    model: str, output: Path, options: QuantizeOptions, begin_calibration: collect.Begin | None = None
+) -> Prepared:
+    """All that is known before the first matrix is solved; every process of a run finds the same."""
     check_device(options.device)
     output = output_path(output)
     work = Workspace(output)
@@ -150,37 +193,16 @@ def quantize(
     if statistics is not None:
         _tell_uncalibrated(source, statistics)
     job = _job(source, layout, _identity(source, layout, options, statistics), options)
-    done = already_done(output, job.identity, options.overwrite)
-    if done and not (work.root.exists() and is_ours(work, job.identity)):  # nothing to clean away
-        return done
-    if options.shared:
+    return Prepared(job, work, options, statistics, lambda budgeted: _job(budgeted, layout, job.identity, options))
 
-        def respend(budgeted: Source) -> Job:
-            return _job(budgeted, layout, job.identity, options)
 
-        done = done or make_shared(job, work, options, statistics, respend, begin)
-        _clean(work)
-        return done
-    fsio.make_dirs(work.root)
-    with fsio.DirectoryLock(work.lock):
-        try:
-            put_back(work, output)
-            done = already_done(output, job.identity, options.overwrite)  # another process may have finished meanwhile
-            if not done:
-                claim(work, job.identity, source.directory)
-                if options.policy.budget:
-                    job = _spend(job, work, options, statistics, begin)
-                _check_space(job, work)
-                done = assemble(job, work, _make_units(job, work, options, statistics, begin))
-                publish(work, output, done["files"], options.overwrite)
-        except LoftqError as e:
-            done = already_done(output, job.identity, False) if was_taken(e) else None
-            if not done:
-                _forget_if_changed(job, work, e)
-                raise
-        if is_ours(work, job.identity):
-            _clean(work)
-    return done
+def _engine(model: str, ready: Prepared) -> Engine:
+    """What makes the units of a run that is shared: the threads of this process, or a cluster."""
+    if ready.options.cluster is None:
+        return Sharing.make_units
+    with extra("ray"):
+        from loftq.checkpoint.cluster import engine
+    return engine(model, ready)
 
 
 def _job(source: Source, layout: Layout, identity: dict[str, Any], options: QuantizeOptions) -> Job:
@@ -230,9 +252,9 @@ def _statistics(model: str, output: Path, options: QuantizeOptions, begin: colle
     """What ``options.calibrate`` names, or what is collected from it; None if it is None."""
     if options.calibrate is None:
         return None
-    if options.shared and not Path(options.calibrate).is_dir():
+    if options.is_shared and not Path(options.calibrate).is_dir():
         raise UsageError(
-            f"{option('shared', True)} takes statistics that are there, and {quoted(options.calibrate)} are texts; "
+            f"processes that share the work take statistics that are there, and {quoted(options.calibrate)} are texts; "
             f"collect them first: {command('calibrate', 'MODEL', data=options.calibrate, output='STATS')}"
         )
     asked = CalibrateOptions(

@@ -21,7 +21,7 @@ from loftq.checkpoint.curves import Advance, Curves, measured
 from loftq.checkpoint.manifest import MANIFEST
 from loftq.checkpoint.output_dir import already_done, claim, publish
 from loftq.checkpoint.shards import Solved, Unit, Workspace, solve_matrix
-from loftq.checkpoint.team import Share, Task, Team
+from loftq.checkpoint.team import Handlers, Share, Team
 from loftq.errors import LoftqError
 from loftq.formats import fsio, hashed_json
 from loftq.formats.statistics import Statistics
@@ -40,12 +40,13 @@ class _Damaged(Exception):
     """A result in a file is not what was written; its number in the share."""
 
 
-@dataclass
-class Sharing:
-    """This process among those that make one checkpoint.
+@dataclass(frozen=True)
+class Prepared:
+    """A run before its first matrix is solved.
 
     Attributes:
         job: with the plan before a budget is spent.
+        options: with the bytes of a shard as a number.
         respend: the job of a source with another plan.
     """
 
@@ -54,11 +55,22 @@ class Sharing:
     options: "QuantizeOptions"
     statistics: Statistics | None
     respend: Callable[[Source], Job]
-    crew: Crew
 
-    def __post_init__(self) -> None:
-        self.mine = Workspace(self.work.target, self.crew.me.id)
-        self.found_done: set[Path] | None = None  # records that were there already when this process looked first
+
+class Sharing:
+    """This process among those that make one checkpoint.
+
+    Attributes:
+        job: once a budget is spent, with its plan.
+        mine: the workspace with files of this process.
+        found_done: records that were there already when this process looked first; None before.
+    """
+
+    def __init__(self, ready: Prepared, crew: Crew) -> None:
+        self.job, self.work, self.options, self.statistics = ready.job, ready.work, ready.options, ready.statistics
+        self.respend, self.crew = ready.respend, crew
+        self.mine = Workspace(self.work.target, crew.me.id)
+        self.found_done: set[Path] | None = None
 
     def published(self) -> dict[str, Any] | None:
         """The manifest, if the output is there."""
@@ -132,7 +144,7 @@ class Sharing:
                 advance({})
 
         left = [share for share in shares or self.shares() if share.record not in done]
-        self.team(workers).work(left, Task(solve, keep, close, told))
+        self.team(workers).work(left, Handlers(solve, keep, close, told))
 
     def finish(self) -> dict[str, Any] | None:
         """Put it together and publish it, if no other process is at it; the manifest, if all records were good."""
@@ -211,7 +223,7 @@ class Sharing:
         def solve_one(share: Share, item: int) -> list[Choice]:
             return measure(matrices[share.record][item])
 
-        self.team().work(shares, Task(solve_one, keep, close, told))
+        self.team().work(shares, Handlers(solve_one, keep, close, told))
         curves: Curves = {}
         for record, found in matrices.items():
             rows = {} if self.over() else hashed_json.load(record)
@@ -224,35 +236,27 @@ def share_of(job: Job, work: Workspace, unit: Unit) -> Share:
     return Share(work.record(unit), len(unit.members), cost)
 
 
-def make_shared(
-    job: Job,
-    work: Workspace,
-    options: "QuantizeOptions",
-    statistics: Statistics | None,
-    respend: Callable[[Source], Job],
-    begin: "Begin | None",
-    make_units: "Callable[[Sharing, Begin | None], None]" = Sharing.make_units,
-) -> dict[str, Any]:
-    """The manifest of the output that this process and others make.
+Engine = Callable[[Sharing, "Begin | None"], None]  # makes all units that have no record yet
 
-    Args:
-        make_units: how the units are made; by default by the threads of this process.
-    """
-    claim(work, job.identity, job.source.directory, shared=True)
+
+def make_shared(ready: Prepared, begin: "Begin | None", engine: Engine) -> dict[str, Any]:
+    """The manifest of the output that this process and others make."""
+    work, identity = ready.work, ready.job.identity
+    claim(work, identity, ready.job.source.directory, shared=True)
     try:
         with Crew(work.root) as crew:
-            sharing = Sharing(job, work, options, statistics, respend, crew)
-            if options.policy.budget:
+            sharing = Sharing(ready, crew)
+            if ready.options.policy.budget:
                 sharing.spend(begin)
             write_tasks(sharing.job, work)
             while True:
-                make_units(sharing, begin)
+                engine(sharing, begin)
                 begin = None
                 if done := sharing.published() or sharing.finish():
                     return done
     except (LoftqError, OSError):
         team.names_in(work.target.parent)
-        done = already_done(work.target, job.identity, False)
+        done = already_done(work.target, identity, False)
         if not done:
             raise
         return done

@@ -97,7 +97,7 @@ def _sharing(work: Workspace, records: dict[str, dict[str, Any]], files: list[An
     for name in sorted({*there, *makers, *held} - {""}):
         worker = watch.worker(name)
         known = next((r for r in records.values() if r.get("maker") == name), {})
-        state = GONE if not watch.is_alive(name) else WORKING if watch.has_beaten(name) else SILENT
+        state = GONE if not watch.is_alive(name) else WORKING if name in beating else SILENT
         found.append(
             {
                 "host": worker.host if worker else known.get("host"),

@@ -48,7 +48,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Task:
+class Handlers:
     """What is done with the items of shares.
 
     Attributes:
@@ -81,30 +81,34 @@ class Team:
     _counted: set[tuple[Path, int]] = field(default_factory=set)
     _looked: float = 0.0
 
-    def work(self, shares: Iterable[Share], task: Task) -> None:
-        """Until every share has its record, or all is over: return. Errors of the task are raised."""
-        left = _in_order(shares, self.crew.me.id)
+    def work(self, shares: Iterable[Share], handlers: Handlers) -> None:
+        """Until every share has its record, or all is over: return. Errors of the handlers are raised."""
+        left = in_order(shares, self.crew.me.id)
         running: dict[Future[Any], tuple[Share, int]] = {}
         self._mine, self._begun = [], set()
         with solvers(self.workers) as pool:
-            while (left := self._without_done(left, task)) and not self.over():
-                if self._close(left, task):
+            while (left := self._without_done(left, handlers)) and not self.over():
+                if self._close(left, handlers):
                     continue
-                self._submit(pool, running, left, task)
+                self._submit(pool, running, left, handlers)
                 for future in _next_of(running):
                     share, item = running.pop(future)
                     result = future.result()
                     if result is not None:
-                        task.keep(share, item, result)
+                        handlers.keep(share, item, result)
                         self._counted.add((share.record, item))
 
     def _submit(
-        self, pool: ThreadPoolExecutor, running: dict[Future[Any], tuple[Share, int]], left: list[Share], task: Task
+        self,
+        pool: ThreadPoolExecutor,
+        running: dict[Future[Any], tuple[Share, int]],
+        left: list[Share],
+        handlers: Handlers,
     ) -> None:
         """As many items as keep the threads busy while results are written."""
 
         def solve(share: Share, item: int) -> Any:
-            return None if share.place(item).exists() or share.record.exists() else task.solve(share, item)
+            return None if share.place(item).exists() or share.record.exists() else handlers.solve(share, item)
 
         while len(running) < 2 * self.workers:
             found = self._own(left) or self._take(left) or (len(running) < self.workers and self._help(left))
@@ -157,24 +161,24 @@ class Team:
         items = range(share.items)
         return [i for i in items if share.place(i).name not in names and (share.record, i) not in self._begun]
 
-    def _close(self, left: list[Share], task: Task) -> bool:
+    def _close(self, left: list[Share], handlers: Handlers) -> bool:
         """Make the record of a share of ours whose results are all there; whether there was one."""
         for share in [share for share in self._mine if share in left]:
             names = names_in(share.directory)
             if all(share.place(i).name in names for i in range(share.items)):
-                for item in task.close(share):
+                for item in handlers.close(share):
                     fsio.remove(share.place(item))
                     self._begun.discard((share.record, item))
                 return True
         return False
 
-    def _without_done(self, left: list[Share], task: Task) -> list[Share]:
+    def _without_done(self, left: list[Share], handlers: Handlers) -> list[Share]:
         """The shares that have no record yet; the items of others are counted once."""
         names = names_in(left[0].record.parent) if left else set()
         done = [share for share in left if share.record.name in names]
         for share in done:
             items = {(share.record, i) for i in range(share.items)}
-            task.told(len(items - self._counted))
+            handlers.told(len(items - self._counted))
             self._counted |= items
         return [share for share in left if share not in done]
 
@@ -187,7 +191,7 @@ def _next_of(running: dict[Future[Any], Any]) -> set[Future[Any]]:
     return wait(running, POLL, FIRST_COMPLETED).done
 
 
-def _in_order(shares: Iterable[Share], seed: str) -> list[Share]:
+def in_order(shares: Iterable[Share], seed: str) -> list[Share]:
     """The dearest first, by powers of two, and within one by chance: so not all ask for the same."""
     chance = random.Random(seed)
     return sorted(shares, key=lambda share: (-round(share.cost).bit_length(), chance.random()))

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from loftq.formats.layouts import Layout
 from loftq.formats.regular import shown
 from loftq.formats.source import check_link
 from loftq.formats.tensorfile import TensorFile, read_header, read_tensor
+from loftq.numerics.machine import cpus
 from loftq.planning import NO_PARAMETER, Matrix
 
 NOTES = {"", ".md", ".png", ".pdf", ".svg"}  # endings of files that no loader reads: people may add them
@@ -24,7 +26,13 @@ TRAINED = re.compile(r"checkpoint-\d+")  # what a Trainer puts beside the model 
 def verify(directory: Path) -> dict[str, Any]:
     """Check hashes, headers, shapes and finiteness of every file; the manifest. InputError lists all that is wrong."""
     manifest = read_manifest(directory)
-    problems = [p for name, digest in manifest["files"].items() for p in _file_problems(directory, name, digest)]
+    with ThreadPoolExecutor(cpus()) as pool:
+        return _verified(directory, manifest, pool)
+
+
+def _verified(directory: Path, manifest: dict[str, Any], pool: ThreadPoolExecutor) -> dict[str, Any]:
+    found = pool.map(lambda item: _file_problems(directory, *item), manifest["files"].items())
+    problems = [p for of_file in found for p in of_file]
     problems += _strangers(directory, manifest["files"])
     if not problems:
         files = [read_header(directory / name) for name in manifest["files"] if name.endswith(".safetensors")]
@@ -32,7 +40,7 @@ def verify(directory: Path) -> dict[str, Any]:
         layout = layout_of(directory, manifest)
         problems = [p for m in planned(manifest) for p in _matrix_problems(m, tensors, layout)]
         limits = {name for name, reason in kept(manifest, directory / MANIFEST).items() if reason == NO_PARAMETER}
-        problems += [p for f in files for p in _values_problems(f, limits)]
+        problems += [p for of_file in pool.map(lambda f: _values_problems(f, limits), files) for p in of_file]
     if problems:
         raise InputError(f"{shown(directory)}: {listed(problems)}; make it again, or download it again")
     _check_config(directory, manifest)
