@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ray
+import ray  # type: ignore[reportMissingImports]
 import torch
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError  # type: ignore[reportMissingImports]
 
 from loftq.checkpoint import team
 from loftq.checkpoint.budget import planned
