@@ -6,7 +6,8 @@ weights do, `descent` as out * in². With --llama also the shapes of Llama-2-7B,
 would take of one core: the sum over their 224 matrices.
 
     python benchmarks/widths.py --sizes 1024 2048 4096
-    python benchmarks/widths.py --llama --sizes --sides loftq fitted trellis-8 trellis-10 --output docs/data/llama7b.json
+    python benchmarks/widths.py --llama --sizes --sides loftq fitted trellis-8 trellis-10 \\
+        --output docs/data/llama7b.json
 """
 
 import argparse
