@@ -55,25 +55,31 @@ def without_adapter(model: Any, call: Callable[[], Any]) -> Callable[[], Any]:
 
 def speed(bench: Bench, shape: Shape) -> None:
     """One token of all models, in turn; all are in memory."""
-    ways = [(DENSE, FLOAT), (DENSE, HALF), (BNB, HALF)]
-    ways += [(way, dtype) for way in (LOFTQ4, LOFTQ3, LOFTQ2, TRELLIS2) for dtype in (FLOAT, HALF)]
+    ways = [(DENSE, FLOAT), (DENSE, HALF), (BNB, HALF), (LOFTQ4, FLOAT), (LOFTQ2, FLOAT)]
+    ways += [(way, HALF) for way in (LOFTQ4, LOFTQ3, LOFTQ2, TRELLIS2)]
     models = {f"{way}, {dtype}": WAYS[way](llama(*shape, dtype), RANK) for way, dtype in ways}
     calls = {side: one_token(model) for side, model in models.items()}
-    versus = []
-    for way in (LOFTQ4, LOFTQ3, LOFTQ2, TRELLIS2):
-        goals = (1.5, 1.2) if way in (LOFTQ4, LOFTQ2) else (None, None)
-        versus += [Versus(f"{way}, {HALF}", f"{DENSE}, {FLOAT}", goals[0])]
-        versus += [Versus(f"{way}, {HALF}", f"{DENSE}, {HALF}", goals[1])]
-        versus += [Versus(f"{way}, {HALF}", f"{BNB}, {HALF}"), Versus(f"{way}, {FLOAT}", f"{DENSE}, {FLOAT}")]
+    goals = {(FLOAT, LOFTQ4): 1.5, (FLOAT, LOFTQ2): 1.5, (HALF, LOFTQ4): 1.2, (HALF, LOFTQ2): 1.2}
+    versus = [
+        Versus(f"{way}, {HALF}", f"{peer}, {dtype}", goals.get((dtype, way)) if peer == DENSE else None)
+        for way in (LOFTQ4, LOFTQ3, LOFTQ2, TRELLIS2)
+        for peer, dtype in ((DENSE, FLOAT), (DENSE, HALF), (BNB, HALF))
+    ]
+    versus += [Versus(f"{way}, {FLOAT}", f"{DENSE}, {FLOAT}") for way in (LOFTQ4, LOFTQ2)]
     hidden, layers, _ = shape
     for threads in sorted({1, bench.threads}):
         torch.set_num_threads(threads)
-        goals = versus if threads == 1 else [Versus(v.side, v.peer) for v in versus]
+        told = [Versus(v.side, v.peer) for v in versus]
         case = f"one token, hidden {hidden}, {layers} layers, {threads} thread{'s' * (threads > 1)}"
-        bench.compare(case, calls, goals, repeats=3 if bench.quick else 9, number=1 if bench.quick else 2)
+        bench.compare(
+            case,
+            calls,
+            versus if threads == 1 else told,
+            repeats=3 if bench.quick else 9,
+            number=1 if bench.quick else 2,
+        )
         bare = {side: without_adapter(models[side], call) for side, call in calls.items()}
-        goals = [Versus(v.side, v.peer) for v in versus]
-        bench.compare(f"{case}, without adapter", bare, goals, repeats=3 if bench.quick else 7)
+        bench.compare(f"{case}, without adapter", bare, told, repeats=3 if bench.quick else 7)
 
 
 def loaded(directory: str) -> dict[str, int]:
