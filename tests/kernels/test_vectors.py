@@ -11,14 +11,14 @@ from loftq.numerics import pack
 from loftq.spec import BITS
 
 HERE = set(njit(lambda: 0).targetctx.codegen().magic_tuple()[2].split(","))  # type: ignore[attr-defined]
-INSTRUCTIONS = [()] + [(f,) for f in ("+avx2", "+avx512f") if {f, "+avx2"} <= HERE]
+SETS = ([], ["+avx2"], ["+avx2", "+avx512f"], ["+avx2", "+avx512f", "+avx512vbmi"])
 
 
-@pytest.mark.parametrize("features", INSTRUCTIONS, ids=str)
+@pytest.mark.parametrize("features", [some for some in SETS if set(some) <= HERE], ids=str)
 @pytest.mark.parametrize("bits", BITS)
-def test_codes_are_looked_up(bits: int, features: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes_are_looked_up(bits: int, features: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every code in every lane, from any byte, up to the last one of the memory."""
-    monkeypatch.setattr(vectors, "_features", lambda context: ["+avx2", *features] if features else [])
+    monkeypatch.setattr(vectors, "_features", lambda context: features)
 
     @njit
     def looked_up(table, packed, out):
@@ -48,9 +48,11 @@ def test_values_are_taken_and_stored_as_bfloat16() -> None:
     assert torch.equal(out, torch.cat([table[indices], table[0].repeat(LANES), table[1:2]]).bfloat16())
 
 
+@pytest.mark.parametrize("features", [some for some in ([], ["+f16c"]) if set(some) <= HERE], ids=str)
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int16, np.float32])
-def test_stored_scales_are_read(kind: type) -> None:
+def test_stored_scales_are_read(kind: type, features: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """All finite ones: plain numbers, bfloat16, float16 with its denormals, float32."""
+    monkeypatch.setattr(vectors, "_features", lambda context: features)
 
     @njit
     def read(stored, out):

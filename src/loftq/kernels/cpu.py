@@ -43,6 +43,7 @@ FEW_TOKENS = 8  # up to here a product reads the packed weight once; beyond, dec
 TOGETHER = 4  # tokens multiplied at once, where there are several
 CACHED = 4096  # activations that stay in the fastest cache
 FEW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations that float32 holds
+KNOWN = (32, 64, 128)  # sizes of blocks that get a kernel of their own
 PART = 1 << 21  # weights decoded at a time for a product in float32
 DTYPES = {torch.int8: "u1", torch.uint8: "u1", torch.bfloat16: "u2", torch.int16: "i2"}  # as arrays
 DTYPES |= {torch.float16: "i2", torch.int64: "i8", torch.float64: "f8"}
@@ -219,9 +220,10 @@ def multiply_back(weight: Weight, grad: Tensor) -> Tensor:
 
 def _weight(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Weight:
     codes = _codes(stored, spec, columns)
+    known = codes.block if codes.block in KNOWN and columns % codes.block == 0 else 0
     return Weight(
         *(len(codes.packed), columns, codes),
-        product=functools.partial(_product, spec.width),
+        product=functools.partial(_product, spec.width, known=known),
         parts=functools.partial(_parts, codes, spec.width, columns),
         dense=functools.partial(dequantize, stored, spec, columns),
     )
@@ -452,24 +454,29 @@ def _decoder(bits: int) -> Callable:
 
 
 @functools.cache
-def _product(bits: int, few: int) -> Callable:
-    """``y[t, i] = W_i · rows[t]`` for ``few`` tokens at once, some columns at a time: what fast caches hold of them."""
+def _product(bits: int, few: int, known: int = 0) -> Callable:
+    """``y[t, i] = W_i · rows[t]`` for ``few`` tokens at once, some columns at a time: what fast caches hold of them.
+
+    Args:
+        known: the size of all blocks, so that their loop is unrolled; 0 for any.
+    """
 
     @compiled
     def product(packed, scale, zero, table, block, rows, y, start, stop):
         columns, stride, blocks, count = rows.shape[1], packed.shape[1], scale.shape[1], len(packed)
-        even = block % LANES == 0 and columns % LANES == 0
-        step = max(1, CACHED // (few * block))
+        size = known if known else block
+        step = max(1, CACHED // (few * size))
         y[:, start:stop] = 0
         for low in range(0, blocks, step):
             for i in range(start, stop):
                 sums = zeros(few)
                 for b in range(low, min(low + step, blocks)):
-                    first = b * block
-                    whole, codes = _tiled(first, min(block, columns - first), bits), i * stride + (first * bits >> 3)
-                    parts, z = zeros(few), spread(np.float32(0))
+                    first = b * size
+                    codes, parts = i * stride + (first * bits >> 3), zeros(few)
+                    z = spread(np.float32(0))
                     if zero is not None:
                         z = spread(real(zero[i, b]))
+                    whole = known if known else _tiled(first, min(size, columns - first), bits)
                     for j in range(0, whole, LANES):
                         values = look_up(table, packed, codes + (j * bits >> 3), bits)
                         if zero is not None:
@@ -477,12 +484,12 @@ def _product(bits: int, few: int) -> Callable:
                         parts = add_products(parts, values, rows, first + j, columns)
                     sums = add_scaled(sums, parts, spread(real(scale[i, b])))
                 add_totals(y, i, count, sums)
-        if not even:
+        if size % LANES or columns % LANES:
             for i in range(start, stop):
                 for b in range(blocks):
-                    first = b * block
-                    size = min(block, columns - first)
-                    for j in range(first + _tiled(first, size, bits), first + size):
+                    first = b * size
+                    last = min(first + size, columns)
+                    for j in range(first + _tiled(first, last - first, bits), last):
                         value = _value(packed, scale, zero, table, i, j, b, bits)
                         for t in range(few):
                             y[t, i] += value * rows[t, j]

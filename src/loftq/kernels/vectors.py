@@ -56,11 +56,7 @@ class _VectorsModel(PrimitiveModel):
 def spread(typing: Any, value: Any) -> Any:
     """A float32 value in all lanes."""
 
-    def build(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        one = builder.insert_element(ir.Constant(REALS, ir.Undefined), values[0], WORD(0))
-        return builder.shuffle_vector(one, one, _constants([0] * LANES))
-
-    return vector(types.float32), build
+    return vector(types.float32), lambda context, builder, signature, values: _spread(builder, values[0], REALS)
 
 
 @operation
@@ -182,11 +178,12 @@ def look_up(typing: Any, table: Any, packed: Any, at: Any, bits: Any) -> Any:
         words, features = _words(builder, packed, width), _features(context)
         if width > 4 or "+avx2" not in features:
             return _loaded_one_by_one(builder, table, words, width)
-        codes = _codes(builder, words)
-        if "+avx512f" in features:
-            name = "llvm.x86.avx512.permvar.sf.512"  # reads the low 4 bits of every index
-            return _call(builder, name, REALS, [_load(builder, table, REALS), codes])
-        return _looked_up_by_halves(builder, table, codes, width)
+        if "+avx512f" not in features or width == 3:  # twice 24 bits are best read as halves
+            return _looked_up_by_halves(builder, table, _codes(builder, words), width)
+        nibbles = width == 4 and "+avx512vbmi" in features
+        codes = _nibbles(builder, packed) if nibbles else _codes(builder, words)
+        name = "llvm.x86.avx512.permvar.sf.512"  # reads the low 4 bits of every index
+        return _call(builder, name, REALS, [_load(builder, table, REALS), codes])
 
     return vector(table, packed, at, bits), build
 
@@ -245,10 +242,18 @@ def _codes(builder: Any, words: list[tuple[Any, int]]) -> Any:
     """The words of all lanes, every code in the lowest bits, with others above it."""
     found = ir.Constant(WORDS, ir.Undefined)
     for word in dict(words):
-        one = builder.insert_element(ir.Constant(WORDS, ir.Undefined), word, WORD(0))
-        places = [LANES if words[lane][0] is word else lane for lane in range(LANES)]
-        found = builder.shuffle_vector(found, one, _constants(places))
+        mine = [LANES * (words[lane][0] is word) + lane for lane in range(LANES)]
+        found = builder.shuffle_vector(found, _spread(builder, word, WORDS), _constants(mine))
     return builder.lshr(found, _constants([shift for _, shift in words]))
+
+
+def _nibbles(builder: Any, packed: Any) -> Any:
+    """:func:`_codes` of 4 bits by AVX-512 VBMI, which has any eight bits of a word of 64 in any byte."""
+    kind = ir.VectorType(BYTE, 4 * LANES)
+    long = _spread(builder, _load(builder, packed, LONG), ir.VectorType(LONG, LANES // 2))
+    places = ir.Constant(kind, [4 * lane if k == 0 else 0 for lane in range(LANES) for k in range(4)])
+    found = _call(builder, "llvm.x86.avx512.pmultishift.qb.512", kind, [places, builder.bitcast(long, kind)])
+    return builder.bitcast(found, WORDS)
 
 
 def _looked_up_by_halves(builder: Any, table: Any, codes: Any, width: int) -> Any:
@@ -290,6 +295,8 @@ def real(typing: Any, stored: Any) -> Any:
         word = builder.zext(value, WORD)
         if stored == types.uint16:
             return builder.bitcast(builder.shl(word, WORD(16)), REAL)
+        if "+f16c" in _features(context):
+            return builder.fpext(builder.bitcast(value, ir.HalfType()), REAL)
         exponent, fraction = builder.and_(word, WORD(0x7C00)), builder.and_(word, WORD(0x3FF))
         normal = builder.add(builder.shl(builder.and_(word, WORD(0x7FFF)), WORD(13)), WORD(112 << 23))
         small = builder.bitcast(builder.fmul(builder.uitofp(fraction, REAL), REAL(2.0**-24)), WORD)
@@ -298,6 +305,11 @@ def real(typing: Any, stored: Any) -> Any:
         return builder.bitcast(builder.or_(size, sign), REAL)
 
     return types.float32(stored), build
+
+
+def _spread(builder: Any, value: Any, kind: Any) -> Any:
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, WORD(0))
+    return builder.shuffle_vector(one, one, _constants([0] * kind.count))
 
 
 def _constants(values: Sequence[int] | range) -> Any:
