@@ -2,7 +2,8 @@
 
 Each family goes the way of ``zoo/stages.py`` in a process of its own, with limits of time and memory. Results are
 appended to a file as they come, so a sweep that was stopped goes on where it was; ``--again DEFECT`` repeats what
-ended so. ``--page docs/families.md`` makes the page of that file, and leaves one result of every family in it.
+ended so, ``--older`` what was found at another commit, of all families or of those that are named. ``--page
+docs/families.md`` makes the page of that file, and leaves one result of every family in it.
 """
 
 import argparse
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="the file that results are appended to")
     parser.add_argument("--page", type=Path, help="make this page of the results, and run nothing")
     parser.add_argument("--again", action="append", default=[], metavar="OUTCOME", help="also families that ended so")
+    parser.add_argument("--older", action="store_true", help="also families whose result is of another commit")
     parser.add_argument("--seconds", type=float, default=25, help="limit of one family, of a processor")
     parser.add_argument("--gigabytes", type=float, default=3, help="likewise")
     parser.add_argument("--shard", type=int, default=0, help="this of several sweeps that share the work")
@@ -66,11 +68,13 @@ def sweep(options: argparse.Namespace) -> None:
     from zoo import configs
 
     wanted = options.families or configs.types()[options.shard :: options.shards]
-    known = read(options.results)
-    if not options.families:
+    known, commit = read(options.results), options.commit or _commit()
+    if options.older:
+        wanted = [f for f in wanted if f not in known or known[f]["commit"] != commit]
+    elif not options.families:
         wanted = [f for f in wanted if f not in known or known[f]["outcome"] in options.again]
     preload()
-    written = {"commit": options.commit or _commit(), "versions": _versions()}
+    written = {"commit": commit, "versions": _versions()}
     options.results.parent.mkdir(parents=True, exist_ok=True)
     for i, family in enumerate(wanted):
         began = time.monotonic()

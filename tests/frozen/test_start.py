@@ -180,14 +180,14 @@ def test_a_workspace_of_another_command_is_not_touched(packed, source, tmp_path)
 
 def test_a_failure_while_writing_loses_nothing(packed, source, tmp_path):
     def fail():
-        write = fsio.write_json
+        write = fsio.write_atomic
 
-        def full(path, content):
+        def full(path, chunks):
             if path.name == "loftq_start.json":
                 raise StorageError(f"{path}: no space left")
-            return write(path, content)
+            return write(path, chunks)
 
-        fsio.write_json = full
+        fsio.write_atomic = full
 
     refused(start(packed, source, tmp_path / "out", setup=fail), 4, "no space left")
     assert os.listdir(tmp_path) == ["out.loftq-partial"]

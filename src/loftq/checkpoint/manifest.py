@@ -21,6 +21,15 @@ class Part(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
+    @classmethod
+    def checked(cls, content: dict[str, Any], path: Path) -> dict[str, Any]:
+        """``content``, read from ``path``. InputError if these are not the fields."""
+        try:
+            cls.model_validate(content)
+        except ValidationError as e:
+            raise InputError(f"{shown(path)}: {e.error_count()} fields missing or not what they should be") from e
+        return content
+
 
 def _named(name: str) -> str:
     check_name(name, "name")

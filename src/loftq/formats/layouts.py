@@ -19,6 +19,8 @@ from loftq.numerics import Quantized, decode, dequantize, encode, normal_float, 
 from loftq.options import check_choice
 from loftq.spec import QuantSpec, stacked_tensors, stored_tensors
 
+Specs = Sequence[tuple[str, QuantSpec]]  # names of modules or stacks, and how each is stored
+
 
 class MatrixLike(Protocol):
     """What a layout needs to know of a matrix; :class:`loftq.planning.Matrix` is one."""
@@ -82,13 +84,7 @@ class Layout(ABC):
     def decode(self, matrix: MatrixLike, tensors: list[Tensor]) -> Tensor:
         """The float32 matrix ``(out, in)`` that a reader gets from them."""
 
-    def quantization_config(
-        self,
-        modules: list[tuple[str, QuantSpec]],
-        bits: float,
-        kept: list[str],
-        stacks: Sequence[tuple[str, QuantSpec]] = (),
-    ) -> dict | None:
+    def quantization_config(self, modules: Specs, bits: float, kept: list[str], stacks: Specs = ()) -> dict | None:
         """The object for ``config.json``; None for a dense model.
 
         Args:
@@ -170,13 +166,7 @@ class PackedLayout(Layout):
         names = stored_tensors(matrix.quant, *matrix.shape)
         return decode(dict(zip(names, tensors, strict=True)), matrix.quant, matrix.shape[1])
 
-    def quantization_config(
-        self,
-        modules: list[tuple[str, QuantSpec]],
-        bits: float,
-        kept: list[str],
-        stacks: Sequence[tuple[str, QuantSpec]] = (),
-    ) -> dict | None:
+    def quantization_config(self, modules: Specs, bits: float, kept: list[str], stacks: Specs = ()) -> dict | None:
         return quantization_config(modules, bits, stacks)
 
     def modules_in(self, config: Any) -> set[tuple[str, QuantSpec]] | None:
@@ -242,13 +232,7 @@ class BitsAndBytesLayout(Layout):
         codes = torch.stack([packed[:, 0] >> 4, packed[:, 0] & 15], 1).view(-1, matrix.quant.block_size)
         return (levels[codes.int()] * absmax[:, None]).view(matrix.shape)
 
-    def quantization_config(
-        self,
-        modules: list[tuple[str, QuantSpec]],
-        bits: float,
-        kept: list[str],
-        stacks: Sequence[tuple[str, QuantSpec]] = (),
-    ) -> dict | None:
+    def quantization_config(self, modules: Specs, bits: float, kept: list[str], stacks: Specs = ()) -> dict | None:
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from loftq.architecture.kinds import kind_of
-from loftq.checkpoint.manifest import Count, FileRow, Name, Number, Part, Shape
-from loftq.checkpoint.output_dir import already_done, check_places, claim, is_ours, publish
+from loftq.checkpoint.manifest import Count, Name, Number, Part, Shape
+from loftq.checkpoint.produce import Files, Mark, produce
 from loftq.checkpoint.shards import Workspace
-from loftq.errors import InputError, LoftqError, StorageError, quoted
+from loftq.errors import InputError, StorageError, quoted
 from loftq.formats import fsio, hashed_json
-from loftq.formats.regular import output_path, shown
+from loftq.formats.regular import output_path
 from loftq.formats.statistics import Statistics
 from loftq.formats.tensorfile import Entry, dtype_name, encode_header, read_chunks, read_header, tensor_bytes
 from loftq.frozen.replace import Begin, Layer, Original, fit, summary
@@ -42,9 +42,7 @@ class _LayerRow(Part):
     reason: str
 
 
-class _Report(Part):
-    identity: dict[str, Any]
-    files: dict[str, FileRow]
+class _Report(Mark):
     layers: list[_LayerRow]
     error_before: Number
     error: Number
@@ -92,36 +90,32 @@ def start(base: str, weights: str, output: Path, options: StartOptions, begin: B
     from loftq.frozen.layers import load
 
     check_device(options.device)
-    output = output_path(output)
-    work = Workspace(output)
+    work = Workspace(output_path(output))
     source = without_stacks(open_source(weights, options.policy, options.revision))
     directory = resolve(base, options.base_revision)
-    for place in (source.directory, directory):
-        check_places(place, work, output)
-    identity = _identity(source, directory, options)
-    done = already_done(output, identity, None, REPORT, _checked)
-    if done and not (work.root.exists() and is_ours(work, identity)):  # nothing to clean away
-        return done
-    if not done:
+    name = str(directory.resolve()) if Path(base).expanduser().exists() else base
+    report: dict[str, Any] = {}
+
+    def fill(place: Path) -> Files:
         model = load(directory, options.device)
         plan = _located(source, model)
-        name = str(directory.resolve()) if Path(base).expanduser().exists() else base
         config = _adapter_config(plan, source, model, name, options)
-    fsio.make_dirs(work.root)
-    with fsio.DirectoryLock(work.lock):
-        done = done or already_done(output, identity, None, REPORT, _checked)  # another process may have finished
-        if not done:
-            claim(work, identity, source.directory)
-            try:
-                found = _solve(plan, source, model, options, work, begin)  # type: ignore[possibly-undefined]
-            except LoftqError as e:
-                if not isinstance(e, StorageError):  # else the same command continues
-                    fsio.remove_tree(work.root)
-                raise
-            done = _publish(work, output, plan, config, {"identity": identity, **found})  # type: ignore[possibly-undefined]
-        if is_ours(work, identity):
-            fsio.remove_tree(work.root)
-    return done
+        report.update(_solve(plan, source, model, options, work, begin))
+        return {
+            "adapter_model.safetensors": fsio.write_atomic(place / "adapter_model.safetensors", _joined(work, plan)),
+            "adapter_config.json": fsio.write_json(place / "adapter_config.json", config),
+        }
+
+    return produce(
+        output,
+        _identity(source, directory, options),
+        [source.directory, directory],
+        None,
+        fill,
+        lambda: report,
+        mark=(REPORT, _Report),
+        resumed_after=(StorageError,),
+    )
 
 
 def _identity(source: Source, base: Path, options: StartOptions) -> dict[str, Any]:
@@ -225,31 +219,10 @@ def _finished(work: Workspace, index: int, matrix: Matrix) -> dict[str, Any] | N
         return None
 
 
-def _publish(
-    work: Workspace, output: Path, plan: Plan, config: dict[str, Any], report: dict[str, Any]
-) -> dict[str, Any]:
-    """Make the adapter's files, the report last, and put them into their place; the report."""
+def _joined(work: Workspace, plan: Plan) -> Iterator[bytes | memoryview]:
+    """The adapter's weights, of all pieces."""
     pieces = [read_header(_piece(work, i)) for i in range(len(plan.matrices))]
     infos = [(info, piece.stamp) for piece in pieces for info in piece.tensors.values()]
-
-    def contents() -> Iterator[bytes | memoryview]:
-        yield encode_header([Entry(info.name, info.dtype, info.shape) for info, _ in infos], {"format": "pt"})
-        for info, opened in infos:
-            yield from read_chunks(info, opened)
-
-    files = {
-        "adapter_model.safetensors": asdict(fsio.write_atomic(work.output / "adapter_model.safetensors", contents())),
-        "adapter_config.json": asdict(fsio.write_json(work.output / "adapter_config.json", config)),
-    }
-    made = hashed_json.write(work.output / REPORT, {"format_version": 1, **report, "files": files})
-    publish(work, output, {**files, REPORT: asdict(fsio.sha256_file(work.output / REPORT))}, overwrite=False)
-    return made
-
-
-def _checked(report: dict[str, Any], path: Path) -> dict[str, Any]:
-    """``report``, read from ``path``. InputError for one that ``loftq start`` did not write."""
-    try:
-        _Report.model_validate(report)
-    except ValidationError as e:
-        raise InputError(f"{shown(path)}: {e.error_count()} fields missing or not what they should be") from e
-    return report
+    yield encode_header([Entry(info.name, info.dtype, info.shape) for info, _ in infos], {"format": "pt"})
+    for info, opened in infos:
+        yield from read_chunks(info, opened)

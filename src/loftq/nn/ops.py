@@ -130,6 +130,19 @@ def _groups(ends: Tensor, count: int) -> tuple[list[tuple[int, slice]], slice]:
     return [(e, slice(start, stop)) for e, (start, stop) in pairs if stop > start], slice(stops[-1], count)
 
 
+def _by_expert(
+    x: Tensor, ends: Tensor, stored: list[Tensor], spec: str, columns: int, width: int, product: str
+) -> Tensor:
+    """A product of the back end, ``width`` wide, of every expert's rows with its weight; zero for the rows of none."""
+    y = x.new_empty(len(x), width)
+    groups, rest = _groups(ends, len(x))
+    for e, part in groups:
+        kernels, tensors, quant = _named([tensor[e] for tensor in stored], spec)
+        y[part] = getattr(kernels, product)(x[part], tensors, quant, columns)
+    y[rest] = 0
+    return y
+
+
 @torch.library.custom_op("loftq::experts", mutates_args=())
 def experts(x: Tensor, ends: Tensor, stored: list[Tensor], spec: str, rows: int, columns: int) -> Tensor:
     """``x_i @ W_e.T`` for packed experts; only those that have rows are decoded, one at a time.
@@ -139,13 +152,7 @@ def experts(x: Tensor, ends: Tensor, stored: list[Tensor], spec: str, rows: int,
         ends: of every expert, the number of the row after its last, ``(experts,)``. What is beyond them all gives zero.
         stored: each with the experts as leading axis.
     """
-    y = x.new_empty(len(x), rows)
-    groups, rest = _groups(ends, len(x))
-    for e, part in groups:
-        kernels, tensors, quant = _named([tensor[e] for tensor in stored], spec)
-        y[part] = kernels.linear(x[part], tensors, quant, columns)
-    y[rest] = 0
-    return y
+    return _by_expert(x, ends, stored, spec, columns, rows, "linear")
 
 
 @experts.register_fake
@@ -156,13 +163,7 @@ def _(x: Tensor, ends: Tensor, stored: list[Tensor], spec: str, rows: int, colum
 @torch.library.custom_op("loftq::experts_grad_input", mutates_args=())
 def experts_grad_input(grad: Tensor, ends: Tensor, stored: list[Tensor], spec: str, rows: int, columns: int) -> Tensor:
     """``grad_i @ W_e``: the gradient of :func:`experts` with respect to its input."""
-    x = grad.new_empty(len(grad), columns)
-    groups, rest = _groups(ends, len(grad))
-    for e, part in groups:
-        kernels, tensors, quant = _named([tensor[e] for tensor in stored], spec)
-        x[part] = kernels.linear_grad_input(grad[part], tensors, quant, columns)
-    x[rest] = 0
-    return x
+    return _by_expert(grad, ends, stored, spec, columns, columns, "linear_grad_input")
 
 
 @experts_grad_input.register_fake

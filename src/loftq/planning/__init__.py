@@ -1,5 +1,6 @@
 """What is quantized, how, and why not: data about tensors and a policy in, a plan out. Knows no torch."""
 
+from loftq.planning.bits import widths
 from loftq.planning.budget import Allocation, Choice, allocate, check_solver, frontier, parse_size
 from loftq.planning.candidates import Candidate, candidates, curve, factor_bytes, first_layers, limit
 from loftq.planning.names import natural, target_suffixes
@@ -18,6 +19,5 @@ from loftq.planning.plan import (
     make,
     mean_bits,
     nominal_bits,
-    widths,
 )
 from loftq.planning.policy import Policy, make_policy

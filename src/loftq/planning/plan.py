@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from loftq import codes
 from loftq.errors import InputError, UsageError, listed, option, quoted
 from loftq.numerics import oriented_shape
 from loftq.options import fields_of
+from loftq.planning.bits import bits_rules
 from loftq.planning.budget import Choice
 from loftq.planning.containers import served
 from loftq.planning.names import natural, routers_among
@@ -226,7 +226,8 @@ def make(
     wanted = {n: _reason_to_keep(n, *tensors[n], roles[n], policy.embeddings, ranks, routers) for n in tensors}
     smallest = _smallest_matrix([_one(roles[n], tensors[n][1]) for n, reason in wanted.items() if not reason])
     modules = [roles[n].module for n, reason in wanted.items() if not reason]
-    bits = _bits_rules(policy.bits, policy.code, [roles[n] for n, reason in wanted.items() if not reason])
+    placed = (roles[n].stack for n, reason in wanted.items() if not reason)
+    bits = bits_rules(policy.bits, policy.code, {stack.name: stack.length for stack in placed if stack})
     bits.refuse_unmatched(option("bits"), modules)
     ranks.refuse_unmatched(option("rank"), modules)
     matrices, kept, refused = [], [], []
@@ -438,69 +439,6 @@ def _reason_to_keep(
             f"{', '.join(FLOATS)}; start from the full-precision checkpoint"
         )
     return ""
-
-
-def _bits_rules(text: str, code: str, roles: list[Role]) -> Rules[float]:
-    """``--bits``: a width, patterns, or, unless the code is a trellis, a decimal average by the paper's rule.
-
-    The paper's mixed precision (section 4.4; LoftQ's code): with an average of ``a`` bits, the first
-    ``int(L * (a - 2) / 2)`` of a stack's ``L`` layers have 4 bits, everything else 2.
-    """
-    if code == "trellis" or not _is_average(text):
-        return parse_rules(option("bits"), text, _bits_value)
-    try:
-        average = float(text)
-    except ValueError:
-        average = -1.0
-    if not 2 <= average <= 4:
-        raise UsageError(
-            f"{option('bits')} {quoted(text)}: an average must lie between 2.0 and 4.0 (the first layers "
-            "get 4 bits, the rest 2); below 2 bits there are the trellis's, such as 1.5"
-        )
-    stacks = {r.stack.name: r.stack.length for r in roles if r.stack}
-    rules = []
-    for stack, length in stacks.items():
-        first = int(length * (average - 2) / 2)
-        if first:
-            rules.append((f"{stack}.0-{first - 1}", 4))
-    if average > 2 and not rules:
-        raise UsageError(
-            f"{option('bits')} {text}: no stack of layers is long enough for this average "
-            f"({stacks or 'no stack found'}); give a pattern such as 'layers.0=4,2'"
-        )
-    return Rules(tuple(rules), 2)
-
-
-def widths(bits: str) -> set[float]:
-    """What ``--bits`` may give, but for what it leaves dense: every width of its patterns, both of an average."""
-    if _is_average(bits):
-        return {2, 4}
-    rules = parse_rules(option("bits"), bits, _bits_value)
-    return {rules.default, *(width for _, width in rules.rules)} - {DENSE}
-
-
-def _is_average(bits: str) -> bool:
-    """Whether it is a decimal number, and none below 2 that a trellis has."""
-    if "." not in bits or "=" in bits:
-        return False
-    try:
-        width = float(bits)
-    except ValueError:
-        return True
-    return width >= 2 or width not in codes.get("trellis").widths
-
-
-def _bits_value(text: str) -> float:
-    try:
-        width = float(text)
-    except ValueError:
-        width = -1.0
-    if width not in (*BITS, DENSE, *codes.get("trellis").widths):
-        raise UsageError(
-            f"{option('bits')}: {quoted(text)} is not a width; wanted 2, 3, 4, 8, 16 (leave dense), sixteenths up to "
-            "4 for a trellis, such as 1.5, an average such as 2.5, or patterns such as 'layers.0-3=4,2'"
-        )
-    return int(width) if width == int(width) else width
 
 
 def _rank_value(text: str) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loftq.checkpoint.produce import Files, produce
 from loftq.errors import option
 from loftq.formats import fsio
 from loftq.formats.belongings import licence
@@ -13,7 +14,6 @@ from loftq.report.card import exported_card
 from loftq.serving.adapter import Adapter
 from loftq.serving.base import Base
 from loftq.serving.merge import Begin, open_both, sources_of
-from loftq.serving.output import Files, produce
 from loftq.version import __version__
 
 

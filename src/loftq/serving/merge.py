@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loftq.adapters.origins import refuse_other
 from loftq.checkpoint.assemble import ADAPTER
+from loftq.checkpoint.produce import Files, produce
 from loftq.errors import option
 from loftq.formats import fsio, strict_json
 from loftq.formats.belongings import belongings, licence
@@ -24,7 +25,7 @@ from loftq.report.card import merged_card
 from loftq.serving import heads
 from loftq.serving.adapter import Adapter, open_adapter, own_files, place_of
 from loftq.serving.base import Base, Dense, narrowed, open_base
-from loftq.serving.output import Files, copy, produce, write_shards
+from loftq.serving.output import copy, write_shards
 from loftq.spec import STORED
 from loftq.version import __version__
 

@@ -1,80 +1,13 @@
-"""The directory that an export makes: absent or complete, and known again by the command that made it."""
+"""What exports write: copies of files, and shards of tensors."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from pydantic import ValidationError
 from torch import Tensor
 
-from loftq.checkpoint.manifest import FileRow, Part
-from loftq.checkpoint.output_dir import already_done, check_places, claim, publish
-from loftq.checkpoint.shards import Workspace
-from loftq.errors import InputError, LoftqError
-from loftq.formats import fsio, hashed_json
-from loftq.formats.config import EXPORTED
-from loftq.formats.regular import output_path, shown
+from loftq.checkpoint.produce import Files
+from loftq.formats import fsio
 from loftq.formats.tensorfile import Entry, encode_header, tensor_bytes
-
-Files = dict[str, fsio.FileDigest]
-
-
-class _Mark(Part):
-    identity: dict[str, Any]
-    files: dict[str, FileRow]
-
-
-def produce(
-    output: Path,
-    identity: dict[str, Any],
-    sources: list[Path],
-    overwrite: bool,
-    fill: Callable[[Path], Files],
-    report: Callable[[], dict[str, Any]] = dict,
-) -> dict[str, Any]:
-    """Make the directory ``output`` by one rename; what is written in it last: identity, files, and the report.
-
-    Args:
-        identity: all that the bytes depend on; an output of the same is left alone.
-        sources: directories that are read.
-        fill: writes files into a directory, and says which.
-        report: called after that.
-
-    Raises: ConflictError if ``output`` holds something else, or another process works on it; what ``fill`` raises.
-    """
-    output = output_path(output)
-    work = Workspace(output)
-    for source in sources:
-        check_places(source, work, output)
-    done = already_done(output, identity, overwrite, EXPORTED, _checked)
-    if done:
-        return done
-    fsio.make_dirs(work.root)
-    with fsio.DirectoryLock(work.lock):
-        done = already_done(
-            output, identity, overwrite, EXPORTED, _checked
-        )  # another process may have finished meanwhile
-        if not done:
-            claim(work, identity, sources[0])
-            try:
-                files = {name: asdict(digest) for name, digest in fill(work.output).items()}
-            except LoftqError:
-                fsio.remove_tree(work.root)  # nothing of it could be continued
-                raise
-            content = {"format_version": 1, "identity": identity, "files": files, **report()}
-            done = hashed_json.write(work.output / EXPORTED, content)
-            publish(work, output, {**files, EXPORTED: asdict(fsio.sha256_file(work.output / EXPORTED))}, overwrite)
-        fsio.remove_tree(work.root)
-    return done
-
-
-def _checked(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    try:
-        _Mark.model_validate(content)
-    except ValidationError as e:
-        raise InputError(f"{shown(path)}: {e.error_count()} fields missing or not what they should be") from e
-    return content
 
 
 def copy(paths: Iterable[Path], source: Path, target: Path) -> Files:
