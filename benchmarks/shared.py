@@ -1,12 +1,14 @@
 """What does sharing a checkpoint among processes cost?
 
-Peer: one process with as many workers as there are processes. If Ray is installed, also the tasks of a cluster of two
-nodes on this machine, its daemons and workers counted. CPU seconds are of all processes, libraries included.
+Peer: one process with as many workers as there are processes; both are forked with the libraries loaded. If Ray is
+installed, also the tasks of a cluster of two nodes on this machine, from command to exit code, in CPU seconds of all
+processes, daemons and libraries included.
 
-Goal: two processes that share, one worker each, at 0.95 times the speed of one with two workers, from command to exit
-code. Ray: at most 1.1 times the CPU seconds.
+Goal: two processes that share, one worker each, at 0.95 times the speed of one with two workers. Ray: at most 1.1 times
+the CPU seconds, for 2 GB.
 """
 
+import multiprocessing
 import os
 import resource
 import subprocess
@@ -15,25 +17,37 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
+
+import loftq
 from harness import Bench, Versus, installed
+from loftq.solver import solve
 from models import llama
 
 BITS, RANK, STEPS = 2, 64, 5
-ONE, TWO, RAY = "1 process, 2 workers", "2 processes --shared", "2 Ray tasks at a time"
+WORK = {"bits": BITS, "rank": RANK, "preset": "loftq", "steps": STEPS, "max_shard_bytes": 8_000_000}
+ONE, TWO, RAY = "1 process, 2 workers", "2 processes that share", "2 Ray tasks at a time"
+forks = multiprocessing.get_context("fork")
 
 
-def command(source: Path, output: Path, *options: str) -> list[str]:
-    work = ["--bits", str(BITS), "--rank", str(RANK), "--preset", "loftq", "--steps", str(STEPS)]
-    given = ["--max-shard-size", "8MB", *work, *options]
-    return [sys.executable, "-m", "loftq", "quantize", str(source), "-o", str(output), *given]
+def forked(source: Path, output: Path, processes: int, **options: Any) -> None:
+    """So many processes at once, to the end of the last."""
+    given = {**WORK, "progress": False, **options}
+    children = [forks.Process(target=loftq.quantize, args=(source, output), kwargs=given) for _ in range(processes)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0] * processes
 
 
-def run_all(commands: list[list[str]]) -> None:
-    """All at once, to the end of the last."""
-    children = [subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for c in commands]
-    codes = [child.wait() for child in children]
-    assert codes == [0] * len(codes), codes
+def commanded(source: Path, output: Path, *options: str) -> None:
+    flags = [f"--{name.replace('_bytes', '_size').replace('_', '-')}={value}" for name, value in WORK.items()]
+    given = [sys.executable, "-m", "loftq", "quantize", str(source), "-o", str(output), *flags, *options]
+    given[given.index("--max-shard-size=8000000")] = "--max-shard-size=8MB"
+    subprocess.run(given, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def spent() -> float:
@@ -54,11 +68,11 @@ def cluster() -> Iterator[Callable[[], float]]:
     seen: dict[int, float] = {}
 
     def taken() -> float:
-        for process in psutil.process_iter(["cmdline", "cpu_times", "pid"]):
+        for process in psutil.process_iter(["cmdline", "cpu_times"]):
             line = " ".join(process.info["cmdline"] or ())
-            if "raylet" in line or "gcs_server" in line or line.startswith("ray::") or "/ray/" in line:
+            if line.startswith("ray::") or "/ray/" in line:
                 times = process.info["cpu_times"]
-                seen[process.info["pid"]] = max(seen.get(process.info["pid"], 0.0), times.user + times.system)
+                seen[process.pid] = max(seen.get(process.pid, 0.0), times.user + times.system)
         return sum(seen.values())
 
     try:
@@ -67,44 +81,62 @@ def cluster() -> Iterator[Callable[[], float]]:
         nodes.shutdown()
 
 
+def compare(
+    bench: Bench,
+    source: Path,
+    sides: dict[str, Callable[[Path], None]],
+    repeats: int,
+    goals: dict[str, float | None],
+    taken: Callable[[], float] = lambda: 0.0,
+) -> None:
+    """Time and CPU seconds of every side, which takes a directory to be made."""
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+
+    def measured(side: str) -> None:
+        with tempfile.TemporaryDirectory(dir=source.parent) as place:
+            before = spent() + taken()
+            sides[side](Path(place) / "out")
+            seconds[side].append(spent() + taken() - before)
+
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors")) / 1e9
+    case = f"{size:.1f} GB of a Llama's shapes, rank {RANK}, {STEPS} steps, NF{BITS}"
+    first, second = sides
+    calls = {side: lambda side=side: measured(side) for side in sides}
+    bench.compare(
+        case, calls, [Versus(second, first, goals["speed"])], repeats=repeats, slow=sides if repeats == 1 else ()
+    )
+    kept = {side: values[-repeats:] for side, values in seconds.items()}
+    for side, values in kept.items():
+        bench.record(case, f"CPU seconds, {side}", values, "s")
+    pairs = [a / b for a, b in zip(kept[second], kept[first], strict=True)]
+    bench.record(case, f"CPU seconds of {second} / {first}", pairs, "x", at_most=goals["cpu"])
+
+
 def main() -> None:
     bench = Bench(__file__, __doc__)
-    hidden, few, many = (256, 1, 2) if bench.quick else (2048, 4, 20)
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    small_shape, large_shape = ((256, 1), (256, 2)) if bench.quick else ((1024, 6), (2048, 20))  # hidden, layers
+    solve(torch.eye(128), loftq.QuantSpec(bits=BITS), 4, loftq.SolveSpec(steps=1))  # loads the compiled kernels
     with tempfile.TemporaryDirectory() as directory:
-        compare(bench, Path(directory), hidden, few, 1 if bench.quick else 5)
+        small, large = Path(directory) / "small", Path(directory) / "large"
+        llama(*small_shape, 1024, "bfloat16").save_pretrained(small)
+        sides: dict[str, Callable[[Path], None]] = {
+            ONE: lambda output: forked(small, output, 1, workers=2),
+            TWO: lambda output: forked(small, output, 2, workers=1, shared=True),
+        }
+        compare(bench, small, sides, 1 if bench.quick else 3, {"speed": 0.95, "cpu": None})
         if installed("ray"):
+            llama(*large_shape, 1024, "bfloat16").save_pretrained(large)
             with cluster() as taken:
-                compare(bench, Path(directory), hidden, many, 1, taken)
+                sides = {
+                    ONE: lambda output: commanded(large, output, "--workers=2"),
+                    RAY: lambda output: commanded(large, output, "--workers=1", "--cluster=auto"),
+                }
+                compare(bench, large, sides, 1, {"speed": None, "cpu": 1.1}, taken)
         else:
             bench.note("Ray is not installed and was left out.")
+    bench.note(f"Load of the machine at the end: {os.getloadavg()[0]:.1f}.")
     bench.finish()
-
-
-def compare(
-    bench: Bench, root: Path, hidden: int, layers: int, repeats: int, of_cluster: Callable[[], float] | None = None
-) -> None:
-    """Two processes that share against one, or, given what a cluster has taken, the cluster."""
-    name = TWO if of_cluster is None else RAY
-    seconds: dict[str, list[float]] = {ONE: [], name: []}
-    source = root / str(layers)
-    llama(hidden, layers, 1024, "bfloat16").save_pretrained(source)
-
-    def side(what: str, processes: int, *options: str) -> None:
-        with tempfile.TemporaryDirectory(dir=root) as place:
-            before = spent() + (of_cluster() if of_cluster else 0)
-            run_all([command(source, Path(place) / "out", *options)] * processes)
-            seconds[what].append(spent() + (of_cluster() if of_cluster else 0) - before)
-
-    shared = (2, "--workers", "1", "--shared") if of_cluster is None else (1, "--workers", "1", "--cluster", "auto")
-    sides = {ONE: lambda: side(ONE, 1, "--workers", "2"), name: lambda: side(name, *shared)}
-    size = sum(file.stat().st_size for file in source.glob("*.safetensors")) / 1e9
-    case = f"{size:.1f} GB: {layers} layers, hidden {hidden}, rank {RANK}, {STEPS} steps, NF{BITS}"
-    bench.compare(case, sides, [Versus(name, ONE, 0.95 if name == TWO else None)], repeats=repeats, slow=[*sides])
-    for what in sides:
-        bench.record(case, f"CPU seconds, {what}", seconds[what], "s")
-    pairs = [a / b for a, b in zip(seconds[name], seconds[ONE], strict=True)]
-    bench.record(case, f"CPU seconds of {name} / {ONE}", pairs, "x", at_most=1.1 if name == RAY else None)
-    bench.note(f"Load of the machine after the case of {size:.1f} GB: {os.getloadavg()[0]:.1f}.")
 
 
 if __name__ == "__main__":

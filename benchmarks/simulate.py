@@ -29,6 +29,8 @@ from loftq.spec import PRESETS, SolveSpec
 PRESET, RANK, BITS = "fitted", 64, 2.25
 WORKERS = 16  # of a node
 SPEED = 0.3  # of a slow node
+STORAGE = (10.0, 2.0)  # GB/s of all nodes together
+COLUMNS = 3 + len(STORAGE)  # of a model, a number of workers and a size of shards
 PAGE = ROOT / "docs" / "how-to" / "several-machines.md"
 Shape = tuple[int, int]
 
@@ -273,22 +275,24 @@ def cases() -> Iterator[Case]:
         for workers in (64, 1024):
             for shard in (1024 * mebi, auto[model]):
                 plain = Case(model, workers, shard)
-                yield from (plain, replace(plain, slow=1), replace(plain, lost=1), replace(plain, gigabytes=2.0))
+                yield from (plain, replace(plain, slow=1), replace(plain, lost=1))
+                yield from (replace(plain, gigabytes=rate) for rate in STORAGE)
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """One line for a model, workers and shards; a column for what goes wrong."""
-    yield "| model | workers | shards | undisturbed | one slow node | one node lost | storage of 2 GB/s |"
-    yield "|---|---|---|---|---|---|---|"
-    for first in range(0, len(rows), 4):
-        plain, *others = rows[first : first + 4]
+    storage = " | ".join(f"storage of {rate:g} GB/s" for rate in STORAGE)
+    yield f"| model | workers | shards | undisturbed | one slow node | one node lost | {storage} |"
+    yield "|" + "---|" * (3 + COLUMNS)
+    for first in range(0, len(rows), COLUMNS):
+        plain, *others = rows[first : first + COLUMNS]
         size = f"{plain['shard'] / (1 << 20):.0f} MiB" + (" (auto)" if plain["shard"] < 1 << 30 else "")
         cells = [shown(plain["seconds"]), *(f"{shown(r['seconds'])} ({r['ratio']:.2f}x)" for r in others)]
         yield f"| {plain['model']} | {plain['workers']:,} | {size} | {' | '.join(cells)} |"
 
 
 def shown(seconds_: float) -> str:
-    return f"{seconds_ / 60:.1f} min" if seconds_ < 7200 else f"{seconds_ / 3600:.1f} h"
+    return f"{seconds_ / 60:.1f} min" if seconds_ >= 60 else f"{seconds_:.0f} s"
 
 
 def main() -> None:
@@ -299,7 +303,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for case in cases():
         middle = statistics.median(found := simulated(case, options.repeats))
-        base = rows[len(rows) // 4 * 4]["seconds"] if len(rows) % 4 else middle  # the undisturbed case is the first
+        first = len(rows) // COLUMNS * COLUMNS  # the undisturbed case
+        base = rows[first]["seconds"] if first < len(rows) else middle
         told = {**asdict(case), "gigabytes": None if math.isinf(case.gigabytes) else case.gigabytes}
         rows.append({**told, "seconds": middle, "min": min(found), "max": max(found), "ratio": middle / base})
         print(json.dumps(rows[-1]), flush=True)

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -231,6 +232,14 @@ def test_what_sharing_refuses(source, golden, tmp_path):
         cli("quantize", source, "-o", tmp_path / "out", "--shared", *FLAGS, setup=other_cpu), 5, "on another machine"
     )
     assert "AVX9" in line
+
+
+def test_a_cluster_without_ray(source, golden, tmp_path):
+    def without() -> None:
+        sys.modules["ray"] = None
+
+    ended = cli("quantize", source, "-o", tmp_path / "out", "--cluster", "auto", *FLAGS, setup=without)
+    refused(ended, 2, "pip install 'loftq[ray]'")
 
 
 def test_a_unit_that_was_changed_is_made_again(source, golden, tmp_path, caplog):

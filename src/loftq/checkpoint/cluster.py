@@ -24,13 +24,12 @@ from loftq.checkpoint.output_dir import claim
 from loftq.checkpoint.shared import Engine, Prepared, Sharing
 from loftq.errors import LoftqError, StorageError, UsageError, first_line, option, quoted
 from loftq.formats import hashed_json
-from loftq.solver import memory
+from loftq.solver.cost import constants, memory
 
 if TYPE_CHECKING:
     from loftq.checkpoint.quantize import Begin, QuantizeOptions
 
 TRIES = 3  # of a task, by Ray and then by us, where machines are lost
-PROCESS = 1 << 29  # bytes of a worker with its libraries
 ADDRESS = re.compile(r"auto|ray://\S+:\d+|[^\s/]+:\d+")
 
 
@@ -102,7 +101,7 @@ def _needs(sharing: Sharing) -> Mapping[str, Any]:
     calibrated = sharing.statistics is not None
     largest = max((memory(*m.shape, plan.solve, calibrated) for m in plan.matrices), default=0)
     gpus = 0 if torch.device(options.device).type == "cpu" else 1
-    return {"num_cpus": workers, "num_gpus": gpus, "memory": PROCESS + workers * largest}
+    return {"num_cpus": workers, "num_gpus": gpus, "memory": constants()["bytes_of_process"] + workers * largest}
 
 
 _joined: dict[str, Sharing] = {}  # of this worker, which gets many tasks of a run

@@ -146,11 +146,13 @@ def quantize(
     done = already_done(output, job.identity, options.overwrite)
     if done and not (work.root.exists() and is_ours(work, job.identity)):  # nothing to clean away
         return done
+    fsio.make_dirs(work.root)
     if options.is_shared:
-        done = done or make_shared(ready, begin, _engine(model, ready))
+        if not done:
+            _check_space(job, work)
+            done = make_shared(ready, begin, _engine(model, ready))
         _clean(work)
         return done
-    fsio.make_dirs(work.root)
     with fsio.DirectoryLock(work.lock):
         try:
             put_back(work, output)

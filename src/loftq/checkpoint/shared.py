@@ -156,8 +156,9 @@ class Sharing:
             return None
         fsio.remove_tree(self.mine.output)
         fsio.make_dirs(self.mine.output)
-        for unit, record in zip(self.job.units, records, strict=True):
-            fsio.place(self.work.by(record).shard(unit), self.mine.output / unit.file_name)
+        made = [self.work.by(record).shard(unit) for unit, record in zip(self.job.units, records, strict=True)]
+        with ThreadPoolExecutor(cpus()) as pool:
+            list(pool.map(fsio.place, made, [self.mine.output / unit.file_name for unit in self.job.units]))
         manifest = assemble(self.job, self.mine, records)
         publish(self.mine, self.work.target, manifest["files"], overwrite=False)
         return manifest
@@ -166,9 +167,7 @@ class Sharing:
         """Of all units; None if one is damaged, which is then made again. Those of this run are read, not hashed."""
 
         def record_of(unit: Unit) -> dict[str, Any] | None:
-            if self.work.record(unit) in (self.found_done or ()):
-                return self.work.finished(unit)
-            return hashed_json.load(self.work.record(unit))
+            return self.work.finished(unit, trusted=self.work.record(unit) not in (self.found_done or ()))
 
         with ThreadPoolExecutor(cpus()) as pool:
             records = list(pool.map(record_of, self.job.units))
@@ -195,7 +194,7 @@ class Sharing:
         fsio.make_dirs(self.work.root / "curves")
         solve = self.job.source.plan.solve
         shares = [
-            Share(record, len(found), sum(seconds(*m.shape, solve) for m in found), ".json")
+            Share(record, len(found), sum(seconds(*m.shape, solve, m.quant) for m in found), ".json")
             for record, found in matrices.items()
         ]
 
@@ -232,7 +231,7 @@ class Sharing:
 
 
 def share_of(job: Job, work: Workspace, unit: Unit) -> Share:
-    cost = sum(seconds(*m.shape, job.source.plan.solve) for m in unit.members)
+    cost = sum(seconds(*m.shape, job.source.plan.solve, m.quant) for m in unit.members)
     return Share(work.record(unit), len(unit.members), cost)
 
 
