@@ -74,7 +74,7 @@ def test_plan_takes_the_options_of_quantize_that_change_a_plan():
         "--task-type", "--overwrite", "--shared", "--cluster",
     }  # fmt: skip
     assert options("quantize") - options("plan") == only_work
-    assert options("plan") - options("quantize") == {"--json", "--plot"}
+    assert options("plan") - options("quantize") == {"--json", "--plot", "--estimate", "--tokens"}
 
 
 def test_help(source):
