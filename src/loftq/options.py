@@ -120,9 +120,10 @@ class Storage(Widths, Codes, Coverage, total=False):
 
     serve: Annotated[
         str | None,
-        Option(None, choices=("gguf", "compressed-tensors")),
-        "Choose code, block and scales that other software holds exactly: gguf (llama.cpp, Ollama) or "
-        "compressed-tensors (vLLM). Matrices that it cannot hold stay dense. `loftq export` then writes its files.",
+        Option(None, choices=("gguf", "compressed-tensors", "mlx", "onnx")),
+        "Choose code, block and scales that other software holds exactly: gguf (llama.cpp, Ollama), "
+        "compressed-tensors (vLLM), mlx or onnx. Matrices that it cannot hold stay dense. `loftq export` then writes "
+        "its files.",
     ]
 
 

@@ -214,6 +214,8 @@ def export(
     to: str,
     adapter: str | Path | None = None,
     tokenizer_rule: str | None = None,
+    converter: str | Path | None = None,
+    block_type: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Report:
@@ -222,9 +224,13 @@ def export(
     Args:
         directory: made by :func:`quantize`, with codes that the files hold: ``code="int"`` or ``"iq4nl"``.
         output: the directory to be made.
-        to: ``gguf``, for llama.cpp and Ollama; ``compressed-tensors``, for vLLM and transformers.
+        to: ``gguf``, for llama.cpp and Ollama; ``compressed-tensors``, for vLLM and transformers; ``mlx``, for mlx-lm;
+            ``onnx``, for ONNX Runtime.
         adapter: as :func:`merge` takes it.
         tokenizer_rule: of ``gguf``: llama.cpp's name of how the tokenizer cuts words, if it is not known here.
+        converter: of ``gguf``: llama.cpp's ``convert_hf_to_gguf.py``, for a family that is not known here.
+        block_type: of ``gguf``: for 2 bits in blocks of 256 ``TQ2_0``, which is smaller, or ``Q2_K``, which GPUs have
+            kernels for.
         overwrite: replace an earlier output.
 
     Returns: ``files``, ``identity``, and the ``commands`` that run it, from inside the directory.
@@ -235,7 +241,14 @@ def export(
     from loftq.serving.export import export as run
 
     given = None if adapter is None else as_path("adapter", adapter)
-    options = ExportOptions(to=to, adapter=given, tokenizer_rule=tokenizer_rule, overwrite=overwrite)
+    options = ExportOptions(
+        to=to,
+        adapter=given,
+        tokenizer_rule=tokenizer_rule,
+        converter=None if converter is None else as_path("converter", converter),
+        block_type=block_type,
+        overwrite=overwrite,
+    )
     with Bar("export", "tensor", shown=progress) as bar:
         made = run(Path(as_path("directory", directory)), Path(as_path("output", output)), options, bar.begin)
     size = sum(f["size"] for f in made["files"].values()) / 1e6

@@ -58,7 +58,8 @@ def test_transformers_computes_the_same_without_us(place):
         assert torch.equal(alone, base(IDS).logits)
         wanted = PeftModel.from_pretrained(base, place / "base", subfolder="loftq_init").eval()(IDS).logits
     torch.testing.assert_close(adapted, wanted, rtol=1e-5, atol=1e-6)
-    assert made["commands"] == ["vllm serve . --enable-lora --max-lora-rank 8 --lora-modules tuned=./adapter"]
+    (told,) = made["commands"]
+    assert told.startswith("# not for vLLM, where model.layers.0.self_attn.k_proj, ")
 
 
 def test_what_is_written(place):
@@ -68,8 +69,22 @@ def test_what_is_written(place):
     assert groups == {(2, 64), (3, 64), (4, 64), (8, 64)}
     assert config["ignore"] == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "lm_head"]
     assert identity(place / "out") == identity(place / "base") is not None
+    loftq.quantize(place / "source", place / "even", serve="compressed-tensors", rank=9, workers=1, **EXACT)
+    made = loftq.export(place / "even", place / "served", to="compressed-tensors")
+    assert made["commands"] == ["vllm serve . --enable-lora --max-lora-rank 16 --lora-modules tuned=./adapter"]
     loftq.export(place / "base", place / "alone", to="compressed-tensors", adapter="none")
     assert not (place / "alone" / "adapter").exists()
+
+
+def test_a_budget_gives_one_width_to_what_vllm_has_in_one_layer(place):
+    options = {"serve": "compressed-tensors", "budget": 3.4, "rank": 20, "rank_policy": "clamp", "workers": 1}
+    made = loftq.quantize(place / "source", place / "spent", **options)
+    assert made["budget"]["chosen"]["bits_per_weight"] <= 3.4
+    found = {m["module"]: (m["quant"]["bits"], m["quant"]["block_size"]) for m in made["plan"]["matrices"]}
+    assert len(set(found.values())) > 1
+    for layer in (f"model.layers.{i}" for i in range(2)):
+        assert len({found[f"{layer}.self_attn.{name}_proj"] for name in "qkv"}) == 1
+        assert len({found[f"{layer}.mlp.{name}_proj"] for name in ("gate", "up")}) == 1
 
 
 def test_what_it_cannot_hold(place, made):

@@ -216,13 +216,29 @@ def test_serve_chooses_what_gguf_holds(options, wanted, tmp_path):
     assert down == (["rows of 96 are no multiple of gguf's block of 64"] * 2 if options.get("bits") == 2 else [])
 
 
+def test_a_budget_chooses_among_what_gguf_holds(tmp_path):
+    """Rows of 96 have no block at 2 bits: those matrices stay at 4, and the export holds all of them."""
+    pytest.importorskip("gguf")
+    sizes = {**SIZES, "hidden_size": 256, "intermediate_size": 96}
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path / "source")
+    by_bytes().save_pretrained(tmp_path / "source")
+    made = loftq.quantize(tmp_path / "source", tmp_path / "base", serve="gguf", budget=2.62, rank=4, workers=1)
+    found = {m["name"]: tuple(m["quant"][k] for k in ("bits", "code", "block_size")) for m in made["plan"]["matrices"]}
+    assert set(found.values()) == {(2, "int", 64), (2, "int", 256), (4, "iq4nl", 32)}
+    assert {held for name, held in found.items() if "down_proj" in name} == {(4, "iq4nl", 32)}
+    budget = made["budget"]
+    assert [point["bits"] for point in budget["uniform"]] == [2, 4]
+    assert budget["chosen"]["bits_per_weight"] <= 2.62 < budget["uniform"][1]["bits_per_weight"]
+    loftq.export(tmp_path / "base", tmp_path / "out", to="gguf")
+
+
 def test_serve_refuses_what_gguf_has_not(tmp_path):
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).save_pretrained(tmp_path)
     for options, told in (
         ({"bits": 3}, r"serve='gguf' holds no 3 bits; it has 4 \(iq4nl\)"),
         ({"bits": 2, "code": "nf"}, "holds no 2 bits of code nf"),
         ({"bits": 4, "double_quant": True}, "leave them out"),
-        ({"budget": 3.0}, "nor with budget"),
     ):
         with pytest.raises(UsageError, match=told):
             loftq.plan(tmp_path, serve="gguf", rank=4, **options)
@@ -273,8 +289,8 @@ def test_what_gguf_cannot_hold_is_refused(tmp_path, made):
         loftq.export(made("llama").output, tmp_path / "gguf", to="gguf")
     with pytest.raises(InputError, match="BertModel: no GGUF is made of this family"):
         loftq.export(made("bert").output, tmp_path / "gguf", to="gguf")
-    with pytest.raises(UsageError, match="to must be one of gguf, compressed-tensors"):
-        loftq.export(made("bert").output, tmp_path / "gguf", to="onnx")
+    with pytest.raises(UsageError, match="to must be one of gguf, compressed-tensors, mlx, onnx"):
+        loftq.export(made("bert").output, tmp_path / "gguf", to="coreml")
     directory = made_of("llama", tmp_path)
     content = json.loads((directory / "tokenizer.json").read_text())
     content["pre_tokenizer"] = {"type": "Whitespace"}

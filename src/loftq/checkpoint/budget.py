@@ -1,7 +1,7 @@
 """A budget, spent: the plan that it chooses, and what else could be had for the bytes."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,12 @@ def planned(source: Source, policy: Policy, spending: Mapping[str, Any]) -> Sour
 
 def spent(source: Source, policy: Policy, curves: Curves) -> dict[str, Any]:
     """The choice of every matrix, by module, and the report on them, as :func:`within_budget` has it; plain values."""
-    best = planning.allocate(curves, planning.limit(source.plan, policy), policy.budget_solver)
+    groups = planning.fused(source.plan.matrices, policy.serve)
+    layers = planning.together(curves, groups)
+    best = planning.allocate(layers, planning.limit(source.plan, policy), policy.budget_solver)
+    chosen = planning.apart(best.chosen, curves, groups)
     roles, tensors = source.roles, source.tensors
-    plan = planning.make(tensors, roles, policy, best.chosen)
+    plan = planning.make(tensors, roles, policy, chosen)
     kept = sum(k.bytes for k in plan.kept)
     weights = sum(m.numel for m in plan.matrices)
 
@@ -73,21 +76,21 @@ def spent(source: Source, policy: Policy, curves: Curves) -> dict[str, Any]:
     rules = planning.first_layers(source.plan, tensors, roles, policy)
     report = {
         "budget": policy.budget,
-        "chosen": point(best.chosen),
+        "chosen": point(chosen),
         "uniform": [
             point(_picked(curves, source.plan, lambda _, b=b: b), bits=b)
             for b in sorted(set().union(*widths))
             if b == int(b)
         ],
         "first_layers": [
-            point(_picked(curves, source.plan, _widths(rule).__getitem__), layers=k) for k, rule in enumerate(rules)
+            point(_picked(curves, source.plan, _widths(rule).get), layers=k) for k, rule in enumerate(rules)
         ],
-        "frontier": [[kept + size, math.sqrt(error / weights)] for size, error in _frontier(curves)],
+        "frontier": [[kept + size, math.sqrt(error / weights)] for size, error in _frontier(layers)],
     }
-    return {"chosen": {module: astuple(choice) for module, choice in best.chosen.items()}, "report": report}
+    return {"chosen": {module: astuple(choice) for module, choice in chosen.items()}, "report": report}
 
 
-def _frontier(curves: Curves) -> list[tuple[int, float]]:
+def _frontier(curves: Mapping[str, Sequence[Choice]]) -> list[tuple[int, float]]:
     """Where the greedy solver gets with any amount: its own path, and between, where a jump is long, what fits."""
     path = planning.frontier(curves)
     low, high = path[0][0], path[-1][0]
@@ -107,11 +110,11 @@ def _widths(plan: Plan) -> dict[str, float]:
     return {m.module: m.quant.bits for m in plan.matrices}
 
 
-def _picked(curves: Curves, plan: Plan, bits: Callable[[str], float]) -> dict[str, Choice]:
-    """Of every matrix the choice with this width, the plan's block and rank; if pinned, its own."""
+def _picked(curves: Curves, plan: Plan, bits: Callable[[str], float | None]) -> dict[str, Choice]:
+    """Of every matrix the choice with this width, the plan's block, if it has one, and rank; if pinned, its own."""
     found = {}
     for matrix in plan.matrices:
-        choices = [c for c in curves[matrix.module] if (c.rank, c.block_size) == (matrix.rank, matrix.quant.block_size)]
-        wanted = bits(matrix.module)
-        found[matrix.module] = next((c for c in choices if c.bits == wanted), choices[0])
+        choices = [c for c in curves[matrix.module] if c.rank == matrix.rank]
+        wanted, block = bits(matrix.module), matrix.quant.block_size
+        found[matrix.module] = min(choices, key=lambda c: (c.bits != wanted, c.block_size != block))
     return found

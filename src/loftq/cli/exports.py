@@ -54,11 +54,21 @@ def merge(
 def export(
     directory: Directory,
     output: Output,
-    to: Annotated[str, typer.Option(help="gguf (llama.cpp, Ollama) or compressed-tensors (vLLM).", show_default=False)],
+    to: Annotated[
+        str, typer.Option(help="gguf (llama.cpp, Ollama), compressed-tensors (vLLM), mlx or onnx.", show_default=False)
+    ],
     adapter: AdapterOf = None,
     tokenizer_rule: Annotated[
         str | None,
         typer.Option(help="Of gguf: llama.cpp's name of how the tokenizer cuts words, if it is not known here."),
+    ] = None,
+    converter: Annotated[
+        str | None,
+        typer.Option(help="Of gguf: llama.cpp's convert_hf_to_gguf.py, for a family that is not known here."),
+    ] = None,
+    block_type: Annotated[
+        str | None,
+        typer.Option(help="Of gguf, for 2 bits in blocks of 256: TQ2_0 or Q2_K. Default: TQ2_0."),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -67,7 +77,14 @@ def export(
     from loftq.serving.export import export as run
 
     quiet_transformers()
-    options = ExportOptions(to=to, adapter=adapter, tokenizer_rule=tokenizer_rule, overwrite=overwrite)
+    options = ExportOptions(
+        to=to,
+        adapter=adapter,
+        tokenizer_rule=tokenizer_rule,
+        converter=converter,
+        block_type=block_type,
+        overwrite=overwrite,
+    )
     with Bar("export", "tensor") as bar:
         made = run(directory, output, options, bar.begin)
     size = sum(f["size"] for f in made["files"].values()) / 1e6

@@ -344,6 +344,7 @@ def _fill(fd: int, chunks: Iterable[bytes | memoryview], temporary: Path, path: 
                 with _mutation("write", temporary, path):
                     written = os.write(fd, view)
                 view = view[written:]
+            del chunk, view  # before the next is made: of two large tensors one is in memory
         with _mutation("fsync", temporary, path):
             os.fsync(fd)
         return FileDigest(size, digest.hexdigest())

@@ -3,6 +3,7 @@
 from loftq.planning.bits import widths
 from loftq.planning.budget import Allocation, Choice, allocate, check_solver, frontier, parse_size
 from loftq.planning.candidates import Candidate, candidates, curve, factor_bytes, first_layers, limit
+from loftq.planning.fused import apart, fused, together
 from loftq.planning.names import natural, target_suffixes
 from loftq.planning.patterns import Rules, parse_rules
 from loftq.planning.pieces import Made, Piece, of_stack, sources

@@ -9,6 +9,7 @@ from loftq import codes
 from loftq.codes import RATE_UNIT
 from loftq.errors import UsageError, option, quoted
 from loftq.planning.budget import Choice, parse_budget
+from loftq.planning.containers import choices
 from loftq.planning.patterns import matches
 from loftq.planning.plan import Matrix, Plan, Policy, Role, make
 from loftq.spec import BITS, ITEM_BYTES, QuantSpec, code_for, stored_bytes, why_not
@@ -145,6 +146,9 @@ def _with_rates_between(
 def _quants(matrix: Matrix, policy: Policy, widths: list[float]) -> list[QuantSpec]:
     if _pinned(policy.bits, matrix.module):
         return [matrix.quant]
+    if policy.serve:
+        held = [quant for quant in choices(policy) if quant.bits in widths and not matrix.shape[1] % quant.block_size]
+        return sorted(held, key=lambda quant: (quant.bits, quant.block_size))
     if matrix.quant.codebook.form == "trellis":
         wide = [replace(matrix.quant, bits=bits) for bits in TRELLIS_WIDTHS]
         return [quant for quant in wide if not why_not(quant, matrix.kind, matrix.shape[0])]
@@ -160,7 +164,9 @@ def _quants(matrix: Matrix, policy: Policy, widths: list[float]) -> list[QuantSp
 
 
 def _widths(policy: Policy) -> tuple[float, ...]:
-    """The widths of the policy's code; of all scalar codes that ``auto`` may stand for."""
+    """The widths of the policy's code; of all scalar codes that ``auto`` may stand for; of what is served."""
+    if policy.serve:
+        return tuple(sorted({quant.bits for quant in choices(policy)}))
     return codes.get(policy.code).widths if policy.code != "auto" and _scalar(policy.code) else BITS
 
 

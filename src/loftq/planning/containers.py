@@ -9,21 +9,29 @@ SCALES = {"gguf": "float16"}  # others have the policy's
 CONTAINERS = {
     "gguf": (("iq4nl", 4, 32), ("int", 4, 32), ("int", 2, 64), ("int", 2, 256), ("int", 8, 32)),
     "compressed-tensors": tuple(("int", bits, size) for bits in (2, 3, 4, 8) for size in (64, 32, 128)),
+    "mlx": tuple(("int", bits, size) for bits in (2, 3, 4, 8) for size in (64, 32, 128)),
+    "onnx": tuple(("int", bits, size) for bits in (2, 4, 8) for size in (64, 16, 32, 128, 256)),
 }
 
 
-def served(policy: Policy, bits: float) -> QuantSpec:
-    """How a matrix of so many bits is stored for ``policy.serve``: in the policy's block, or the first.
+def served(policy: Policy, bits: float, block_size: int) -> QuantSpec:
+    """How a matrix of so many bits is stored for ``policy.serve``: in blocks of this size, or in the first that it has.
 
     Raises: UsageError if there is nothing.
     """
-    table = CONTAINERS[str(policy.serve)]
-    found = [row for row in table if row[1] == bits and policy.code in ("auto", row[0])]
+    found = [quant for quant in choices(policy) if quant.bits == bits]
     if not found:
-        have = ", ".join(f"{width} ({code})" for code, width, _ in table)
+        have = ", ".join(dict.fromkeys(f"{width} ({code})" for code, width, _ in CONTAINERS[str(policy.serve)]))
         code = "" if policy.code == "auto" else f" of code {quoted(policy.code)}"
         raise UsageError(f"{option('serve', policy.serve)} holds no {bits} bits{code}; it has {have}")
-    code, width, size = min(found, key=lambda row: row[2] != policy.block_size)
-    return QuantSpec(
-        bits=width, code=code, block_size=size, scale_dtype=SCALES.get(str(policy.serve), policy.scale_dtype)
-    )
+    return min(found, key=lambda quant: quant.block_size != block_size)
+
+
+def choices(policy: Policy) -> list[QuantSpec]:
+    """All that ``policy.serve`` holds of the policy's code; of two codes with the same width and block the first."""
+    found: dict[tuple[int, int], QuantSpec] = {}
+    for code, bits, size in CONTAINERS[str(policy.serve)]:
+        if policy.code in ("auto", code):
+            scale = SCALES.get(str(policy.serve), policy.scale_dtype)
+            found.setdefault((bits, size), QuantSpec(bits=bits, code=code, block_size=size, scale_dtype=scale))
+    return list(found.values())

@@ -318,7 +318,7 @@ def _quant(policy: Policy, width: float, chosen: Choice | None, kind: str, rows:
     stored = {**fields_of(QuantSpec, vars(policy)), **({"block_size": chosen.block_size} if chosen else {})}
     bits = chosen.bits if chosen else width
     if policy.serve:
-        return served(policy, bits), ""
+        return served(policy, bits, stored["block_size"]), ""
     quant = quant_spec(policy.solve, **{**stored, "bits": bits, "code": policy.code})
     why = why_not(quant, kind, rows)
     if not why:

@@ -49,10 +49,10 @@ class Policy:
         check_fields(self, option)
         if not isinstance(self.solve, SolveSpec):
             raise UsageError(f"solve must be a SolveSpec, got {type(self.solve).__name__}")
-        if self.serve and (self.double_quant or self.embeddings or self.budget):
+        if self.serve and (self.double_quant or self.embeddings):
             raise UsageError(
-                f"{option('serve', self.serve)} goes neither with {option('double_quant')} and {option('embeddings')}, "
-                f"which it does not hold, nor with {option('budget')}; leave them out, or give {option('code', 'int')}"
+                f"{option('serve', self.serve)} goes neither with {option('double_quant')} nor with "
+                f"{option('embeddings')}: what they store has no form there; leave them out"
             )
         _check_budget(self)
 

@@ -89,6 +89,16 @@ class Adapter:
         a, b = self.read(factors.a).float(), self.read(factors.b).float()
         return (a.T, b.T, factors.scaling) if factors.embedding else (b, a, factors.scaling)
 
+    def refuse_more_than_linear(self, form: str, converter: str) -> None:
+        """InputError if it is more than LoRA of linear layers, which is all that ``form`` holds."""
+        embeddings = [name for name, factors in self.factors.items() if factors.embedding]
+        more = [*self.replaced, *self.new, *self.biases, *embeddings]
+        if more:
+            raise InputError(
+                f"{shown(self.directory)}: {listed(more, 3)}: {form} holds LoRA of linear layers only; merge it, and "
+                f"convert that with {converter}"
+            )
+
     def digests(self) -> dict[str, str]:
         """SHA-256 of its two files."""
         names = (name for name in (CONFIG, *WEIGHTS) if (self.directory / name).is_file())

@@ -60,6 +60,11 @@ class Base:
         return self.manifest["sha256"]
 
     @cached_property
+    def matrices(self) -> list[Matrix]:
+        """What is quantized."""
+        return [tensor.matrix for tensor in self.tensors.values() if tensor.matrix]
+
+    @cached_property
     def by_parameter(self) -> dict[str, Dense]:
         return {tensor.runtime: tensor for tensor in self.tensors.values()}
 

@@ -30,6 +30,7 @@ class Block:
         sign: -1 if ``d`` is the opposite of the scale.
         packed: codes of blocks -> their bytes.
         first: whether ``d`` comes before them.
+        copies: how often it is stored.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Block:
     sign: int
     packed: Callable[[Codes], Tensor]
     first: bool = True
+    copies: int = 1
 
     def fits(self, quant: QuantSpec) -> bool:
         return (quant.code, quant.bits, quant.block_size) == (self.code, self.bits, self.size)
@@ -57,6 +59,11 @@ def _strides(codes: Codes) -> Tensor:
     """Of each 128 elements, ``32 l + j`` at bits ``2 l`` of byte ``j``."""
     parts = codes.unflatten(1, (-1, 4, 32))
     return (parts[:, :, 0] | parts[:, :, 1] << 2 | parts[:, :, 2] << 4 | parts[:, :, 3] << 6).flatten(1)
+
+
+def _strides_of_ones(codes: Codes) -> Tensor:
+    """As before, behind the 16 scales and minima of Q2_K, ``w = d · scale · q - dmin · minimum``: here all are one."""
+    return torch.cat([torch.full((len(codes), 16), 0x11, dtype=torch.uint8), _strides(codes)], 1)
 
 
 def _halves(codes: Codes) -> Tensor:
@@ -79,18 +86,19 @@ def _bytes(codes: Codes) -> Tensor:
 BLOCKS = (
     Block("Q2_0", 42, 41, "int", 2, 64, 18, 1, _quarters),
     Block("TQ2_0", 35, 37, "int", 2, 256, 66, 1, _strides, first=False),
+    Block("Q2_K", 10, 10, "int", 2, 256, 84, 1, _strides_of_ones, first=False, copies=2),
     Block("Q4_0", 2, 2, "int", 4, 32, 18, -1, _opposite_halves),
     Block("IQ4_NL", 20, 25, "iq4nl", 4, 32, 18, 1, _halves),
     Block("Q8_0", 8, 7, "int", 8, 32, 34, 1, _bytes),
 )
 
 
-def block_for(matrix: Matrix) -> Block:
-    """The type that holds a matrix exactly. InputError if there is none."""
+def block_for(matrix: Matrix, preferred: str = "") -> Block:
+    """The type that holds a matrix exactly, the first or the ``preferred`` one. InputError if there is none."""
     quant = matrix.quant
-    found = next((block for block in BLOCKS if block.fits(quant)), None)
+    found = min((b for b in BLOCKS if b.fits(quant)), key=lambda b: b.name != preferred, default=None)
     if found is None or quant.double_quant:
-        have = ", ".join(f"{b.code} {b.bits} bits block {b.size}" for b in BLOCKS)
+        have = ", ".join(dict.fromkeys(f"{b.code} {b.bits} bits block {b.size}" for b in BLOCKS))
         blocks = f" in blocks of {quant.block_size}" if quant.codebook.form == "blocks" else ""
         held = f"code {quant.code} of {quant.bits} bits{blocks}"
         nested = " with scales that are quantized too" if quant.double_quant else ""
@@ -123,5 +131,5 @@ def block_bytes(block: Block, matrix: Matrix, stored: dict[str, Tensor]) -> UInt
         )
     codes = unpack(stored["weight"], block.bits, matrix.shape[1]).view(-1, block.size)
     d = (block.sign * narrow).reshape(-1, 1).view(torch.uint8)
-    parts = [d, block.packed(codes)] if block.first else [block.packed(codes), d]
+    parts = [d, block.packed(codes)] if block.first else [block.packed(codes), *[d] * block.copies]
     return torch.cat(parts, 1).view(matrix.shape[0], -1)

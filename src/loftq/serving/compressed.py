@@ -1,8 +1,6 @@
 """``loftq export --to compressed-tensors``: the quantized model for vLLM, SGLang and transformers, the adapter apart.
 
-By the package's format ``pack-quantized``, symmetric: a weight is ``(q - 2**(bits - 1)) * d``, the numbers ``q`` of a
-row a stream of bits, low bits first, in int32. It holds code ``int`` to the last bit, with the scale's other sign; at 8
-bits with its own.
+By the package's format ``pack-quantized``, symmetric: see :mod:`loftq.serving.packed`.
 """
 
 from pathlib import Path
@@ -12,48 +10,29 @@ import torch
 from torch import Tensor
 
 from loftq.adapters.origins import BESIDE, FIELD
+from loftq.checkpoint.produce import Files
 from loftq.errors import InputError, listed, option, quoted
-from loftq.formats import fsio, strict_json
-from loftq.formats.belongings import belongings
-from loftq.formats.tensorfile import DTYPES, Entry
-from loftq.numerics import pack, unpack
-from loftq.planning import Matrix
-from loftq.serving.adapter import CONFIG, WEIGHTS, Adapter, own_files
-from loftq.serving.base import Base, Dense
+from loftq.formats import fsio
+from loftq.formats.tensorfile import Entry
+from loftq.planning import Matrix, fused
+from loftq.serving import packed
+from loftq.serving.adapter import CONFIG, WEIGHTS, Adapter
+from loftq.serving.base import Base
 from loftq.serving.merge import Begin
-from loftq.serving.output import Files, copy, write_shards
-from loftq.spec import STORED, stored_tensors
 
-LARGEST_FILE = 5 << 30
-WORD = 32  # bits of an int32
+NAME = "compressed-tensors"
 
 
-def check(base: Base, adapter: Adapter | None) -> str:
-    """The type that scales are loaded in, by safetensors' name. InputError for what the format cannot hold."""
-    config = strict_json.load_object(base.directory / "config.json", special=True)
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    if dtype not in STORED:
-        raise InputError(
-            f"{quoted(base.directory, 400)}: config.json has dtype {quoted(dtype)}; wanted one of {listed(STORED)}"
-        )
-    for tensor in base.tensors.values():
-        if tensor.matrix is not None:
-            _check(tensor.matrix)
-    return STORED[dtype]
-
-
-def _check(matrix: Matrix) -> None:
-    quant, columns = matrix.quant, matrix.shape[1]
-    if quant.code != "int" or quant.double_quant or matrix.kind != "linear":
-        raise InputError(
-            f"{quoted(matrix.name)}: compressed-tensors holds code int on linear layers, and not {quant.code} on "
-            f"{matrix.kind}; quantize with {option('serve', 'compressed-tensors')}, or merge"
-        )
-    if columns % quant.block_size or columns * int(quant.bits) % WORD:
-        raise InputError(
-            f"{quoted(matrix.name)}: rows of {columns} fill no whole blocks of {quant.block_size} and words of {WORD} "
-            f"bits; quantize with {option('serve', 'compressed-tensors')}, which leaves it dense"
-        )
+def check(base: Base) -> str:
+    """The type of the scales, by safetensors' name. InputError for what the format cannot hold."""
+    packed.check(base, NAME)
+    for matrix in base.matrices:
+        if matrix.shape[1] * int(matrix.quant.bits) % packed.WORD:
+            raise InputError(
+                f"{quoted(matrix.name)}: rows of {matrix.shape[1]} fill no words of {packed.WORD} bits; quantize with "
+                f"{option('serve', NAME)} and larger blocks"
+            )
+    return packed.scale_dtype(base)
 
 
 def write(place: Path, base: Base, adapter: Adapter | None, scales: str, begin: Begin) -> Files:
@@ -62,73 +41,37 @@ def write(place: Path, base: Base, adapter: Adapter | None, scales: str, begin: 
     Args:
         scales: their type, of :func:`check`.
     """
-    entries = [entry for tensor in base.tensors.values() for entry in _entries(tensor, scales)]
-    advance = begin(len(entries))
-    held: dict[str, Tensor] = {}
-    by_entry = {entry.name: t for t in base.tensors.values() for entry in _entries(t, scales)}
 
-    def read(entry: Entry) -> Tensor:
-        tensor = by_entry[entry.name]
-        if tensor.matrix is not None and entry.name not in held:
-            held.clear()  # the tensors of a matrix follow each other
-            held.update(_packed(tensor.matrix, base.stored(tensor.matrix), scales))
-        advance()
-        return base.checkpoint.read(tensor.name) if tensor.matrix is None else held[entry.name]
+    def entries(matrix: Matrix) -> list[Entry]:
+        stem, (rows, columns), quant = matrix.name.removesuffix("weight"), matrix.shape, matrix.quant
+        return [
+            Entry(f"{stem}weight_packed", "I32", (rows, columns * int(quant.bits) // packed.WORD)),
+            Entry(f"{stem}weight_scale", scales, (rows, columns // quant.block_size)),
+            Entry(f"{stem}weight_shape", "I64", (2,)),
+        ]
 
-    made = write_shards(place, entries, read, LARGEST_FILE)
-    config = strict_json.load_object(base.directory / "config.json", special=True)
-    config["quantization_config"] = _config(base)
-    made["config.json"] = fsio.write_json(place / "config.json", strict_json.tagged(config))
-    made |= copy(belongings(base.directory).files, base.directory, place)
-    if adapter is not None:
-        made |= copy(own_files(adapter), adapter.directory, place)
-        made |= _adapter(place, base, adapter)
-    return made
+    def made(matrix: Matrix, stream: Tensor, d: Tensor) -> dict[str, Tensor]:
+        stem = matrix.name.removesuffix("weight")
+        return {
+            f"{stem}weight_packed": stream.view(torch.int32),
+            f"{stem}weight_scale": packed.narrow(matrix, d, scales),
+            f"{stem}weight_shape": torch.tensor(matrix.shape, dtype=torch.int64),
+        }
 
-
-def _entries(tensor: Dense, scales: str) -> list[Entry]:
-    if tensor.matrix is None:
-        return [Entry(tensor.name, tensor.dtype, tensor.shape)]
-    stem, (rows, columns), quant = tensor.name.removesuffix("weight"), tensor.shape, tensor.matrix.quant
-    return [
-        Entry(f"{stem}weight_packed", "I32", (rows, columns * int(quant.bits) // WORD)),
-        Entry(f"{stem}weight_scale", scales, (rows, columns // quant.block_size)),
-        Entry(f"{stem}weight_shape", "I64", (2,)),
-    ]
-
-
-def _packed(matrix: Matrix, stored: list[Tensor], scales: str) -> dict[str, Tensor]:
-    """The three tensors of a matrix. InputError for a scale that the model's type does not hold."""
-    bits, (rows, columns) = int(matrix.quant.bits), matrix.shape
-    tensors = dict(zip(stored_tensors(matrix.quant, rows, columns), stored, strict=True))
-    codes = unpack(tensors["weight"], bits, columns)
-    if bits == 8:  # of the two zeros one
-        numbers, sign = codes + (codes <= 127).to(torch.uint8), 1
-    else:
-        numbers, sign = 2**bits - 1 - codes, -1
-    wide = tensors["weight_scale"].float()
-    scale = wide.to(DTYPES[scales])
-    if not torch.equal(scale.float(), wide):
-        raise InputError(
-            f"{quoted(matrix.name)}: a scale does not fit the model's type {scales}, in which readers load it; "
-            f"quantize with {option('scale_dtype', 'bfloat16')}, or the model's own type"
-        )
-    words = pack(numbers, bits).reshape(rows, -1).view(torch.int32)
-    stem = matrix.name.removesuffix("weight")
-    shape = torch.tensor([rows, columns], dtype=torch.int64)
-    return {f"{stem}weight_packed": words, f"{stem}weight_scale": sign * scale, f"{stem}weight_shape": shape}
+    settings = {"quantization_config": _config(base)}
+    files = packed.write_directory(place, base, adapter, settings, entries, made, begin)
+    return files if adapter is None else files | _adapter(place, base, adapter)
 
 
 def _config(base: Base) -> dict[str, Any]:
     groups: dict[tuple[int, int], list[str]] = {}
-    matrices = [tensor.matrix for tensor in base.tensors.values() if tensor.matrix]
-    for matrix in matrices:
+    for matrix in base.matrices:
         groups.setdefault((int(matrix.quant.bits), matrix.quant.block_size), []).append(matrix.module)
-    done = {matrix.module for matrix in matrices}
+    done = {matrix.module for matrix in base.matrices}
     ignore = [n for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear) and n not in done]
     weights = {"type": "int", "symmetric": True, "strategy": "group", "dynamic": False}
     return {
-        "quant_method": "compressed-tensors",
+        "quant_method": NAME,
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "ignore": ignore,
@@ -157,8 +100,12 @@ def _adapter(place: Path, base: Base, adapter: Adapter) -> Files:
     }
 
 
-def commands(adapter: Adapter | None) -> list[str]:
+def commands(base: Base, adapter: Adapter | None) -> list[str]:
     """How vLLM is told to serve it, from inside the directory."""
+    quants = {matrix.module: matrix.quant for matrix in base.matrices}
+    mixed = [group for group in fused(base.matrices, NAME) if len({quants[name] for name in group}) > 1]
+    if mixed:
+        return [f"# not for vLLM, where {listed(mixed[0])} are one layer of one width; transformers loads it"]
     if adapter is None:
         return ["vllm serve ."]
     ranks = max((factors.rank for factors in adapter.factors.values()), default=8)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq.checkpoint.produce import Files, produce
-from loftq.errors import option
+from loftq.errors import UsageError, listed, option
 from loftq.formats import fsio
 from loftq.formats.belongings import licence
 from loftq.options import check_choice
@@ -25,16 +25,34 @@ class ExportOptions:
         to: the files of which software.
         adapter: as for a merge.
         tokenizer_rule: llama.cpp's name of how the tokenizer cuts words, where it is not known.
+        converter: llama.cpp's ``convert_hf_to_gguf.py``, for a family that is not known here.
+        block_type: of two types of GGUF that hold the codes the one to take.
     """
 
     to: str
     adapter: str | None = None
     tokenizer_rule: str | None = None
+    converter: str | None = None
+    block_type: str | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         check_choice(option("to"), self.to, tuple(TARGETS))
+        if self.block_type is not None:
+            check_choice(option("block_type"), self.block_type, BLOCK_TYPES)
+        given = {name: getattr(self, name) for name in ("tokenizer_rule", "converter", "block_type")}
+        odd = [option(name) for name, value in given.items() if value is not None]
+        if odd and self.to != "gguf":
+            raise UsageError(f"{listed(odd)} only for {option('to', 'gguf')}; leave out, or export to it")
 
+    def identity(self) -> dict[str, Any]:
+        """What of it decides about the bytes; what is not given is not in it, so that earlier outputs are known."""
+        more = {} if self.converter is None else {"converter": fsio.sha256_file(Path(self.converter)).sha256}
+        more |= {} if self.block_type is None else {"block_type": self.block_type}
+        return {"verb": "export", "to": self.to, "tokenizer_rule": self.tokenizer_rule, **more}
+
+
+BLOCK_TYPES = ("TQ2_0", "Q2_K")
 
 # Writes into a directory; gives the files, and the commands that run them.
 Write = Callable[[Path, Begin], tuple[Files, list[str]]]
@@ -43,10 +61,20 @@ Write = Callable[[Path, Begin], tuple[Files, list[str]]]
 def _gguf(base: Base, adapter: Adapter | None, options: ExportOptions) -> Write:
     from loftq.serving import gguf
 
-    family = gguf.check(base, adapter)
+    rule, preferred = options.tokenizer_rule, options.block_type or ""
+    if options.converter is not None:
+        from loftq.serving import converted
+
+        converter = Path(options.converter)
+        converted.check(base, adapter, converter)
+    else:
+        converter, family = None, gguf.check(base, adapter, preferred)
 
     def write(place: Path, begin: Begin) -> tuple[Files, list[str]]:
-        made = gguf.write(place, base, adapter, family, options.tokenizer_rule, begin)
+        if converter is not None:
+            made = converted.write(place, base, adapter, converter, rule, preferred, begin)
+        else:
+            made = gguf.write(place, base, adapter, family, rule, begin, preferred)
         return made, gguf.commands(adapter is not None)
 
     return write
@@ -55,10 +83,32 @@ def _gguf(base: Base, adapter: Adapter | None, options: ExportOptions) -> Write:
 def _compressed(base: Base, adapter: Adapter | None, options: ExportOptions) -> Write:
     from loftq.serving import compressed
 
-    scales = compressed.check(base, adapter)
+    scales = compressed.check(base)
 
     def write(place: Path, begin: Begin) -> tuple[Files, list[str]]:
-        return compressed.write(place, base, adapter, scales, begin), compressed.commands(adapter)
+        return compressed.write(place, base, adapter, scales, begin), compressed.commands(base, adapter)
+
+    return write
+
+
+def _mlx(base: Base, adapter: Adapter | None, options: ExportOptions) -> Write:
+    from loftq.serving import mlx
+
+    scales = mlx.check(base, adapter)
+
+    def write(place: Path, begin: Begin) -> tuple[Files, list[str]]:
+        return mlx.write(place, base, adapter, scales, begin), mlx.commands(adapter)
+
+    return write
+
+
+def _onnx(base: Base, adapter: Adapter | None, options: ExportOptions) -> Write:
+    from loftq.serving import onnx
+
+    onnx.check(base)
+
+    def write(place: Path, begin: Begin) -> tuple[Files, list[str]]:
+        return onnx.write(place, base, adapter, begin), onnx.commands()
 
     return write
 
@@ -66,6 +116,8 @@ def _compressed(base: Base, adapter: Adapter | None, options: ExportOptions) -> 
 TARGETS: dict[str, Callable[[Base, Adapter | None, ExportOptions], Write]] = {
     "gguf": _gguf,
     "compressed-tensors": _compressed,
+    "mlx": _mlx,
+    "onnx": _onnx,
 }
 
 
@@ -80,7 +132,7 @@ def export(directory: Path, output: Path, options: ExportOptions, begin: Begin) 
     places, read = sources_of(base, adapter)
     identity = {
         **read,
-        "options": {"verb": "export", "to": options.to, "tokenizer_rule": options.tokenizer_rule},
+        "options": options.identity(),
         "loftq": __version__,
     }
     commands: list[str] = []

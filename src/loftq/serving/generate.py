@@ -83,7 +83,7 @@ class Writer:
         packed = (getattr(config, "quantization_config", None) or {}).get("quant_method") == "loftq"
         dtype: Any = torch.float32 if packed and device == "cpu" else "auto"  # 16 bits are slower there
         model: Any = load_weights(auto, base, config, dtype=dtype)
-        self.model = (model if place is None else _adapted(model, place)).to(device).eval()
+        self.model = (model if place is None else adapted(model, place)).to(device).eval()
         self.chats = bool(getattr(self.tokenizer, "chat_template", None))
 
     def write(
@@ -163,7 +163,8 @@ def _both(target: str, adapter: str | None) -> tuple[Path, Path | None]:
     return base, base / ADAPTER if (base / MANIFEST).is_file() else None
 
 
-def _adapted(model: Any, place: Path) -> Any:
+def adapted(model: Any, place: Path) -> Any:
+    """A model with an adapter of it by PEFT. InputError for an adapter of another base, or that PEFT cannot load."""
     from peft import PeftModel
 
     refuse_other(place, Path(model.name_or_path))

@@ -4,7 +4,7 @@
 stored. ``adapter.gguf`` is a LoRA whose ``B`` has the scaling folded in, because readers know ``alpha / rank`` only.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,16 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loftq.errors import InputError, listed, quoted
+from loftq.checkpoint.produce import Files
+from loftq.errors import InputError, quoted
 from loftq.formats import fsio
-from loftq.formats.regular import shown
 from loftq.serving.adapter import Adapter
 from loftq.serving.base import Base, Dense
 from loftq.serving.blocks import Block, block_bytes, block_for
 from loftq.serving.gguf_header import Family, Header, add_sizes, family_of, gguf, padding, permuted, rope_factors
 from loftq.serving.gguf_vocab import add_vocabulary
 from loftq.serving.merge import Begin
-from loftq.serving.output import Files
 from loftq.spec import stored_tensors
 
 PLAIN = {"F32": 0, "F16": 1, "BF16": 30}  # GGML's types of what is not quantized
@@ -39,29 +38,32 @@ class Placed:
     block: Block | None = None
 
 
-def check(base: Base, adapter: Adapter | None) -> Family:
+def check(base: Base, adapter: Adapter | None, preferred: str = "") -> Family:
     """Refuse what cannot be written, before anything is."""
     family = family_of(base.model)
     for tensor in _tensors(base):
-        _placed(tensor, family)
+        _placed(tensor, family, preferred)
     if adapter is not None:
-        whole = [*adapter.replaced, *adapter.new, *adapter.biases]
-        embeddings = [name for name, factors in adapter.factors.items() if factors.embedding]
-        if whole or embeddings:
-            raise InputError(
-                f"{shown(adapter.directory)}: {listed([*whole, *embeddings], 3)}: a GGUF adapter holds LoRA of linear "
-                "layers only; merge it, and convert that with llama.cpp's convert_hf_to_gguf.py"
-            )
+        adapter.refuse_more_than_linear("a GGUF adapter", "llama.cpp's convert_hf_to_gguf.py")
     return family
 
 
-def write(place: Path, base: Base, adapter: Adapter | None, family: Family, rule: str | None, begin: Begin) -> Files:
+def write(
+    place: Path,
+    base: Base,
+    adapter: Adapter | None,
+    family: Family,
+    rule: str | None,
+    begin: Begin,
+    preferred: str = "",
+) -> Files:
     """``model.gguf`` and ``adapter.gguf`` in a directory.
 
     Args:
         rule: llama.cpp's name of the tokenizer's rule for cutting words, where it is not known.
+        preferred: of two types that hold a matrix the one to take.
     """
-    placed = [_placed(tensor, family) for tensor in _tensors(base)]
+    placed = [_placed(tensor, family, preferred) for tensor in _tensors(base)]
     header = _header(base, adapter, family, placed, rule)
     advance = begin(len(placed))
     factors = rope_factors(family)
@@ -74,18 +76,25 @@ def write(place: Path, base: Base, adapter: Adapter | None, family: Family, rule
             raw = permuted(_raw(base, one, family), family.heads(one.name))
             yield np.ascontiguousarray(raw).reshape(-1).view(np.uint8).data
             yield padding(raw.nbytes)
+            del raw
             advance()
         if factors is not None:
             yield factors.tobytes()
             yield padding(factors.nbytes)
 
-    with_adapter = adapter is not None
-    ollama = "FROM ./model.gguf\n" + ("ADAPTER ./adapter.gguf\n" if with_adapter else "")
-    made = {"Modelfile": fsio.write_atomic(place / "Modelfile", [ollama.encode()])}
+    made = modelfile(place, adapter is not None)
     made["model.gguf"] = fsio.write_atomic(place / "model.gguf", contents())
     if adapter is not None:
-        made["adapter.gguf"] = fsio.write_atomic(place / "adapter.gguf", _adapter(base, adapter, family))
+        made["adapter.gguf"] = fsio.write_atomic(
+            place / "adapter.gguf", lora(family.name, _lora_parts(base, adapter, family))
+        )
     return made
+
+
+def modelfile(place: Path, with_adapter: bool) -> Files:
+    """What Ollama makes its model of."""
+    ollama = "FROM ./model.gguf\n" + ("ADAPTER ./adapter.gguf\n" if with_adapter else "")
+    return {"Modelfile": fsio.write_atomic(place / "Modelfile", [ollama.encode()])}
 
 
 def _tensors(base: Base) -> list[Dense]:
@@ -93,10 +102,10 @@ def _tensors(base: Base) -> list[Dense]:
     return [tensor for tensor in base.tensors.values() if tensor.matrix or tensor.role.module]
 
 
-def _placed(tensor: Dense, family: Family) -> Placed:
+def _placed(tensor: Dense, family: Family, preferred: str) -> Placed:
     name = family.tensor(tensor)
     if tensor.matrix is not None:
-        block = block_for(tensor.matrix)
+        block = block_for(tensor.matrix, preferred)
         rows, columns = tensor.shape
         return Placed(name, tensor, block.type, rows * columns // block.size * block.bytes, block)
     if tensor.dtype not in PLAIN:
@@ -118,10 +127,10 @@ def _raw(base: Base, placed: Placed, family: Family) -> np.ndarray:
         value = value.float()
         if family.name == "gemma" and placed.name.endswith("norm.weight"):
             value = value + 1  # transformers multiplies by 1 + weight, llama.cpp by the weight
-    return _array(value)
+    return array_of(value)
 
 
-def _array(value: Tensor) -> np.ndarray:
+def array_of(value: Tensor) -> np.ndarray:
     """numpy has no bfloat16: its bytes."""
     value = value.contiguous()
     return (value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy()
@@ -134,11 +143,8 @@ def _header(base: Base, adapter: Adapter | None, family: Family, placed: list[Pl
     table = base.parameter("model.embed_tokens.weight")
     assert table is not None
     add_sizes(header, family, table.shape[0])
-    weights = {one.block: 0 for one in placed if one.block}
-    for one in placed:
-        if one.block:
-            weights[one.block] += one.size
-    header.add_file_type(max(weights, key=lambda block: weights[block]).file_type)
+    sizes = [(one.block, one.size) for one in placed if one.block]
+    header.add_file_type(file_type(sizes) if sizes else _dense_type(placed))
     header.add_quantization_version(gguf.GGML_QUANT_VERSION)
     with_tokenizer = adapter is not None and (adapter.directory / "tokenizer.json").is_file()
     add_vocabulary(header, adapter.directory if with_tokenizer else base.directory, table.shape[0], rule)  # type: ignore[union-attr]
@@ -147,24 +153,59 @@ def _header(base: Base, adapter: Adapter | None, family: Family, placed: list[Pl
     return header
 
 
-def _adapter(base: Base, adapter: Adapter, family: Family) -> Iterator[bytes | memoryview]:
-    header = Header(family.name)
+def file_type(sizes: list[tuple[Block, int]]) -> int:
+    """Of a file: that of the blocks which take the most bytes."""
+    totals: dict[Block, int] = {}
+    for block, size in sizes:
+        totals[block] = totals.get(block, 0) + size
+    return max(totals, key=lambda block: totals[block]).file_type
+
+
+def _dense_type(placed: list[Placed]) -> int:
+    """A file's type where nothing is quantized, by its largest tensor."""
+    return {"F32": 0, "F16": 1, "BF16": 32}[max(placed, key=lambda one: one.size).tensor.dtype]
+
+
+@dataclass(frozen=True)
+class LoraPart:
+    """The adapter of one tensor: ``A (rank, columns)`` and ``B (rows, rank)`` with the scaling in it, when read."""
+
+    name: str
+    rows: int
+    columns: int
+    rank: int
+    read: Callable[[], tuple[Tensor, Tensor]]
+
+
+def _lora_parts(base: Base, adapter: Adapter, family: Family) -> list[LoraPart]:
+    def part(tensor: Dense) -> LoraPart:
+        name, (rows, columns) = family.tensor(tensor), tensor.shape
+
+        def read() -> tuple[Tensor, Tensor]:
+            b, a, s = adapter.product(tensor.name)
+            return a, torch.from_numpy(permuted((s * b).numpy(), family.heads(name)))
+
+        return LoraPart(name, rows, columns, adapter.factors[tensor.name].rank, read)
+
+    return [part(tensor) for tensor in base.tensors.values() if tensor.name in adapter.factors]
+
+
+def lora(architecture: str, parts: list[LoraPart]) -> Iterator[bytes | memoryview]:
+    """A file with an adapter."""
+    header = Header(architecture)
     header.add_type(gguf.GGUFType.ADAPTER)
     header.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    rank = max(factors.rank for factors in adapter.factors.values())
+    rank = max(part.rank for part in parts)
     header.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
-    order = [name for name in base.tensors if name in adapter.factors]
-    for name in order:
-        tensor, factors = base.tensors[name], adapter.factors[name]
-        rows, columns = tensor.shape
-        to = family.tensor(tensor)
-        header.add(f"{to}.lora_a", (factors.rank, columns), PLAIN["F32"], 4 * factors.rank * columns)
-        header.add(f"{to}.lora_b", (rows, factors.rank), PLAIN["F32"], 4 * factors.rank * rows)
+    for part in parts:
+        a, b = (part.rank, part.columns), (part.rows, part.rank)
+        for name, shape in ((f"{part.name}.lora_a", a), (f"{part.name}.lora_b", b)):
+            header.add(name, shape, PLAIN["F32"], 4 * shape[0] * shape[1])
     yield header.encoded()
-    for name in order:
-        b, a, s = adapter.product(name)
-        folded = b * (s * a.shape[0] / rank)  # a reader multiplies by alpha / rank, the tensor's own rank
-        for array in (a.numpy(), permuted(folded.numpy(), family.heads(family.tensor(base.tensors[name])))):
+    for part in parts:
+        a, b = part.read()
+        folded = b * (part.rank / rank)  # a reader multiplies by alpha / rank, the tensor's own rank
+        for array in (a.numpy(), folded.numpy()):
             yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
             yield padding(array.nbytes)
 

@@ -1,0 +1,292 @@
+"""``loftq export --to gguf --converter PATH``: exact codes for every decoder that llama.cpp's own script knows.
+
+``convert_hf_to_gguf.py`` decides names, metadata, tokenizer, and where the rows of a matrix lie: some are permuted,
+split or joined. It runs on a checkpoint of the same shapes in which every quantized matrix holds marks, numbers that
+say which row of which matrix this is. So the file that it makes tells where every row of codes belongs, and the codes
+are put there. A matrix whose marks come out changed is computed with other numbers than its weights: it is refused.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from loftq.checkpoint.produce import Files
+from loftq.errors import InputError, listed, option, quoted
+from loftq.formats import fsio, strict_json
+from loftq.formats.belongings import belongings
+from loftq.formats.regular import shown
+from loftq.formats.tensorfile import DTYPES, Entry
+from loftq.numerics import oriented
+from loftq.planning import main_dtype
+from loftq.serving.adapter import Adapter
+from loftq.serving.base import Base, Dense
+from loftq.serving.blocks import block_bytes, block_for
+from loftq.serving.gguf import PLAIN, LoraPart, array_of, file_type, lora, modelfile
+from loftq.serving.gguf_header import Header, gguf, padding
+from loftq.serving.merge import Begin
+from loftq.serving.output import copy, write_shards
+from loftq.spec import stored_tensors
+
+DIGITS, BASE = 4, 128  # whole numbers that bfloat16 and float16 hold
+PERIOD = DIGITS + 1  # the columns' own mark stands after the digits, so that columns in another order show
+LARGEST_FILE = 5 << 30
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of the new file: of which matrix each row is, and which row of it; none for one that is copied."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    nbytes: int
+    sources: tuple[tuple[Dense, Tensor, Tensor], ...] = ()  # matrix, rows of the part, rows of the matrix
+
+
+def marks(ids: Int64[Tensor, " rows"], columns: int) -> Float[Tensor, "rows columns"]:
+    """Rows of marks: the digits of their numbers, over and over, and between them one of the place."""
+    digits = torch.stack([ids // BASE**i % BASE for i in range(DIGITS)], 1)
+    count = -(-columns // PERIOD)
+    places = (torch.arange(count) ** 2 * 37 + torch.arange(count) * 11) % BASE
+    whole = torch.cat([digits[:, None].expand(-1, count, -1), places.expand(len(ids), -1)[..., None]], 2)
+    return whole.flatten(1)[:, :columns].float()
+
+
+def read_marks(values: Float[Tensor, "rows columns"]) -> Int64[Tensor, " rows"] | None:
+    """The numbers of the rows; None if they are no marks, or have been changed."""
+    if values.shape[1] < 2 * PERIOD:
+        return None
+    digits = values[:, :DIGITS].round().long()
+    ids = sum(digits[:, i] * BASE**i for i in range(DIGITS))
+    return ids if torch.equal(marks(ids, values.shape[1]), values) else None  # type: ignore[arg-type]
+
+
+def marked(base: Base, adapter: Adapter | None) -> list[Dense]:
+    """What is marked: all that is quantized, and the layers that the adapter adds to."""
+    factors = {} if adapter is None else adapter.factors
+    return [t for t in base.tensors.values() if t.matrix or t.name in factors]
+
+
+def check(base: Base, adapter: Adapter | None, converter: Path) -> None:
+    """Refuse what cannot be written, before anything is."""
+    if not converter.is_file():
+        raise InputError(f"{option('converter')} {shown(converter)}: no such file; wanted llama.cpp's {SCRIPT}")
+    for matrix in base.matrices:
+        block_for(matrix)
+    if adapter is not None:
+        adapter.refuse_more_than_linear("a GGUF adapter", f"llama.cpp's {SCRIPT}")
+    narrow = [t.name for t in marked(base, adapter) if t.matrix is None and t.dtype not in PLAIN]
+    if narrow:
+        raise InputError(f"{listed(narrow, 3)}: GGUF holds none of their dtypes")
+
+
+SCRIPT = "convert_hf_to_gguf.py"
+
+
+def write(
+    place: Path, base: Base, adapter: Adapter | None, converter: Path, rule: str | None, preferred: str, begin: Begin
+) -> Files:
+    """``model.gguf`` and ``adapter.gguf`` in a directory.
+
+    Args:
+        rule: llama.cpp's name of the tokenizer's rule for cutting words, if the script does not know it.
+        preferred: of two types that hold a matrix the one to take.
+    """
+    work = place.parent / "converter"
+    fsio.remove_tree(work)
+    fsio.make_dirs(work / "source")
+    try:
+        firsts = _write_marked(work / "source", base, adapter)
+        _run(converter, work, base, rule)
+        reader = gguf.GGUFReader(work / "model.gguf")
+        parts = _parts(reader, firsts, base, preferred)
+        advance = begin(len(parts))
+        made = modelfile(place, adapter is not None)
+        contents = _contents(reader, parts, base, preferred, advance)
+        made["model.gguf"] = fsio.write_atomic(place / "model.gguf", contents)
+        if adapter is not None:
+            architecture = reader.fields["general.architecture"].contents()
+            added = _lora_parts(parts, adapter)
+            made["adapter.gguf"] = fsio.write_atomic(place / "adapter.gguf", lora(architecture, added))
+        return made
+    finally:
+        fsio.remove_tree(work)
+
+
+def _write_marked(place: Path, base: Base, adapter: Adapter | None) -> dict[str, int]:
+    """The checkpoint with marks; tensor -> the number of its first row."""
+    firsts: dict[str, int] = {}
+    next_ = 0
+    for tensor in marked(base, adapter):
+        firsts[tensor.name] = next_
+        next_ += _rows(tensor)
+    if next_ > BASE**DIGITS:
+        raise InputError(f"{quoted(base.directory, 400)}: more than {BASE**DIGITS} rows; only fewer can be marked")
+
+    def read(entry: Entry) -> Tensor:
+        tensor = base.tensors[entry.name]
+        if entry.name not in firsts:
+            return base.checkpoint.read(entry.name)
+        rows = _rows(tensor)
+        columns = int(np.prod(tensor.shape)) // rows
+        ids = torch.arange(firsts[entry.name], firsts[entry.name] + rows)
+        return oriented(tensor.kind, marks(ids, columns)).to(DTYPES[entry.dtype])
+
+    entries = [Entry(t.name, t.dtype, t.shape) for t in base.tensors.values()]
+    write_shards(place, entries, read, LARGEST_FILE)
+    config = strict_json.load_object(base.directory / "config.json", special=True)
+    config.pop("quantization_config", None)
+    fsio.write_json(place / "config.json", strict_json.tagged(config))
+    copy(belongings(base.directory).files, base.directory, place)
+    return firsts
+
+
+def _rows(tensor: Dense) -> int:
+    return tensor.shape[1] if tensor.kind == "conv1d" else tensor.shape[0]
+
+
+# Runs the script; where the tokenizer's rule is given, the script need not know it.
+RUN = """
+import runpy, sys
+script, rule, *arguments = sys.argv[1:]
+sys.argv = [script, *arguments]
+sys.path.insert(0, script.rpartition("/")[0])
+if rule:
+    from conversion.base import TextModel
+    TextModel.get_vocab_base_pre = lambda self, tokenizer: rule
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def _run(converter: Path, work: Path, base: Base, rule: str | None) -> None:
+    main = main_dtype({t.name: (t.dtype, t.shape) for t in base.tensors.values()})
+    kind = main.lower() if main in PLAIN else "f32"
+    arguments = [str(work / "source"), "--outfile", str(work / "model.gguf"), "--outtype", kind]
+    command = [sys.executable, "-c", RUN, str(converter.resolve()), rule or "", *arguments]
+    ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    if ran.returncode or not (work / "model.gguf").is_file():
+        lines = [line for line in ran.stderr.splitlines() if line.strip()] or [f"exit code {ran.returncode}"]
+        cure = f"; if it is the tokenizer, name its rule: {option('tokenizer_rule', 'NAME')}"
+        raise InputError(f"{shown(converter)}: {quoted(lines[-1], 300)}{'' if rule else cure}")
+
+
+def _values(tensor: Any) -> Tensor:
+    """A tensor of a GGUF file ``(rows, columns)``, as it is stored, if it is a floating-point number."""
+    raw = torch.from_numpy(np.array(tensor.data))
+    if tensor.tensor_type == gguf.GGMLQuantizationType.BF16:
+        raw = raw.view(torch.uint8).view(torch.bfloat16)
+    return raw.reshape(-1, raw.shape[-1])
+
+
+def _parts(reader: Any, firsts: dict[str, int], base: Base, preferred: str) -> list[Part]:
+    """What becomes of every tensor of the script's file. InputError for marks that it has not kept whole."""
+    names, starts = list(firsts), torch.tensor(list(firsts.values()), dtype=torch.int64)
+    seen = dict.fromkeys(names, 0)
+    parts = []
+    for tensor in reader.tensors:
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        copied = Part(tensor.name, shape, int(tensor.tensor_type), tensor.n_bytes)
+        plain = tensor.tensor_type.value in PLAIN.values() and len(shape) > 1
+        ids = read_marks(_values(tensor).float()) if plain else None
+        if ids is None:
+            parts.append(copied)
+            continue
+        owners = torch.searchsorted(starts, ids, right=True) - 1
+        sources = []
+        for owner in owners.unique().tolist():
+            at = (owners == owner).nonzero()[:, 0]
+            sources.append((base.tensors[names[owner]], at, ids[at] - starts[owner]))
+            seen[names[owner]] += len(at)
+        parts.append(_part(copied, sources, preferred))
+    lost = [name for name, count in seen.items() if count < _rows(base.tensors[name])]
+    if lost:
+        raise InputError(
+            f"{listed(lost, 3)}: llama.cpp's script leaves them out or changes their numbers, so that it has no place "
+            f"for their codes; leave them dense with patterns of {option('bits')}, such as 'NAME=16,4', or merge"
+        )
+    return parts
+
+
+def _part(copied: Part, sources: list[tuple[Dense, Tensor, Tensor]], preferred: str) -> Part:
+    blocks = {block_for(t.matrix, preferred) if t.matrix else None for t, _, _ in sources}
+    if len(blocks) > 1 or (blocks == {None} and len({t.dtype for t, _, _ in sources}) > 1):
+        raise InputError(
+            f"{listed([t.name for t, _, _ in sources], 3)}: of several types, and llama.cpp has them in one tensor, "
+            f"{copied.name}; give them the same {option('bits')}"
+        )
+    (block,) = blocks
+    count = int(np.prod(copied.shape))
+    if block is None:
+        kind = PLAIN[sources[0][0].dtype]
+        return Part(copied.name, copied.shape, kind, count * (4 if kind == 0 else 2), tuple(sources))
+    return Part(copied.name, copied.shape, block.type, count // block.size * block.bytes, tuple(sources))
+
+
+def _contents(reader: Any, parts: list[Part], base: Base, preferred: str, advance: Any) -> Iterator[bytes | memoryview]:
+    header = Header(reader.fields["general.architecture"].contents())
+    left_out = {"general.architecture", "general.file_type"}
+    for field in reader.fields.values():
+        if field.name not in left_out and not field.name.startswith("GGUF."):
+            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            header.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
+    sizes = [(t.matrix, part.nbytes) for part in parts for t, _, _ in part.sources[:1]]
+    header.add_file_type(file_type([(block_for(m, preferred), n) for m, n in sizes if m]))
+    for part in parts:
+        header.add(part.name, part.shape, part.kind, part.nbytes)
+    yield header.encoded()
+    for part, tensor in zip(parts, reader.tensors, strict=True):
+        raw = _gathered(part, base, preferred) if part.sources else np.asarray(tensor.data)
+        yield np.ascontiguousarray(raw).reshape(-1).view(np.uint8).data
+        yield padding(part.nbytes)
+        del raw
+        advance()
+
+
+def _gathered(part: Part, base: Base, preferred: str) -> np.ndarray:
+    """The rows of a part, out of its matrices."""
+    found: np.ndarray | None = None
+    for tensor, at, rows in part.sources:
+        if tensor.matrix is None:
+            raw = array_of(base.read(tensor))
+        else:
+            matrix = tensor.matrix
+            held = dict(zip(stored_tensors(matrix.quant, *matrix.shape), base.stored(matrix), strict=True))
+            raw = block_bytes(block_for(matrix, preferred), matrix, held).numpy()
+        if found is None:
+            found = np.empty((sum(len(where) for _, where, _ in part.sources), raw.shape[1]), raw.dtype)
+        found[at.numpy()] = raw[rows.numpy()]
+    assert found is not None
+    return found
+
+
+def _lora_parts(parts: list[Part], adapter: Adapter) -> list[LoraPart]:
+    """The adapter of every part: of several matrices side by side, their ranks added up."""
+    found = []
+    for part in parts:
+        sources = [source for source in part.sources if source[0].name in adapter.factors]
+        if not sources:
+            continue
+        if len(part.shape) != 2:
+            raise InputError(f"{quoted(part.name)}: an adapter of a stack of matrices has no form here; merge it")
+
+        def read(part: Part = part, sources: Any = sources) -> tuple[Tensor, Tensor]:
+            products = [adapter.product(tensor.name) for tensor, _, _ in sources]
+            b = torch.zeros(part.shape[0], sum(a.shape[0] for _, a, _ in products))
+            first = 0
+            for (_, at, rows), (own, a, s) in zip(sources, products, strict=True):
+                b[at, first : first + a.shape[0]] = s * own[rows]
+                first += a.shape[0]
+            return torch.cat([a for _, a, _ in products]), b
+
+        rank = sum(adapter.factors[tensor.name].rank for tensor, _, _ in sources)
+        found.append(LoraPart(part.name, part.shape[0], part.shape[1], rank, read))
+    return found

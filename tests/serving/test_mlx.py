@@ -1,0 +1,82 @@
+"""``loftq export --to mlx``: what MLX decodes is what we decode, and mlx-lm computes what transformers does."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from test_gguf import IDS, made_of
+
+import loftq
+from loftq.errors import InputError
+
+AUTO = transformers.AutoModelForCausalLM
+# In a process of its own: MLX and torch share no threads there.
+SEPARATE = """
+import sys
+import mlx.core as mx
+import numpy as np
+from mlx_lm import load
+ids = mx.array(np.load(sys.argv[2]))
+for adapter in (None, sys.argv[1] + "/adapter"):
+    model = load(sys.argv[1], adapter_path=adapter)[0]
+    np.save(sys.argv[3] + ("alone" if adapter is None else "adapted"), np.array(model(ids).astype(mx.float32)))
+"""
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])  # its Gemma has another GELU
+def test_mlx_lm_computes_what_transformers_does(name, tmp_path):
+    pytest.importorskip("mlx_lm")
+    bits = "mlp=2,qkv_proj=3,4" if name == "phi3" else "mlp=2,q_proj=3,v_proj=8,4"
+    directory = made_of(name, tmp_path, serve="mlx", code="auto", bits=bits, scale_dtype="bfloat16")
+    model = AUTO.from_pretrained(directory, dtype=torch.float32).eval()
+    config = LoraConfig(r=4, lora_alpha=6, use_rslora=True, rank_pattern={"o_proj": 2}, target_modules="all-linear")
+    tuned = get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+    tuned.save_pretrained(tmp_path / "adapter")
+    loftq.export(directory, tmp_path / "mlx", to="mlx", adapter=tmp_path / "adapter")
+    np.save(tmp_path / "ids.npy", IDS.numpy())
+    run = [sys.executable, "-c", SEPARATE, tmp_path / "mlx", tmp_path / "ids.npy", f"{tmp_path}/"]
+    subprocess.run(run, check=True, timeout=250)
+    with torch.no_grad():
+        adapted = tuned.eval()(IDS).logits
+        with tuned.disable_adapter():
+            alone = tuned(IDS).logits
+    assert not torch.allclose(adapted, alone, atol=1e-2)
+    for what, wanted in (("alone", alone), ("adapted", adapted)):
+        torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / f"{what}.npy")), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_mlx_decodes_what_we_do(bits, tmp_path):
+    mx = pytest.importorskip("mlx.core")
+    directory = made_of("llama", tmp_path, serve="mlx", code="auto", bits=bits, scale_dtype="bfloat16")
+    loftq.export(directory, tmp_path / "mlx", to="mlx", adapter="none")
+    held = mx.load(str(tmp_path / "mlx" / "model.safetensors"))
+    for name, layer in AUTO.from_pretrained(directory).named_modules():
+        if f"{name}.scales" in held:
+            scales, biases = (held[f"{name}.{part}"].astype(mx.float32) for part in ("scales", "biases"))
+            found = mx.dequantize(held[f"{name}.weight"], scales, biases, group_size=32, bits=bits)
+            assert np.array_equal(np.array(found), layer.dequantize().numpy())
+
+
+def test_what_is_written(tmp_path, made):
+    directory = made_of("llama", tmp_path, serve="mlx", code="auto", bits="mlp=2,4")
+    assert loftq.export(directory, tmp_path / "mlx", to="mlx")["commands"] == [
+        "mlx_lm.chat --model . --adapter-path adapter",
+        "mlx_lm.server --model . --adapter-path adapter",
+    ]
+    told = json.loads((tmp_path / "mlx" / "config.json").read_text())["quantization"]
+    assert (told["bits"], told["group_size"], told["mode"]) == (4, 32, "affine")
+    assert told["model.layers.1.mlp.up_proj"] == {"bits": 2, "group_size": 32}
+    with pytest.raises(InputError, match="mlx holds code int on linear layers, and not lloyd"):
+        loftq.export(made("llama").output, tmp_path / "out", to="mlx")
+    with pytest.raises(InputError, match="BertModel: mlx-lm's names of it are not known"):
+        loftq.export(made("bert").output, tmp_path / "out", to="mlx")
