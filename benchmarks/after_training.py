@@ -38,7 +38,7 @@ from loftq.serving.blocks import block_bytes, block_for
 from loftq.serving.gguf_header import family_of
 from loftq.spec import stored_tensors
 
-RANK, LENGTH, RATE = 16, 256, 2e-3
+RANK, LENGTH, RATE = 16, 256, 5e-4
 OPTIONS: dict[str, dict[str, Any]] = {
     "int": {"bits": 2, "serve": "gguf"},
     "lloyd": {"bits": 2, "preset": "fitted"},
