@@ -1,14 +1,17 @@
 """Error feedback and descent: what they are by definition, what they never do, and equal bits from every back end."""
 
 import itertools
+import threading
+import time
 
 import pytest
 import torch
 from torch import Tensor
 
 from loftq.kernels import backend, reference
-from loftq.numerics import Metric, Quantized, dequantize, levels, nearest, quantize
+from loftq.numerics import Metric, Quantized, beyond, chunks, dequantize, levels, nearest, quantize, rounding
 from loftq.numerics.rounding import DAMPING, descend, feedback
+from loftq.solver import ordered_map
 from loftq.spec import QuantSpec
 
 SPECS = {
@@ -135,3 +138,57 @@ def test_dead_features_keep_their_codes() -> None:
     after = descend(weight(), before, h, spec)
     assert torch.equal(before.codes[:, 10:20], after.codes[:, 10:20])
     assert feedback(weight(), h, spec).scales["weight_scale"].isfinite().all()
+
+
+@specs
+def test_a_diagonal_without_what_an_adapter_sees_needs_no_matrix(spec: QuantSpec) -> None:
+    """Descent in ``D − P Pᵀ`` is descent in that matrix, but for ties that rounding breaks."""
+    a = torch.randn(6, COLUMNS, generator=torch.Generator().manual_seed(2))
+    diagonal = moments().diagonal().contiguous()
+    slim, dense = beyond(a, diagonal), beyond(a, torch.diag(diagonal))
+    torch.testing.assert_close(slim.dense(), dense)
+    start = quantize(weight(), spec)
+    for fitted in fitted_too(spec):
+        ours, theirs = (descend(weight(), start, h, spec, fitted=fitted) for h in (slim, dense))
+        assert (ours.codes == theirs.codes).float().mean() > 0.99
+        assert distance(ours, spec, dense) == pytest.approx(distance(theirs, spec, dense), rel=1e-3)
+        assert distance(ours, spec, dense) < distance(start, spec, dense)
+        compiled = backend(torch.device("cpu")).descend(weight(), start, slim, spec, fitted=fitted)
+        equal(compiled, ours)
+
+
+@specs
+def test_panels_and_a_given_residual_change_nothing_but_rounding(spec: QuantSpec, monkeypatch) -> None:
+    """Several panels of a matrix; and W − Q is that of the result."""
+    h, start, left = moments(), quantize(weight(), spec), {}
+    for panel in (32, 4096):
+        monkeypatch.setattr(rounding, "PANEL", panel)
+        residual = weight() - dequantize(start, spec)
+        found = descend(weight(), start, h, spec, residual=residual)
+        torch.testing.assert_close(residual, weight() - dequantize(found, spec), rtol=1e-5, atol=1e-5)
+        left[panel] = distance(found, spec, h), distance(feedback(weight(), h, spec), spec, h)
+    assert left[32] == pytest.approx(left[4096], rel=2e-3)
+
+
+@specs
+def test_the_same_bits_in_chunks_for_any_number_of_threads(spec: QuantSpec, monkeypatch) -> None:
+    """Chunks are of one size; a matrix that is alone lends its chunks to the other threads of the pool."""
+    monkeypatch.setattr(chunks, "ROWS", 5)
+    kernels, h, seen = backend(torch.device("cpu")), moments(), set()
+    plain = rounding.round_block
+
+    def work(_: int) -> Quantized:
+        found = kernels.feedback(weight(), h, spec)
+        return kernels.descend(weight(), found, h, spec, fitted=spec.code != "uniform-tensor")
+
+    def watched(*args: object) -> tuple[Tensor, Tensor]:
+        seen.add(threading.get_ident())
+        time.sleep(0.002)
+        return plain(*args)
+
+    alone = work(0)
+    for workers in (1, 3):
+        for found in ordered_map(work, range(2), workers):
+            equal(found, alone)
+    list(ordered_map(lambda _: rounding.feedback(weight(), h, spec, round_block=watched), [0], 3))
+    assert len(seen) > 1

@@ -45,7 +45,7 @@ def estimate(source: Source, tokens: int, workers: int = 0, calibrated: bool = F
 
 def _quantizing(source: Source, workers: int, calibrated: bool) -> dict[str, Any]:
     plan = source.plan
-    each = [(seconds(*m.shape, plan.solve, m.quant), m.count) for m in plan.matrices]
+    each = [(seconds(*m.shape, plan.solve, m.quant, calibrated), m.count) for m in plan.matrices]
     jobs = [time for time, count in each for _ in range(count)]
     largest = max(memory(*m.shape, plan.solve, calibrated) for m in plan.matrices)
     waiting = max(_beside_codes(m) + _adapter(m) * ITEM_BYTES[m.factors] for m in plan.matrices)

@@ -32,7 +32,7 @@ from loftq.kernels.vectors import (
     subtract,
     zeros,
 )
-from loftq.numerics import Quantized, decode_rows, fit_scales, fitted_scales, scale_and_zero, store_scales
+from loftq.numerics import Downdate, Quantized, decode_rows, fit_scales, fitted_scales, scale_and_zero, store_scales
 from loftq.numerics import rounding as by_output
 from loftq.numerics.codebooks import midpoints
 from loftq.numerics.fitting import AROUND, ROUNDS, start_parts
@@ -91,10 +91,10 @@ def feedback(target: Tensor, columns: Tensor, spec: QuantSpec, *, fitted: bool =
 
 
 def descend(
-    target: Tensor, quantized: Quantized, columns: Tensor, spec: QuantSpec, *, fitted: bool = False
+    target: Tensor, quantized: Quantized, columns: Tensor | Downdate, spec: QuantSpec, **more: Any
 ) -> Quantized:
     """A round of coordinate descent, as :func:`loftq.numerics.rounding.descend`."""
-    return by_output.descend(target, quantized, columns, spec, fitted=fitted, descend_block=_descend_block)
+    return by_output.descend(target, quantized, columns, spec, **more, descend_block=_descend_block)
 
 
 def _round_block(values: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ two paths cost the same they may differ.
 
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from loftq.codes import RATE_UNIT, levels
 from loftq.kernels import viterbi, windows
 from loftq.kernels.cpu import PART, Weight, multiply_back, multiply_by, run_over_rows, scratch
-from loftq.numerics import Quantized, trellis_rounding
+from loftq.numerics import Downdate, Quantized, trellis_rounding
 from loftq.numerics.trellis import better_scales, first_scales
 from loftq.spec import QuantSpec, trellis_groups
 
@@ -63,10 +63,10 @@ def feedback(target: Tensor, columns: Tensor, spec: QuantSpec, *, fitted: bool =
 
 
 def descend(
-    target: Tensor, quantized: Quantized, columns: Tensor, spec: QuantSpec, *, fitted: bool = False
+    target: Tensor, quantized: Quantized, columns: Tensor | Downdate, spec: QuantSpec, **more: Any
 ) -> Quantized:
     """A round of descent over columns, as :func:`loftq.numerics.trellis_rounding.descend`."""
-    return trellis_rounding.descend(target, quantized, columns, spec, fitted=fitted, best_windows=best_windows)
+    return trellis_rounding.descend(target, quantized, columns, spec, **more, best_windows=best_windows)
 
 
 def best_windows(target: Tensor, scales: dict[str, Tensor], spec: QuantSpec, earlier: Tensor | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loftq.codes import RATE_UNIT, levels
 from loftq.kernels.gpu import DIRECT, PROGRAMS, _ceil, _few, _on
-from loftq.numerics import Quantized, trellis, trellis_rounding
+from loftq.numerics import Downdate, Quantized, trellis, trellis_rounding
 from loftq.spec import QuantSpec, trellis_groups
 
 __all__ = [
@@ -63,10 +63,10 @@ def feedback(target: Tensor, columns: Tensor, spec: QuantSpec, *, fitted: bool =
 
 
 def descend(
-    target: Tensor, quantized: Quantized, columns: Tensor, spec: QuantSpec, *, fitted: bool = False
+    target: Tensor, quantized: Quantized, columns: Tensor | Downdate, spec: QuantSpec, **more: Any
 ) -> Quantized:
     """A round of descent over columns, as :func:`loftq.numerics.trellis_rounding.descend`."""
-    return trellis_rounding.descend(target, quantized, columns, spec, fitted=fitted, best_windows=best_windows)
+    return trellis_rounding.descend(target, quantized, columns, spec, **more, best_windows=best_windows)
 
 
 def viterbi(target: Tensor, scale: Tensor, table: Tensor, walk: trellis.Walk) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from loftq.numerics import blockwise, fitting, rounding, trellis, trellis_rounding
 from loftq.numerics.blockwise import Quantized
+from loftq.numerics.metric import Downdate
 from loftq.spec import QuantSpec
 
 
@@ -47,10 +48,11 @@ def feedback(
 def descend(
     target: Float[Tensor, "out in"],
     quantized: Quantized,
-    columns: Float[Tensor, "in in"],
+    columns: Float[Tensor, "in in"] | Downdate,
     spec: QuantSpec,
     *,
     fitted: bool = False,
+    residual: Float[Tensor, "out in"] | None = None,
 ) -> Quantized:
     """One round of coordinate descent in H, from a quantized matrix to one with no more error.
 
@@ -58,8 +60,9 @@ def descend(
         target: float32.
         columns: H, not damped.
         fitted: move the scales too, within what their stored form can hold.
+        residual: ``target − Q``, where it is known; it becomes that of the result.
     """
-    return _rounding(spec).descend(target, quantized, columns, spec, fitted=fitted)
+    return _rounding(spec).descend(target, quantized, columns, spec, fitted=fitted, residual=residual)
 
 
 def dequantize(quantized: Quantized, spec: QuantSpec) -> Float[Tensor, "out in"]:

@@ -195,18 +195,39 @@ def best_factors(
     return balanced(basis, right)
 
 
-def beyond(a: Float[Tensor, "rank in"], columns: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+@dataclass(frozen=True)
+class Downdate:
+    """``D − P Pᵀ``, for a diagonal D, without a matrix ``(in, in)``.
+
+    Attributes:
+        diagonal: of D, float64.
+        part: P, float64.
+    """
+
+    diagonal: Float[Tensor, " in"]
+    part: Float[Tensor, "in rank"]
+
+    def dense(self) -> Float[Tensor, "in in"]:
+        return torch.diag(self.diagonal).addmm_(self.part, self.part.T, alpha=-1)
+
+
+def beyond(
+    a: Float[Tensor, "rank in"], columns: Float[Tensor, "in in"] | Float[Tensor, " in"]
+) -> Float[Tensor, "in in"] | Downdate:
     """H without what an adapter sees of the inputs, and can make up for: ``H − H Aᵀ (A H Aᵀ)⁻¹ A H``.
 
     In this metric, ``W − Q`` is as long as the best ``W − Q − B A`` is in H, over all B. So a Q that is better in it is
     better together with its adapter. From ProjQ (arXiv 2606.00494), which projects cached inputs; H is enough for it.
+
+    Args:
+        columns: H, or its diagonal where it is one.
     """
     h, a = columns.to(torch.float64, copy=True), a.double()
-    seen = h @ a.T
+    seen = h @ a.T if h.ndim == 2 else h[:, None] * a.T
     squares, directions = torch.linalg.eigh(a @ seen)
     kept = squares > 1e-12 * squares[-1].clamp(min=torch.finfo(torch.float64).tiny)
     part = seen @ (directions[:, kept] / squares[kept].sqrt())
-    return h.addmm_(part, part.T, alpha=-1)
+    return h.addmm_(part, part.T, alpha=-1) if h.ndim == 2 else Downdate(h, part)
 
 
 def balanced(b: Float[Tensor, "out rank"], a: Float[Tensor, "rank in"]) -> tuple[Tensor, Tensor]:

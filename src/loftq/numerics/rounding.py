@@ -8,7 +8,8 @@ Two ways to lower it, over the rows t of a matrix and their quantized values q:
   raises the error.
 
 Both go block by block. Within one, rows are worked on by a back end's own function, else by the plain ones here;
-between blocks there are only products of matrices.
+between blocks there are only products of matrices, a panel of columns at a time. Rows do not depend on one another, and
+are worked on in chunks (:mod:`loftq.numerics.chunks`).
 """
 
 from collections.abc import Callable, Iterator
@@ -22,13 +23,16 @@ from torch import Tensor
 from loftq.codes import levels
 from loftq.errors import NumericalError
 from loftq.numerics.blockwise import Quantized, dequantize, fit_scales, scale_and_zero, store_scales
+from loftq.numerics.chunks import over_chunks
 from loftq.numerics.codebooks import dynamic_8bit, halfway, midpoints
 from loftq.numerics.fitting import fitted_scales
-from loftq.numerics.metric import cholesky
+from loftq.numerics.metric import Downdate, cholesky
 from loftq.spec import NESTED_BLOCK, QuantSpec
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it before it is inverted, as GPTQ does
 DEAD = 1e-8  # of that mean: a column of less energy keeps its codes
+PANEL = 512  # columns, about, that one product makes up to date
+WIDEST = 128  # of a block, where one scale serves whole rows
 
 Scales: TypeAlias = dict[str, Tensor]
 # Rows of a block, what they are rounded with, and what comes out of it: see the two plain functions below.
@@ -72,7 +76,7 @@ def descend_block(
     """Codes of a block after one round of descent, and how far the values moved.
 
     Args:
-        pull: ``(T − Q) H`` in the block's columns; changed as Q moves.
+        pull: ``(T − Q) H`` in the block's columns; changed as Q moves, in the columns that are still to come.
         own: the block's part of H. A column whose diagonal is zero keeps its codes.
     """
     table, gaps = (each(spec.code, spec.width).to(pull.device) for each in (levels, midpoints))
@@ -85,7 +89,7 @@ def descend_block(
         code = torch.bucketize((value + pull[:, i] / own[i, i]) / safe + zero, gaps)
         codes[:, i] = code
         moved[:, i] = (table[code] - zero) * scale - value
-        pull -= moved[:, i, None] * own[i]
+        pull[:, i + 1 :] -= moved[:, i, None] * own[i, i + 1 :]
     return codes, moved
 
 
@@ -125,10 +129,11 @@ def feedback(
 def descend(
     target: Float[Tensor, "out in"],
     quantized: Quantized,
-    columns: Float[Tensor, "in in"],
+    columns: Float[Tensor, "in in"] | Downdate,
     spec: QuantSpec,
     *,
     fitted: bool = False,
+    residual: Float[Tensor, "out in"] | None = None,
     descend_block: DescendBlock = descend_block,
 ) -> Quantized:
     """One round of descent over all blocks, from a quantized matrix to one with no more error.
@@ -136,31 +141,92 @@ def descend(
     Args:
         columns: H, not damped.
         fitted: move the scales too, within what their stored form can hold.
+        residual: ``T − Q``, where it is known; it becomes that of the result.
         descend_block: a back end's own.
     """
-    h = columns.float()
-    h = torch.where(h.diagonal() > DEAD * h.diagonal().mean(), h, 0)  # no pull on, and no move of, dead columns
+    h, table = _alive(columns), levels(spec.code, spec.width).to(target.device)
     scale, zero = _each_row(quantized.scales, len(target))
-    codes, table = quantized.codes.clone(), levels(spec.code, spec.width).to(target.device)
-    grid = _Grid(quantized.scales, spec)
-    pull = (target - dequantize(quantized, spec)) @ h
-    for index, block in _blocks(target.shape[1], spec):
-        own, held = h[block, block], pull[:, block].contiguous()
-        moved = torch.zeros_like(held)
-        if fitted and not spec.codebook.per_tensor:
-            level = table[codes[:, block].int()] - zero[:, index, None]
-            step = grid.step(index, scale[:, index], (level * held).sum(1), ((level @ own) * level).sum(1))
-            moved = step[:, None] * level
-            held -= moved @ own
-            scale[:, index] += step
-            scale[:, index] = grid.put(index, scale[:, index])
-        codes[:, block], further = descend_block(
-            held, codes[:, block].contiguous(), own, scale[:, index].contiguous(), zero[:, index].contiguous(), spec
-        )
-        moved += further
-        if moved.any():
-            pull.addmm_(moved, h[block], alpha=-1)
+    codes, grid = quantized.codes.clone(), _Grid(quantized.scales, spec)
+    residual = target - dequantize(quantized, spec) if residual is None else residual
+
+    def descend_rows(rows: slice) -> None:
+        pull = _pull_of(residual[rows], h, spec)
+        for index, block in _blocks(target.shape[1], spec):
+            own, held = pull.own(block), pull.at(block)
+            s, z, c = (part.contiguous() for part in (scale[rows, index], zero[rows, index], codes[rows, block]))
+            moved = torch.zeros_like(held)
+            if fitted and not spec.codebook.per_tensor:
+                level = table[c.int()] - z[:, None]
+                step = grid.step(rows, index, s, (level * held).sum(1), ((level @ own) * level).sum(1))
+                moved = step[:, None] * level
+                held -= moved @ own
+                s = grid.put(rows, index, s + step)
+            codes[rows, block], further = descend_block(held, c, own, s, z, spec)
+            pull.move(block, moved + further)
+
+    over_chunks(descend_rows, target)
     return Quantized(codes, grid.scales)
+
+
+class _Pull:
+    """``(T − Q) H`` of some rows, block after block, as Q moves.
+
+    A product with H makes a panel of columns up to date; what moves within the panel is taken off its later columns.
+    """
+
+    def __init__(self, error: Tensor, h: Tensor, step: int) -> None:
+        self._error, self._h, self._width = error, h, step * max(1, PANEL // step)
+        self._first, self._panel = 0, error[:, :0]
+
+    def own(self, block: slice) -> Tensor:
+        """The block's part of H."""
+        return self._h[block, block].contiguous()
+
+    def at(self, block: slice) -> Tensor:
+        """What pulls at the block's columns; a copy."""
+        if block.start >= self._first + self._panel.shape[1]:
+            self._first = block.start
+            self._panel = self._error @ self._h[:, block.start : block.start + self._width]
+        return self._panel[:, block.start - self._first : block.stop - self._first].clone()
+
+    def move(self, block: slice, moved: Tensor) -> None:
+        """Q has moved in the block: the error is changed, and what pulls at later blocks."""
+        self._error[:, block] -= moved
+        rest = self._panel[:, block.stop - self._first :]
+        rest.addmm_(moved, self._h[block, block.stop : block.stop + rest.shape[1]], alpha=-1)
+
+
+class _DowndatePull:
+    """The same for ``H = D − L Rᵀ``, of which no matrix ``(in, in)`` is made: ``(T − Q) L`` is kept up to date."""
+
+    def __init__(self, error: Tensor, h: tuple[Tensor, Tensor, Tensor]) -> None:
+        self._error, (self._diagonal, self._left, self._right) = error, h
+        self._seen = error @ self._left
+
+    def own(self, block: slice) -> Tensor:
+        return torch.diag(self._diagonal[block]).addmm_(self._left[block], self._right[block].T, alpha=-1)
+
+    def at(self, block: slice) -> Tensor:
+        return (self._error[:, block] * self._diagonal[block]).addmm_(self._seen, self._right[block].T, alpha=-1)
+
+    def move(self, block: slice, moved: Tensor) -> None:
+        self._error[:, block] -= moved
+        self._seen.addmm_(moved, self._left[block], alpha=-1)
+
+
+def _pull_of(error: Tensor, h: Tensor | tuple[Tensor, Tensor, Tensor], spec: QuantSpec) -> _Pull | _DowndatePull:
+    return _Pull(error, h, _size(spec)) if isinstance(h, Tensor) else _DowndatePull(error, h)
+
+
+def _alive(columns: Tensor | Downdate) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """H in float32, or D, L and R: no pull on dead columns, and no move of them."""
+    if isinstance(columns, Tensor):
+        h = columns.float()
+        return torch.where(h.diagonal() > DEAD * h.diagonal().mean(), h, 0)
+    whole, left = columns.diagonal, columns.part.float()
+    own = whole - columns.part.square().sum(1)
+    alive = own > DEAD * own.mean()
+    return torch.where(alive, whole, 0).float(), left, torch.where(alive[:, None], left, 0)
 
 
 class _Grid:
@@ -173,27 +239,27 @@ class _Grid:
             rows, blocks = scales["weight_scale"].shape
             self._places = torch.arange(rows * blocks, device=scales["weight_scale"].device).view(rows, blocks)
 
-    def step(self, index: int, scale: Tensor, slope: Tensor, curvature: Tensor) -> Tensor:
+    def step(self, rows: slice, index: int, scale: Tensor, slope: Tensor, curvature: Tensor) -> Tensor:
         """How far to move a block's scales: to the stored value nearest to the minimum, if that is any better.
 
         The error falls by ``2 step slope − step² curvature``.
         """
         wanted = scale + slope / torch.where(curvature > 0, curvature, torch.inf)
-        step = self._nearest(index, wanted)[0] - scale
+        step = self._nearest(rows, index, wanted)[0] - scale
         return torch.where(2 * step * slope - step.square() * curvature > 0, step, 0)
 
-    def put(self, index: int, scale: Tensor) -> Tensor:
+    def put(self, rows: slice, index: int, scale: Tensor) -> Tensor:
         """Store a block's scales; what a reader gets."""
-        value, stored = self._nearest(index, scale)
-        self.scales["weight_scale"][:, index] = stored
+        value, stored = self._nearest(rows, index, scale)
+        self.scales["weight_scale"][rows, index] = stored
         return value
 
-    def _nearest(self, index: int, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def _nearest(self, rows: slice, index: int, scale: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest value that can be stored, and its stored form."""
         if not self._nested:
             stored = scale.to(self.scales["weight_scale"].dtype)
             return stored.float(), stored
-        absmax = self.scales["weight_scale_absmax"][self._places[:, index] // NESTED_BLOCK]
+        absmax = self.scales["weight_scale_absmax"][self._places[rows, index] // NESTED_BLOCK]
         mean, book = self.scales["weight_scale_mean"], dynamic_8bit().to(scale.device)
         code = torch.bucketize((scale - mean) / torch.where(absmax == 0, 1, absmax), halfway(book))
         return book[code] * absmax + mean, code.to(torch.uint8)
@@ -208,18 +274,54 @@ def _one_pass(
     round_block: RoundBlock,
 ) -> Quantized:
     """Round block by block, with the given scales, or with scales chosen on the way."""
-    values, codes, chosen = target.clone(), torch.empty_like(target, dtype=torch.uint8), []
-    for index, block in _blocks(target.shape[1], spec):
-        part = values[:, block].contiguous()
-        if scales is None:
-            chosen.append(choose(part, spec))
-            scale, zero = (each[:, 0] for each in _each_row(chosen[-1], len(target)))
-        else:
-            scale, zero = (each[:, index].contiguous() for each in _each_row(scales, len(target)))
-        codes[:, block], fed = round_block(part, upper[block, block].contiguous(), scale, zero, spec)
-        if block.stop < target.shape[1]:
-            values[:, block.stop :].addmm_(fed, upper[block, block.stop :], alpha=-1)
-    return Quantized(codes, scales or {name: torch.cat([s[name] for s in chosen], 1) for name in chosen[0]})
+    codes, fed = torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target)
+    given = None if scales is None else _each_row(scales, len(target))
+    chosen: dict[tuple[int, int], Scales] = {}  # by the first row, and the block
+
+    def round_rows(rows: slice) -> None:
+        values = _Fed(target[rows], fed[rows], upper, _size(spec))
+        for index, block in _blocks(target.shape[1], spec):
+            part = values.at(block)
+            if given is None:
+                chosen[rows.start, index] = choose(part, spec)
+                s, z = (each[:, 0] for each in _each_row(chosen[rows.start, index], len(part)))
+            else:
+                s, z = (each[rows, index].contiguous() for each in given)
+            codes[rows, block], d = round_block(part, upper[block, block].contiguous(), s, z, spec)
+            values.move(block, d)
+
+    over_chunks(round_rows, target)
+    return Quantized(codes, scales or _joined(chosen))
+
+
+class _Fed:
+    """Values with what earlier blocks fed back, ``T − D U``: a panel of columns at a time, as in :class:`_Pull`."""
+
+    def __init__(self, target: Tensor, fed: Tensor, upper: Tensor, step: int) -> None:
+        self._target, self._fed, self._upper = target, fed, upper
+        self._width, self._first, self._panel = step * max(1, PANEL // step), 0, target[:, :0]
+
+    def at(self, block: slice) -> Tensor:
+        """The block's values; a copy."""
+        first = block.start
+        if first >= self._first + self._panel.shape[1]:
+            panel = slice(first, first + self._width)
+            self._first, earlier = first, self._upper[:first, panel]
+            self._panel = torch.addmm(self._target[:, panel], self._fed[:, :first], earlier, alpha=-1)
+        return self._panel[:, first - self._first : block.stop - self._first].clone()
+
+    def move(self, block: slice, fed: Tensor) -> None:
+        """The block has left so much."""
+        self._fed[:, block] = fed
+        rest = self._panel[:, block.stop - self._first :]
+        rest.addmm_(fed, self._upper[block, block.stop : block.stop + rest.shape[1]], alpha=-1)
+
+
+def _joined(chosen: dict[tuple[int, int], Scales]) -> Scales:
+    """The scales of all rows and blocks."""
+    starts, indices = (sorted({key[i] for key in chosen}) for i in (0, 1))
+    names = next(iter(chosen.values()))
+    return {n: torch.cat([torch.cat([chosen[r, i][n] for i in indices], 1) for r in starts]) for n in names}
 
 
 def _each_row(scales: Scales, rows: int) -> tuple[Tensor, Tensor]:
@@ -230,9 +332,15 @@ def _each_row(scales: Scales, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(columns: int, spec: QuantSpec) -> Iterator[tuple[int, slice]]:
-    size = spec.block(columns)
+    """Blocks, with the place of their scale."""
+    size = _size(spec)
     for index, first in enumerate(range(0, columns, size)):
-        yield index, slice(first, min(first + size, columns))
+        yield 0 if spec.codebook.per_tensor else index, slice(first, min(first + size, columns))
+
+
+def _size(spec: QuantSpec) -> int:
+    """Columns of a block; any number where one scale serves them all."""
+    return WIDEST if spec.codebook.per_tensor else spec.block_size
 
 
 def inverse_factor(columns: Tensor) -> Tensor:

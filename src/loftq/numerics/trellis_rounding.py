@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loftq.numerics.blockwise import Quantized, scale_and_zero, store_scales
+from loftq.numerics.metric import Downdate
 from loftq.numerics.rounding import DEAD, inverse_factor
 from loftq.numerics.trellis import best_windows, dequantize, first_scales
 from loftq.spec import QuantSpec
@@ -66,10 +67,11 @@ def feedback(
 def descend(
     target: Float[Tensor, "out in"],
     quantized: Quantized,
-    columns: Float[Tensor, "in in"],
+    columns: Float[Tensor, "in in"] | Downdate,
     spec: QuantSpec,
     *,
     fitted: bool = False,
+    residual: Float[Tensor, "out in"] | None = None,
     best_windows: BestWindows = best_windows,
 ) -> Quantized:
     """One round of descent: the scale of every row, then the windows of every column, the best with all others fixed.
@@ -82,10 +84,11 @@ def descend(
         target: float32.
         columns: H, not damped. A column without energy keeps its windows.
         fitted: move the scales too.
+        residual: ``T − Q``, where it is known; it becomes that of the result.
         best_windows: a back end's own.
     """
     h = _alive(columns)
-    pull = (target - dequantize(quantized, spec)) @ h
+    pull = (target - dequantize(quantized, spec) if residual is None else residual) @ h
     scales = quantized.scales
     if fitted:
         scales, pull = _moved(quantized, pull, h, spec)
@@ -102,7 +105,10 @@ def descend(
             moved[:, j] = dequantize(Quantized(codes[:, i : i + 1], own), spec)[:, 0] - q[:, i]
             near.addr_(moved[:, j], h[i, block], alpha=-1)
         pull.addmm_(moved, h[block], alpha=-1)
-    return Quantized(codes, scales)
+    found = Quantized(codes, scales)
+    if residual is not None:
+        torch.sub(target, dequantize(found, spec), out=residual)
+    return found
 
 
 def _moved(quantized: Quantized, pull: Tensor, h: Tensor, spec: QuantSpec) -> tuple[dict[str, Tensor], Tensor]:
@@ -129,7 +135,7 @@ def _column(scales: dict[str, Tensor], i: int) -> dict[str, Tensor]:
     return {**scales, "weight_rate": scales["weight_rate"][i : i + 1]} if "weight_rate" in scales else scales
 
 
-def _alive(columns: Tensor) -> Tensor:
+def _alive(columns: Tensor | Downdate) -> Tensor:
     """H, without the columns of next to no energy: no pull on them, and no move of them."""
-    h = columns.float()
+    h = (columns if isinstance(columns, Tensor) else columns.dense()).float()
     return torch.where(h.diagonal() > DEAD * h.diagonal().mean(), h, 0)

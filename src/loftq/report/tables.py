@@ -88,12 +88,12 @@ def _is_vector(row: dict[str, Any]) -> bool:
 
 def print_cost(shapes: list[tuple[int, int]], spec: SolveSpec) -> None:
     """How long the quantizing will take, for presets whose time grows faster than the weights."""
-    if not squares(spec):
+    if not squares(spec, calibrated=True):
         return
-    each, plain = [seconds(*s, spec) for s in shapes], SolveSpec(**PRESETS["fitted"])
+    each, plain = [seconds(*s, spec, calibrated=True) for s in shapes], SolveSpec(**PRESETS["fitted"])
     fitted = spell_time(sum(seconds(*s, plain) for s in shapes))
     console().print(
-        f"{preset_of(spec)} takes out·in² for a matrix, about {spell_time(sum(each))} of CPU time in all and "
+        f"{preset_of(spec)}, calibrated, takes out·in² for a matrix, about {spell_time(sum(each))} of CPU time in all and "
         f"{spell_time(max(each))} for the largest; fitted about {fitted} in all."
     )
 

@@ -17,31 +17,33 @@ from loftq.spec import QuantSpec, SolveSpec
 def constants() -> dict[str, Any]:
     """The measured constants.
 
-    Of one CPU, for a step: ``seconds_per_weight``; ``seconds_per_square``: and per ``out · in²``, where error feedback
+    Of one CPU, for a step: ``seconds_per_weight``; ``seconds_per_square``: and per ``out · in²``, where a whole H
     goes over the codes; ``seconds_per_trellis_weight``: more, by the window. Of memory: ``bytes_of_process``;
-    ``bytes_per_weight``: of a worker; ``bytes_per_square``: and per ``in²``, for three or five float64 matrices. Of a
+    ``bytes_per_weight``: of a worker; ``bytes_per_square``: and per ``in²``, for five float64 matrices. Of a
     training step: ``floats_per_feature``: kept of a token for each input and output of a layer; ``bytes_per_logit``:
     of a token and a word of the vocabulary.
     """
     return json.loads((Path(__file__).parent / "constants.json").read_text("utf-8"))
 
 
-def squares(spec: SolveSpec) -> bool:
+def squares(spec: SolveSpec, calibrated: bool) -> bool:
     """Whether a matrix ``(out, in)`` is worked on with matrices ``(in, in)``, and its time grows as ``out · in²``."""
-    return spec.rounding != "nearest"
+    return spec.rounding != "nearest" and calibrated
 
 
 def memory(rows: int, columns: int, spec: SolveSpec, calibrated: bool) -> int:
     """Bytes that a worker needs for a matrix ``(rows, columns)``."""
-    whole = calibrated and spec.metric == "full"
-    square = constants()["bytes_per_square"]["calibrated" if whole else "weights"] if whole or squares(spec) else 0
-    return round(constants()["bytes_per_weight"] * rows * columns) + square * columns**2
+    whole = calibrated and (spec.metric == "full" or squares(spec, calibrated))
+    found = constants()
+    return round(found["bytes_per_weight"] * rows * columns) + (found["bytes_per_square"] * columns**2 if whole else 0)
 
 
-def seconds(rows: int, columns: int, spec: SolveSpec, quant: QuantSpec | None = None) -> float:
+def seconds(
+    rows: int, columns: int, spec: SolveSpec, quant: QuantSpec | None = None, calibrated: bool = False
+) -> float:
     """CPU seconds for a matrix ``(rows, columns)``, about: measured on one CPU, within a factor of two on others."""
     found = constants()
-    each = found["seconds_per_weight"] + (found["seconds_per_square"] * columns if squares(spec) else 0)
+    each = found["seconds_per_weight"] + (found["seconds_per_square"] * columns if squares(spec, calibrated) else 0)
     if quant is not None and quant.codebook.form == "trellis":
         each += found["seconds_per_trellis_weight"][str(quant.window)]
     return max(spec.steps, 1) * rows * columns * each

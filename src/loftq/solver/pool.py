@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 
+from loftq.numerics.chunks import lend
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -16,11 +18,17 @@ R = TypeVar("R")
 def solvers(workers: int) -> Iterator[ThreadPoolExecutor]:
     """A pool of ``workers`` threads for matrices; what still runs at the end is not waited for.
 
-    LAPACK's bits depend on its number of threads, so each matrix is worked on by one thread, always; PyTorch
-    releases the interpreter's lock in its kernels, so threads are enough, and share memory with the writer.
+    LAPACK's bits depend on its number of threads, so each matrix is worked on by one thread, always, but for chunks of
+    rows that it lends to threads without a matrix; PyTorch releases the interpreter's lock in its kernels, so threads
+    are enough, and share memory with the writer.
     """
     before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(workers, "loftq", initializer=torch.set_num_threads, initargs=(1,))
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        lend(pool)
+
+    pool = ThreadPoolExecutor(workers, "loftq", initializer=begin)
     try:
         yield pool
     finally:

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loftq.kernels import backend
-from loftq.numerics import Metric, Quantized, beyond, dequantize
+from loftq.numerics import Downdate, Metric, Quantized, beyond, dequantize
 from loftq.spec import QuantSpec, SolveSpec
 
 
@@ -25,9 +25,12 @@ class Rounding:
     def __init__(self, weight: Float[Tensor, "out in"], quant: QuantSpec, spec: SolveSpec, metric: Metric) -> None:
         self._kernels, self._weight, self._quant = backend(weight.device, quant), weight, quant
         self._kind, self._fitted = spec.rounding, spec.scales == "fitted"
-        nearest = self._kind == "nearest" or (self._kind == "feedback" and metric.columns is None)
-        self._kind = "nearest" if nearest else self._kind
-        self._h = None if nearest else _whole(metric.columns, weight)
+        if self._kind == "feedback" and metric.columns is None:
+            self._kind = "nearest"
+        h = metric.columns if metric.columns is not None else torch.ones(weight.shape[1], device=weight.device)
+        if h.ndim == 1 and (self._kind == "shaped" or quant.codebook.form == "trellis"):
+            h = torch.diag(h)  # descent over blocks needs no more than a diagonal
+        self._h = None if self._kind == "nearest" else h
 
     def first(self, target: Tensor, out: Tensor | None = None) -> tuple[Quantized, Tensor]:
         """Q for a target of which nothing is known, and ``W − Q``."""
@@ -38,21 +41,22 @@ class Rounding:
 
         Args:
             quantized: Q of the step before.
-            out: memory of a matrix, for the result.
+            out: ``W − Q`` of that; its memory takes the result.
         """
         if self._kind in ("nearest", "feedback"):
             return self._round(torch.addmm(self._weight, b, a, alpha=-1, out=out), self._h, out, quantized)
         assert self._h is not None
         h = beyond(a, self._h)
         if self._kind == "shaped":
+            assert not isinstance(h, Downdate)
             return self._round(self._weight, h, out, None)
-        quantized = self._kernels.descend(self._weight, quantized, h, self._quant, fitted=self._fitted)
-        return quantized, self._residual(quantized, out)
+        quantized = self._kernels.descend(self._weight, quantized, h, self._quant, fitted=self._fitted, residual=out)
+        return quantized, out
 
     def _round(
         self, target: Tensor, h: Tensor | None, out: Tensor | None, earlier: Quantized | None
     ) -> tuple[Quantized, Tensor]:
-        if h is None:
+        if h is None or h.ndim == 1:  # no column can make up for what another leaves
             return self._kernels.quantize_residual(
                 target, self._weight, self._quant, out, fitted=self._fitted, earlier=earlier
             )
@@ -61,10 +65,3 @@ class Rounding:
 
     def _residual(self, quantized: Quantized, out: Tensor | None) -> Tensor:
         return torch.sub(self._weight, dequantize(quantized, self._quant), out=out)
-
-
-def _whole(columns: Tensor | None, weight: Tensor) -> Tensor:
-    """H as a matrix."""
-    if columns is None:
-        return torch.eye(weight.shape[1], device=weight.device)
-    return torch.diag(columns) if columns.ndim == 1 else columns
