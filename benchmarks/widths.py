@@ -1,8 +1,9 @@
 """What does a matrix cost by its size, with each of the presets that need no calibration?
 
 Random matrices at 2 bits, rank 16, T = 5, one thread. CPU seconds, and these as a multiple of the paper's LoftQ on the
-same matrix; the sides take turns, so that a loaded machine slows all of them. All grow as the weights do. With --llama also the shapes of Llama-2-7B, one matrix each, and what its 32 layers
-would take of one core: the sum over their 224 matrices.
+same matrix; the sides take turns, so that a loaded machine slows all of them. All grow as the weights do. With --llama
+also the shapes of Llama-2-7B, one matrix each, and what its 32 layers would take of one core: the sum over their 224
+matrices.
 
     python benchmarks/widths.py --sizes 1024 2048 4096
     python benchmarks/widths.py --llama --sizes --sides loftq fitted trellis-8 trellis-10 \\

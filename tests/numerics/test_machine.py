@@ -94,7 +94,7 @@ def test_a_worker_needs_what_its_preset_holds(monkeypatch):
     for preset, calibrated in (("fitted", False), ("descent", False), ("descent", True)):
         workers_for([(8, 8), (64, 512)], SolveSpec(**PRESETS[preset]), "cpu", calibrated)
     fitted, alone, calibrated = seen
-    assert fitted == 13 * 64 * 512
+    assert fitted == 12.5 * 64 * 512
     assert alone == fitted
     assert calibrated == fitted + 40 * 512**2
 
