@@ -91,10 +91,18 @@ def feedback(target: Tensor, columns: Tensor, spec: QuantSpec, *, fitted: bool =
 
 
 def descend(
-    target: Tensor, quantized: Quantized, columns: Tensor | Downdate, spec: QuantSpec, **more: Any
+    target: Tensor,
+    quantized: Quantized,
+    columns: Tensor | Downdate,
+    spec: QuantSpec,
+    *,
+    fitted: bool = False,
+    residual: Tensor | None = None,
 ) -> Quantized:
     """A round of coordinate descent, as :func:`loftq.numerics.rounding.descend`."""
-    return by_output.descend(target, quantized, columns, spec, **more, descend_block=_descend_block)
+    return by_output.descend(
+        target, quantized, columns, spec, fitted=fitted, residual=residual, descend_block=_descend_block
+    )
 
 
 def _round_block(values: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

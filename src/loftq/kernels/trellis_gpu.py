@@ -63,10 +63,18 @@ def feedback(target: Tensor, columns: Tensor, spec: QuantSpec, *, fitted: bool =
 
 
 def descend(
-    target: Tensor, quantized: Quantized, columns: Tensor | Downdate, spec: QuantSpec, **more: Any
+    target: Tensor,
+    quantized: Quantized,
+    columns: Tensor | Downdate,
+    spec: QuantSpec,
+    *,
+    fitted: bool = False,
+    residual: Tensor | None = None,
 ) -> Quantized:
     """A round of descent over columns, as :func:`loftq.numerics.trellis_rounding.descend`."""
-    return trellis_rounding.descend(target, quantized, columns, spec, **more, best_windows=best_windows)
+    return trellis_rounding.descend(
+        target, quantized, columns, spec, fitted=fitted, residual=residual, best_windows=best_windows
+    )
 
 
 def viterbi(target: Tensor, scale: Tensor, table: Tensor, walk: trellis.Walk) -> Tensor:
