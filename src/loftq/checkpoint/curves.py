@@ -33,7 +33,7 @@ logger = logging.getLogger("loftq")
 KIND = "error curves of loftq"
 Curves = dict[str, list[Choice]]  # by module
 Advance = Callable[[dict[str, Any]], None]
-Together = Callable[[list[Matrix], Callable[[Matrix], list[Choice]], Advance], Curves]
+Together = Callable[[Curves, Callable[[Matrix], list[Choice]], Advance], Curves]
 
 
 def measured(
@@ -58,8 +58,8 @@ def measured(
         statistics: what a calibration found out. Curves of another are not used.
         workers: matrices at a time; 0 for as many as CPUs, memory and device allow.
         begin: called if anything is measured, with the number of matrices and 0; returns what is called after each.
-        together: measures matrices beside other processes, given how one is measured and what is called after each;
-            nothing is put into ``keep`` then.
+        together: measures all beside other processes, given what ``keep`` has, how one is measured, and what is called
+            after each; nothing is put into ``keep`` then.
 
     Raises: ConflictError for a ``keep`` that holds something else, or a part of the curves from another machine;
         NumericalError for weights that are not finite.
@@ -79,7 +79,7 @@ def measured(
             return _curve(matrix, found[matrix.module], source, device, moments)
 
     if together is not None:
-        return curves | together(missing, work_on, advance)
+        return together(curves, work_on, advance)
     if keep is not None:
         head = {"kind": KIND, "identity": identity, "machine": machine}
         fsio.write_atomic(keep, [hashed_json.line(head), *(_line(module, curves[module]) for module in curves)])

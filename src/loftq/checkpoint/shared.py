@@ -5,12 +5,10 @@ it, and the first record of a unit says whose files count. Who claims the end pu
 its own; one rename makes that the output, so of two that try, one does. Every process returns the same manifest.
 """
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq.checkpoint import pieces, team
@@ -32,8 +30,6 @@ from loftq.sources.checkpoint import Source
 
 if TYPE_CHECKING:
     from loftq.checkpoint.quantize import Begin, QuantizeOptions
-
-logger = logging.getLogger("loftq")
 
 
 class _Damaged(Exception):
@@ -63,14 +59,14 @@ class Sharing:
     Attributes:
         job: once a budget is spent, with its plan.
         mine: the workspace with files of this process.
-        found_done: records that were there already when this process looked first; None before.
+        there: names of what was there already when this process joined.
     """
 
     def __init__(self, ready: Prepared, crew: Crew) -> None:
         self.job, self.work, self.options, self.statistics = ready.job, ready.work, ready.options, ready.statistics
         self.respend, self.crew = ready.respend, crew
         self.mine = Workspace(self.work.target, crew.me.id)
-        self.found_done: set[Path] | None = None
+        self.there = team.names_in(self.work.units)
 
     def published(self) -> dict[str, Any] | None:
         """The manifest, if the output is there."""
@@ -82,6 +78,7 @@ class Sharing:
         return (self.work.target / MANIFEST).exists() or not self.work.identity.exists()
 
     def team(self, workers: int = 0) -> Team:
+        """Its threads: so many, or as the options say, or as fit the machine."""
         calibrated = self.statistics is not None
         shapes = (m.shape for m in self.job.source.plan.matrices)
         solve = self.job.source.plan.solve
@@ -113,9 +110,8 @@ class Sharing:
     def make_units(self, begin: "Begin | None", shares: list[Share] | None = None, workers: int = 0) -> None:
         """Until every unit has a record, or the output is there."""
         job, work, units = self.job, self.work, {self.work.record(unit): unit for unit in self.job.units}
-        there = team.names_in(work.units)
-        done = {record for record in units if record.name in there}
-        self.found_done = done if self.found_done is None else self.found_done
+        now = team.names_in(work.units)
+        done = {record for record in units if record.name in now}
         known = sum(len(units[record].members) for record in done)
         advance = begin(sum(len(u.members) for u in job.units), known) if begin else lambda _: None
         began = [time.monotonic()]
@@ -167,7 +163,7 @@ class Sharing:
         """Of all units; None if one is damaged, which is then made again. Those of this run are read, not hashed."""
 
         def record_of(unit: Unit) -> dict[str, Any] | None:
-            return self.work.finished(unit, trusted=self.work.record(unit) not in (self.found_done or ()))
+            return self.work.finished(unit, trusted=self.work.record(unit).name not in self.there)
 
         with ThreadPoolExecutor(cpus()) as pool:
             records = list(pool.map(record_of, self.job.units))
@@ -184,13 +180,9 @@ class Sharing:
                 raise _Damaged(item)
             yield solved
 
-    def _measured(self, missing: list[Matrix], measure: Callable[[Matrix], list[Choice]], advance: Advance) -> Curves:
-        """The curves of matrices, a unit of them at a time, each in a file until all of its unit are there."""
-        wanted = {matrix.module for matrix in missing}
-        matrices = {
-            self.work.root / "curves" / f"{u.index:05d}.json": [m for m in u.matrices if m.module in wanted]
-            for u in self.job.units
-        }
+    def _measured(self, known: Curves, measure: Callable[[Matrix], list[Choice]], advance: Advance) -> Curves:
+        """The curves of all matrices, a unit of them at a time, each in a file until all of its unit are there."""
+        matrices = {self.work.root / "curves" / f"{u.index:05d}.json": u.matrices for u in self.job.units}
         fsio.make_dirs(self.work.root / "curves")
         solve = self.job.source.plan.solve
         shares = [
@@ -220,13 +212,14 @@ class Sharing:
                 advance({"measured": ""})
 
         def solve_one(share: Share, item: int) -> list[Choice]:
-            return measure(matrices[share.record][item])
+            matrix = matrices[share.record][item]
+            return known.get(matrix.module) or measure(matrix)
 
         self.team().work(shares, Handlers(solve_one, keep, close, told))
         curves: Curves = {}
         for record, found in matrices.items():
             rows = {} if self.over() else hashed_json.load(record)
-            curves |= {m.module: [Choice(*c) for c in rows[m.module]] for m in found if m.module in rows}
+            curves |= {m.module: [Choice(*c) for c in rows[m.module]] for m in found if rows}
         return curves
 
 

@@ -88,9 +88,8 @@ class Team:
         self._mine, self._begun = [], set()
         with solvers(self.workers) as pool:
             while (left := self._without_done(left, handlers)) and not self.over():
-                if self._close(left, handlers):
+                if self._close(left, handlers) or self._submit(pool, running, left, handlers):
                     continue
-                self._submit(pool, running, left, handlers)
                 for future in _next_of(running):
                     share, item = running.pop(future)
                     result = future.result()
@@ -104,18 +103,25 @@ class Team:
         running: dict[Future[Any], tuple[Share, int]],
         left: list[Share],
         handlers: Handlers,
-    ) -> None:
-        """As many items as keep the threads busy while results are written."""
+    ) -> bool:
+        """As many items as keep the threads busy while results are written; whether a share is taken that has none."""
 
         def solve(share: Share, item: int) -> Any:
             return None if share.place(item).exists() or share.record.exists() else handlers.solve(share, item)
 
         while len(running) < 2 * self.workers:
-            found = self._own(left) or self._take(left) or (len(running) < self.workers and self._help(left))
+            found = self._own(left)
+            if not found and self._take(left):
+                found = self._own(left)
+                if not found:
+                    return True
+            if not found and len(running) < self.workers:
+                found = self._help(left)
             if not found:
-                return
+                break
             self._begun.add((found[0].record, found[1]))
             running[pool.submit(solve, *found)] = found
+        return False
 
     def _own(self, left: list[Share]) -> tuple[Share, int] | None:
         """The next item of a share of ours that no other process has begun."""
@@ -127,20 +133,16 @@ class Team:
                         return share, item
         return None
 
-    def _take(self, left: list[Share]) -> tuple[Share, int] | None:
-        """The first item of a share that nobody has, or whose worker is dead."""
+    def _take(self, left: list[Share]) -> bool:
+        """Claim a share that nobody has, or whose worker is dead; whether there was one."""
         others = [share for share in left if share not in self._mine]
         names = names_in(others[0].record.parent) if others else set()
         free = [share for share in others if not claims.claimed(names, share.directory.name)]
         if not free and time.monotonic() - self._looked > claims.BEAT:
             free, self._looked = others, time.monotonic()
-        for share in free:
-            if self.crew.take(share.directory):
-                self._mine.append(share)
-                found = self._own(left)
-                if found or not share.items:
-                    return found
-        return None
+        taken = next((share for share in free if self.crew.take(share.directory)), None)
+        self._mine += [taken] if taken else []
+        return taken is not None
 
     def _help(self, left: list[Share]) -> tuple[Share, int] | None:
         """An item that another process has still to begin, or is slow with."""
