@@ -24,6 +24,15 @@ SCRIPTS = {  # in the order of the page: title, and what limits the result
         "Every worker solves one matrix at a time, so a checkpoint takes the time of its matrices. A step holds three "
         "copies of the matrix in float32, and its codes.",
     ),
+    "shared": (
+        "Processes that share",
+        "Every process plans for itself, and reads every matrix back from the file that keeps it until its shard "
+        "is written.",
+    ),
+    "cluster": (
+        "A Ray cluster",
+        "Every worker imports the libraries and plans once; beside that, Ray's daemons take what they take.",
+    ),
     "train_step": (
         "A training step",
         "The products are the same BLAS calls for every side, and most of a dense step. Every packed "

@@ -53,8 +53,9 @@ def engine(model: str, ready: Prepared) -> Engine:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
     except Exception as e:  # each kind of address has its own
+        why = quoted(str(e).strip().rpartition("\n")[2] or type(e).__name__, 200)
         begin = "`ray start --head` begins one on this machine"
-        raise StorageError(f"{option('cluster', address)}: no Ray cluster answers ({first_line(e)}); {begin}") from e
+        raise StorageError(f"{option('cluster', address)}: no Ray cluster answers ({why}); {begin}") from e
     place = Path(model).expanduser()
     options = ready.options
     if options.calibrate is not None:
