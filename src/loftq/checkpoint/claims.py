@@ -32,14 +32,14 @@ class Worker:
     """A process that takes part.
 
     Attributes:
-        namespace: of its process ids; only within one does ``pid`` say anything.
+        namespace: :func:`namespace` of its process; only within one does ``pid`` say anything.
         time: when it began, by its own clock, for people to read.
     """
 
     id: str
     host: str
     pid: int
-    namespace: int
+    namespace: str
     time: str
 
     @classmethod
@@ -50,7 +50,7 @@ class Worker:
     @property
     def has_ended(self) -> bool:
         """Whether it is of this machine, and its process is gone."""
-        if (self.host, self.namespace) != (socket.gethostname(), namespace()) or not self.namespace:
+        if not self.namespace or self.namespace != namespace():
             return False
         try:
             os.kill(self.pid, 0)
@@ -182,9 +182,10 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def namespace() -> int:
-    """Which processes the ids of this one's machine mean; 0 if nothing says."""
+def namespace() -> str:
+    """Which machine, since it was started, and which processes on it the ids mean; empty if nothing says."""
     try:
-        return os.stat("/proc/self/ns/pid").st_ino
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
-        return 0
+        return ""

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ def _alone(work: Workspace, records: dict[str, dict[str, Any]]) -> list[dict[str
     """The process that holds the lock, if it has not ended; else those that made what is there."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         signed = json.loads(work.lock.read_text())
-        holder = Worker("", str(signed["host"]), int(signed["pid"]), claims.namespace(), "")
+        here = claims.namespace() if signed["host"] == socket.gethostname() else ""
+        holder = Worker("", str(signed["host"]), int(signed["pid"]), here, "")
         made = sum((r.get("host"), r.get("pid")) == (holder.host, holder.pid) for r in records.values())
         state = GONE if holder.has_ended else WORKING
         return [{"host": holder.host, "pid": holder.pid, "since": None, "state": state, "done": made, "at": []}]
