@@ -289,7 +289,7 @@ def test_what_gguf_cannot_hold_is_refused(tmp_path, made):
         loftq.export(made("llama").output, tmp_path / "gguf", to="gguf")
     with pytest.raises(InputError, match="BertModel: no GGUF is made of this family"):
         loftq.export(made("bert").output, tmp_path / "gguf", to="gguf")
-    with pytest.raises(UsageError, match="to must be one of gguf, compressed-tensors, mlx, onnx"):
+    with pytest.raises(UsageError, match="to must be one of gguf, compressed-tensors, mlx, onnx, lora-for-original"):
         loftq.export(made("bert").output, tmp_path / "gguf", to="coreml")
     directory = made_of("llama", tmp_path)
     content = json.loads((directory / "tokenizer.json").read_text())

@@ -55,7 +55,11 @@ def export(
     directory: Directory,
     output: Output,
     to: Annotated[
-        str, typer.Option(help="gguf (llama.cpp, Ollama), compressed-tensors (vLLM), mlx or onnx.", show_default=False)
+        str,
+        typer.Option(
+            help="gguf (llama.cpp, Ollama), compressed-tensors (vLLM), mlx, onnx, or lora-for-original.",
+            show_default=False,
+        ),
     ],
     adapter: AdapterOf = None,
     tokenizer_rule: Annotated[

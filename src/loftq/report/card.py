@@ -108,6 +108,11 @@ def merged_card(manifest: dict[str, Any], identity: dict[str, Any], licence: dic
     )
 
 
+_EXACT = "The weights are those of a LoftQ checkpoint, to the last bit. The adapter was made for them; it is apart."
+_ADDED = "It adds to the original what training added to the initialization of a LoftQ checkpoint of it."
+ADAPTERS = {"lora-for-original": ("# An adapter of the original model", "", _ADDED)}  # exports that are no models
+
+
 def exported_card(
     manifest: dict[str, Any], identity: dict[str, Any], commands: list[str], licence: dict[str, str]
 ) -> str:
@@ -121,9 +126,7 @@ def exported_card(
     return _of_both(
         [*_tags(licence), f"tags: [loftq, lora, {to}]"],
         [
-            f"# A quantized model in {to}",
-            "",
-            "The weights are those of a LoftQ checkpoint, to the last bit. The adapter was made for them; it is apart.",
+            *ADAPTERS.get(to, (f"# A quantized model in {to}", "", _EXACT)),
             "",
             "```",
             *commands,

@@ -113,11 +113,23 @@ def _onnx(base: Base, adapter: Adapter | None, options: ExportOptions) -> Write:
     return write
 
 
+def _for_original(base: Base, adapter: Adapter | None, options: ExportOptions) -> Write:
+    from loftq.serving import for_original
+
+    pair = for_original.check(base, adapter)
+
+    def write(place: Path, begin: Begin) -> tuple[Files, list[str]]:
+        return for_original.write(place, base, pair, begin), for_original.commands()
+
+    return write
+
+
 TARGETS: dict[str, Callable[[Base, Adapter | None, ExportOptions], Write]] = {
     "gguf": _gguf,
     "compressed-tensors": _compressed,
     "mlx": _mlx,
     "onnx": _onnx,
+    "lora-for-original": _for_original,
 }
 
 
