@@ -191,8 +191,8 @@ def quantize(
     """What ``loftq quantize`` does: stream a checkpoint from disk into a LoftQ checkpoint; its manifest.
 
     Args:
-        model: a local directory or a hub id.
-        output: the directory to be made.
+        model: a local directory, a hub id, or a URL that fsspec opens, such as ``s3://bucket/name``.
+        output: the directory to be made, or its URL.
         max_shard_bytes: of the largest file of the backbone; 0: by the size of the model.
         statistics: where those that are collected go; by default beside the output.
         progress: whether to show bars.

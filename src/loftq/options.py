@@ -292,6 +292,10 @@ class Work(Made, total=False):
         Option(None, metavar="auto|ray://HOST:PORT"),
         "Let the workers of a Ray cluster do the work, on a directory that they all see.",
     ]
+    push_to_hub: Annotated[
+        str | None, Option(None, metavar="ORG/NAME"), "Put the result on the Hugging Face hub too, in one commit."
+    ]
+    private: Annotated[bool, Option(False), "Of --push-to-hub: make the repository private, if it is a new one."]
 
 
 class Training(TypedDict, total=False):

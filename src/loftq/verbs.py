@@ -18,6 +18,7 @@ from loftq.checkpoint.manifest import read_manifest
 from loftq.checkpoint.status import status as _status
 from loftq.checkpoint.verify import verify as _verify
 from loftq.errors import UsageError, checks_names, extra, option
+from loftq.formats.remote import directory_of
 from loftq.formats.statistics import Statistics
 from loftq.frozen.start import start as _start
 from loftq.frozen.start import start_options
@@ -56,7 +57,7 @@ def plan(
     """How every tensor of a checkpoint would be quantized, or why not. Reads no weights, except with a budget.
 
     Args:
-        model: a local directory or a hub id.
+        model: a local directory, a hub id, or a URL such as ``s3://bucket/name``.
         calibration: with a budget: statistics of the model, or their directory; its error is then that of the outputs.
         curves: with a budget: a JSON file of measured errors; what it has of the same model is used again.
         estimate: also what quantizing and training would take, as the plan's ``estimate``.
@@ -94,20 +95,22 @@ def plan(
 @checks_names
 def inspect(directory: str | Path) -> Report:
     """What is in a LoftQ checkpoint: ``matrices`` (shape, bits, rank, bytes, errors, the step kept), ``totals`` and
-    ``warnings``.
+    ``warnings``. The directory may be given by its URL.
 
     Raises: InputError for a directory that `loftq quantize` did not finish.
     """
-    return of_checkpoint(inspection(read_manifest(Path(as_path("directory", directory)))))
+    return of_checkpoint(inspection(read_manifest(directory_of("the directory", as_path("directory", directory)))))
 
 
 @checks_names
 def verify(directory: str | Path) -> Report:
     """Check hashes, shapes and finiteness of every file of a LoftQ checkpoint, without loading the model; its manifest.
 
+    The directory may be given by its URL; everything in it is then read once or twice.
+
     Raises: InputError that lists all that is wrong.
     """
-    manifest = _verify(Path(as_path("directory", directory)))
+    manifest = _verify(directory_of("the directory", as_path("directory", directory)))
     return of_checkpoint(manifest, f"{len(manifest['files'])} files, all good")
 
 

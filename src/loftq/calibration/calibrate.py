@@ -28,7 +28,7 @@ from loftq.formats.source import open_checkpoint
 from loftq.formats.statistics import FORMAT_VERSION, Group, Statistics, write_groups
 from loftq.numerics.device import check_device
 from loftq.options import check_fields, default
-from loftq.sources.checkpoint import open_dense, resolve
+from loftq.sources.checkpoint import located, open_dense, resolve
 from loftq.sources.identity import sample
 from loftq.version import __version__
 
@@ -175,7 +175,7 @@ def open_or_collect(
     """
     directory = local_path("--calibrate", path)
     if directory.is_dir():
-        return statistics_of(directory, resolve(model, options.revision))
+        return statistics_of(directory, located(model, options.revision))
     calibrate(model, output, replace(options, data=path), begin)
     return open_statistics(output)
 

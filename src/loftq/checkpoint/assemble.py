@@ -15,6 +15,7 @@ from loftq.errors import InputError, listed
 from loftq.formats import fsio, hashed_json, strict_json
 from loftq.formats.belongings import belongings, licence
 from loftq.formats.layouts import Layout
+from loftq.formats.regular import shown
 from loftq.formats.tensorfile import encode_header, read_chunks, read_header
 from loftq.report.card import model_card
 from loftq.report.totals import totals
@@ -111,7 +112,7 @@ def _by_reason(left_out: dict[str, str]) -> str:
 def check_unchanged(job: Job) -> None:
     """Refuse to finish if the source is not what it was at the beginning."""
     if not is_unchanged(job.source, job.identity["source"]):
-        raise InputError(f"{job.source.directory}: source changed while reading")
+        raise InputError(f"{shown(job.source.directory)}: source changed while reading")
 
 
 def _write_index(job: Job, work: Workspace) -> fsio.FileDigest:

@@ -21,6 +21,7 @@ from loftq.checkpoint import team
 from loftq.checkpoint.budget import planned
 from loftq.checkpoint.claims import Crew
 from loftq.checkpoint.output_dir import claim
+from loftq.checkpoint.shards import Workspace
 from loftq.checkpoint.shared import Engine, Prepared, Sharing
 from loftq.errors import LoftqError, StorageError, UsageError, first_line, option, quoted
 from loftq.formats import hashed_json
@@ -122,7 +123,7 @@ def make_unit(request: Request, index: int) -> None:
 def _join(request: Request) -> Sharing:
     from loftq.checkpoint.quantize import prepared
 
-    ready = prepared(request.model, Path(request.output), request.options)
+    ready = prepared(request.model, Workspace(Path(request.output)), request.options)
     claim(ready.work, ready.job.identity, ready.job.source.directory, shared=True)
     sharing = Sharing(ready, Crew(ready.work.root).__enter__())  # for as long as this process lives
     choice = ready.work.root / "choice.json"

@@ -3,13 +3,14 @@
 import errno
 import os
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from loftq.checkpoint.manifest import MANIFEST, checked
 from loftq.checkpoint.shards import Workspace
 from loftq.errors import ConflictError, InputError, LoftqError, StorageError, UsageError, listed, option
 from loftq.formats import fsio, hashed_json, strict_json
+from loftq.formats.regular import shown, url_of
 
 PLACE = "source_directory"  # in the identity of a workspace alone: no output holds a path
 SHARED = "shared"  # the same: whether it is made by processes that share it
@@ -20,10 +21,11 @@ _TAKEN = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
 
 def check_places(source: Path, work: Workspace, output: Path) -> None:
     """Refuse places that would touch the source, and those that no rename can reach."""
-    real_source = source.resolve()
-    for path in (output, work.root):
+    real_source = PurePath(_place(source))
+    for path in (PurePath(url_of(directory) or directory) for directory in (output, work.root)):
         if path == real_source or real_source in path.parents or path in real_source.parents:
-            raise UsageError(f"{path}: is, holds or lies in the source {source}; choose another {option('output')}")
+            what = f"is, holds or lies in the source {shown(source)}"
+            raise UsageError(f"{shown(path)}: {what}; choose another {option('output')}")
     if os.path.ismount(output):
         raise UsageError(f"{output}: a mount point, where no rename can put the result; choose a directory in it")
 
@@ -46,7 +48,7 @@ def already_done(
         return None
     if not (output / mark).is_file():
         kind = "a directory that loftq did not make" if output.is_dir() else "not a directory"
-        raise ConflictError(f"{output}: exists and is {kind}; choose another {option('output')}")
+        raise ConflictError(f"{shown(output)}: exists and is {kind}; choose another {option('output')}")
     try:
         found = check(hashed_json.load(output / mark), output / mark)
         changed = listed(d for d in hashed_json.differences(found["identity"], identity) if not _of_machine(d))
@@ -60,7 +62,7 @@ def already_done(
         return None
     problem = f"made by another command ({changed})" if changed else f"damaged ({damaged})"
     cure = "remove it" if overwrite is None else option("overwrite", True)
-    raise ConflictError(f"{output}: {problem}; choose another {option('output')}, or {cure}")
+    raise ConflictError(f"{shown(output)}: {problem}; choose another {option('output')}, or {cure}")
 
 
 def is_ours(work: Workspace, identity: dict[str, Any]) -> bool:
@@ -81,7 +83,7 @@ def claim(work: Workspace, identity: dict[str, Any], source: Path, shared: bool 
         for directory in (work.root, work.output, work.units, *filter(Path.is_dir, work.units.iterdir())):
             for leftover in directory.glob(".*.tmp"):
                 fsio.remove(leftover)
-    mine = {**identity, PLACE: str(source.resolve()), **({SHARED: True} if shared else {})}
+    mine = {**identity, PLACE: _place(source), **({SHARED: True} if shared else {})}
     if not work.identity.exists() and not fsio.create(work.identity, [strict_json.dumps(mine)]):
         _accept(work, identity, source, shared)
 
@@ -91,25 +93,25 @@ def _accept(work: Workspace, identity: dict[str, Any], source: Path, shared: boo
     if work.identity.exists():
         left, place, others = _left(work)
         changed = list(hashed_json.differences(left, identity))
-        if changed and place == str(source.resolve()) and all(change.startswith(OF_SOURCE) for change in changed):
+        if changed and place == _place(source) and all(change.startswith(OF_SOURCE) for change in changed):
             raise ConflictError(
-                f"{work.root}: holds unfinished work from before {source} changed ({listed(changed)}); "
+                f"{shown(work.root)}: holds unfinished work from before {shown(source)} changed ({listed(changed)}); "
                 "put that back to finish it, or delete the directory to begin anew"
             )
         if changed and all(map(_of_machine, changed)):
             raise ConflictError(
-                f"{work.root}: begun by this command on another machine ({listed(changed)}), whose results differ in "
-                "their bits; finish it on such a machine, or delete the directory to begin again on this one"
+                f"{shown(work.root)}: begun by this command on another machine ({listed(changed)}), whose results "
+                "differ in their bits; finish it on such a machine, or delete the directory to begin again on this one"
             )
         if changed:
             raise ConflictError(
-                f"{work.root}: holds unfinished work of another command ({listed(changed)}); "
+                f"{shown(work.root)}: holds unfinished work of another command ({listed(changed)}); "
                 "run that command again to finish it, or delete the directory"
             )
         if others != shared:
             mode, way = ("by processes that share it", "with") if others else ("by one process", "without")
             raise ConflictError(
-                f"{work.root}: begun {mode}; go on {way} {option('shared', True)}, or delete the directory"
+                f"{shown(work.root)}: begun {mode}; go on {way} {option('shared', True)}, or delete the directory"
             )
 
 
@@ -149,6 +151,11 @@ def _left(work: Workspace) -> tuple[dict[str, Any], Any, bool]:
     except LoftqError:
         return {}, None, False
     return left, left.pop(PLACE, None), left.pop(SHARED, False) is True
+
+
+def _place(source: Path) -> str:
+    """Where a source lies: one name for it on this machine."""
+    return url_of(source) or str(source.resolve())
 
 
 def _size(path: Path) -> int:

@@ -19,7 +19,7 @@ import torch
 from loftq import planning
 from loftq.calibration import collect
 from loftq.calibration.calibrate import STATISTICS, CalibrateOptions, open_or_collect
-from loftq.checkpoint import pieces
+from loftq.checkpoint import hub, pieces
 from loftq.checkpoint.assemble import Job, adapter_of, assemble
 from loftq.checkpoint.budget import check_budget, within_budget
 from loftq.checkpoint.output_dir import (
@@ -32,6 +32,7 @@ from loftq.checkpoint.output_dir import (
     put_back,
     was_taken,
 )
+from loftq.checkpoint.remote_work import RemoteWorkspace
 from loftq.checkpoint.shards import Solved, Workspace, solve_matrix, split, suitable
 from loftq.checkpoint.shared import Engine, Prepared, Sharing, make_shared, write_tasks
 from loftq.errors import (
@@ -48,7 +49,8 @@ from loftq.errors import (
 )
 from loftq.formats import fsio, layouts
 from loftq.formats.layouts import Layout
-from loftq.formats.regular import output_path
+from loftq.formats.regular import output_path, shown, url_of
+from loftq.formats.remote import store
 from loftq.formats.statistics import Statistics
 from loftq.formats.tensorfile import file_size
 from loftq.numerics.device import check_device
@@ -81,6 +83,8 @@ class QuantizeOptions:
     overwrite: bool = default("overwrite")
     shared: bool = default("shared")
     cluster: str | None = default("cluster")
+    push_to_hub: str | None = default("push_to_hub")
+    private: bool = default("private")
     revision: str | None = default("revision")
     task_type: str | None = default("task_type")
     calibrate: str | None = default("calibrate")
@@ -96,6 +100,10 @@ class QuantizeOptions:
             raise UsageError(
                 f"{option('overwrite', True)}: of processes that share the work, one that is begun late would replace "
                 f"what the others made; remove the old output, or choose another {option('output')}"
+            )
+        if self.private and not self.push_to_hub:
+            raise UsageError(
+                f"{option('private', True)} is of {option('push_to_hub')}; give it a name, or leave it out"
             )
 
     @property
@@ -132,7 +140,8 @@ def quantize(
     """Quantize ``model`` into the directory ``output``; the manifest of the result.
 
     Args:
-        model: a local directory or a hub id.
+        model: a local directory, a hub id, or a URL that fsspec opens.
+        output: a local directory, or a URL.
         begin: called before the work, and before that if error curves are measured for a budget; returns what is
             called after every matrix, with its report.
         begin_calibration: the same for collecting statistics. These are kept beside the output, for other runs.
@@ -140,8 +149,31 @@ def quantize(
     Raises: ConflictError if ``output`` holds something else or another process works on it; InputError,
         NumericalError, StorageError as their names say. In every case ``output`` is absent or complete.
     """
-    ready = prepared(model, output, options, begin_calibration)
-    job, work, options = ready.job, ready.work, ready.options
+    if not url_of(output):
+        work = Workspace(output_path(output))
+        name = options.push_to_hub and hub.prepare(options.push_to_hub, options.private)
+        manifest = _quantize(model, work, options, begin, begin_calibration)
+        if name:
+            hub.push(work.target, manifest, name)
+        return manifest
+    if options.push_to_hub or options.is_shared:
+        what = option("push_to_hub") if options.push_to_hub else option("shared" if options.shared else "cluster")
+        raise UsageError(
+            f"{what} needs a directory of this machine; choose another {option('output')}, or leave it out"
+        )
+    work = RemoteWorkspace(store(option("output"), output))
+    with work.held():
+        manifest = _quantize(model, work, options, begin, begin_calibration)
+        work.deliver(manifest)
+    return manifest
+
+
+def _quantize(
+    model: str, work: Workspace, options: QuantizeOptions, begin: Begin | None, begin_calibration: collect.Begin | None
+) -> dict[str, Any]:
+    """:func:`quantize` into a directory of this machine."""
+    ready = prepared(model, work, options, begin_calibration)
+    job, options = ready.job, ready.options
     output, statistics = work.target, ready.statistics
     done = already_done(output, job.identity, options.overwrite)
     if done and not (work.root.exists() and is_ours(work, job.identity)):  # nothing to clean away
@@ -159,6 +191,7 @@ def quantize(
             done = already_done(output, job.identity, options.overwrite)  # another process may have finished meanwhile
             if not done:
                 claim(work, job.identity, job.source.directory)
+                work.claimed()
                 if options.policy.budget:
                     job = _spend(job, work, options, statistics, begin)
                 _check_space(job, work)
@@ -175,12 +208,11 @@ def quantize(
 
 
 def prepared(
-    model: str, output: Path, options: QuantizeOptions, begin_calibration: collect.Begin | None = None
+    model: str, work: Workspace, options: QuantizeOptions, begin_calibration: collect.Begin | None = None
 ) -> Prepared:
     """All that is known before the first matrix is solved; every process of a run finds the same."""
     check_device(options.device)
-    output = output_path(output)
-    work = Workspace(output)
+    output = work.target
     spec = options.policy.solve
     check_statistics(spec, None if options.calibrate is None else statistics_kind(spec))
     source, layout = open_source(model, options.policy, options.revision), layouts.get(options.format)
@@ -303,18 +335,20 @@ def _identity(
 def _check_space(job: Job, work: Workspace) -> None:
     """Refuse to begin what will not fit: shards, the matrices of one, and the adapter twice."""
     wanted = waiting = 0
+    shards = [0]
     for unit in job.units:
         adapter = file_size(unit.adapter_entries())
         if work.record(unit).exists():
             wanted += adapter
         else:
-            wanted += 2 * adapter + file_size(unit.entries(job.layout))
+            wanted += 2 * adapter
+            shards.append(file_size(unit.entries(job.layout)))
             waiting = max(waiting, adapter + sum(m.bytes for m in unit.matrices))
-    wanted += waiting
+    wanted += waiting + (max(shards) if work.leaves else sum(shards))
     free = shutil.disk_usage(work.root).free
     if wanted * 1.05 > free:
         raise StorageError(
-            f"{work.root}: no space: needs about {wanted * 1.05 / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; "
+            f"{shown(work.root)}: no space: needs about {wanted * 1.05 / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; "
             f"free some space, or choose another {option('output')}"
         )
 
@@ -369,8 +403,8 @@ def _forget_if_changed(job: Job, work: Workspace, error: LoftqError) -> None:
         if is_ours(work, job.identity):
             fsio.remove_tree(work.root)
         raise InputError(
-            f"{job.source.directory}: source changed while reading ({error}); leave it alone and run the same command "
-            "again: the work begun is removed, and it begins anew"
+            f"{shown(job.source.directory)}: source changed while reading ({error}); leave it alone and run the same "
+            "command again: the work begun is removed, and it begins anew"
         ) from error
 
 

@@ -193,8 +193,12 @@ class Workspace:
     """The directory beside the output in which units are collected until all are there.
 
     Attributes:
+        target: the output's directory.
         maker: where several processes share it, the one whose files these are: two may make the same unit.
+        leaves: whether a unit that is finished takes no more space here.
     """
+
+    leaves = False
 
     def __init__(self, output: Path, maker: str = "") -> None:
         self.target, self.maker = output, maker
@@ -227,6 +231,9 @@ class Workspace:
     def solved_matrix(self, unit: Unit, place: int) -> Path:
         """Of the matrix at a place among those of the unit."""
         return self.solved(unit) / f"{place:05d}.safetensors"
+
+    def claimed(self) -> None:
+        """Called as soon as the identity is there."""
 
     def finished(self, unit: Unit, trusted: bool = False) -> dict[str, Any] | None:
         """The record of a unit that is done; None if its record is missing, or it or its files were changed.

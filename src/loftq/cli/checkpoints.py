@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from loftq.cli.app import app
-from loftq.cli.options import Directory, Json, Model, Output, quiet, takes
-from loftq.errors import UsageError, extra, quoted
+from loftq.cli.options import DirectoryOrUrl, Json, ModelOrUrl, OutputOrUrl, quiet, takes
+from loftq.errors import UsageError, extra
 from loftq.options import Calibration, Dtypes, Ranks, Solver, Storage, Work, check
 from loftq.report.bars import Bar, MatrixBar
 
@@ -16,8 +16,8 @@ from loftq.report.bars import Bar, MatrixBar
 @app.command()
 @takes("bits", Ranks, Storage, Dtypes, Solver, Calibration, Work)
 def quantize(
-    model: Model,
-    output: Output,
+    model: ModelOrUrl,
+    output: OutputOrUrl,
     max_shard_size: Annotated[
         str, typer.Option(help="Largest file of the backbone: 500MB, 2GB; auto: by the size of the model.")
     ] = "1GB",
@@ -67,12 +67,13 @@ def status(
 
 @app.command()
 def inspect(
-    directory: Directory,
+    directory: DirectoryOrUrl,
     as_json: Json = False,
     plot: Annotated[Path | None, typer.Option(help="Save a picture of the errors: errors.png.")] = None,
 ) -> None:
     """Show, per matrix, bits, rank, bytes, error per step and the step kept; and what the whole costs."""
     from loftq.checkpoint.manifest import read_manifest
+    from loftq.formats.remote import directory_of
     from loftq.report.figures import check_place
     from loftq.report.inspect import inspection
     from loftq.report.inspect import plot as draw
@@ -80,7 +81,7 @@ def inspect(
 
     if plot:
         check_place(plot)
-    inspected = inspection(read_manifest(directory))
+    inspected = inspection(read_manifest(directory_of("the directory", directory)))
     if plot:
         draw(inspected, plot)
     if as_json:
@@ -90,11 +91,13 @@ def inspect(
 
 
 @app.command()
-def verify(directory: Directory) -> None:
+def verify(directory: DirectoryOrUrl) -> None:
     """Check hashes, shapes and finiteness of every file, without loading the model."""
     from loftq.checkpoint.verify import verify as run
+    from loftq.formats.regular import shown
+    from loftq.formats.remote import directory_of
 
-    manifest = run(directory)
+    manifest = run(directory_of("the directory", directory))
     size = sum(f["size"] for f in manifest["files"].values()) / 1e6
     counts = f"{len(manifest['files'])} files, {size:.1f} MB, {len(manifest['matrices'])} matrices"
-    print(f"{quoted(directory, 400)}: {counts}: all good")
+    print(f"{shown(directory)}: {counts}: all good")

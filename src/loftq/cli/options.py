@@ -12,8 +12,23 @@ from loftq.options import Option, Place, is_text, rows
 F = TypeVar("F", bound=Callable[..., Any])
 
 Model = Annotated[str, typer.Argument(help="A local model directory, or a hub id like org/name.", show_default=False)]
+ModelOrUrl = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A local model directory, a hub id like org/name, or a URL like s3://bucket/name.",
+        show_default=False,
+    ),
+]
 Directory = Annotated[Path, typer.Argument(help="A directory made by `loftq quantize`.", show_default=False)]
+DirectoryOrUrl = Annotated[
+    Path, typer.Argument(metavar="DIRECTORY", help="Made by `loftq quantize`, or the URL of one.", show_default=False)
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Directory to make.", show_default=False)]
+OutputOrUrl = Annotated[
+    Path,
+    typer.Option("--output", "-o", help="Directory to make, or its URL, such as s3://bucket/name.", show_default=False),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="A recipe.", show_default=False)]
 Overrides = Annotated[

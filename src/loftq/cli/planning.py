@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from loftq.cli.app import app
-from loftq.cli.options import Json, Model, takes
+from loftq.cli.options import Json, ModelOrUrl, takes
 from loftq.errors import UsageError
 from loftq.options import Dtypes, Ranks, Storage
 
@@ -15,7 +15,7 @@ from loftq.options import Dtypes, Ranks, Storage
 @app.command()
 @takes("bits", Ranks, Storage, Dtypes, "preset", "scales", "curves", "workers", "revision")
 def plan(
-    model: Model,
+    model: ModelOrUrl,
     calibrate: Annotated[
         Path | None,
         typer.Option(help="Directory made by `loftq calibrate`: a budget then goes by outputs.", show_default=False),

@@ -214,6 +214,22 @@ def make_dirs(path: Path) -> None:
         _sync_directory(directory.parent)
 
 
+def make_private(path: Path) -> None:
+    """Create the directory ``path`` for this user alone; StorageError if it is there and another's."""
+    with _mutation("mkdir", path):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        found = os.lstat(path)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise StorageError(f"{shown(path)}: not a directory of this user alone; remove it, or set TMPDIR to another")
+
+
+def write_hole(path: Path, size: int) -> None:
+    """A file of ``size`` bytes without content at ``path``, which takes no space."""
+    with _mutation("create", path), open(path, "wb") as file:
+        os.ftruncate(file.fileno(), size)
+
+
 def rename(src: Path, dst: Path) -> None:
     """Rename a file or directory and sync the directories it leaves and enters."""
     with _mutation("rename", dst):

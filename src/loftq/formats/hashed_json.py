@@ -27,7 +27,11 @@ def create(path: Path, content: dict[str, Any]) -> bool:
 
 def load(path: Path) -> dict[str, Any]:
     """What :func:`write` wrote; InputError if any of it was changed."""
-    sealed = strict_json.load_object(path)
+    return whole(strict_json.load_object(path), path)
+
+
+def whole(sealed: dict[str, Any], path: Path) -> dict[str, Any]:
+    """``sealed``, read from ``path``; InputError if any of it was changed."""
     if sealed.get(SEAL) != _hash({k: v for k, v in sealed.items() if k != SEAL}):
         raise InputError(f"{shown(path)}: its content does not match its own sha256; the file was changed")
     return sealed

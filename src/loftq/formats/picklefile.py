@@ -51,7 +51,7 @@ def read_pickle_tensors(
     with open_regular(path, expected) as file:
         if max_bytes is not None and file.stamp.size > max_bytes:
             raise _refused(where, f"file has {file.stamp.size} bytes, at most {max_bytes} are read")
-        with open(file.fd, "rb", closefd=False) as stream:
+        with file.stream() as stream:
             stored = _check_archive(file, stream, where, checked)
             stream.seek(0)
             loaded = _loaded(stream, where)

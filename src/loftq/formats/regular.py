@@ -1,7 +1,8 @@
 """Regular files, opened without hanging and read without ``mmap``.
 
 A file truncated while it is mapped kills the process; read by ``pread`` it gives an error with a name.
-Nothing here changes the file system; what does is in ``fsio``.
+Nothing here changes the file system; what does is in ``fsio``. A file may stand here for an object of a store
+(``formats/remote.py``): then the object is read.
 """
 
 import contextlib
@@ -9,9 +10,10 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import IO, Any
 
 from loftq.errors import InputError, StorageError, UsageError, option, quoted
 
@@ -21,30 +23,45 @@ CHUNK = 4 << 20
 PARTIAL = ".loftq-partial"
 """Ending of the directory beside an output in which the work for it is collected."""
 
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # as pathlib leaves it, with one slash of two
+URL = re.compile(r"(?:[A-Za-z0-9+.-]+::)*[A-Za-z][A-Za-z0-9+.-]+:/")  # as pathlib leaves it, with one slash of two
 _NOT_REGULAR = (errno.ENXIO, errno.ENODEV, errno.EISDIR)
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
+STAND_INS: "dict[Path, Callable[[FileStamp | None], RegularFile]]" = {}
+"""Files that stand for objects of a store, and what opens the object."""
 
-def shown(path: Path) -> str:
+STAND_IN_DIRECTORIES: dict[Path, str] = {}
+"""Directories that stand for those of a store -> their URLs."""
+
+
+def url_of(path: PurePath | str) -> str | None:
+    """A path that was given as a URL, or stands for an object of a store: the URL; None for all others."""
+    if URL.match(str(path)) and not str(path).startswith("file:"):
+        return re.sub(":/+", "://", str(path), count=1)
+    for directory, url in STAND_IN_DIRECTORIES.items():
+        if Path(path).is_relative_to(directory):
+            return "/".join([url, *Path(path).relative_to(directory).parts])
+    return None
+
+
+def shown(path: PurePath) -> str:
     """``path`` as it stands at the head of a message: long enough to keep the file's own name."""
-    return quoted(path, 400)
+    return quoted(url_of(path) or path, 400)
 
 
 def local_path(what: str, given: str | Path) -> Path:
-    """A path that a user gave, its ``~`` expanded.
+    """A path that a user gave, its ``~`` expanded; of ``file:///a/b`` the path ``/a/b``.
 
     Args:
         what: the option that it came with.
 
-    Raises: UsageError for a URL, which would be taken for a relative path, and for what no file can be called.
+    Raises: UsageError for another URL, which would be taken for a relative path, and for what no file can be called.
     """
-    if URL.match(str(given)):
-        slashes = ":///" if str(given).startswith("file:/") else "://"
-        url = re.sub(":/+", slashes, str(given), count=1)
+    given = re.sub("^file:/+", "/", str(given))
+    if URL.match(given):
         raise UsageError(
-            f"{what} {quoted(url)}: a URL, and only paths of this machine are read and written; give a local or "
-            "mounted one, and copy with the tools of that storage (a model of the hub is named org/name)"
+            f"{what} {shown(Path(given))}: a URL, and only paths of this machine are read and written here; give a "
+            "local or mounted one, and copy with the tools of that storage (a model of the hub is named org/name)"
         )
     path = Path(given).expanduser()
     _check_name(what, path)
@@ -75,6 +92,7 @@ class FileStamp:
     size: int
     mtime_ns: int
     inode: int
+    version: str = ""  # of an object of a store, which has no time and no inode
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +109,7 @@ class RegularFile:
         while filled < len(view):
             got = self._pread(offset + filled, view[filled:])
             if got == 0:
-                raise _changed(self.path)
+                raise changed(self.path)
             filled += got
 
     def read_at(self, offset: int, count: int) -> bytes:
@@ -108,10 +126,14 @@ class RegularFile:
             yield view
             start += len(view)
 
+    def stream(self) -> IO[bytes]:
+        """The file from its beginning, for a reader that seeks; closing it leaves the file open."""
+        return open(self.fd, "rb", closefd=False)
+
     def check_unchanged(self) -> None:
         """Refuse if size, time or inode are no longer those of the opening."""
         if _stamp(os.fstat(self.fd)) != self.stamp:
-            raise _changed(self.path)
+            raise changed(self.path)
 
     def _pread(self, offset: int, view: memoryview) -> int:
         try:
@@ -131,6 +153,11 @@ def open_regular(path: Path, expected: FileStamp | None = None) -> Iterator[Regu
         InputError: no such file, not a regular file (a FIFO is refused, not waited for), changed.
         StorageError: permission, or too many open files.
     """
+    if path in STAND_INS:
+        file = STAND_INS[path](expected)
+        yield file
+        file.check_unchanged()
+        return
     fd = _open(path)
     try:
         status = os.fstat(fd)
@@ -138,11 +165,20 @@ def open_regular(path: Path, expected: FileStamp | None = None) -> Iterator[Regu
             raise _not_regular(path)
         file = RegularFile(path, fd, _stamp(status))
         if expected is not None and file.stamp != expected:
-            raise _changed(path)
+            raise changed(path)
         yield file
         file.check_unchanged()
     finally:
         os.close(fd)
+
+
+def state(path: Path) -> dict[str, Any]:
+    """What tells that a file was changed: its size and time, or of an object of a store its size and version."""
+    if path in STAND_INS:
+        stamp = STAND_INS[path](None).stamp
+        return {"size": stamp.size, "version": stamp.version}
+    found = path.stat()
+    return {"size": found.st_size, "mtime_ns": found.st_mtime_ns}
 
 
 def _open(path: Path) -> int:
@@ -166,5 +202,6 @@ def _not_regular(path: Path) -> InputError:
     return InputError(f"{shown(path)}: not a regular file; name a file, not a directory, pipe or device")
 
 
-def _changed(path: Path) -> InputError:
+def changed(path: Path) -> InputError:
+    """The error for a file that became another while it was read."""
     return InputError(f"{shown(path)}: source changed while reading; leave it alone and run again")

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loftq.errors import listed, quoted, visible
+from loftq.formats.regular import shown
 from loftq.report.inspect import judged, warnings
 from loftq.solver import seconds, squares
 from loftq.spec import PRESETS, SolveSpec, preset_of
@@ -153,7 +154,7 @@ def _inspected(matrices: list[dict[str, Any]]) -> dict[str, list[str]]:
 
 def print_summary(output: Path, manifest: dict[str, Any], made: bool) -> None:
     """What ``loftq quantize`` made, and what to do with it."""
-    out, place = console(), quoted(output, 400)
+    out, place = console(), shown(output)
     if not made:
         out.print(f"{place}: already done by an earlier run of this command.")
     out.print(_totals(manifest["totals"]))

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from loftq import planning
-from loftq.errors import InputError, StorageError, first_line, listed, quoted
+from loftq.errors import InputError, StorageError, UsageError, first_line, listed, option, quoted
 from loftq.formats import dequantized
 from loftq.formats.belongings import module_paths, not_fetched
 from loftq.formats.lookalikes import refuse_adapter
-from loftq.formats.regular import local_path, shown
+from loftq.formats.regular import local_path, shown, url_of
+from loftq.formats.remote import fill, mounted, store
 from loftq.formats.source import Checkpoint, is_quantized_source, open_checkpoint
 from loftq.planning import Plan, Policy, Role
 
@@ -37,19 +38,22 @@ class Source:
 
 
 def open_source(model: str, policy: Policy, revision: str | None = None) -> Source:
-    """Headers, skeleton and plan of a local directory or a hub id. Reads no weights, so a budget is not spent yet."""
+    """Headers, skeleton and plan of a local directory, a hub id or a URL.
+
+    Reads no weights, so a budget is not spent yet.
+    """
     from loftq.architecture import skeleton
     from loftq.architecture.adapter import task_type
     from loftq.architecture.conversion import converted_roles
 
-    directory = resolve(model, revision)
+    directory = located(model, revision)
     checkpoint, built = open_dense(directory)
     tensors, roles = converted_roles(built, {n: (t.dtype, t.shape) for n, t in checkpoint.tensors.items()})
     plan = planning.make(tensors, roles, policy)
     chosen = {m.module for m in plan.matrices}
     return Source(
         directory=directory,
-        hub_id=None if Path(model).expanduser().exists() else model,
+        hub_id=hub_id(model),
         checkpoint=checkpoint,
         plan=plan,
         tensors=tensors,
@@ -92,8 +96,29 @@ def open_weights(directory: Path, cure: str = "start from") -> tuple[Checkpoint,
     checkpoint = dequantized.dense(stored, found, skeleton.dtype_of(config)) if readable else stored
     method = is_quantized_source(checkpoint.tensors)
     if method:
-        raise InputError(f"{directory}: already quantized with {method}; {cure} the full-precision checkpoint")
+        raise InputError(f"{shown(directory)}: already quantized with {method}; {cure} the full-precision checkpoint")
     return checkpoint, skeleton.build(directory, len(checkpoint.tensors), quantized=checkpoint is not stored)
+
+
+def located(model: str, revision: str | None = None) -> Path:
+    """What :func:`resolve` finds; of a URL a directory that stands for it, whose weights are read where they are.
+
+    Raises: UsageError for a URL with a revision: of the hub it is a part of the URL.
+    """
+    if not url_of(model):
+        return resolve(model, revision)
+    if revision is not None:
+        raise UsageError(f"{option('revision')} is of a hub id, and not of a URL; write hf://org/name@REVISION")
+    return fill(mounted(store("MODEL", model)))
+
+
+def hub_id(model: str) -> str | None:
+    """A model's name on the hub; None if it is another place's."""
+    if (url := url_of(model)) is not None:
+        scheme, _, rest = url.partition("://")
+        name = rest.partition("@")[0].rstrip("/")
+        return name if scheme == "hf" and HUB_ID.fullmatch(name) else None
+    return None if local_path("MODEL", model).exists() else model
 
 
 def resolve(model: str, revision: str | None = None) -> Path:

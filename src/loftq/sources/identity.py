@@ -3,8 +3,9 @@
 Where the directory lies is no part of it. How much of the weights is read depends on what is asked, for they may be
 hundreds of gigabytes; small files are always hashed whole.
 
-* :func:`stamp`: may work that was begun be continued? Of weights size, time and header: nothing is read, and whatever
-  was touched since is another model. It never takes a changed file for the same; it may take a copy for another.
+* :func:`stamp`: may work that was begun be continued? Of weights size, time (in a store: what it gives as the version,
+  such as the ETag) and header: nothing else is read, and whatever was touched since is another model. It never takes
+  a changed file for the same; it may take a copy for another.
 * :func:`sample`: are these statistics of this model? Of weights size, header and a few kilobytes from all over a file,
   which tell two trainings apart; no times, so a copy is the same model.
 * :func:`digests`: is this result of these files? Every byte; no times either.
@@ -16,10 +17,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from loftq.errors import InputError
+from loftq.errors import InputError, StorageError
 from loftq.formats import fsio
 from loftq.formats.belongings import belongings
-from loftq.formats.regular import open_regular
+from loftq.formats.regular import open_regular, state, url_of
 from loftq.formats.source import Checkpoint
 from loftq.sources.checkpoint import Source
 
@@ -31,16 +32,21 @@ def stamp(source: Source) -> dict[str, Any]:
     small = [source.directory / "config.json", *belongings(source.directory).files]
     found: dict[str, Any] = {p.relative_to(source.directory).as_posix(): fsio.sha256_file(p).sha256 for p in small}
     for file in source.checkpoint.files:
-        status = (source.directory / file.name).stat()
-        current = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
-        found[file.name] = {**current, "header_sha256": file.header_sha256}
+        found[file.name] = {**state(source.directory / file.name), "header_sha256": file.header_sha256}
     return found
 
 
 def is_unchanged(source: Source, stamped: dict[str, Any]) -> bool:
-    """Whether the files of a source are what they were when ``stamped`` was made of them."""
+    """Whether the files of a source are what they were when ``stamped`` was made of them.
+
+    Raises: StorageError if a store does not answer: that says nothing of the files.
+    """
     try:
         return stamp(source) == stamped
+    except StorageError:
+        if url_of(source.directory):
+            raise
+        return False
     except (OSError, InputError):
         return False
 
