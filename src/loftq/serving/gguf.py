@@ -73,10 +73,8 @@ def write(
     def contents() -> Iterator[bytes | memoryview]:
         yield header.encoded()
         for one in placed:
-            raw = permuted(_raw(base, one, family), family.heads(one.name))
-            yield np.ascontiguousarray(raw).reshape(-1).view(np.uint8).data
-            yield padding(raw.nbytes)
-            del raw
+            yield from _bytes(base, one, family)
+            yield padding(one.size)
             advance()
         if factors is not None:
             yield factors.tobytes()
@@ -113,6 +111,16 @@ def _placed(tensor: Dense, family: Family, preferred: str) -> Placed:
     dtype = tensor.dtype if len(tensor.shape) > 1 else "F32"  # vectors: llama.cpp adds and multiplies them in float32
     width = 4 if dtype == "F32" else 2
     return Placed(name, tensor, PLAIN[dtype], int(np.prod(tensor.shape)) * width)
+
+
+def _bytes(base: Base, placed: Placed, family: Family) -> Iterator[memoryview]:
+    """The tensor as the file has it; what is there as it is stored, large tables above all, in pieces."""
+    tensor, heads = placed.tensor, family.heads(placed.name)
+    if tensor.matrix is None and len(tensor.shape) > 1 and not heads:
+        yield from base.checkpoint.chunks(tensor.name)
+    else:
+        raw = permuted(_raw(base, placed, family), heads)
+        yield np.ascontiguousarray(raw).reshape(-1).view(np.uint8).data
 
 
 def _raw(base: Base, placed: Placed, family: Family) -> np.ndarray:
