@@ -112,7 +112,7 @@ def text(path: Path | None) -> str:
 class Model:
     """A model in full precision, and what its outputs are measured on."""
 
-    def __init__(self, directory: str, data: Path | None) -> None:
+    def __init__(self, directory: str, data: Path | None, rows: int = SENTENCES) -> None:
         architecture = AutoConfig.from_pretrained(directory, trust_remote_code=False).architectures[0]
         self.decoder = architecture.endswith("ForCausalLM")
         auto = AutoModelForCausalLM if self.decoder else AutoModel
@@ -126,11 +126,11 @@ class Model:
         if self.decoder:
             ids = tokenizer(words[: WINDOWS * TOKENS * 8], return_tensors="pt").input_ids[0]
             self.inputs: dict[str, Tensor] = {
-                "input_ids": ids[: len(ids) // TOKENS * TOKENS].view(-1, TOKENS)[:WINDOWS]
+                "input_ids": ids[: len(ids) // TOKENS * TOKENS].view(-1, TOKENS)[: min(rows, WINDOWS)]
             }
         else:
             prose = re.findall(r"(?<=[.] )[A-Z][a-z]+ [a-z][A-Za-z ,'-]{40,160} ?[.]", re.sub(r"\s+", " ", words))
-            chosen = list(dict.fromkeys(prose))[:SENTENCES]
+            chosen = list(dict.fromkeys(prose))[:rows]
             self.inputs = dict(tokenizer(chosen, padding=True, truncation=True, max_length=128, return_tensors="pt"))
         self.right = self._outputs(self.dense)
 

@@ -7,8 +7,8 @@ perplexity of a decoder, or the cosine of an encoder's sentence embeddings with 
 fine-tuning, of the dense model and of quantized ones, embedding tables kept; and the CPU time of that, one thread, as a
 multiple of float32's.
 
-    python benchmarks/storage.py                                         # all-MiniLM-L6-v2
-    python benchmarks/storage.py --model minilm=DIRECTORY --model llama=ANOTHER --data wt2.test.txt.gz
+    python benchmarks/storage.py                                         # all-MiniLM-L6-v2, in two minutes
+    python benchmarks/storage.py --rows 256 --model minilm=DIRECTORY --model llama=ANOTHER --data wt2.test.txt.gz
 """
 
 import argparse
@@ -92,6 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", metavar="NAME=DIRECTORY", help="repeatable")
     parser.add_argument("--data", type=Path, help="text, may be .gz [default: Python's documentation]")
+    parser.add_argument("--rows", type=int, default=64, help="sentences, or windows of text [default: 64]")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "data" / "storage.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -99,7 +100,7 @@ def main() -> None:
     models = []
     for named in options.model or [f"all-MiniLM-L6-v2={minilm()}"]:
         name, _, directory = named.rpartition("=")
-        name, model = name or Path(directory).resolve().name, Model(directory, options.data)
+        name, model = name or Path(directory).resolve().name, Model(directory, options.data, options.rows)
         what = "perplexity" if model.decoder else "cosine"
         print(f"\n{name}\n\n| bits | stored, computed | {what} | time |\n|---|---|---|---|")
         table = []

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoo.configs import HINTS
 
@@ -23,6 +23,21 @@ WIDTHS = re.compile(
     r"|tensor a \((\d+)\) must match the size of tensor b \((\d+)\)"
 )
 PICTURES = ("pixel_values", "image_embeds", "input_features", "input_values", "pixel_values_videos")
+
+SESSIONS = {
+    "inference_session": "takes the session of a video, which its processor makes",
+    "shared_kv_states": "takes the keys and values of the model that it assists",
+}
+
+
+def unreachable(cls: Any) -> str:
+    """Why no inputs of tensors alone run a class; empty if some may."""
+    if cls is None:
+        return "not in this transformers"
+    if cls.forward is nn.Module.forward:
+        return "has no forward; it generates, or encodes, with parts"
+    names = inspect.signature(cls.forward).parameters
+    return next((why for name, why in SESSIONS.items() if name in names), "")
 
 
 def candidates(model: Any, model_type: str) -> Iterator[dict[str, Any]]:

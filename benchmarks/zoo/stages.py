@@ -126,8 +126,9 @@ def _build(journey: Journey) -> None:
     names, tried, began = configs.classes(journey.model_type), [], time.process_time()
     for name in names[:MOST_CLASSES]:
         cls = getattr(transformers, name, None)
-        if cls is None:
-            tried.append(f"{name}: not in this transformers")
+        why = inputs.unreachable(cls)
+        if why:
+            tried.append(f"{name}: {why}")
             continue
         for shrinkage in configs.SHRINKAGES:
             if time.process_time() - began > MOST_SECONDS:
