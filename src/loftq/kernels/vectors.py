@@ -178,7 +178,7 @@ def look_up(typing: Any, table: Any, packed: Any, at: Any, bits: Any) -> Any:
         words, features = _words(builder, packed, width), _features(context)
         if width > 4 or "+avx2" not in features:
             return _loaded_one_by_one(builder, table, words, width)
-        if "+avx512f" not in features or width == 3:  # twice 24 bits are best read as halves
+        if "+avx512f" not in features:
             return _looked_up_by_halves(builder, table, _codes(builder, words), width)
         nibbles = width == 4 and "+avx512vbmi" in features
         codes = _nibbles(builder, packed) if nibbles else _codes(builder, words)
