@@ -24,6 +24,7 @@ PER_TOKEN = (
     *("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "num_selected_experts", "moe_topk"),
     *("moe_top_k", "moe_k", "top_k_experts", "top_k"),
 )
+SHARD = 1 << 30  # bytes of a shard, whose part of the adapter waits in memory
 FACTOR = 4  # bytes of a number that is trained, of its gradient, and of each of the optimizer's two for it
 
 
@@ -48,10 +49,11 @@ def _quantizing(source: Source, workers: int, calibrated: bool) -> dict[str, Any
     each = [(seconds(*m.shape, plan.solve, m.quant, calibrated), m.count) for m in plan.matrices]
     jobs = [time for time, count in each for _ in range(count)]
     largest = max(memory(*m.shape, plan.solve, calibrated) for m in plan.matrices)
-    waiting = max(_beside_codes(m) + _adapter(m) * ITEM_BYTES[m.factors] for m in plan.matrices)
-    base = constants()["bytes_of_process"] + waiting
     adapter = sum(_adapter(m) * ITEM_BYTES[m.factors] for m in plan.matrices)
-    output = sum(t.bytes for t in (*plan.matrices, *plan.kept)) + adapter
+    backbone = sum(t.bytes for t in (*plan.matrices, *plan.kept))
+    waiting = max(_beside_codes(m) for m in plan.matrices) + adapter * min(1, SHARD / backbone)
+    base = constants()["bytes_of_process"] + round(waiting)
+    output = backbone + adapter
     return {
         "cpu_seconds": sum(jobs),
         "largest_matrix_seconds": max(jobs),
