@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import FineGrainedFP8Config, Mxfp4Config
 
 import loftq
+from loftq.calibration.blocks import load_offloaded
 from loftq.errors import InputError
 from loftq.formats import dequantized
 from loftq.formats.source import open_checkpoint
@@ -129,6 +130,23 @@ def test_it_is_the_model_that_transformers_dequantizes(tmp_path, name):
         assert torch.equal(outputs(model), outputs(again))
         quantize(source, tmp_path / "plain", bits=4, format="dense")
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_calibration_runs_the_dequantized_model(tmp_path, name):
+    source = PUBLISHED[name](tmp_path / "source")
+    with torch.no_grad():
+        assert torch.equal(outputs(load_offloaded(source, tmp_path / "offload")), outputs(theirs(source)))
+
+
+def test_a_calibration_of_other_methods_is_refused(tmp_path):
+    source = fp8(tmp_path / "source", "qwen3-moe")
+    written = json.loads((source / "config.json").read_text())
+    written["quantization_config"]["quant_method"] = "modelopt"
+    (source / "config.json").write_text(json.dumps(written))
+    assert loftq.plan(source, bits=2, rank=4).coverage == 1
+    with pytest.raises(InputError, match="already quantized with modelopt"):
+        load_offloaded(source, tmp_path / "offload")
 
 
 # --- the rules alone -------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from loftq.architecture import skeleton
 from loftq.architecture.loading import load_config, load_weights
 from loftq.errors import UsageError
 
+DEQUANTIZED = ("fp8", "mxfp4")  # methods of published models that transformers dequantizes as it loads them
 Output = Any  # of a block: a tensor, or tensors in tuples, lists and mappings
 
 
@@ -178,7 +179,7 @@ def load_offloaded(directory: Path, offload: Path, device: str = "cpu") -> nn.Mo
 
     Raises: InputError for a checkpoint that transformers cannot load.
     """
-    places = _places(skeleton.build(directory), device)
+    places = _places(skeleton.build(directory, quantized=True), device)
     talker = logging.getLogger(
         "accelerate.big_modeling"
     )  # says that parameters are on disk, where they are meant to be
@@ -191,11 +192,19 @@ def load_offloaded(directory: Path, offload: Path, device: str = "cpu") -> nn.Mo
 
 
 def load(directory: Path, **options: Any) -> nn.Module:
-    """The model of a checkpoint in float32, in its own class. No code that comes with it is run."""
-    model_class, _ = skeleton.classes(directory / "config.json", skeleton.read_config(directory))
+    """The model of a checkpoint in float32, in its own class. No code that comes with it is run.
+
+    Raises: InputError for one that was published quantized, unless transformers dequantizes it.
+    """
+    config = load_config(directory)
+    published = getattr(config, "quantization_config", None)
+    if isinstance(published, dict) and published.get("quant_method") in DEQUANTIZED:
+        published["dequantize"] = True
+    elif published:
+        skeleton.read_config(directory)  # refuses it
+    model_class, _ = skeleton.classes(directory / "config.json", skeleton.read_config(directory, quantized=True))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # buffers are no modules, says accelerate
-        config = load_config(directory)
         return load_weights(model_class, directory, config, dtype=torch.float32, **options).eval()
 
 
