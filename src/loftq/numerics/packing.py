@@ -42,5 +42,7 @@ def unpack(packed: Int8[Tensor, "out ..."], bits: int, columns: int) -> UInt8[Te
     for j in range(n_bytes):
         words |= stream[:, j::n_bytes].to(torch.int32) << (8 * j)
     mask = 2**bits - 1
-    codes = torch.stack([(words >> (i * bits)) & mask for i in range(n_codes)], dim=-1)
-    return codes.to(torch.uint8).view(rows, -1)[:, :columns].contiguous()
+    codes = torch.empty(rows, groups, n_codes, dtype=torch.uint8, device=packed.device)
+    for i in range(n_codes):
+        codes[..., i] = (words >> (i * bits)) & mask
+    return codes.view(rows, -1)[:, :columns].contiguous()
