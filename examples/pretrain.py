@@ -1,6 +1,7 @@
-"""Train a small Llama or BART, with a tokenizer of its own, from any text: a model to measure methods on.
+"""Train a small Llama, mixture of experts or BART, with a tokenizer of its own, from any text: to measure methods on.
 
     python examples/pretrain.py wiki.txt.gz news.jsonl.gz --output small-llama
+    python examples/pretrain.py wiki.txt.gz news.jsonl.gz --output small-moe --architecture moe
     python examples/pretrain.py news.jsonl.gz --output small-bart --architecture bart
 
 Files are text, or JSONL whose columns text, document, article and context are read; both may be gzipped. The defaults
@@ -9,7 +10,8 @@ makes 30M. A BART first has to find out that most of its output stands in its in
 --learning-rate 7e-4 did it, in half an hour on one core with --bf16. The last hundredth of the text is held out, and
 the perplexity on it is written into the model's README.
 
-A Llama learns to predict the next token. A BART learns to restore texts in which spans of about three tokens, 30 % of
+A Llama learns to predict the next token. So does the mixture, a Qwen3-MoE: each token goes to two of the experts of a
+layer, which are each half as wide as the model, and a part of the loss keeps them equally busy. A BART learns to restore texts in which spans of about three tokens, 30 % of
 all, are each replaced by one mask: the text infilling of arXiv 1910.13461, section 2.2, without shuffled sentences.
 """
 
@@ -27,7 +29,7 @@ import torch
 import transformers
 from tokenizers import ByteLevelBPETokenizer, processors
 from torch import Tensor
-from transformers import BartConfig, LlamaConfig, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import BartConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen3MoeConfig, Trainer, TrainingArguments
 
 BEGIN, END, PAD, MASK = "<s>", "</s>", "<pad>", "<mask>"
 COLUMNS = ("text", "document", "article", "context")
@@ -82,6 +84,24 @@ def make_model(options: argparse.Namespace, vocabulary: int) -> transformers.Pre
             **special,
         )
         return transformers.LlamaForCausalLM(config)
+    if options.architecture == "moe":
+        config = Qwen3MoeConfig(
+            hidden_size=options.hidden,
+            head_dim=options.hidden // options.heads,
+            moe_intermediate_size=options.hidden // 2,
+            num_experts=options.experts,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+            num_hidden_layers=options.layers,
+            num_attention_heads=options.heads,
+            num_key_value_heads=options.heads,
+            max_position_embeddings=2 * options.length,
+            tie_word_embeddings=True,
+            output_router_logits=True,  # adds the balance of the experts to the loss
+            router_aux_loss_coef=0.01,
+            **special,
+        )
+        return transformers.Qwen3MoeForCausalLM(config)
     config = BartConfig(
         d_model=options.hidden,
         encoder_layers=options.layers // 2,
@@ -160,15 +180,16 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--architecture", choices=("llama", "bart"), default="llama")
+    parser.add_argument("--architecture", choices=("llama", "moe", "bart"), default="llama")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6, help="a BART has half of them in the encoder")
     parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--experts", type=int, default=8, help="of a layer, in a mixture")
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--length", type=int, default=256, help="tokens of a text; for a BART the most it can read")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, help="[default: 2e-3 for a Llama, 5e-4 for a BART]")
+    parser.add_argument("--learning-rate", type=float, help="[default: 2e-3, for a BART 5e-4]")
     parser.add_argument("--bf16", action="store_true", help="mixed precision; always on a GPU")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -176,7 +197,7 @@ def parsed() -> argparse.Namespace:
 
 def main() -> None:
     options = parsed()
-    options.learning_rate = options.learning_rate or (2e-3 if options.architecture == "llama" else 5e-4)
+    options.learning_rate = options.learning_rate or (5e-4 if options.architecture == "bart" else 2e-3)
     warnings.filterwarnings("ignore", category=UserWarning, message=".*pin_memory.*")
     transformers.set_seed(options.seed)
     texts = list(documents(options.files))
@@ -208,10 +229,11 @@ def main() -> None:
         TrainingArguments(**arguments),
         train_dataset=Blocks(rows[:-held]),
         eval_dataset=Blocks(rows[-held:]),
-        data_collator=next_token if options.architecture == "llama" else infilling,
+        data_collator=infilling if options.architecture == "bart" else next_token,
     )
     began = time.monotonic()
     trainer.train()
+    model.config.output_router_logits = False  # the loss of the text alone
     loss = trainer.evaluate()["eval_loss"]
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)

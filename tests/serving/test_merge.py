@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import loftq
 from harness import cli, refused
 from loftq.errors import ConflictError, InputError, NumericalError, UsageError
+from loftq.formats.source import Checkpoint
 from models import outputs, tensors
 
 ROWS = [
@@ -20,9 +21,16 @@ ROWS = [
     ("gpt2", {"bits": 3}),
     ("bert", {"bits": 8, "embeddings": True}),
     ("mixtral", {"bits": "experts=16,4", "code": "affine", "min_coverage": 0.0}),
+    ("mixtral", {"bits": "layers.0.mlp.experts.down_proj=16,3", "code": "affine", "min_coverage": 0.0}),
+    ("mixtral", {"bits": "layers.0.mlp.experts.down_proj=16,3", "format": "dense", "min_coverage": 0.0}),
+    ("gpt-oss", {"bits": 2, "rslora": True, "rank": "experts=3,4"}),
+    ("granite-moe", {"bits": 4, "double_quant": True}),
+    ("deepseek-v3", {"bits": 2}),
+    ("nemotron-h", {"bits": 2}),
+    ("nemotron-h", {"bits": 2, "format": "dense"}),
     ("t5", {"bits": 2, "format": "dense"}),
 ]
-EACH = pytest.mark.parametrize(("name", "options"), ROWS, ids=[name for name, _ in ROWS])
+EACH = pytest.mark.parametrize(("name", "options"), ROWS, ids=[f"{name}-{o['bits']}" for name, o in ROWS])
 
 
 @torch.no_grad()
@@ -67,6 +75,11 @@ def test_the_initialization_merged_is_what_peft_merges(made, name, options, tmp_
     loftq.merge(checkpoint.output, tmp_path / "merged", dtype="float32")
     merged = checkpoint.start().merge_and_unload()
     same(merged, tmp_path / "merged")
+    of_source = {name: t.shape for name, t in tensors(checkpoint.source).items()}
+    assert {name: t.shape for name, t in tensors(tmp_path / "merged").items()} == of_source
+    if options.get("format") == "dense":
+        assert {name: t.shape for name, t in tensors(checkpoint.output).items()} == of_source
+        assert loftq.verify(checkpoint.output)
     again = type(merged).from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(outputs(again), outputs(merged.eval()), rtol=1e-4, atol=1e-5)
 
@@ -94,6 +107,25 @@ def test_a_trained_adapter(made, options, tmp_path):
     merged = trained(checkpoint, tmp_path / "adapter", **options)
     loftq.merge(checkpoint.output, tmp_path / "merged", adapter=tmp_path / "adapter", dtype="float32")
     same(merged, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("name", ["granite-moe", "gpt-oss"])
+def test_experts_that_were_trained_are_merged_one_at_a_time(made, name, tmp_path, monkeypatch):
+    """PEFT numbers its layers over the stacks that are trained, not over those that there are."""
+    checkpoint = made(name)
+    patterns = {"rank_pattern": {"experts.down_proj": 3}, "alpha_pattern": {"q_proj": 2.5}}
+    for stacks in (["experts.gate_up_proj"], ["experts.gate_up_proj", "experts.down_proj"]):
+        config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=stacks, use_rslora=True, **patterns)
+        model = shaken(get_peft_model(checkpoint.load(), config))
+        place = tmp_path / f"{len(stacks)}"
+        model.save_pretrained(place / "adapter")
+        shapes = []
+        read = Checkpoint.read
+        monkeypatch.setattr(Checkpoint, "read", lambda *given: shapes.append((t := read(*given)).shape) or t)
+        loftq.merge(checkpoint.output, place / "merged", adapter=place / "adapter", dtype="float32")
+        monkeypatch.undo()
+        assert not [shape for shape in shapes if len(shape) > 2]
+        same(model.merge_and_unload(), place / "merged")
 
 
 def test_biases_of_lora_and_of_layers(made, tmp_path):

@@ -16,7 +16,7 @@ from loftq.architecture.kinds import kind_of
 from loftq.architecture.reads import holders, readers
 from loftq.errors import InputError, quoted
 from loftq.formats import strict_json
-from loftq.planning import Role, Stack
+from loftq.planning import Matrix, Role, Stack
 from loftq.spec import STORED, SUFFIXES
 
 # Keys that steer transformers from inside a config file (CVE-2026-4372), with and without the underscore of their
@@ -222,7 +222,7 @@ def finds_packed(rename: Rename, tensor: str, role: Role) -> bool:
     return all(rename(tensor + part) == (parameter_of(role) + part, None) for part in parts)
 
 
-def parameter_of(role: Role) -> str:
+def parameter_of(role: Role | Matrix) -> str:
     """The Parameter that a matrix or a stack is."""
     return role.module if role.kind in STACKS else f"{role.module}.weight"
 

@@ -1,5 +1,6 @@
 """The manifest of a result, which is written last: read back whole, each field of the type that its readers rely on."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -11,8 +12,8 @@ from loftq.errors import InputError, listed, quoted
 from loftq.formats import hashed_json
 from loftq.formats.config import MANIFEST as MANIFEST
 from loftq.formats.regular import local_path, shown
-from loftq.formats.tensorfile import DTYPES, MAX_DIM, check_name
-from loftq.planning import Matrix
+from loftq.formats.tensorfile import DTYPES, MAX_DIM, MAX_RANK, check_name
+from loftq.planning import Made, Matrix, Piece
 from loftq.spec import QuantSpec, from_dict
 
 
@@ -78,6 +79,25 @@ class MatrixRow(Part):
         return self
 
 
+class PieceRow(Part):
+    """Rows of a source tensor (:class:`loftq.planning.Piece`)."""
+
+    tensor: Name
+    shape: Annotated[list[Annotated[int, Field(ge=1, le=MAX_DIM)]], Field(min_length=1, max_length=MAX_RANK)]
+    start: Count
+    stop: Count
+    step: Annotated[int, Field(ge=1)]
+    transposed: bool
+
+    @model_validator(mode="after")
+    def _inside(self) -> "PieceRow":
+        last = self.shape[-2] if self.transposed and len(self.shape) > 1 else self.shape[-1]
+        rows = math.prod(self.shape) // (last if len(self.shape) > 1 else 1)
+        if not self.start < self.stop <= rows or (self.transposed and len(self.shape) < 2):
+            raise ValueError("no rows of that tensor")
+        return self
+
+
 class PlanRow(Part):
     """The decision about a matrix."""
 
@@ -90,6 +110,7 @@ class PlanRow(Part):
     rank: Count
     experts: Count = 0
     nested: Annotated[int, Field(ge=0, le=4)] = 0
+    made: list[list[PieceRow]] = []
     quant: Annotated[dict[str, Any], AfterValidator(_spec)]
 
 
@@ -148,6 +169,8 @@ _ROWS: dict[str, TypeAdapter[Any]] = {
     "plan": TypeAdapter(PlanRow),
 }
 
+_MADE: TypeAdapter[Any] = TypeAdapter(list[list[list[PieceRow]]])
+
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest in ``directory``: without one, it is not a finished LoftQ checkpoint.
@@ -184,6 +207,16 @@ def kept(manifest: dict[str, Any], path: Path) -> dict[str, str]:
         raise InputError(f"{shown(path)}: plan.kept: wanted names with reasons; not a manifest of this loftq") from e
 
 
+def kept_made(manifest: dict[str, Any], path: Path) -> dict[str, Made]:
+    """Of every kept tensor that was put together, of what. InputError for what is no such list."""
+    rows = [row for row in manifest["plan"]["kept"] if "made" in row]
+    try:
+        _MADE.validate_python([row["made"] for row in rows])
+    except ValidationError as e:
+        raise InputError(f"{shown(path)}: plan.kept: {e.error_count()} pieces are none; not of this loftq") from e
+    return {row["name"]: made_of(row) for row in rows}
+
+
 def planned(manifest: dict[str, Any]) -> list[Matrix]:
     """The matrices of a manifest's plan, in order."""
     return [_matrix(row) for row in manifest["plan"]["matrices"]]
@@ -191,7 +224,17 @@ def planned(manifest: dict[str, Any]) -> list[Matrix]:
 
 def _matrix(row: dict[str, Any]) -> Matrix:
     known = {field.name: row[field.name] for field in fields(Matrix) if field.name in row}
-    return Matrix(**{**known, "shape": tuple(row["shape"]), "quant": from_dict(QuantSpec, row["quant"])})
+    special = {"shape": tuple(row["shape"]), "quant": from_dict(QuantSpec, row["quant"]), "made": made_of(row)}
+    return Matrix(**{**known, **special})
+
+
+def made_of(row: dict[str, Any]) -> Made:
+    """What a tensor of a manifest's plan is put together of."""
+    return tuple(tuple(_piece(piece) for piece in pieces) for pieces in row.get("made", ()))
+
+
+def _piece(row: dict[str, Any]) -> Piece:
+    return Piece(row["tensor"], tuple(row["shape"]), row["start"], row["stop"], row["step"], row["transposed"])
 
 
 def _rows(manifest: dict[str, Any], path: Path) -> Iterator[tuple[str, tuple[str, ...], Any]]:

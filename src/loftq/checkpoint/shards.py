@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,14 @@ class Solved:
 
 def entries(tensor: Matrix | Kept, layout: Layout) -> list[Entry]:
     if isinstance(tensor, Kept):
-        return [Entry(tensor.name, tensor.dtype, tensor.shape)]
+        return [Entry(t.name, t.dtype, t.shape) for t in _copied(tensor, layout)]
     return layout.entries(tensor)
+
+
+def _copied(kept: Kept, layout: Layout) -> list[Kept]:
+    """The tensors of the source that a kept one is all of, where the layout has them; else itself."""
+    found = kept.sources if layout.restores else {}
+    return [replace(kept, name=name, shape=shape, made=()) for name, shape in found.items()] or [kept]
 
 
 def adapter_entries(matrix: Matrix) -> list[Entry]:
@@ -270,10 +276,11 @@ class Workspace:
             yield encode_header(unit.entries(layout), {"format": "pt"})
             for tensor in unit.tensors:
                 if isinstance(tensor, Kept):
-                    yield from map(tensor_bytes, read_finite(tensor, checkpoint))
+                    for copied in _copied(tensor, layout):
+                        yield from map(tensor_bytes, read_finite(copied, checkpoint))
                     continue
                 members = itertools.islice(solved, tensor.count)
-                yield from _written(tensor, members, reports, adapter)
+                yield from _written(tensor, members, bool(layout.restores and tensor.sources), reports, adapter)
 
         def adapter_contents() -> Iterator[bytes | memoryview]:
             yield encode_header(unit.adapter_entries(), {"format": "pt"})
@@ -294,13 +301,19 @@ class Workspace:
 
 
 def _written(
-    matrix: Matrix, members: Iterator[Solved], reports: list[dict[str, Any]], adapter: dict[str, Tensor]
+    matrix: Matrix,
+    members: Iterator[Solved],
+    apart: bool,
+    reports: list[dict[str, Any]],
+    adapter: dict[str, Tensor],
 ) -> Iterator[memoryview]:
-    """The bytes of a matrix or stack. Of a stack the codes are written as they come; what follows them has to wait."""
+    """The bytes of a matrix or stack. Of a stack the codes are written as they come; what follows them has to wait,
+    unless the tensors of each expert stay together.
+    """
     found = []
     for member in members:
-        codes, *others = member.stored
-        yield tensor_bytes(codes)
+        first, others = (member.stored, []) if apart else (member.stored[:1], member.stored[1:])
+        yield from map(tensor_bytes, first)
         found.append((others, member.adapter, member.report))
     for tensors in zip(*(others for others, _, _ in found), strict=True):
         yield from map(tensor_bytes, tensors)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loftq.errors import UsageError, option
 from loftq.formats.config import quantization_config, read_groups
+from loftq.formats.rows import Rows, gathered, scattered
 from loftq.formats.tensorfile import DTYPES, Entry
 from loftq.numerics import Quantized, decode, dequantize, encode, normal_float, oriented, oriented_shape
 from loftq.options import check_choice
@@ -39,6 +40,12 @@ class MatrixLike(Protocol):
     def quant(self) -> QuantSpec: ...
     @property
     def experts(self) -> int: ...
+    @property
+    def made(self) -> tuple[tuple[Any, ...], ...]: ...
+    @property
+    def members(self) -> list[Any]: ...
+    @property
+    def sources(self) -> dict[str, tuple[int, ...]]: ...
 
 
 class Layout(ABC):
@@ -54,6 +61,7 @@ class Layout(ABC):
         budgeted: whether it takes the bytes that a budget counts, :attr:`loftq.planning.Matrix.bytes`.
         rounds: whether what it writes is rounded to the matrix's dtype, and is not the solver's Q to the last digits.
         stacks: whether it takes stacks of experts: entries then have a leading axis of them, and each is encoded alone.
+        restores: whether it writes the source's own tensors, where a matrix, or each expert of a stack, is all of some.
         keeps_conv1d: whether the model that is loaded from it has a Conv1D where the source has one.
     """
 
@@ -66,6 +74,7 @@ class Layout(ABC):
     budgeted: ClassVar[bool] = False
     rounds: ClassVar[bool] = False
     stacks: ClassVar[bool] = False
+    restores: ClassVar[bool] = False
     keeps_conv1d: ClassVar[bool] = True
 
     def filled(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,21 +184,36 @@ class PackedLayout(Layout):
 
 @register_format
 class DenseLayout(Layout):
-    """The dequantized backbone in the dtype of what is kept: loads anywhere, saves nothing."""
+    """The dequantized backbone in the dtype of what is kept: loads anywhere, saves nothing.
+
+    By the names of the source, wherever a matrix is all that its tensors hold.
+    """
 
     name = "dense"
-    rounds = stacks = True
+    rounds = stacks = restores = True
 
     def entries(self, matrix: MatrixLike) -> list[Entry]:
+        if found := matrix.sources:
+            return [Entry(name, matrix.dtype, shape) for name, shape in found.items()]
         shape = oriented_shape(matrix.kind, matrix.shape)
         return [Entry(matrix.name, matrix.dtype, (matrix.experts, *shape) if matrix.experts else shape)]
 
     def encode(self, matrix: MatrixLike, quantized: Quantized) -> list[Tensor]:
         weight = dequantize(quantized, matrix.quant).to(DTYPES[matrix.dtype])
-        return [oriented(matrix.kind, weight).contiguous()]
+        weight = oriented(matrix.kind, weight).contiguous()
+        parts: dict[str, list[Rows]] = {name: [] for name in matrix.sources}
+        if not parts:
+            return [weight]
+        (pieces,) = matrix.made
+        for piece, rows in zip(pieces, weight.split([piece.count for piece in pieces]), strict=True):
+            parts[piece.tensor].append((piece, rows))
+        return [scattered(found) for found in parts.values()]
 
     def decode(self, matrix: MatrixLike, tensors: list[Tensor]) -> Tensor:
-        return oriented(matrix.kind, tensors[0].float())
+        found, weight = matrix.sources, tensors[0]
+        if found:
+            weight = gathered(matrix.made[0], dict(zip(found, tensors, strict=True)))
+        return oriented(matrix.kind, weight.float())
 
 
 @register_format

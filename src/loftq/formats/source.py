@@ -125,6 +125,12 @@ class Checkpoint:
         part = replace(info, shape=(stop - start, *shape), start=begin, stop=end, nbytes=end - begin)
         return read_tensor(part, self._stamps[info.file])
 
+    def slice(self, name: str, index: int) -> torch.Tensor:
+        """One slice of a tensor's first axis."""
+        shape = self._info(name).shape[1:]
+        rows = math.prod(shape[:-1])
+        return self._range(name, index * rows, (index + 1) * rows).reshape(shape)
+
     def chunks(self, name: str) -> Iterator[memoryview]:
         """The tensor's bytes for a byte-exact copy, a few megabytes at a time."""
         info = self._info(name)

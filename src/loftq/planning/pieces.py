@@ -1,9 +1,12 @@
 """Convert, then quantize: of which rows of which source tensors a parameter of the model is made.
 
 transformers fuses and splits some tensors as it loads them: one tensor per expert into a stack of all, one of queries,
-keys and values into three. What is packed lies in the files as the model has it, so it is put together here first.
+keys and values into three. What is packed lies in the files as the model has it, so it is put together here first; what
+is dense is written as the source had it, so it is taken apart again.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -23,8 +26,23 @@ class Piece:
     step: int = 1
     transposed: bool = False
 
+    @property
+    def count(self) -> int:
+        """How many rows it has."""
+        return len(range(self.start, self.stop, self.step))
+
 
 Made = tuple[tuple[Piece, ...], ...]  # for every expert, or once, the pieces that follow each other
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a source tensor, where they went: into a parameter's matrix ``index``, from its row ``first`` on."""
+
+    name: str
+    index: int
+    first: int
+    piece: Piece
 
 
 def sources(made: Made) -> dict[str, tuple[int, ...]]:
@@ -36,3 +54,35 @@ def of_stack(name: str, shape: tuple[int, ...]) -> Made:
     """The pieces of a stack ``(experts, rows, columns)`` that the file holds as it is: one for each expert."""
     experts, rows, _ = shape
     return tuple((Piece(name, shape, e * rows, (e + 1) * rows),) for e in range(experts))
+
+
+def restored(made: Mapping[str, Made]) -> dict[str, tuple[Part, ...]]:
+    """Source tensor -> the parts that it is put together of again.
+
+    Args:
+        made: by the names of parameters. One of which a source tensor has other rows too, that no parameter here holds,
+            stays as it is, and all that share a source tensor with it.
+    """
+    left = dict(made)
+    while True:
+        parts: dict[str, list[Part]] = {}
+        for name, matrices in left.items():
+            for index, pieces in enumerate(matrices):
+                first = 0
+                for piece in pieces:
+                    parts.setdefault(piece.tensor, []).append(Part(name, index, first, piece))
+                    first += piece.count
+        broken = {part.name for found in parts.values() if not _is_whole(found) for part in found}
+        if not broken:
+            return {tensor: tuple(found) for tensor, found in parts.items()}
+        left = {name: pieces for name, pieces in left.items() if name not in broken}
+
+
+def _is_whole(parts: list[Part]) -> bool:
+    """Whether they are all rows of their tensor, each once."""
+    shape = parts[0].piece.shape
+    columns = 1 if len(shape) == 1 else shape[-2] if parts[0].piece.transposed else shape[-1]
+    seen = bytearray(math.prod(shape) // columns)
+    for part in parts:
+        seen[part.piece.start : part.piece.stop : part.piece.step] = b"\1" * part.piece.count
+    return all(seen) and sum(part.piece.count for part in parts) == len(seen)

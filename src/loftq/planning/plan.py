@@ -15,7 +15,7 @@ from loftq.planning.budget import Choice
 from loftq.planning.containers import served
 from loftq.planning.names import natural, routers_among
 from loftq.planning.patterns import Rules, parse_rules
-from loftq.planning.pieces import Made, Piece, of_stack, sources
+from loftq.planning.pieces import Made, Piece, of_stack, restored, sources
 from loftq.planning.policy import DENSE, Policy
 from loftq.spec import (
     BITS,
@@ -111,13 +111,24 @@ class Matrix:
         return self.count * stored_bytes(self.quant, *self.shape)
 
     @property
+    def pieces(self) -> Made:
+        """What each expert, or the matrix, is put together of; of a stack that the source holds, its slices."""
+        if self.experts and not self.made:
+            return of_stack(self.name, (self.experts, *oriented_shape(self.kind, self.shape)))
+        return self.made
+
+    @property
+    def sources(self) -> dict[str, tuple[int, ...]]:
+        """The source's tensors that it, each expert for itself, is all of; none if that is not so."""
+        return sources(self.made) if all(restored({"": (pieces,)}) for pieces in self.made) else {}
+
+    @property
     def members(self) -> "list[Matrix]":
         """The matrices that are solved: each expert of a stack, called by its number, else the matrix itself."""
         one = replace(self, experts=0, nested=0)
         if not self.experts:
             return [one]
-        made = self.made or of_stack(self.name, (self.experts, *oriented_shape(self.kind, self.shape)))
-        return [_member(one, e, pieces) for e, pieces in enumerate(made)]
+        return [_member(one, e, pieces) for e, pieces in enumerate(self.pieces)]
 
 
 def _member(stack: Matrix, number: int, pieces: tuple[Piece, ...]) -> Matrix:
@@ -137,6 +148,11 @@ class Kept:
     reason: str
     missed: bool = False
     made: Made = ()
+
+    @property
+    def sources(self) -> dict[str, tuple[int, ...]]:
+        """The source's tensors that it is all of; none if that is not so."""
+        return sources(self.made) if restored({"": self.made}) else {}
 
 
 @dataclass(frozen=True, repr=False)

@@ -12,15 +12,18 @@ from typing import Any
 
 from torch import Tensor
 
+from loftq.architecture import skeleton
 from loftq.errors import InputError, UsageError, listed, option, quoted
 from loftq.formats import fsio, strict_json
 from loftq.formats.picklefile import read_pickle_tensors
 from loftq.formats.regular import local_path, shown
 from loftq.formats.tensorfile import read_header, read_tensor
+from loftq.numerics import oriented_shape
 from loftq.serving.base import Base, Dense
 from loftq.spec import scaling
 
 CONFIG = "adapter_config.json"
+HELD = 4  # tensors of an adapter's stacks in memory: two stacks of a layer, whose experts are written in turn
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 FACTORS = re.compile(r"(?P<module>.+)\.lora_(?P<part>A\.weight|B\.weight|B\.bias|embedding_A|embedding_B)")
 # Options of PEFT's LoRA that say nothing of the product, or are read here.
@@ -30,6 +33,7 @@ KNOWN = {
     *("lora_dropout", "fan_in_fan_out", "base_model_name_or_path", "revision", "inference_mode", "peft_type"),
     *("peft_version", "auto_mapping", "runtime_config", "loftq_config", "eva_config", "ensure_weight_tying"),
     *("megatron_core", "qalora_group_size"),  # of others that are switched off
+    "target_parameters",
 }
 # Initializations that leave the weight under the adapter as it is.
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "loftq")
@@ -40,7 +44,8 @@ class Factors:
     """Of one module: ``s · B @ A`` is added to its weight ``(out, in)``, ``s · bias`` to its bias.
 
     ``a`` and ``b`` are names of the adapter's tensors. An embedding's are the other way round: its table gets
-    ``s · (B @ A).T``.
+    ``s · (B @ A).T``. Those of a stack hold the factors of all ``experts``: ``A (experts·rank, in)`` expert after
+    expert, ``B (out, rank·experts)`` rank after rank.
     """
 
     a: str
@@ -49,6 +54,7 @@ class Factors:
     scaling: float
     embedding: bool = False
     bias: str = ""
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,22 +76,26 @@ class Adapter:
     biases: dict[str, Factors] = field(default_factory=dict)
     replaced: dict[str, str] = field(default_factory=dict)
     new: dict[str, str] = field(default_factory=dict)
+    _last: dict[str, Tensor] = field(default_factory=dict)  # of stacks, which are asked for expert by expert
 
-    def add_to(self, weight: Tensor, tensor: Dense) -> Tensor:
+    def add_to(self, weight: Tensor, tensor: Dense, expert: int | None = None) -> Tensor:
         """``weight``, oriented as :meth:`Base.read` gives it, with what the adapter does to it, in float32."""
-        if tensor.name in self.replaced:
-            return self.read(self.replaced[tensor.name])
         if tensor.name in self.biases:
             factors = self.biases[tensor.name]
             return weight.float() + factors.scaling * self.read(factors.bias).float()
         if tensor.name not in self.factors:
             return weight
-        b, a, s = self.product(tensor.name)
+        b, a, s = self.product(tensor.name, expert)
         return weight.float().addmm_(b, a, alpha=s)
 
-    def product(self, name: str) -> tuple[Tensor, Tensor, float]:
-        """``B (out, rank)``, ``A (rank, in)`` in float32, and ``s``, for the weight ``name`` of the base."""
+    def product(self, name: str, expert: int | None = None) -> tuple[Tensor, Tensor, float]:
+        """``B (out, rank)``, ``A (rank, in)`` in float32, and ``s``, for the weight ``name``, or one of its experts."""
         factors = self.factors[name]
+        if factors.experts:
+            assert expert is not None
+            a, b = self.part(factors.a), self.part(factors.b)
+            b = b.reshape(len(b), -1, factors.experts)[:, :, expert]
+            return b.float(), a.reshape(factors.experts, -1, a.shape[1])[expert].float(), factors.scaling
         a, b = self.read(factors.a).float(), self.read(factors.b).float()
         return (a.T, b.T, factors.scaling) if factors.embedding else (b, a, factors.scaling)
 
@@ -98,6 +108,14 @@ class Adapter:
                 f"{shown(self.directory)}: {listed(more, 3)}: {form} holds LoRA of linear layers only; merge it, and "
                 f"convert that with {converter}"
             )
+
+    def part(self, name: str) -> Tensor:
+        """A tensor that is asked for again soon: kept until those of another layer are."""
+        if name not in self._last:
+            while len(self._last) >= HELD:
+                del self._last[next(iter(self._last))]
+            self._last[name] = self.read(name)
+        return self._last[name]
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of its two files."""
@@ -191,28 +209,52 @@ def _place_factors(adapter: Adapter, base: Base, module: str, held: dict[str, st
     where = f"{shown(adapter.directory)}: {quoted(module)}"
     embedding = "embedding_A" in held
     ours, theirs = (held.get(f"embedding_{x}" if embedding else f"{x}.weight", "") for x in "AB")
-    found = base.parameter(f"{module}.weight")
+    stack = _stack_under(adapter, base, module)
+    found = base.parameter(stack or f"{module}.weight")
     if found is None:
         if adapter.config.get("ensure_weight_tying") and base.tied_to(f"{module}.weight"):
             return
         if tied := base.tied_to(f"{module}.weight"):
             raise _tied(adapter, module, tied)
         raise InputError(f"{where}: the base has no such weight; is the adapter of another model?")
-    if found.kind not in ("linear", "conv1d", "embedding"):
+    if found.kind not in ("linear", "conv1d", "embedding") and not (stack and found.experts):
         raise InputError(f"{where}: LoRA on {found.kind or 'a parameter'} of the base; only layers are taken")
     _refuse_tied(adapter, found)
     a, b = (adapter.shapes.get(name, ()) for name in (ours, theirs))
-    rows, columns = found.shape[::-1] if found.kind == "conv1d" else found.shape
-    rank = a[0] if a else 0
-    if (a, b) != (((rank, rows), (columns, rank)) if embedding else ((rank, columns), (rows, rank))):
+    rows, columns = oriented_shape(found.kind, found.shape[-2:])
+    many = max(1, found.experts)
+    rank = a[0] // many if a else 0
+    if (a, b) != (((rank, rows), (columns, rank)) if embedding else ((many * rank, columns), (rows, many * rank))):
         raise InputError(f"{where}: A {a} and B {b} do not fit a weight of {rows}x{columns}; of another model?")
-    factors = Factors(ours, theirs, rank, _scaling(adapter, module, rank), embedding, held.get("B.bias", ""))
+    s = _scaling(adapter, stack or module, rank)
+    factors = Factors(ours, theirs, rank, s, embedding, held.get("B.bias", ""), found.experts)
     adapter.factors[found.name] = factors
     if factors.bias:
         bias = base.parameter(f"{module}.bias")
         if bias is None:
             raise InputError(f"{where}: lora_bias, and the layer has no bias to add it to")
         adapter.biases[bias.name] = factors
+
+
+def _stack_under(adapter: Adapter, base: Base, module: str) -> str:
+    """The Parameter that a layer of PEFT is of, by the name of the module that it wraps; empty for an ordinary layer.
+
+    PEFT puts one layer around a module for each Parameter that is targeted, in the order of the Parameters.
+    """
+    targets = adapter.config.get("target_parameters") or ()
+    owner = module
+    while owner.endswith(".base_layer"):
+        owner = owner.removesuffix(".base_layer")
+    depth = module.removeprefix(owner).count(".base_layer")
+    for spelled in skeleton.spellings(owner, str(base.model.base_model_prefix)) if targets else ():
+        try:
+            names = [f"{spelled}.{name}" for name in base.model.get_submodule(spelled)._parameters]
+        except AttributeError:
+            continue
+        wrapped = [name for name in names if any(f".{name}".endswith(f".{target}") for target in targets)]
+        if depth < len(wrapped):
+            return wrapped[-1 - depth]
+    return ""
 
 
 def _scaling(adapter: Adapter, module: str, rank: int) -> float:

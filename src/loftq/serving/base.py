@@ -1,6 +1,6 @@
 """A finished LoftQ checkpoint as the dense model that it stands for, one tensor at a time."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from loftq.architecture import skeleton
-from loftq.checkpoint.manifest import MANIFEST, planned, read_manifest
+from loftq.architecture.experts import STACKS
+from loftq.architecture.skeleton import parameter_of
+from loftq.checkpoint.manifest import MANIFEST, kept_made, planned, read_manifest
 from loftq.checkpoint.verify import layout_of
 from loftq.errors import InputError, NumericalError, listed, option, quoted
 from loftq.formats.layouts import Layout
 from loftq.formats.regular import shown
 from loftq.formats.source import Checkpoint, open_checkpoint
 from loftq.numerics import oriented, oriented_shape
-from loftq.planning import Matrix, Role, natural
+from loftq.planning import Made, Matrix, Role, natural
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Dense:
         runtime: the parameter that it becomes, or a part of it.
         role: what it is in the model; ``module`` and ``kind`` also of what is quantized.
         shape, dtype: as it is stored where it is dense.
-        matrix: how it is quantized; None for what is kept.
+        matrix: how it is quantized; None for what is kept. Of a stack of experts, :attr:`shape` has them first.
+        made: of which tensors of the original it was put together; empty if it is one of them.
     """
 
     name: str
@@ -37,6 +40,12 @@ class Dense:
     shape: tuple[int, ...]
     dtype: str
     matrix: Matrix | None = None
+    made: Made = ()
+
+    @property
+    def experts(self) -> int:
+        """How many matrices a stack is; 0 for all else."""
+        return self.shape[0] if self.kind in STACKS and len(self.shape) == 3 else 0
 
     @property
     def kind(self) -> str:
@@ -53,6 +62,7 @@ class Base:
     layout: Layout
     model: Any  # on the meta device
     tensors: dict[str, Dense]  # by name, in the order of the model
+    _members: dict[str, list[Matrix]] = field(default_factory=dict)
 
     @property
     def identity(self) -> str:
@@ -81,15 +91,30 @@ class Base:
         spelled = skeleton.spellings(name, str(self.model.base_model_prefix))
         return next((ties[one] for one in spelled if one in ties), "")
 
-    def stored(self, matrix: Matrix) -> list[Tensor]:
-        """The tensors of a quantized matrix as they are in the files."""
-        return [self.checkpoint.read(entry.name) for entry in self.layout.entries(matrix)]
+    def stored(self, matrix: Matrix, expert: int | None = None) -> list[Tensor]:
+        """The tensors of a quantized matrix, or of an expert of a stack, as they are in the files."""
+        if expert is None:
+            return [self.checkpoint.read(entry.name) for entry in self.layout.entries(matrix)]
+        if self.layout.restores and matrix.sources:
+            return self.stored(self._member(matrix, expert))
+        return [self.checkpoint.slice(entry.name, expert) for entry in self.layout.entries(matrix)]
 
-    def read(self, tensor: Dense) -> Tensor:
-        """A matrix that is quantized as float32 ``(out, in)``; another one oriented alike; all else as it is."""
-        if tensor.matrix is not None:
-            return self.layout.decode(tensor.matrix, self.stored(tensor.matrix))
-        return oriented(tensor.kind, self.checkpoint.read(tensor.name))
+    def read(self, tensor: Dense, expert: int | None = None) -> Tensor:
+        """A matrix that is quantized as float32 ``(out, in)``; another one oriented alike; all else as it is.
+
+        Args:
+            expert: of a stack, of which one matrix is read.
+        """
+        if tensor.matrix is None:
+            read = self.checkpoint.read(tensor.name) if expert is None else self.checkpoint.slice(tensor.name, expert)
+            return oriented(tensor.kind, read)
+        one = tensor.matrix if expert is None else self._member(tensor.matrix, expert)
+        return self.layout.decode(one, self.stored(tensor.matrix, expert))
+
+    def _member(self, stack: Matrix, expert: int) -> Matrix:
+        if stack.name not in self._members:
+            self._members[stack.name] = stack.members
+        return self._members[stack.name][expert]
 
 
 def open_base(directory: Path) -> Base:
@@ -98,11 +123,6 @@ def open_base(directory: Path) -> Base:
     layout = layout_of(directory, manifest)
     checkpoint = open_checkpoint(directory)
     matrices = planned(manifest)
-    if any(matrix.experts for matrix in matrices):
-        raise InputError(
-            f"{shown(directory)}: has stacks of experts, which are merged in memory alone: load the model and its "
-            "adapter, and call merge_and_unload()"
-        )
     entries = {entry.name: entry for matrix in matrices for entry in layout.entries(matrix)}
     found = checkpoint.tensors
     odd = [n for n, e in entries.items() if n not in found or (found[n].dtype, found[n].shape) != (e.dtype, e.shape)]
@@ -114,7 +134,8 @@ def open_base(directory: Path) -> Base:
     model = skeleton.build(directory, len(names) + len(matrices), quantized=True)
     rename = skeleton.renamer(model)
     roles = skeleton.roles(model, names)
-    kept = (Dense(n, rename(n)[0], roles[n], found[n].shape, found[n].dtype) for n in names)
+    made = kept_made(manifest, directory / MANIFEST)
+    kept = (Dense(n, rename(n)[0], roles[n], found[n].shape, found[n].dtype, made=made.get(n, ())) for n in names)
     dense = (_dense(matrix) for matrix in matrices)
     by_name = {tensor.name: tensor for tensor in (*kept, *dense)}
     ordered = {name: by_name[name] for name in sorted(by_name, key=natural)}
@@ -123,7 +144,8 @@ def open_base(directory: Path) -> Base:
 
 def _dense(matrix: Matrix) -> Dense:
     shape = oriented_shape(matrix.kind, matrix.shape)
-    return Dense(matrix.name, f"{matrix.module}.weight", Role(matrix.module, matrix.kind), shape, matrix.dtype, matrix)
+    shape, parameter = (matrix.experts, *shape) if matrix.experts else shape, parameter_of(matrix)
+    return Dense(matrix.name, parameter, Role(matrix.module, matrix.kind), shape, matrix.dtype, matrix, matrix.made)
 
 
 def _with_ties(tensors: dict[str, Dense], model: Any) -> dict[str, Dense]:

@@ -96,6 +96,8 @@ BLOCKS = (
 def block_for(matrix: Matrix, preferred: str = "") -> Block:
     """The type that holds a matrix exactly, the first or the ``preferred`` one. InputError if there is none."""
     quant = matrix.quant
+    if matrix.experts:
+        raise InputError(f"{quoted(matrix.name)}: a stack of experts, which is not exported to GGUF yet; merge it")
     found = min((b for b in BLOCKS if b.fits(quant)), key=lambda b: b.name != preferred, default=None)
     if found is None or quant.double_quant:
         have = ", ".join(dict.fromkeys(f"{b.code} {b.bits} bits block {b.size}" for b in BLOCKS))

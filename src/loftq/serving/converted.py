@@ -132,14 +132,14 @@ def _write_marked(place: Path, base: Base, adapter: Adapter | None) -> dict[str,
     if next_ > BASE**DIGITS:
         raise InputError(f"{quoted(base.directory, 400)}: more than {BASE**DIGITS} rows; only fewer can be marked")
 
-    def read(entry: Entry) -> Tensor:
+    def read(entry: Entry) -> list[Tensor]:
         tensor = base.tensors[entry.name]
         if entry.name not in firsts:
-            return base.checkpoint.read(entry.name)
+            return [base.checkpoint.read(entry.name)]
         rows = _rows(tensor)
         columns = int(np.prod(tensor.shape)) // rows
         ids = torch.arange(firsts[entry.name], firsts[entry.name] + rows)
-        return oriented(tensor.kind, marks(ids, columns)).to(DTYPES[entry.dtype])
+        return [oriented(tensor.kind, marks(ids, columns)).to(DTYPES[entry.dtype])]
 
     entries = [Entry(t.name, t.dtype, t.shape) for t in base.tensors.values()]
     write_shards(place, entries, read, LARGEST_FILE)

@@ -4,7 +4,7 @@ The adapter is added to the weights that it was trained on, the dequantized ones
 up for their error.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from loftq.errors import option
 from loftq.formats import fsio, strict_json
 from loftq.formats.belongings import belongings, licence
 from loftq.formats.regular import local_path
+from loftq.formats.rows import scattered, slices
 from loftq.formats.tensorfile import DTYPES, Entry
 from loftq.numerics import oriented
 from loftq.options import check_choice, check_whole
+from loftq.planning import Part, natural, restored
 from loftq.report.card import merged_card
 from loftq.serving import heads
 from loftq.serving.adapter import Adapter, open_adapter, own_files, place_of
@@ -105,19 +107,40 @@ def merge(directory: Path, output: Path, options: MergeOptions, begin: Begin) ->
 
 
 def _write_weights(place: Path, base: Base, adapter: Adapter | None, options: MergeOptions, begin: Begin) -> Files:
+    """All tensors, by the names of the original: what was put together of several of its tensors is taken apart."""
     wide = STORED[options.dtype]
-    entries = [Entry(t.name, _dtype(t, wide), t.shape) for t in base.tensors.values()]
+    parts = restored({t.name: t.made for t in base.tensors.values() if t.made})
+    done = {part.name for found in parts.values() for part in found}
+    shapes = {name: found[0].piece.shape for name, found in parts.items()}
+    shapes |= {t.name: t.shape for t in base.tensors.values() if t.name not in done}
+    dtypes = {name: base.tensors[parts[name][0].name if name in parts else name].dtype for name in shapes}
+    entries = [Entry(n, _dtype(dtypes[n], shapes[n], wide), shapes[n]) for n in sorted(shapes, key=natural)]
     new = {} if adapter is None else adapter.new
     entries += [Entry(name, wide, adapter.shapes[held]) for name, held in new.items()]  # type: ignore[union-attr]
     advance = begin(len(entries))
+    last: dict[tuple[str, int | None], Tensor] = {}  # gate and up of an expert are rows of one matrix
 
-    def read(entry: Entry) -> Tensor:
-        tensor = base.tensors.get(entry.name)
-        value = adapter.read(new[entry.name]) if tensor is None else _merged(tensor, base, adapter)  # type: ignore[union-attr]
-        if value.is_floating_point() and entry.dtype in FLOATS:
-            value = narrowed(value, DTYPES[entry.dtype], entry.name)
+    def merged(name: str, expert: int | None) -> Tensor:
+        if (name, expert) not in last:
+            last.clear()
+            last[name, expert] = _merged(base.tensors[name], base, adapter, expert)
+        return last[name, expert]
+
+    def values(name: str) -> Iterator[Tensor]:
+        if name in new:
+            yield adapter.read(new[name])  # type: ignore[union-attr]
+        elif name in parts:
+            for found in slices([part.piece for part in parts[name]]):
+                yield scattered((piece, _rows(parts[name][at], base, merged)) for at, piece in found)
+        else:
+            experts = range(base.tensors[name].experts)
+            yield from (merged(name, expert) for expert in experts or (None,))
+
+    def read(entry: Entry) -> Iterator[Tensor]:
+        for value in values(entry.name):
+            fits = value.is_floating_point() and entry.dtype in FLOATS
+            yield narrowed(value, DTYPES[entry.dtype], entry.name) if fits else value
         advance()
-        return value
 
     return write_shards(place, entries, read, options.max_shard_bytes)
 
@@ -125,18 +148,25 @@ def _write_weights(place: Path, base: Base, adapter: Adapter | None, options: Me
 FLOATS = (*STORED.values(), "F64")
 
 
-def _dtype(tensor: Dense, wide: str) -> str:
+def _dtype(dtype: str, shape: tuple[int, ...], wide: str) -> str:
     """Matrices in the dtype that is asked for; norms, biases and what is no floating-point number as they are."""
-    return wide if tensor.dtype in FLOATS and len(tensor.shape) > 1 else tensor.dtype
+    return wide if dtype in FLOATS and len(shape) > 1 else dtype
 
 
-def _merged(tensor: Dense, base: Base, adapter: Adapter | None) -> Tensor:
-    value = base.read(tensor)
-    if adapter is not None:
-        if tensor.name in adapter.replaced:
-            return adapter.read(adapter.replaced[tensor.name])
-        value = adapter.add_to(value, tensor)
-    return oriented(tensor.kind, value)
+def _rows(part: Part, base: Base, merged: Callable[[str, int | None], Tensor]) -> Tensor:
+    expert = part.index if base.tensors[part.name].experts else None
+    value = merged(part.name, expert)
+    rows = value.reshape(-1, *value.shape[1:][-1:])
+    return rows[part.first : part.first + part.piece.count]
+
+
+def _merged(tensor: Dense, base: Base, adapter: Adapter | None, expert: int | None) -> Tensor:
+    """A tensor, or a matrix of a stack, as the model has it, with what the adapter does to it."""
+    if adapter is not None and tensor.name in adapter.replaced:
+        held = adapter.replaced[tensor.name]
+        return adapter.read(held) if expert is None else adapter.part(held)[expert]
+    value = base.read(tensor, expert)
+    return oriented(tensor.kind, value if adapter is None else adapter.add_to(value, tensor, expert))
 
 
 def _typed(config: dict[str, Any], dtype: str) -> dict[str, Any]:

@@ -20,8 +20,14 @@ def copy(paths: Iterable[Path], source: Path, target: Path) -> Files:
     return made
 
 
-def write_shards(directory: Path, entries: list[Entry], read: Callable[[Entry], Tensor], max_bytes: int) -> Files:
-    """Write tensors, read one at a time, as ``model*.safetensors``, each file up to ``max_bytes``, with their index."""
+def write_shards(
+    directory: Path, entries: list[Entry], read: Callable[[Entry], Iterable[Tensor]], max_bytes: int
+) -> Files:
+    """Write tensors as ``model*.safetensors``, each file up to ``max_bytes``, with their index.
+
+    Args:
+        read: gives a tensor, or the slices of its first axis, one after the other.
+    """
     shards: list[list[Entry]] = [[]]
     for entry in entries:
         if shards[-1] and sum(e.nbytes for e in shards[-1]) + entry.nbytes > max_bytes:
@@ -34,7 +40,7 @@ def write_shards(directory: Path, entries: list[Entry], read: Callable[[Entry], 
     def contents(shard: list[Entry]) -> Iterator[bytes | memoryview]:
         yield encode_header(shard, {"format": "pt"})
         for entry in shard:
-            yield tensor_bytes(read(entry))
+            yield from map(tensor_bytes, read(entry))
 
     made = {n: fsio.write_atomic(directory / n, contents(shard)) for n, shard in zip(names, shards, strict=True)}
     if count > 1:

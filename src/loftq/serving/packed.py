@@ -102,17 +102,17 @@ def write_directory(
     advance = begin(len(by_entry))
     held: dict[str, Tensor] = {}
 
-    def read(entry: Entry) -> Tensor:
+    def read(entry: Entry) -> list[Tensor]:
         _, tensor = by_entry[entry.name]
         advance()
         if tensor.matrix is None:
-            return base.checkpoint.read(tensor.name)
+            return [base.checkpoint.read(tensor.name)]
         if entry.name not in held:
             held.clear()  # the tensors of a matrix follow each other
             quant, (rows, columns) = tensor.matrix.quant, tensor.matrix.shape
             stored = dict(zip(stored_tensors(quant, rows, columns), base.stored(tensor.matrix), strict=True))
             held.update(made(tensor.matrix, *numbers(quant, stored, columns)))
-        return held[entry.name]
+        return [held[entry.name]]
 
     files = write_shards(place, [entry for entry, _ in by_entry.values()], read, LARGEST_FILE)
     config = {**strict_json.load_object(base.directory / "config.json", special=True), **settings}
