@@ -11,8 +11,9 @@ makes 30M. A BART first has to find out that most of its output stands in its in
 the perplexity on it is written into the model's README.
 
 A Llama learns to predict the next token. So does the mixture, a Qwen3-MoE: each token goes to two of the experts of a
-layer, which are each half as wide as the model, and a part of the loss keeps them equally busy. A BART learns to restore texts in which spans of about three tokens, 30 % of
-all, are each replaced by one mask: the text infilling of arXiv 1910.13461, section 2.2, without shuffled sentences.
+layer, which are each half as wide as the model, and a part of the loss keeps them equally busy. A BART learns to
+restore texts in which spans of about three tokens, 30 % of all, are each replaced by one mask: the text infilling of
+arXiv 1910.13461, section 2.2, without shuffled sentences.
 """
 
 import argparse

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import models
 from loftq.calibration.collect import HELD_EVERY, collect, matrices
+from loftq.formats.statistics import Group
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(90))]
 ALBERT = {**models.BERT, "embedding_size": 16, "num_hidden_layers": 3}
@@ -69,7 +70,7 @@ def plainly(model: Any, some: list[Any]) -> dict[str, tuple[Tensor, int]]:
 def collected(model: Any, some: list[Any], kind: str = "full", **options: Any) -> dict[str, Any]:
     """matrix -> its moments."""
     found = [group for groups in collect(model, some, kind, **options) for group in groups]
-    return {module: group.moments for group in found for module in group.modules}
+    return {module: group.moments for group in found if isinstance(group, Group) for module in group.modules}
 
 
 def away(got: Tensor, wanted: Tensor) -> float:

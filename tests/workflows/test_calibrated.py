@@ -212,30 +212,3 @@ def test_budget_by_outputs(small_llama, statistics, tmp_path):
 
 def test_kinds_of_presets():
     assert {statistics_kind(solve_spec(preset)) for preset in PRESETS} == {"full", "diagonal", "fisher"}
-
-
-def test_experts_without_statistics_are_told(tmp_path, caplog):
-    """They are solved by their weights; the other layers by what they are given."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
-    config = MixtralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64,
-    )  # fmt: skip
-    MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(tmp_path / "model")
-    (tmp_path / "texts.txt").write_text(" ".join(f"w{i % 61}" for i in range(2000)))
-    report = loftq.quantize(
-        str(tmp_path / "model"), tmp_path / "out", bits=2, rank=4, block_size=16, workers=1,
-        calibrate=str(tmp_path / "texts.txt"), calibration_samples=8,
-    )  # fmt: skip
-    assert "no statistics for model.layers.0.mlp.experts.down_proj" in caplog.text
-    assert "self_attn" not in caplog.text
-    manifest = json.loads((tmp_path / "out" / "loftq_manifest.json").read_text())
-    calibrated = {m["name"] for m in manifest["matrices"] if "output_errors" in m}
-    assert calibrated == {f"model.layers.0.self_attn.{p}_proj.weight" for p in "qkvo"}
-    assert report

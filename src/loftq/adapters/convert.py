@@ -51,7 +51,7 @@ def convert(
     roles = skeleton.parameter_roles(model)
     parameters = {name: model.get_parameter(name) for name in roles}
     plan = planning.make({n: (dtype_name(p.dtype), tuple(p.shape)) for n, p in parameters.items()}, roles, policy)
-    if statistics and not {m.module for m in plan.matrices} & set(statistics.modules):
+    if statistics and not {m.module for m in plan.matrices} & {*statistics.modules, *statistics.routed}:
         raise UsageError("the statistics are of another model: they know none of this one's matrices")
     for matrix in plan.matrices:
         with naming(matrix.name, matrix.shape):

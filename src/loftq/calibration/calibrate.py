@@ -25,7 +25,7 @@ from loftq.formats import fsio, hashed_json
 from loftq.formats.hashed_json import differences
 from loftq.formats.regular import local_path, output_path
 from loftq.formats.source import open_checkpoint
-from loftq.formats.statistics import FORMAT_VERSION, Group, Statistics, write_groups
+from loftq.formats.statistics import FORMAT_VERSION, WITH_STACKS, Group, Statistics, write_groups
 from loftq.numerics.device import check_device
 from loftq.options import check_fields, default
 from loftq.sources.checkpoint import located, open_dense, resolve
@@ -106,7 +106,8 @@ def calibrate(model: str, output: Path, options: CalibrateOptions, begin: Begin 
         made = _write(output, _collected(directory, output / ".offload", options, rows, tokenizer, begin))
         if sample(directory, open_checkpoint(directory)) != identity["model"]:
             raise InputError(f"{directory}: the model changed while it was read; leave it alone and run again")
-        head = {"format_version": FORMAT_VERSION, "kind": options.kind, "samples": len(rows), "identity": identity}
+        version = WITH_STACKS if any("experts" in row for row in made["groups"]) else FORMAT_VERSION
+        head = {"format_version": version, "kind": options.kind, "samples": len(rows), "identity": identity}
         return hashed_json.write(output / STATISTICS, {**head, **made, "tokens": _tokens(rows)})
 
 

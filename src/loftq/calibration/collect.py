@@ -14,13 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from loftq.architecture import skeleton
+from loftq.architecture.experts import LAST, packable_stacks
 from loftq.calibration.blocks import Blocks, Call, Output, Records, Stopped, stack_of, tensors_in
 from loftq.errors import UsageError, quoted
+from loftq.formats.stack_statistics import MOST, PARTS, StackGroup
 from loftq.formats.statistics import Group
+from loftq.nn.experts import watched
 from loftq.numerics import Metric, Moments
 
 BATCH_TOKENS = 4096  # so many that reading a block's weights costs little beside its products
 HELD_EVERY = 4  # every fourth row is held out
+NOT_FINITE = "its inputs are not finite; try a model in float32"
 
 Row = Mapping[str, Sequence[int]]  # input_ids, and whatever else of its length the tokenizer gives
 Begin = Callable[[int], Callable[[], object]]  # called with the number of steps; returns what each is told to
@@ -110,15 +114,84 @@ class _Shared:
     last: int | None
     sums: tuple[Sums, Sums]
 
-    def group(self) -> Group | None:
-        """What was collected; None without a token to fit."""
+    def groups(self) -> list[Group]:
+        """What was collected; nothing without a token to fit."""
         fit, held = self.sums
         if not fit.tokens:
-            return None
+            return []
         metric = fit.metric()
         moments = Moments(metric, held.metric() if held.tokens else metric, fit.tokens)
-        group = Group(tuple(self.modules), moments, held.tokens)
-        return group.checked("its inputs are not finite; try a model in float32")
+        return [Group(tuple(self.modules), moments, held.tokens).checked(NOT_FINITE)]
+
+
+class RoutedSums:
+    """``Σ x xᵀ``, or ``Σ x²``, for every expert of a stack, over the tokens that are routed to it.
+
+    Whole ones of all experts are kept as long as these are not more numbers than :data:`MOST`; beyond that their
+    diagonals, and the whole sum of all experts together.
+
+    Args:
+        inside: whether the features are each expert's own, so that those of two experts are not added up.
+    """
+
+    def __init__(self, kind: str, experts: int, inside: bool) -> None:
+        self.tokens, self._kind, self._inside = [0] * experts, kind, inside
+        self._sums = self._mean = torch.zeros(())
+
+    def add(self, x: Tensor, ends: Tensor) -> None:
+        """Add inputs ``(tokens, in)`` sorted by expert.
+
+        Args:
+            ends: for every expert, the number of the row after its last.
+        """
+        flat, count, n = x.detach().float(), len(self.tokens), x.shape[1]
+        whole = self._kind == "full" and count * n * n <= MOST
+        if not sum(self.tokens):
+            self._sums = torch.zeros(count, n, *([n] if whole else []), dtype=torch.float64, device=x.device)
+            if self._kind == "full" and not whole and not self._inside:
+                self._mean = torch.zeros(n, n, dtype=torch.float64, device=x.device)
+        start = 0
+        for e, end in enumerate(ends.tolist()):
+            if end > start:
+                part = flat[start:end]
+                self._sums[e].add_(part.T @ part if whole else part.double().square().sum(0))
+                if self._mean.ndim:
+                    self._mean.add_(part.T @ part)
+                self.tokens[e] += end - start
+            start = end
+
+    def means(self) -> dict[str, Tensor]:
+        """Of every expert, and of all together, float32. The sums are given up for them."""
+        total = sum(self.tokens)
+        together = self._mean if self._mean.ndim else self._sums.sum(0)
+        if self._inside:
+            diagonal = together.diagonal() if together.ndim == 2 else together
+            together = diagonal.mean().reshape(1)
+        counts = torch.tensor(self.tokens, dtype=torch.float64, device=self._sums.device).clamp(min=1)
+        self._sums.div_(counts.reshape(-1, *[1] * (self._sums.ndim - 1)))
+        return {"columns": self._sums.float().cpu(), "mean": (together / total).float().cpu()}
+
+
+@dataclass
+class _Routed:
+    """A module of experts, and the sums of its stacks."""
+
+    owner: str
+    stacks: dict[str, tuple[RoutedSums, RoutedSums]]
+    last: int | None
+
+    def groups(self) -> list[StackGroup]:
+        """What was collected; nothing of a stack without a token to fit."""
+        found = []
+        for name, both in self.stacks.items():
+            parts, tokens = {}, {}
+            for part, sums in zip(PARTS, both, strict=True):
+                tokens[part] = sums.tokens
+                if sum(sums.tokens):
+                    parts |= {f"{part}.{what}": tensor for what, tensor in sums.means().items()}
+            if sum(tokens[PARTS[0]]):
+                found.append(StackGroup(f"{self.owner}.{name}", parts, tokens).checked(NOT_FINITE))
+        return found
 
 
 @dataclass
@@ -137,9 +210,18 @@ def matrices(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in found.items() if not isinstance(module, nn.Embedding)}
 
 
+def stacks(model: nn.Module) -> dict[str, list[str]]:
+    """Modules of experts -> those of their stacks whose inputs count."""
+    found: dict[str, list[str]] = {}
+    for stack in packable_stacks(model):
+        owner, _, name = stack.rpartition(".")
+        found.setdefault(owner, []).append(name)
+    return found
+
+
 def collect(
     model: nn.Module, rows: Sequence[Row], kind: str, begin: Begin | None = None, tokens: int = BATCH_TOKENS
-) -> Iterator[list[Group]]:
+) -> Iterator[list[Group | StackGroup]]:
     """The groups of block after block, those outside of blocks last; each block's are done before the next begins.
 
     Args:
@@ -154,30 +236,40 @@ def collect(
     with blocks.entered():
         survey, whole = _surveyed(model, blocks, batches(rows[:1], model)[0])
         advance = begin((len(survey.events) + 1) * len(made)) if begin else lambda: None
-        shared = _groups(model, survey, kind)
+        shared, experts = _groups(model, survey, kind), _experts(model, survey, kind)
         records = [Records(whole) for _ in made]
         for event in (*range(len(survey.events)), None):
             for batch, kept in zip(made, records, strict=True):
-                _run(model, blocks, shared, batch, kept, event)
+                _run(model, blocks, shared, experts, batch, kept, event)
                 advance()
-            yield _finished(shared, event)
+            yield [*_finished(shared, event), *_finished(experts, event)]
 
 
-def _finished(shared: list[_Shared], event: int | None) -> list[Group]:
+def _finished(shared: list[Any], event: int | None) -> list[Any]:
     """Groups of those that got their last input in ``event``; they leave ``shared``, and their sums the memory."""
     done = [s for s in shared if s.last == event]
     shared[:] = [s for s in shared if s.last != event]
     groups = []
     while done:
-        groups.append(done.pop(0).group())
-    return [group for group in groups if group]
+        groups += done.pop(0).groups()
+    return groups
 
 
 def _run(
-    model: nn.Module, blocks: Blocks, shared: list[_Shared], batch: Batch, records: Records, event: int | None
+    model: nn.Module,
+    blocks: Blocks,
+    shared: list[_Shared],
+    experts: list[_Routed],
+    batch: Batch,
+    records: Records,
+    event: int | None,
 ) -> None:
     """Run one event for a batch; or, after all events, what lies outside of blocks."""
     running = event is None
+
+    def route(one: _Routed, name: str, x: Tensor, ends: Tensor) -> None:
+        if running and name in one.stacks:
+            one.stacks[name][batch.held].add(x, ends)
 
     def take(one: _Shared, module: nn.Module, args: tuple) -> None:
         if running:
@@ -191,7 +283,11 @@ def _run(
         records.put(call, call.run())
         raise Stopped
 
-    with _hooked({model.get_submodule(s.modules[0]): functools.partial(take, s) for s in shared}):
+    hooks = {model.get_submodule(s.modules[0]): functools.partial(take, s) for s in shared}
+    with contextlib.ExitStack() as left:
+        left.enter_context(_hooked(hooks))
+        for one in experts:
+            left.enter_context(watched(model.get_submodule(one.owner), functools.partial(route, one)))
         blocks.forward(batch.inputs, handle)
 
 
@@ -229,7 +325,8 @@ def _surveyed(model: nn.Module, blocks: Blocks, batch: Batch) -> tuple[_Survey, 
         survey.outputs.append(output)
         return output
 
-    with _hooked({module: functools.partial(look, name) for name, module in matrices(model).items()}):
+    looked = {**matrices(model), **{owner: model.get_submodule(owner) for owner in stacks(model)}}
+    with _hooked({module: functools.partial(look, name) for name, module in looked.items()}):
         blocks.forward(batch.inputs, handle)
     whole: frozenset[str] = frozenset()
     strays = _strays(blocks, batch, survey, whole)
@@ -269,12 +366,26 @@ def _groups(model: nn.Module, survey: _Survey, kind: str) -> list[_Shared]:
     for name in matrices(model):
         calls = survey.seen.get(name)
         members.setdefault(tuple(calls) if calls else (name,), []).append(name)
+    return [_Shared(names, _last(names[0], survey), (Sums(kind), Sums(kind))) for names in members.values()]
+
+
+def _experts(model: nn.Module, survey: _Survey, kind: str) -> list[_Routed]:
+    """Modules of experts, with sums for their stacks."""
     made = []
-    for names in members.values():
-        events = [event for event, _ in survey.seen.get(names[0], [])] or _events_of(names[0], survey.events)
-        last = None if None in events or not events else max(events)
-        made.append(_Shared(names, last, (Sums(kind), Sums(kind))))
+    for owner, names in stacks(model).items():
+        sums = {}
+        for name in names:
+            count = len(model.get_parameter(f"{owner}.{name}"))
+            fit, held = (RoutedSums(kind, count, name == LAST) for _ in PARTS)
+            sums[name] = (fit, held)
+        made.append(_Routed(owner, sums, _last(owner, survey)))
     return made
+
+
+def _last(name: str, survey: _Survey) -> int | None:
+    """The event in which a module gets its last input; None if that is outside of blocks."""
+    events = [event for event, _ in survey.seen.get(name, [])] or _events_of(name, survey.events)
+    return None if None in events or not events else max(events)
 
 
 def _events_of(name: str, events: Iterable[str]) -> list[int]:

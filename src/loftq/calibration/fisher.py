@@ -6,27 +6,30 @@ row. The whole model is in memory, and one gradient at a time.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loftq.architecture import skeleton
+from loftq.architecture.experts import LAST, stack_kind
 from loftq.architecture.kinds import kind_of
 from loftq.calibration.blocks import accepted
-from loftq.calibration.collect import Batch, Begin, Row, batches, matrices
+from loftq.calibration.collect import Batch, Begin, Row, batches, matrices, stacks
 from loftq.errors import UsageError
+from loftq.formats.stack_statistics import PARTS, StackGroup
 from loftq.formats.statistics import Group
 from loftq.numerics import Metric, Moments, oriented
 
+NOT_FINITE = "its gradients are not finite"
 MASKED_EVERY = 7  # about 15 % of the tokens, as BERT was trained
 
 
 def collect_fisher(
     model: nn.Module, rows: Sequence[Row], mask_token: int | None = None, begin: Begin | None = None
-) -> list[Group]:
-    """The groups of all matrices that have a gradient, one for each.
+) -> list[Group | StackGroup]:
+    """The groups of all matrices, and stacks of experts, that have a gradient, one for each.
 
     Args:
         model: a language model, in memory.
@@ -41,6 +44,8 @@ def collect_fisher(
     advance = begin(len(made)) if begin else lambda: None
     head = skeleton.output_head(model)
     sums = {n: (_Squares(), _Squares()) for n, m in matrices(model).items() if m is not head}
+    experts = [f"{owner}.{name}" for owner, names in stacks(model).items() for name in names]
+    sums |= {name: (_Squares(), _Squares()) for name in experts}
     taken = frozenset(accepted(model))
     with _gradients(model, sums) as choose:
         for batch in made:
@@ -49,7 +54,8 @@ def collect_fisher(
             model(**inputs).loss.backward()
             advance()
     tokens = [sum(b.inputs["input_ids"].numel() for b in made if b.held == held) for held in (False, True)]
-    return [group for name, pair in sums.items() if (group := _group(name, *pair, *tokens))]
+    make = {name: _stack_group if name in experts else _group for name in sums}
+    return [group for name, pair in sums.items() if (group := make[name](name, *pair, *tokens))]
 
 
 def labeler(model: nn.Module, mask_token: int | None) -> Callable[[Batch], dict[str, Tensor]]:
@@ -81,19 +87,33 @@ def _masked(inputs: dict[str, Tensor], mask_token: int) -> dict[str, Tensor]:
 
 
 class _Squares:
-    """Sums of the squared gradients of a matrix ``(out, in)``: over its rows, ``(in,)``, and over its columns."""
+    """Sums of the squared gradients of matrices ``(out, in)``, one or a stack: over rows, ``(n, in)``, over columns.
+
+    Attributes:
+        reached: of each matrix, how many gradients were not zero, as those of an expert without tokens are.
+    """
 
     def __init__(self) -> None:
-        self.columns = self.rows = torch.zeros(())
+        self.columns = self.rows = self.reached = torch.zeros(())
         self.samples = 0
 
-    def add(self, gradient: Tensor) -> None:
-        square = gradient.double().square()
-        self.columns, self.rows = self.columns + square.mean(0).cpu(), self.rows + square.mean(1).cpu()
+    def add(self, gradients: Iterable[Tensor]) -> None:
+        squares = (gradient.double().square() for gradient in gradients)
+        columns, rows = zip(*((square.mean(0).cpu(), square.mean(1).cpu()) for square in squares), strict=True)
+        self.columns, self.rows = self.columns + torch.stack(columns), self.rows + torch.stack(rows)
+        self.reached = self.reached + torch.stack([one.any() for one in columns])
         self.samples += 1
 
     def metric(self) -> Metric:
-        return Metric((self.columns / self.samples).float(), (self.rows / self.samples).float())
+        """Of one matrix, the means over all samples."""
+        return Metric((self.columns[0] / self.samples).float(), (self.rows[0] / self.samples).float())
+
+    def means(self, inside: bool) -> dict[str, Tensor]:
+        """Of each of a stack, over the samples that reached it, and of all together."""
+        counts = self.reached.clamp(min=1)[:, None]
+        mean = self.columns.sum(0) / self.reached.sum()
+        mean = mean.mean().reshape(1) if inside else mean
+        return {"columns": (self.columns / counts).float(), "mean": mean.float(), "rows": (self.rows / counts).float()}
 
 
 @contextlib.contextmanager
@@ -109,7 +129,8 @@ def _gradients(model: nn.Module, sums: dict[str, tuple[_Squares, _Squares]]) -> 
 
     def hook(pair: tuple[_Squares, _Squares], kind: str) -> Callable[[Tensor], None]:
         def take(parameter: Any) -> None:
-            pair[part].add(oriented(kind, parameter.grad))
+            gradients = parameter.grad if parameter.ndim == 3 else parameter.grad[None]
+            pair[part].add(oriented(kind, gradient) for gradient in gradients)
             parameter.grad = None
 
         return take
@@ -121,12 +142,36 @@ def _gradients(model: nn.Module, sums: dict[str, tuple[_Squares, _Squares]]) -> 
             left.callback(parameter.requires_grad_, before)
             parameter.requires_grad_(False)
         for name, pair in sums.items():
-            module: Any = model.get_submodule(name)
-            module.weight.requires_grad_(True)
-            take = hook(pair, kind_of(module))
-            left.callback(module.weight.register_post_accumulate_grad_hook(take).remove)
+            weight, kind = _weight(model, name)
+            weight.requires_grad_(True)
+            left.callback(weight.register_post_accumulate_grad_hook(hook(pair, kind)).remove)
         left.enter_context(torch.enable_grad())
         yield choose
+
+
+def _weight(model: nn.Module, name: str) -> tuple[Any, str]:
+    """The weight of a module, or the stack of experts of that name, and its kind."""
+    owner, _, leaf = name.rpartition(".")
+    stack = model.get_submodule(owner)._parameters.get(leaf)
+    if stack is not None:
+        return stack, stack_kind(model.get_submodule(owner), name, stack)[0]
+    module: Any = model.get_submodule(name)
+    return module.weight, kind_of(module)
+
+
+def _stack_group(stack: str, fit: _Squares, held: _Squares, *tokens: int) -> StackGroup | None:
+    """Tokens of an expert are those of the samples that reached it."""
+    parts: dict[str, Tensor] = {}
+    counts: dict[str, list[int]] = {}
+    for part, squares, all_tokens in zip(PARTS, (fit, held), tokens, strict=True):
+        reached = squares.reached.tolist() if squares.samples else []
+        counts[part] = [round(all_tokens * n / squares.samples) for n in reached]
+        if any(counts[part]):
+            parts |= {f"{part}.{k}": v for k, v in squares.means(stack.endswith(LAST)).items()}
+    if not any(counts[PARTS[0]]):
+        return None
+    counts[PARTS[1]] = counts[PARTS[1]] or [0] * len(counts[PARTS[0]])
+    return StackGroup(stack, parts, counts).checked(NOT_FINITE)
 
 
 def _group(name: str, fit: _Squares, held: _Squares, tokens: int, held_tokens: int) -> Group | None:
@@ -135,4 +180,4 @@ def _group(name: str, fit: _Squares, held: _Squares, tokens: int, held_tokens: i
     metric = fit.metric()
     heard = bool(held.samples and held.columns.any())
     moments = Moments(metric, held.metric() if heard else metric, tokens)
-    return Group((name,), moments, held_tokens if heard else 0).checked("its gradients are not finite")
+    return Group((name,), moments, held_tokens if heard else 0).checked(NOT_FINITE)

@@ -20,7 +20,7 @@ from loftq.formats import fsio, hashed_json, strict_json
 from loftq.formats.hashed_json import differences
 from loftq.formats.regular import local_path, open_regular, shown
 from loftq.formats.statistics import Statistics
-from loftq.numerics import Moments, frobenius, oriented
+from loftq.numerics import Metric, oriented
 from loftq.numerics.machine import code_path
 from loftq.planning import Candidate, Choice, Matrix, Policy
 from loftq.solver import errors_by_rank, ordered_map, workers_for
@@ -75,8 +75,7 @@ def measured(
 
     def work_on(matrix: Matrix) -> list[Choice]:
         with naming(matrix.name, matrix.shape, option("workers")):
-            moments = statistics and statistics.moments(matrix.module)
-            return _curve(matrix, found[matrix.module], source, device, moments)
+            return _curve(matrix, found[matrix.module], source, device, statistics)
 
     if together is not None:
         return together(curves, work_on, advance)
@@ -105,16 +104,20 @@ def check_place(keep: Path) -> None:
 
 
 def _curve(
-    matrix: Matrix, found: list[Candidate], source: Source, device: str, moments: Moments | None
+    matrix: Matrix, found: list[Candidate], source: Source, device: str, statistics: Statistics | None
 ) -> list[Choice]:
-    """The choices of a matrix; of a stack of experts with the errors of all together, each relative to all."""
+    """The choices of a matrix; of a stack of experts with the errors of all together, each relative to all.
+
+    With statistics an expert counts as often as tokens are routed to it.
+    """
     quants, ranks = [candidate.quant for candidate in found], found[0].ranks
-    metric = None if moments is None else moments.fit
     together = {quant: [0.0] * len(ranks) for quant in quants}
     whole = 0.0
     for member in matrix.members:
         weight = oriented(member.kind, source.checkpoint.read(member.name, member.made)).contiguous().to(device)
-        share = frobenius(weight) ** 2 if matrix.experts else 1.0
+        moments = statistics and statistics.moments(member.module)
+        metric, tokens = (moments.fit, moments.tokens) if moments else (Metric(), 1)
+        share = tokens * metric.norm(weight) ** 2 if matrix.experts else 1.0
         whole += share
         for quant, errors in errors_by_rank(weight, quants, ranks, source.plan.solve, member.name, metric).items():
             together[quant] = [sum_ + share * e for sum_, e in zip(together[quant], errors, strict=True)]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -272,13 +273,19 @@ def _in_order(source: Source) -> list[str]:
 
 def _tell_uncalibrated(source: Source, statistics: Statistics) -> None:
     """Warn of layers that are solved by their weights, for want of statistics. An embedding has no inputs."""
-    there = set(statistics.modules)
+    there = {*statistics.modules, *statistics.routed}
     without = [m.module for m in source.plan.matrices if m.module not in there and m.kind != "embedding"]
     if without:
         logger.warning(
-            "no statistics for %s: solved by their weights, as without a calibration (stacks of experts are not "
-            "calibrated yet; other layers were not reached by the texts)",
+            "no statistics for %s: solved by their weights, as without a calibration; the texts did not reach them",
             listed(without, 3),
+        )
+    counts = [tokens for m in source.plan.matrices for tokens in statistics.routed.get(m.module, ())]
+    if counts:
+        logger.warning(
+            "calibration: of %d experts' matrices each was fitted on %d tokens at least, %d in the median; %d got none "
+            "and are solved by what is known of their layer",
+            *(len(counts), min(counts), median(counts), counts.count(0)),
         )
 
 

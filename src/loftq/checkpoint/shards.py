@@ -152,7 +152,7 @@ def solve_matrix(
         "kept": solution.kept,
         "qlora_error": solution.errors[0],
         "norm": frobenius(weight),
-        **({} if moments is None else {"output_norm": solution.output_norm}),
+        **({} if moments is None else {"output_norm": solution.output_norm, "tokens": moments.tokens}),
         "adapter_norm_ratio": written["product"],
         "source_sha256": source_sha256,
         **({"instead": matrix.instead} if matrix.instead else {}),
@@ -344,6 +344,7 @@ def _together(matrix: Matrix, members: list[dict[str, Any]]) -> dict[str, Any]:
         "adapter_norm_ratio": math.hypot(*ratios) / (report["norm"] or 1.0),
         "source_sha256": hashlib.sha256("".join(m["source_sha256"] for m in members).encode()).hexdigest(),
         "experts": [m["errors"][m["kept"]] for m in members],
+        **({"tokens": [m["tokens"] for m in members]} if "tokens" in report else {}),
     }
 
 

@@ -28,6 +28,7 @@ from loftq.formats.tensorfile import (
     read_chunks,
     read_header,
     read_tensor,
+    sliced,
     tensor_bytes,
 )
 
@@ -127,9 +128,10 @@ class Checkpoint:
 
     def slice(self, name: str, index: int) -> torch.Tensor:
         """One slice of a tensor's first axis."""
-        shape = self._info(name).shape[1:]
-        rows = math.prod(shape[:-1])
-        return self._range(name, index * rows, (index + 1) * rows).reshape(shape)
+        if self.kind != "safetensors":
+            return self.read(name)[index]
+        info = self._info(name)
+        return read_tensor(sliced(info, index), self._stamps[info.file])
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """The tensor's bytes for a byte-exact copy, a few megabytes at a time."""

@@ -5,6 +5,7 @@ without it a directory is no statistics. Matrices that get the same input (query
 group, whose tensors are stored once, as float32: ``MODULE.fit.columns`` and so on, MODULE being the first of the group.
 """
 
+import functools
 import logging
 import math
 import threading
@@ -19,6 +20,7 @@ from torch import Tensor
 from loftq.errors import InputError, NumericalError, listed, quoted
 from loftq.formats import fsio
 from loftq.formats.regular import shown
+from loftq.formats.stack_statistics import StackGroup, moments, names, tensors_wanted
 from loftq.formats.tensorfile import (
     Entry,
     TensorFile,
@@ -26,16 +28,17 @@ from loftq.formats.tensorfile import (
     encode_header,
     read_header,
     read_tensor,
+    sliced,
     tensor_bytes,
 )
-from loftq.numerics import Metric, Moments
+from loftq.numerics import ENOUGH, Metric, Moments, towards_diagonal
 from loftq.options import TABLE
 
 logger = logging.getLogger("loftq")
 
 KINDS = TABLE["kind"][1].choices
 FORMAT_VERSION = 1
-ENOUGH = 4  # tokens per input feature below which second moments are shrunk so much that a warning says so
+WITH_STACKS = 2  # the version of statistics that are of stacks of experts too
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Group:
         return {"file": file, "modules": list(self.modules), "width": width, **counts}
 
 
-def write_groups(path: Path, groups: Iterable[Group]) -> fsio.FileDigest:
+def write_groups(path: Path, groups: Iterable[Group | StackGroup]) -> fsio.FileDigest:
     """The tensors of ``groups`` as a safetensors file, atomically."""
     tensors = {name: tensor for group in groups for name, tensor in group.tensors().items()}
     entries = [Entry(name, "F32", tuple(tensor.shape)) for name, tensor in tensors.items()]
@@ -93,23 +96,28 @@ class Statistics:
         self,
         kind: str,
         rows: Sequence[Mapping[str, Any]],
-        read: Callable[[int], Moments],
+        read: Callable[[int, int], Moments],  # of a group, and the place among its modules
         samples: int,
         identity: Mapping[str, Any],
     ) -> None:
         self.kind, self.identity = kind, dict(identity)
         self._rows, self._read, self._samples = rows, read, samples
-        self._index = {module: i for i, row in enumerate(rows) for module in row["modules"]}
+        self._index = {m: (i, place) for i, row in enumerate(rows) for place, m in enumerate(names(row))}
         self._lock, self._warned = threading.Lock(), False
         self._last: Moments | None = None  # kept for the next matrix, which may be of the same group
-        self._used: weakref.WeakValueDictionary[int, Moments] = weakref.WeakValueDictionary()
+        self._used: weakref.WeakValueDictionary[tuple[int, int], Moments] = weakref.WeakValueDictionary()
 
     @classmethod
-    def of(cls, kind: str, groups: Iterable[Group], samples: int) -> "Statistics":
+    def of(cls, kind: str, groups: Iterable[Group | StackGroup], samples: int) -> "Statistics":
         """Statistics that are in memory."""
         kept = list(groups)
         rows = [group.row("") for group in kept]
-        return cls(kind, rows, lambda i: kept[i].moments, samples, {"kind": kind, "samples": samples})
+
+        def read(index: int, place: int) -> Moments:
+            group = kept[index]
+            return group.moments if isinstance(group, Group) else moments(rows[index], kind, group.read, place)
+
+        return cls(kind, rows, read, samples, {"kind": kind, "samples": samples})
 
     @classmethod
     def stored(cls, directory: Path, manifest: Mapping[str, Any]) -> "Statistics":
@@ -130,8 +138,13 @@ class Statistics:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Names of all modules with statistics."""
+        """Names of all modules with statistics; an expert of a stack is called by its number."""
         return tuple(self._index)
+
+    @property
+    def routed(self) -> dict[str, list[int]]:
+        """How many tokens each expert of a stack was fitted on."""
+        return {row["modules"][0]: row["experts"]["tokens"] for row in self._rows if "experts" in row}
 
     def moments(self, module: str) -> Moments | None:
         """The moments of a module, ``fit`` shrunk where tokens were few; None for a module that was never reached.
@@ -141,16 +154,21 @@ class Statistics:
 
             H <- (1 - a) H + a diag(H),    a = n / (4 n + tokens)
 
+        Those of an expert are shrunk towards the mean of its layer (:mod:`loftq.formats.stack_statistics`).
+
         Raises: InputError for damaged files.
         """
-        index = self._index.get(module)
-        if index is None:
+        if module not in self._index:
             return None
+        index, place = self._index[module]
+        of_stack = "experts" in self._rows[index]
+        key = index, place if of_stack else 0
         with self._lock:
-            found = self._used.get(index)
+            found = self._used.get(key)
             if found is None:
                 self._warn_if_few()
-                found = self._used[index] = shrunk(self._read(index))
+                found = self._read(*key)
+                found = self._used[key] = found if of_stack else shrunk(found)
             self._last = found
             return found
 
@@ -192,9 +210,7 @@ def shrunk(moments: Moments) -> Moments:
     h = moments.fit.columns
     if h is None or h.ndim == 1:
         return moments
-    smaller = (1 - len(h) / (ENOUGH * len(h) + moments.tokens)) * h
-    smaller.diagonal().copy_(h.diagonal())
-    return Moments(Metric(smaller, moments.fit.rows), moments.held, moments.tokens)
+    return Moments(Metric(towards_diagonal(h, moments.tokens), moments.fit.rows), moments.held, moments.tokens)
 
 
 class _Reader:
@@ -204,13 +220,15 @@ class _Reader:
         self._manifest, self._files = manifest, files
         self._checked: set[str] = set()
 
-    def moments(self, index: int) -> Moments:
+    def moments(self, index: int, place: int) -> Moments:
         row = self._manifest["groups"][index]
         name, file = row["file"], self._files[row["file"]]
         if name not in self._checked:
             if fsio.sha256_file(file.path).sha256 != self._manifest["files"][name]["sha256"]:
                 raise _damaged(file.path, "its bytes have changed (sha256)")
             self._checked.add(name)
+        if "experts" in row:
+            return moments(row, self._manifest["kind"], functools.partial(_read, file), place)
         fit = self._metric(row, "fit")
         return Moments(fit, self._metric(row, "held") if row["held_tokens"] else fit, row["tokens"])
 
@@ -220,9 +238,11 @@ class _Reader:
         return Metric(columns, _read(file, f"{stem}.rows") if f"{stem}.rows" in file.tensors else None)
 
 
-def _read(file: TensorFile, name: str) -> Tensor:
-    tensor = read_tensor(file.tensors[name], file.stamp)
-    diagonal = tensor if tensor.ndim == 1 else tensor.diagonal()
+def _read(file: TensorFile, name: str, index: int | None = None) -> Tensor:
+    info = file.tensors[name]
+    tensor = read_tensor(info if index is None else sliced(info, index), file.stamp)
+    square = tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1]
+    diagonal = tensor.diagonal() if square else tensor
     if not tensor.isfinite().all() or bool((diagonal < 0).any()):
         raise _damaged(file.path, f"{quoted(name)}: no second moments: not finite, or below zero")
     return tensor
@@ -237,10 +257,10 @@ def _header(path: Path, digest: Mapping[str, Any]) -> TensorFile:
 
 def _check_manifest(manifest: Mapping[str, Any], where: str) -> None:
     """Refuse a ``statistics.json`` with other fields than those that are used, before they are."""
-    if manifest.get("format_version") != FORMAT_VERSION:
+    if manifest.get("format_version") not in (FORMAT_VERSION, WITH_STACKS):
         raise InputError(
-            f"{where}: format_version {quoted(manifest.get('format_version'))}, this loftq reads {FORMAT_VERSION}; "
-            "collect the statistics again"
+            f"{where}: format_version {quoted(manifest.get('format_version'))}, this loftq reads {FORMAT_VERSION} and "
+            f"{WITH_STACKS}; collect the statistics again"
         )
     problem = None
     try:
@@ -256,7 +276,7 @@ def _check_manifest(manifest: Mapping[str, Any], where: str) -> None:
         problem = quoted(repr(e))
     if problem:
         raise InputError(f"{where}: {problem}: missing or not what it should be; collect the statistics again")
-    modules = [module for row in manifest["groups"] for module in row["modules"]]
+    modules = [module for row in manifest["groups"] for module in names(row)]
     for module in modules:
         check_name(module, where)
     if len(set(modules)) < len(modules):
@@ -273,14 +293,25 @@ def _plain_file(name: str, digest: Mapping[str, Any]) -> bool:
 
 
 def _sound(row: Mapping[str, Any], files: Mapping[str, Any]) -> bool:
-    names = row["modules"]
-    named = isinstance(names, list) and bool(names) and all(isinstance(name, str) for name in names)
+    modules = row["modules"]
+    named = isinstance(modules, list) and bool(modules) and all(isinstance(name, str) for name in modules)
+    if "experts" in row:
+        fit, held = row["experts"]["tokens"], row["experts"]["held_tokens"]
+        lists = isinstance(fit, list) and isinstance(held, list) and len(fit) == len(held) and bool(fit)
+        summed = lists and all(_count(n, 0) for n in (*fit, *held))
+        named = named and len(modules) == 1 and summed and (sum(fit), sum(held)) == (row["tokens"], row["held_tokens"])
     counted = _count(row["width"]) and _count(row["tokens"]) and _count(row["held_tokens"], 0)
     return named and counted and row["file"] in files
 
 
 def _check_tensors(row: Mapping[str, Any], file: TensorFile, kind: str) -> None:
     """The tensors of a group are there, and have the shapes that the kind asks for."""
+    if "experts" in row:
+        shapes = {name: info.shape for name, info in file.tensors.items()}
+        for tensor, fitting in tensors_wanted(row, kind, shapes).items():
+            if shapes.get(tensor) not in fitting or file.tensors[tensor].dtype != "F32":
+                raise _damaged(file.path, f"{quoted(tensor)}: found {shapes.get(tensor)}, wanted F32 {fitting}")
+        return
     for part in ("fit", "held") if row["held_tokens"] else ("fit",):
         name, n = f"{row['modules'][0]}.{part}.columns", row["width"]
         wanted: dict[str, tuple[int, ...] | None] = {name: (n, n) if kind == "full" else (n,)}

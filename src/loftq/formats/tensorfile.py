@@ -11,7 +11,7 @@ import json
 import math
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,13 @@ def read_tensor(info: TensorInfo, stamp: FileStamp) -> torch.Tensor:
         raw = _allocate(info)
         file.read_into(raw.numpy().data, info.start)
     return raw.view(info.torch_dtype).reshape(info.shape)
+
+
+def sliced(info: TensorInfo, index: int) -> TensorInfo:
+    """One slice of a tensor's first axis, to be read as a tensor."""
+    size = info.nbytes // info.shape[0]
+    start = info.start + index * size
+    return replace(info, shape=info.shape[1:], start=start, stop=start + size, nbytes=size)
 
 
 def read_chunks(info: TensorInfo, stamp: FileStamp, chunk: int = CHUNK) -> Iterator[memoryview]:

@@ -5,9 +5,10 @@ each the same call, so one ``forward`` serves them all: gated or not, with biase
 more are for classes without the mark (:mod:`loftq.architecture.experts`).
 """
 
+import contextlib
 import copy
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -230,6 +231,35 @@ def pack_experts(
     order = [new for old in before for new in (layout if old == name else [old])]
     packed._parameters = {new: packed._parameters[new] for new in order}
     return packed
+
+
+@contextlib.contextmanager
+def watched(module: Any, look: Callable[[str, Tensor, Tensor], object]) -> Iterator[None]:
+    """Dense experts that compute as packed ones do, and tell of every product before it is made.
+
+    Args:
+        look: called with the stack, its inputs sorted by expert, and for every expert the number of the row after its
+            last.
+    """
+    before, plain = dict(module.__dict__), type(module)
+    packed: Any = _packed_class(plain)
+
+    def project(name: str, x: Tensor, ends: Tensor, *rest: Any) -> Tensor:
+        look(name, x, ends)
+        return packed._project(module, name, x, ends, *rest)
+
+    module.__class__ = packed
+    module.__dict__.update(banks={}, _stored_dtypes={}, _project=project)
+    if "_old_forward" in before:  # accelerate's hook calls it, with the weights in memory
+        module.__dict__["_old_forward"] = packed.forward.__get__(module)
+    try:
+        yield
+    finally:
+        module.__class__ = plain
+        for name in ("banks", "_stored_dtypes", "_project"):
+            del module.__dict__[name]
+        if "_old_forward" in before:
+            module.__dict__["_old_forward"] = before["_old_forward"]
 
 
 def unpack_experts(module: PackedExperts, dtype: torch.dtype) -> PackedExperts:

@@ -16,7 +16,15 @@ from loftq.numerics.codebooks import dynamic_8bit
 from loftq.numerics.fitting import fitted_scales
 from loftq.numerics.forms import decode, dequantize, descend, encode, feedback, quantize
 from loftq.numerics.lowrank import truncated_svd
-from loftq.numerics.metric import Downdate, Metric, Moments, best_factors, beyond
+from loftq.numerics.metric import (
+    ENOUGH,
+    Downdate,
+    Metric,
+    Moments,
+    best_factors,
+    beyond,
+    towards_diagonal,
+)
 from loftq.numerics.norms import frobenius, product_square
 from loftq.numerics.orientation import oriented, oriented_shape
 from loftq.numerics.packing import pack, packed_shape, unpack

@@ -30,6 +30,7 @@ from loftq.numerics.norms import frobenius
 
 JITTER = (1e-9, 1e-7, 1e-5, 1e-4)  # parts of H's diagonal and its mean, added to it until it has a Cholesky factor
 ROUNDED = 1e-3  # of H's largest entry: its two halves differ by no more, added up in any precision and order
+ENOUGH = 4  # tokens per input feature that outweigh the shrinkage of whole second moments
 LEAST_ROW = 1e-6  # of G's mean: a row without gradient still counts this much, or its factor would be infinite
 
 
@@ -163,6 +164,15 @@ def _second_moments(h: Tensor) -> Tensor:
     if h.diagonal().min() < 0 or h.diagonal().max().item() < (1 - ROUNDED) * most:
         raise UsageError("moments: H = E[x xᵀ] has squares on its diagonal, none negative, the largest of all entries")
     return (h + h.T) / 2
+
+
+def towards_diagonal(h: Float[Tensor, "in in"], tokens: int) -> Float[Tensor, "in in"]:
+    """Second moments of so few tokens with less of what they say of pairs: ``(1 - a) H + a diag(H)``,
+    ``a = in / (4 in + tokens)``.
+    """
+    smaller = (1 - len(h) / (ENOUGH * len(h) + tokens)) * h
+    smaller.diagonal().copy_(h.diagonal())
+    return smaller
 
 
 def best_factors(
