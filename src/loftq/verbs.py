@@ -228,7 +228,8 @@ def export(
         directory: made by :func:`quantize`, with codes that the files hold: ``code="int"`` or ``"iq4nl"``.
         output: the directory to be made.
         to: ``gguf``, for llama.cpp and Ollama; ``compressed-tensors``, for vLLM and transformers; ``mlx``, for mlx-lm;
-            ``onnx``, for ONNX Runtime; ``lora-for-original``: what training added, as an adapter of the original.
+            ``onnx``, for ONNX Runtime; ``lora-for-original``: what training added, as an adapter of the original;
+            ``per-expert``, of a mixture the adapter alone, with LoRA on each expert, as vLLM and SGLang read it.
         adapter: as :func:`merge` takes it.
         tokenizer_rule: of ``gguf``: llama.cpp's name of how the tokenizer cuts words, if it is not known here.
         converter: of ``gguf``: llama.cpp's ``convert_hf_to_gguf.py``, for a family that is not known here.

@@ -62,7 +62,7 @@ def packable_stacks(model: nn.Module) -> set[str]:
 
 def way_of(module: nn.Module) -> Way | None:
     """How a module computes its experts; None if it has none, or does it in a way that is not known."""
-    if _is_dispatched(module):
+    if is_dispatched(module):
         return Way("routed", TURNED if module.is_transposed else KIND, (*FIRST, LAST))
     stacks = {name: tuple(p.shape) for name, p in module._parameters.items() if p is not None}
     if any(len(shape) != 3 for shape in stacks.values()):
@@ -75,7 +75,7 @@ def way_of(module: nn.Module) -> Way | None:
     return None
 
 
-def _is_dispatched(module: nn.Module) -> bool:
+def is_dispatched(module: nn.Module) -> bool:
     """Whether transformers' ``use_experts_implementation`` made the class's ``forward``, and nobody replaced it."""
     made_in = getattr(sys.modules.get("transformers.integrations.moe"), "__file__", None)
     code = getattr(type(module).forward, "__code__", None)

@@ -117,6 +117,12 @@ class Adapter:
             self._last[name] = self.read(name)
         return self._last[name]
 
+    @property
+    def served_rank(self) -> int:
+        """The least rank that vLLM can be told that holds them all."""
+        ranks = max((factors.rank for factors in self.factors.values()), default=8)
+        return next(rank for rank in (8, 16, 32, 64, 128, 256, 320, 512, ranks) if rank >= ranks)
+
     def digests(self) -> dict[str, str]:
         """SHA-256 of its two files."""
         names = (name for name in (CONFIG, *WEIGHTS) if (self.directory / name).is_file())

@@ -108,6 +108,4 @@ def commands(base: Base, adapter: Adapter | None) -> list[str]:
         return [f"# not for vLLM, where {listed(mixed[0])} are one layer of one width; transformers loads it"]
     if adapter is None:
         return ["vllm serve ."]
-    ranks = max((factors.rank for factors in adapter.factors.values()), default=8)
-    served = next(rank for rank in (8, 16, 32, 64, 128, 256, 320, 512, ranks) if rank >= ranks)
-    return [f"vllm serve . --enable-lora --max-lora-rank {served} --lora-modules tuned=./adapter"]
+    return [f"vllm serve . --enable-lora --max-lora-rank {adapter.served_rank} --lora-modules tuned=./adapter"]

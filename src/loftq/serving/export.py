@@ -124,12 +124,24 @@ def _for_original(base: Base, adapter: Adapter | None, options: ExportOptions) -
     return write
 
 
+def _per_expert(base: Base, adapter: Adapter | None, options: ExportOptions) -> Write:
+    from loftq.serving import per_expert
+
+    checked = per_expert.check(base, adapter)
+
+    def write(place: Path, begin: Begin) -> tuple[Files, list[str]]:
+        return per_expert.write(place, base, checked, begin), per_expert.commands(checked)
+
+    return write
+
+
 TARGETS: dict[str, Callable[[Base, Adapter | None, ExportOptions], Write]] = {
     "gguf": _gguf,
     "compressed-tensors": _compressed,
     "mlx": _mlx,
     "onnx": _onnx,
     "lora-for-original": _for_original,
+    "per-expert": _per_expert,
 }
 
 
