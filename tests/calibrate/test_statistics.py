@@ -167,7 +167,7 @@ def group(content, **changes):
 
 
 HOSTILE = {
-    "another format": (lambda c: {"format_version": 2}, "format_version 2"),
+    "another format": (lambda c: {"format_version": 3}, "format_version 3"),
     "no groups": (lambda c: {"groups": []}, "no groups"),
     "groups that are none": (lambda c: {"groups": [1]}, "missing or not"),
     "a kind": (lambda c: {"kind": "whole"}, "kind whole"),

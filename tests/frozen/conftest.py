@@ -3,6 +3,8 @@ from pathlib import Path
 import pytest
 from bases import make_llama
 
+from models import made  # noqa: F401
+
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory) -> Path:

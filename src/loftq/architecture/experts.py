@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loftq.planning import Made
+
 FIRST, LAST = ("gate_up_proj", "up_proj"), "down_proj"  # the stacks of a module of experts, as it computes
 # Stored as (experts, out, in); as (experts, in, out); so too, in a class that does not say it: PEFT then takes it for
 # the first, and so do we, since the adapter has to be PEFT's.
@@ -73,6 +75,35 @@ def way_of(module: nn.Module) -> Way | None:
     if tuple(stacks) == ("weight",) and arguments == 2 and _agrees(module, _try_products):
         return Way("product", KIND, tuple(stacks))
     return None
+
+
+def layers_of(stack: str, made: Made, experts: int, rows: int, module: Any) -> dict[str, tuple[int, slice]]:
+    """The layers that a stack is of, where each expert has its own: name -> expert, and its rows of the matrix.
+
+    By the names of the source, where it has a tensor for each; else gate, up and down.
+
+    Args:
+        made: of such tensors; empty if the source has none.
+        rows: of an expert's matrix, ``out``.
+        module: that computes the experts. None are known of a class that does it in a way of its own.
+    """
+    if made:
+        found = {}
+        for expert, pieces in enumerate(made):
+            first = 0
+            for piece in pieces:
+                found[piece.tensor.removesuffix(".weight")] = expert, slice(first, first + piece.count)
+                first += piece.count
+        return found
+    owner, _, leaf = stack.rpartition(".")
+    if not is_dispatched(module):
+        return {}
+    parts = {leaf: slice(0, rows)}
+    if leaf == FIRST[0] and getattr(module, "is_concatenated", True):
+        parts = {"gate_proj": slice(0, rows // 2), "up_proj": slice(rows // 2, rows)}
+    elif leaf == FIRST[0]:  # a row of the gate, a row of up, and so on
+        parts = {"gate_proj": slice(0, rows, 2), "up_proj": slice(1, rows, 2)}
+    return {f"{owner}.{e}.{name}": (e, part) for e in range(experts) for name, part in parts.items()}
 
 
 def is_dispatched(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
+from loftq.architecture.experts import layers_of
 from loftq.architecture.kinds import kind_of
 from loftq.checkpoint.manifest import Count, Name, Number, Part, Shape
 from loftq.checkpoint.produce import Files, Mark, produce
@@ -25,7 +26,7 @@ from loftq.formats.tensorfile import Entry, dtype_name, encode_header, read_chun
 from loftq.frozen.replace import Begin, Layer, Original, fit, summary
 from loftq.numerics.device import check_device
 from loftq.options import default, fields_of
-from loftq.planning import Matrix, Plan, Policy
+from loftq.planning import Matrix, Piece, Plan, Policy
 from loftq.sources.checkpoint import Source, open_source, resolve
 from loftq.sources.identity import stamp
 from loftq.spec import SolveSpec
@@ -91,16 +92,17 @@ def start(base: str, weights: str, output: Path, options: StartOptions, begin: B
 
     check_device(options.device)
     work = Workspace(output_path(output))
-    source = without_stacks(open_source(weights, options.policy, options.revision))
+    original = open_source(weights, options.policy, options.revision)
     directory = resolve(base, options.base_revision)
     name = str(directory.resolve()) if Path(base).expanduser().exists() else base
     report: dict[str, Any] = {}
 
     def fill(place: Path) -> Files:
         model = load(directory, options.device)
+        source, experts = _unfused(original, model)
         plan = _located(source, model)
         config = _adapter_config(plan, source, model, name, options)
-        report.update(_solve(plan, source, model, options, work, begin))
+        report.update(_solve(plan, source, model, experts, options, work, begin))
         return {
             "adapter_model.safetensors": fsio.write_atomic(place / "adapter_model.safetensors", _joined(work, plan)),
             "adapter_config.json": fsio.write_json(place / "adapter_config.json", config),
@@ -108,8 +110,8 @@ def start(base: str, weights: str, output: Path, options: StartOptions, begin: B
 
     return produce(
         output,
-        _identity(source, directory, options),
-        [source.directory, directory],
+        _identity(original, directory, options),
+        [original.directory, directory],
         None,
         fill,
         lambda: report,
@@ -138,12 +140,42 @@ def _identity(source: Source, base: Path, options: StartOptions) -> dict[str, An
     }
 
 
-def without_stacks(source: Source) -> Source:
-    """The source whose stacks of experts are left alone: a frozen base that keeps them has no layer to correct."""
-    matrices = tuple(m for m in source.plan.matrices if not m.experts)
+def _unfused(source: Source, model: Any) -> tuple[Source, dict[str, str]]:
+    """The source with a matrix for each layer of an expert, and how statistics call the expert.
+
+    Stacks are left alone that the frozen model has as they are: they are no layers, and hold the original's weights.
+    """
+    from loftq.architecture import skeleton
+
+    there, matrices, experts = {name for name, _ in model.named_modules()}, [], {}
+    built = skeleton.build(source.directory) if any(m.experts for m in source.plan.matrices) else None
+    for matrix in source.plan.matrices:
+        if not matrix.experts or built is None:
+            matrices.append(matrix)
+            continue
+        module, made = built.get_submodule(matrix.module.rpartition(".")[0]), matrix.made if matrix.sources else ()
+        known = matrix.sources or all(len(pieces) == 1 for pieces in matrix.pieces)
+        layers = layers_of(matrix.module, made, matrix.experts, matrix.shape[0], module) if known else {}
+        if layers and all(there.intersection(skeleton.spellings(name, source.prefix)) for name in layers):
+            found = [_layer(matrix, name, expert, rows) for name, (expert, rows) in layers.items()]
+            matrices += found
+            experts |= {m.name: f"{matrix.module}.{layers[m.module][0]}" for m in found}
     if not matrices:
         raise InputError(f"{source.directory}: all that could be corrected are stacks of experts")
-    return replace(source, plan=replace(source.plan, matrices=matrices))
+    return replace(source, plan=replace(source.plan, matrices=tuple(matrices))), experts
+
+
+def _layer(stack: Matrix, name: str, expert: int, rows: slice) -> Matrix:
+    """One layer of an expert: a tensor of the source, or rows of its stack."""
+    shape = (len(range(*rows.indices(stack.shape[0]))), stack.shape[1])
+    one = replace(stack, name=f"{name}.weight", module=name, kind="linear", shape=shape, experts=0, nested=0, made=())
+    if stack.sources:
+        return one
+    whole, (piece,), out = stack.pieces[expert][0].shape, stack.pieces[expert], stack.shape[0]
+    begin, end, step = rows.indices(out)
+    place, transposed = expert * out, stack.kind != "experts"
+    made = Piece(piece.tensor, whole, place + begin, place + end, step, transposed)
+    return replace(one, made=((made,),))
 
 
 def _located(source: Source, model: Any) -> Plan:
@@ -176,7 +208,13 @@ def _adapter_config(plan: Plan, source: Source, model: Any, base: str, options: 
 
 
 def _solve(
-    plan: Plan, source: Source, model: Any, options: StartOptions, work: Workspace, begin: Begin
+    plan: Plan,
+    source: Source,
+    model: Any,
+    experts: Mapping[str, str],
+    options: StartOptions,
+    work: Workspace,
+    begin: Begin,
 ) -> dict[str, Any]:
     """Put every layer's factors into a file of its own, where they are not there yet; the summary of all layers."""
     from loftq.architecture.adapter import adapter_tensors
@@ -184,6 +222,8 @@ def _solve(
     records = [_finished(work, i, matrix) for i, matrix in enumerate(plan.matrices)]
     advance = begin(len(records), sum(record is not None for record in records))
     modules = {m.name: m.module for m in source.plan.matrices}  # as the original calls them
+    if options.statistics and options.statistics.kind != "fisher":  # which knows the rows of whole matrices
+        modules |= experts
     for i, matrix in enumerate(plan.matrices):
         if records[i] is not None:
             continue

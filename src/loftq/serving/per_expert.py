@@ -12,17 +12,18 @@ from typing import Any
 from torch import Tensor
 
 from loftq.adapters.origins import BESIDE, FIELD
-from loftq.architecture.experts import FIRST, is_dispatched
+from loftq.architecture.experts import layers_of
 from loftq.errors import InputError, listed, quoted
 from loftq.formats import fsio
 from loftq.formats.regular import shown
 from loftq.formats.tensorfile import Entry, dtype_name, encode_header, tensor_bytes
+from loftq.numerics import oriented_shape
 from loftq.serving.adapter import CONFIG, Adapter, own_files
 from loftq.serving.base import Base, Dense
 from loftq.serving.merge import Begin
 from loftq.serving.output import Files, copy
 
-Linears = dict[str, tuple[int, slice]]  # layers that a stack is of: name -> expert, and rows of its matrix
+Layers = dict[str, tuple[int, slice]]  # of a stack: name -> expert, and rows of its matrix
 
 
 def check(base: Base, adapter: Adapter | None) -> Adapter:
@@ -41,7 +42,7 @@ def write(place: Path, base: Base, adapter: Adapter, begin: Begin) -> Files:
     """The adapter's two files, and the tokenizer beside it, if there is one."""
     stacks = {name: base.tensors[name] for name, factors in adapter.factors.items() if factors.experts}
     held = {name for stack in stacks for name in (adapter.factors[stack].a, adapter.factors[stack].b)}
-    parts = {name: linears(tensor, base) for name, tensor in stacks.items()}
+    parts = {name: _layers(tensor, base) for name, tensor in stacks.items()}
     entries = [Entry(n, _dtype(adapter, n), shape) for n, shape in adapter.shapes.items() if n not in held]
     for stack in stacks:
         factors = adapter.factors[stack]
@@ -73,31 +74,20 @@ def write(place: Path, base: Base, adapter: Adapter, begin: Begin) -> Files:
     }
 
 
-def linears(tensor: Dense, base: Base) -> Linears:
-    """By the names of the source, where it has a tensor for each; else gate, up and down."""
-    if tensor.made and tensor.matrix is not None and tensor.matrix.sources:
-        found = {}
-        for expert, pieces in enumerate(tensor.made):
-            first = 0
-            for piece in pieces:
-                found[piece.tensor.removesuffix(".weight")] = expert, slice(first, first + piece.count)
-                first += piece.count
-        return found
-    owner, _, stack = tensor.runtime.rpartition(".")
-    module: Any = base.model.get_submodule(owner)
-    if not is_dispatched(module):
+def _layers(tensor: Dense, base: Base) -> Layers:
+    """InputError for a stack whose experts are no layers."""
+    made = tensor.made if tensor.matrix is not None and tensor.matrix.sources else ()
+    module, rows = (
+        base.model.get_submodule(tensor.runtime.rpartition(".")[0]),
+        oriented_shape(tensor.kind, tensor.shape[1:])[0],
+    )
+    found = layers_of(tensor.runtime, made, tensor.experts, rows, module)
+    if not found:
         raise InputError(f"{quoted(tensor.runtime)}: {type(module).__name__} has no form with a layer for each expert")
-    half = tensor.shape[1 + module.is_transposed] // 2
-    if stack != FIRST[0]:
-        rows = {stack: slice(None)}
-    elif getattr(module, "is_concatenated", True):
-        rows = {"gate_proj": slice(half), "up_proj": slice(half, None)}
-    else:  # a row of the gate, a row of up, and so on
-        rows = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
-    return {f"{owner}.{e}.{name}": (e, part) for e in range(tensor.experts) for name, part in rows.items()}
+    return found
 
 
-def _config(adapter: Adapter, stacks: dict[str, Dense], parts: dict[str, Linears]) -> dict[str, Any]:
+def _config(adapter: Adapter, stacks: dict[str, Dense], parts: dict[str, Layers]) -> dict[str, Any]:
     """``adapter_config.json`` for layers in the place of stacks."""
     config = dict(adapter.config)
     leaves = sorted({name.rpartition(".")[2] for names in parts.values() for name in names})
@@ -123,7 +113,7 @@ def _matched(key: str, names: Iterable[str]) -> bool:
     return any(re.match(rf"(.*\.)?({key})$", name) for name in names)
 
 
-def _pattern(names: Linears) -> str:
+def _pattern(names: Layers) -> str:
     """What matches the layers of a stack."""
     first, (expert, _) = next(iter(names.items()))
     owner = first.rpartition(f".{expert}.")[0]
