@@ -1,6 +1,7 @@
 """Mixtures of experts: stacks are packed, of every class that transformers marks; plain PEFT reads their start."""
 
 import copy
+import pickle
 
 import peft
 import pytest
@@ -394,6 +395,35 @@ def test_gradient_checkpointing_gives_the_same_gradients(made):
     saving.enable_input_require_grads()
     wanted, found = gradients(plain.train()), gradients(saving.train())
     assert all(close(found[n], wanted[n], 1e-4) or wanted[n].abs().max() == 0 for n in wanted)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
+def test_copies_of_a_whole_model(made, name, tmp_path):
+    """Copied, pickled, written by torch: what class of ours a module has is made again."""
+    model = made(name).start().eval()
+    torch.save(model, tmp_path / "model.pt")
+    read = torch.load(tmp_path / "model.pt", weights_only=False)
+    with torch.no_grad():
+        wanted = outputs(model)
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), read):
+            assert same(twin.state_dict(), model.state_dict())
+            assert torch.equal(outputs(twin), wanted)
+        merged = copy.deepcopy(model).merge_and_unload()
+        assert close(outputs(merged), wanted)
+        assert torch.equal(outputs(model), wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_it_computes_and_trains_the_same(made):
+    """Where it cannot be one graph: how many tokens an expert gets is data."""
+    model = made("qwen3-moe").start()
+    eager, wanted = outputs(model).detach(), gradients(model)
+    model.zero_grad()
+    model.forward = torch.compile(model.forward, backend="aot_eager")
+    assert close(outputs(model).detach(), eager, 1e-6)
+    found = gradients(model)
+    assert all(close(found[n], wanted[n], 1e-5) or wanted[n].abs().max() == 0 for n in wanted)
 
 
 @pytest.mark.parametrize("how", ["model", "autocast"])

@@ -65,6 +65,7 @@ def test_every_expert_has_its_own_factors_and_the_same_product(made, name, tmp_p
     assert count + sum(n.endswith("lora_A.weight") for n in same) == len(found)
 
 
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")  # of its own making
 def test_peft_reads_it_over_the_dense_model(made, tmp_path):
     """By its own conversion, which gives gate and up a block of twice the rank."""
     checkpoint = made("qwen3-moe")

@@ -25,6 +25,7 @@ from loftq.formats import fsio, hashed_json
 from loftq.formats.hashed_json import differences
 from loftq.formats.regular import local_path, output_path
 from loftq.formats.source import open_checkpoint
+from loftq.formats.stack_statistics import StackGroup
 from loftq.formats.statistics import FORMAT_VERSION, WITH_STACKS, Group, Statistics, write_groups
 from loftq.numerics.device import check_device
 from loftq.options import check_fields, default
@@ -249,7 +250,7 @@ def _collected(
     rows: Sequence[Row],
     tokenizer: Any,
     begin: Begin | None,
-) -> Iterator[list[Group]]:
+) -> Iterator[list[Group | StackGroup]]:
     """Groups of block after block; for ``fisher``, which has the whole model in memory, all at once."""
     if options.kind == "fisher":
         model: Any = load(directory)
@@ -260,7 +261,7 @@ def _collected(
     fsio.remove_tree(offload)
 
 
-def _write(output: Path, collected: Iterator[list[Group]]) -> dict[str, Any]:
+def _write(output: Path, collected: Iterator[list[Group | StackGroup]]) -> dict[str, Any]:
     """A file for each block; what ``statistics.json`` says of files and groups."""
     files, rows = {}, []
     for groups in collected:

@@ -157,6 +157,10 @@ class PackedExperts(Packed):
         bias = getattr(self, f"{name}_bias", None)
         return y if bias is None else y + bias[experts].to(y.dtype)
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """The class is made for each class of experts, and has no place where pickle would find it."""
+        return _revived, (type(self).__bases__[1],), self.__dict__
+
     def extra_repr(self) -> str:
         return ", ".join(
             f"{name}: {b.experts} x ({b.rows}, {b.columns}), bits={b.spec.bits}, code={b.spec.code}"
@@ -202,6 +206,11 @@ _WAYS = {"routed": PackedExperts, "batched": PackedBatches, "product": PackedPro
 @functools.cache
 def _packed_class(cls: type[nn.Module], way: str) -> type[nn.Module]:
     return type(f"LoftQ{cls.__name__}", (_WAYS[way], cls), {"__module__": __name__})
+
+
+def _revived(cls: type[nn.Module]) -> nn.Module:
+    packed = _packed_class(cls)
+    return packed.__new__(packed)
 
 
 def pack_experts(
