@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from loftq.architecture import skeleton
-from loftq.architecture.experts import LAST, packable_stacks
+from loftq.architecture.experts import FIRST, REVERSED, packable_stacks, way_of
 from loftq.calibration.blocks import Blocks, Call, Output, Records, Stopped, stack_of, tensors_in
 from loftq.errors import UsageError, quoted
 from loftq.formats.stack_statistics import MOST, PARTS, StackGroup
@@ -211,11 +211,13 @@ def matrices(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def stacks(model: nn.Module) -> dict[str, list[str]]:
-    """Modules of experts -> those of their stacks whose inputs count."""
+    """Modules of experts -> those of their stacks whose inputs count: those that meet its columns."""
     found: dict[str, list[str]] = {}
-    for stack in packable_stacks(model):
+    for stack in sorted(packable_stacks(model)):
         owner, _, name = stack.rpartition(".")
-        found.setdefault(owner, []).append(name)
+        way = way_of(model.get_submodule(owner))
+        if way is not None and way.kind != REVERSED:
+            found.setdefault(owner, []).append(name)
     return found
 
 
@@ -376,7 +378,7 @@ def _experts(model: nn.Module, survey: _Survey, kind: str) -> list[_Routed]:
         sums = {}
         for name in names:
             count = len(model.get_parameter(f"{owner}.{name}"))
-            fit, held = (RoutedSums(kind, count, name == LAST) for _ in PARTS)
+            fit, held = (RoutedSums(kind, count, name not in FIRST) for _ in PARTS)
             sums[name] = (fit, held)
         made.append(_Routed(owner, sums, _last(owner, survey)))
     return made

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from loftq.architecture import skeleton
-from loftq.architecture.experts import LAST, stack_kind
+from loftq.architecture.experts import FIRST, stack_kind
 from loftq.architecture.kinds import kind_of
 from loftq.calibration.blocks import accepted
 from loftq.calibration.collect import Batch, Begin, Row, batches, matrices, stacks
@@ -167,7 +167,7 @@ def _stack_group(stack: str, fit: _Squares, held: _Squares, *tokens: int) -> Sta
         reached = squares.reached.tolist() if squares.samples else []
         counts[part] = [round(all_tokens * n / squares.samples) for n in reached]
         if any(counts[part]):
-            parts |= {f"{part}.{k}": v for k, v in squares.means(stack.endswith(LAST)).items()}
+            parts |= {f"{part}.{k}": v for k, v in squares.means(not stack.endswith(FIRST)).items()}
     if not any(counts[PARTS[0]]):
         return None
     counts[PARTS[1]] = counts[PARTS[1]] or [0] * len(counts[PARTS[0]])

@@ -159,7 +159,8 @@ class PackedExperts(Packed):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """The class is made for each class of experts, and has no place where pickle would find it."""
-        return _revived, (type(self).__bases__[1],), self.__dict__
+        way = next(name for name, cls in _WAYS.items() if cls is type(self).__bases__[0])
+        return _revived, (type(self).__bases__[1], way), self.__dict__
 
     def extra_repr(self) -> str:
         return ", ".join(
@@ -208,8 +209,8 @@ def _packed_class(cls: type[nn.Module], way: str) -> type[nn.Module]:
     return type(f"LoftQ{cls.__name__}", (_WAYS[way], cls), {"__module__": __name__})
 
 
-def _revived(cls: type[nn.Module]) -> nn.Module:
-    packed = _packed_class(cls)
+def _revived(cls: type[nn.Module], way: str) -> nn.Module:
+    packed = _packed_class(cls, way)
     return packed.__new__(packed)
 
 
@@ -250,8 +251,9 @@ def watched(module: Any, look: Callable[[str, Tensor, Tensor], object]) -> Itera
         look: called with the stack, its inputs sorted by expert, and for every expert the number of the row after its
             last.
     """
-    before, plain = dict(module.__dict__), type(module)
-    packed: Any = _packed_class(plain)
+    before, plain, way = dict(module.__dict__), type(module), way_of(module)
+    assert way is not None, "no stacks that are known"
+    packed: Any = _packed_class(plain, way.name)
 
     def project(name: str, x: Tensor, ends: Tensor, *rest: Any) -> Tensor:
         look(name, x, ends)
