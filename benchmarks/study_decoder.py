@@ -11,6 +11,7 @@ which of six layers is none; there the first layer's MLP, two thirds of its weig
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import study
@@ -21,7 +22,9 @@ WIDTHS = [4, "3.0", 2.5, "layers.0.mlp=4,2", 2]
 RATES = {"learning_rates": [1.0e-3, 4.0e-3], "further_rates": [2.5e-4, 1.6e-2]}
 
 
-def recipe(given: argparse.Namespace, task: str) -> study.Recipe:
+def recipe(
+    given: argparse.Namespace, task: str, widths: Sequence[float | str] = WIDTHS, *, trellis: bool = True
+) -> study.Recipe:
     small = given.size == "small"
     training: dict[str, Any] = {"warmup_steps": 0.1, "lr_scheduler_type": "cosine", "weight_decay": 0.0}
     if task == "wikitext2":
@@ -45,14 +48,14 @@ def recipe(given: argparse.Namespace, task: str) -> study.Recipe:
                 **RATES,
                 "arms": [
                     {"method": "lora"},
-                    {"method": ["qlora", "loftq"], "quantization.bits": WIDTHS},
+                    {"method": ["qlora", "loftq"], "quantization.bits": list(widths)},
                     {"method": "loftq", "quantization.preset": "fitted"},
                     {
                         "method": "loftq",
                         "quantization.preset": "descent",
                         "quantization.calibrate": str(given.data / WIKITEXT["train"]),
                     },
-                    *study.trellis_arms(given.data / WIKITEXT["train"]),
+                    *(study.trellis_arms(given.data / WIKITEXT["train"]) if trellis else ()),
                 ],
             },
         },

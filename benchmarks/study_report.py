@@ -22,6 +22,12 @@ STUDIES = {
         "Perplexity on WikiText, before and after fine-tuning; the widths of the paper's Table 5 and Figure 1.",
         " --model SMALL-LLAMA",
     ),
+    "moe": (
+        "Decoder: a small mixture of experts",
+        "Perplexity on WikiText, before and after fine-tuning. The model is a Qwen3-MoE of 7.4M parameters, with 8 "
+        "experts a layer of which 2 take a token, made by `examples/pretrain.py --architecture moe`.",
+        " --model SMALL-MOE",
+    ),
     "seq2seq": (
         "Encoder and decoder: a small BART",
         "ROUGE of summaries of XSum and CNN/DailyMail, against the first three sentences of the text (Lead-3). The "

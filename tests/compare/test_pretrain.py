@@ -17,7 +17,9 @@ TEXT = "The cat sat on the mat, and the dog ran home. Nobody knew why it was 3 p
 
 
 @pytest.mark.parametrize(
-    ("architecture", "auto"), [("llama", AutoModelForCausalLM), ("bart", AutoModelForSeq2SeqLM)], ids=["llama", "bart"]
+    ("architecture", "auto"),
+    [("llama", AutoModelForCausalLM), ("moe", AutoModelForCausalLM), ("bart", AutoModelForSeq2SeqLM)],
+    ids=["llama", "moe", "bart"],
 )
 def test_pretrain(architecture, auto, tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(TEXT * 40, encoding="utf-8")

@@ -54,9 +54,13 @@ def sources(tmp_path_factory):
     torch.manual_seed(0)
     llama = transformers.LlamaConfig(**{**models.LLAMA, **sizes, "eos_token_id": 3, "bos_token_id": 2})
     bert = transformers.BertConfig(**{**models.BERT, **sizes})
+    mixture = transformers.Qwen3MoeConfig(
+        **{**models.LLAMA, **sizes, **models.MOE}, num_experts=4, moe_intermediate_size=64
+    )
     for name, model in (
         ("model", transformers.LlamaForCausalLM(llama)),
         ("encoder", transformers.BertModel(bert)),
+        ("mixture", transformers.Qwen3MoeForCausalLM(mixture)),
     ):
         model.save_pretrained(place / "org" / name)
         tokenizer().save_pretrained(place / "org" / name)
