@@ -1,6 +1,7 @@
 """``loftq export --to per-expert``: LoRA on every expert for itself, the same to the last bit."""
 
 import json
+import shutil
 
 import peft
 import pytest
@@ -90,4 +91,7 @@ def test_what_has_no_such_form_is_refused(made, tmp_path):
         loftq.export(made("llama").output, tmp_path / "out", to="per-expert")
     with pytest.raises(InputError, match="name one"):
         loftq.export(made("mixtral").output, tmp_path / "out", to="per-expert", adapter="none")
+    adapter = shutil.copytree(made("mixtral").output / "loftq_init", tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"experts.* holds LoRA of linear layers only"):
+        loftq.export(made("mixtral").output, tmp_path / "out", to="lora-for-original", adapter=adapter)
     assert not (tmp_path / "out").exists()

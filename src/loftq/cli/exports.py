@@ -57,7 +57,7 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="gguf (llama.cpp, Ollama), compressed-tensors (vLLM), mlx, onnx, lora-for-original; or per-expert: of a "
+            help="gguf (llama.cpp, Ollama), compressed-tensors (vLLM), mlx, onnx, lora-for-original; per-expert: of a "
             "mixture, the adapter alone.",
             show_default=False,
         ),

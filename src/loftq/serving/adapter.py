@@ -101,8 +101,8 @@ class Adapter:
 
     def refuse_more_than_linear(self, form: str, converter: str) -> None:
         """InputError if it is more than LoRA of linear layers, which is all that ``form`` holds."""
-        embeddings = [name for name, factors in self.factors.items() if factors.embedding]
-        more = [*self.replaced, *self.new, *self.biases, *embeddings]
+        others = [name for name, factors in self.factors.items() if factors.embedding or factors.experts]
+        more = [*self.replaced, *self.new, *self.biases, *others]
         if more:
             raise InputError(
                 f"{shown(self.directory)}: {listed(more, 3)}: {form} holds LoRA of linear layers only; merge it, and "
