@@ -71,7 +71,7 @@ def test_the_promised_verbs_and_options():
 def test_plan_takes_the_options_of_quantize_that_change_a_plan():
     only_work = {
         "--output", "--samples", "--steps", "--order", "--svd", "--format", "--device", "--seed", "--max-shard-size",
-        "--task-type", "--overwrite", "--shared", "--cluster",
+        "--task-type", "--overwrite", "--shared", "--cluster", "--push-to-hub", "--private",
     }  # fmt: skip
     assert options("quantize") - options("plan") == only_work
     assert options("plan") - options("quantize") == {"--json", "--plot", "--estimate", "--tokens"}

@@ -94,8 +94,8 @@ def print_cost(shapes: list[tuple[int, int]], spec: SolveSpec) -> None:
     each, plain = [seconds(*s, spec, calibrated=True) for s in shapes], SolveSpec(**PRESETS["fitted"])
     fitted = spell_time(sum(seconds(*s, plain) for s in shapes))
     console().print(
-        f"{preset_of(spec)}, calibrated, takes out·in² for a matrix, about {spell_time(sum(each))} of CPU time in all "
-        f"and {spell_time(max(each))} for the largest; fitted about {fitted} in all."
+        f"{preset_of(spec)} takes out·in² for a matrix if it is calibrated, about {spell_time(sum(each))} of CPU time "
+        f"in all and {spell_time(max(each))} for the largest; fitted about {fitted} in all."
     )
 
 
