@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import Concatenate, WeightConverter
 
 import loftq
@@ -74,7 +74,6 @@ def test_no_parameter_is_new_that_a_part_of_a_tensor_fills(tmp_path, name):
 def test_rows_of_every_kind_are_read_alone(tmp_path):
     """Of a tensor that interleaves, one that is transposed, and vectors: the pieces say which bytes are read."""
     loftq_tensors = {"stack": torch.arange(24.0).view(2, 3, 4), "vector": torch.arange(5.0)}
-    from safetensors.torch import save_file
 
     save_file(loftq_tensors, tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path)
@@ -167,3 +166,43 @@ def test_in_memory_what_was_split_on_loading_is_not_joined_on_saving(source, tmp
     wanted = output(base)
     base.save_pretrained(tmp_path)
     assert torch.equal(output(transformers.AutoModel.from_pretrained(tmp_path)), wanted)
+
+
+def vision(directory: Path, turned: bool) -> Any:
+    """A mixture whose published files have ``(experts, in, out)``, which transformers turns unless it fits already."""
+    text = {**SIZES, "num_experts": 4, "moe_intermediate_size": INNER}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+    eyes = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": HIDDEN}
+    eyes |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    torch.manual_seed(0)
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=eyes)
+    model = transformers.Qwen3VLMoeForConditionalGeneration(config).eval()
+    model.save_pretrained(directory)
+    if turned:
+        found = load_file(directory / "model.safetensors")
+        found = {n: t.transpose(1, 2).contiguous() if ".experts." in n else t for n, t in found.items()}
+        save_file(found, directory / "model.safetensors", {"format": "pt"})
+    return model
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_a_converter_that_looks_at_shapes_first(tmp_path, turned):
+    model = vision(tmp_path / "dense", turned)
+    manifest = quantize(tmp_path / "dense", tmp_path / "out", bits=8)
+    stacks = [m["name"] for m in manifest["plan"]["matrices"] if m.get("experts")]
+    assert len(stacks) == 4
+    packed, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    ids = torch.arange(3, 10)[None]
+    packed.save_pretrained(tmp_path / "again")
+    again = type(model).from_pretrained(tmp_path / "again")
+    loftq.merge(tmp_path / "out", tmp_path / "merged", adapter="none", dtype="float32")
+    shapes = {n: t.shape for n, t in tensors(tmp_path / "dense").items()}
+    assert {n: t.shape for n, t in tensors(tmp_path / "merged").items()} == shapes
+    merged = type(model).from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        wanted, found = model(input_ids=ids).logits, packed(input_ids=ids).logits
+        assert close(found, wanted, 0.05)  # 8 bits
+        assert torch.equal(again(input_ids=ids).logits, found)
+        assert close(merged(input_ids=ids).logits, found, 1e-5)

@@ -68,7 +68,8 @@ def _follow(model: nn.Module, tensors: Headers) -> dict[str, tuple[str, Made]]:
         own: dict[str, Made] | None = {}
         for key, collected in groups.items():
             made = _made(model, converter, key, collected, tensors)
-            if not made or any(name in tensors or name in found or name in own for name in made):
+            others = tensors.keys() - {tensor for tensor, _ in collected}
+            if not made or any(name in others or name in found or name in own for name in made):
                 own = None
                 break
             own |= made
@@ -81,11 +82,11 @@ def _collected(model: nn.Module, tensors: Headers) -> Iterator[tuple[Any, dict[s
     from transformers.core_model_loading import dot_natural_key
 
     mapping = skeleton.converters(model)
-    rename = skeleton.renamer(model, mapping)
+    rename, rename_other = (skeleton.renamer(model, mapping, as_model=alike) for alike in (True, False))
     by_pattern = {pattern: converter for converter in mapping[1] for pattern in converter.source_patterns}
     used: dict[int, tuple[Any, dict[str, Collected]]] = {}
     for tensor in sorted(tensors, key=dot_natural_key):
-        key, pattern = rename(tensor)
+        key, pattern = (rename if tensors[tensor][1] == _shape(model, tensor) else rename_other)(tensor)
         if pattern:
             converter = by_pattern[pattern]
             used.setdefault(id(converter), (converter, {}))[1].setdefault(key, []).append((tensor, pattern))

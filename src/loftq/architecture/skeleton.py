@@ -1,5 +1,6 @@
 """What each tensor of a checkpoint is, from the model's own modules built on the meta device."""
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -248,11 +249,13 @@ def converters(model: nn.Module) -> tuple[list[Any], list[Any]]:
     return renamings, [m for m in mapping if isinstance(m, WeightConverter)]
 
 
-def renamer(model: nn.Module, mapping: tuple[list[Any], list[Any]] | None = None) -> Rename:
+def renamer(model: nn.Module, mapping: tuple[list[Any], list[Any]] | None = None, *, as_model: bool = True) -> Rename:
     """Checkpoint tensor -> the parameter it becomes, and the pattern of the converter that it goes through first.
 
     Args:
         mapping: of :func:`converters`, if these are at hand.
+        as_model: whether tensors have the shapes of the model's. Some converters leave such as they are, and none is
+            named then.
     """
     from transformers.core_model_loading import rename_source_key
 
@@ -262,14 +265,28 @@ def renamer(model: nn.Module, mapping: tuple[list[Any], list[Any]] | None = None
     packed = (name + suffix.removeprefix("weight") for name in (*layers, *stacks) for suffix in SUFFIXES)
     parameters: dict[str, Any] = dict.fromkeys(packed, True) | dict(model.named_parameters(remove_duplicate=False))
     prefix: str = model.base_model_prefix  # type: ignore[assignment]
+    by_pattern = {pattern: converter for converter in converting for pattern in converter.source_patterns}
 
     def rename(tensor: str) -> tuple[str, str | None]:
         name, pattern = rename_source_key(tensor, renamings, converting, prefix, parameters)
         if name not in parameters and tensor in parameters:
             return tensor, None
+        if as_model and pattern and name == tensor and _is_left(model, by_pattern[pattern], name, pattern):
+            return name, None
         return name, pattern
 
     return rename
+
+
+def _is_left(model: Any, converter: Any, name: str, pattern: str) -> bool:
+    """Whether a converter, which is run, leaves a tensor of the model's own shape as it is."""
+    trial = copy.deepcopy(converter)
+    try:
+        tensor = model.get_parameter(name).data
+        trial.add_tensor(name, name, pattern, tensor)
+        return trial.convert(name, model=model, config=model.config).get(name) is tensor
+    except Exception:  # whatever an operation raises for one tensor of several, or for no parameter
+        return False
 
 
 class _Modules:
