@@ -177,7 +177,7 @@ def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, 
     return multiply_back(_weight(stored, spec, columns), grad)
 
 
-class Weight(NamedTuple):
+class Multiplicand(NamedTuple):
     """A packed weight, as products see it."""
 
     rows: int
@@ -188,7 +188,7 @@ class Weight(NamedTuple):
     dense: Callable[[torch.dtype], Tensor]
 
 
-def multiply_by(weight: Weight, x: Tensor, bias: Tensor | None = None) -> Tensor:
+def multiply_by(weight: Multiplicand, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ W.T + bias``. For few tokens straight from the packed weight, in float32; else decoded first, then BLAS."""
     rows = x.detach().reshape(x.numel() // weight.columns, weight.columns)
     if len(rows) <= FEW_TOKENS and x.dtype in FEW_DTYPES:
@@ -204,7 +204,7 @@ def multiply_by(weight: Weight, x: Tensor, bias: Tensor | None = None) -> Tensor
     return y.view(*x.shape[:-1], weight.rows)
 
 
-def _few_products(weight: Weight, x: Tensor) -> Tensor:
+def _few_products(weight: Multiplicand, x: Tensor) -> Tensor:
     """``x @ W.T`` in float32: one token, or :data:`TOGETHER` at once."""
     tokens, few = len(x), 1 if len(x) == 1 else TOGETHER
     x = torch.nn.functional.pad(x, (0, 0, 0, -tokens % few)) if tokens % few else x.contiguous()
@@ -214,7 +214,7 @@ def _few_products(weight: Weight, x: Tensor) -> Tensor:
     return y[:tokens]
 
 
-def multiply_back(weight: Weight, grad: Tensor) -> Tensor:
+def multiply_back(weight: Multiplicand, grad: Tensor) -> Tensor:
     """``grad @ W``: decoded, then BLAS."""
     rows = grad.detach().reshape(-1, weight.rows)
     if grad.dtype != torch.float32:
@@ -226,10 +226,10 @@ def multiply_back(weight: Weight, grad: Tensor) -> Tensor:
     return result.view(*grad.shape[:-1], weight.columns)
 
 
-def _weight(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Weight:
+def _weight(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Multiplicand:
     codes = _codes(stored, spec, columns)
     known = codes.block if codes.block in KNOWN and columns % codes.block == 0 else 0
-    return Weight(
+    return Multiplicand(
         *(len(codes.packed), columns, codes),
         product=functools.partial(_product, spec.width, known=known),
         parts=functools.partial(_parts, codes, spec.width, columns),
@@ -237,7 +237,7 @@ def _weight(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Weight:
     )
 
 
-def _parts(codes: "Codes", bits: int, columns: int) -> Iterator[tuple[slice, Tensor]]:
+def _parts(codes: "PackedCodes", bits: int, columns: int) -> Iterator[tuple[slice, Tensor]]:
     """The dense weight in float32, some rows at a time, always in the same memory.
 
     Fresh memory for a whole weight costs more, in page faults, than decoding it.
@@ -296,7 +296,7 @@ def _expanded(stored: dict[str, Tensor], spec: QuantSpec, shape: Any) -> tuple[T
     return scale, zeros, block
 
 
-class Codes(NamedTuple):
+class PackedCodes(NamedTuple):
     """What the kernels are told about a packed weight."""
 
     packed: Tensor  # int8 (out, bytes)
@@ -306,14 +306,14 @@ class Codes(NamedTuple):
     block: int
 
 
-def _codes(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Codes:
+def _codes(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> PackedCodes:
     packed = stored["weight"].detach().contiguous().flatten(1)
     scale, zero = stored["weight_scale"].detach(), stored.get("weight_zero")
     if spec.double_quant:
         scale, _ = scale_and_zero({k: v.detach() for k, v in stored.items()})
     scale = scale.expand(len(packed), -1).contiguous()
     zero = None if zero is None else zero.detach().expand(len(packed), -1).contiguous()
-    return Codes(packed, scale, zero, _table(spec.code, spec.width), spec.block(columns))
+    return PackedCodes(packed, scale, zero, _table(spec.code, spec.width), spec.block(columns))
 
 
 @functools.cache

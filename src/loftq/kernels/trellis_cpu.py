@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loftq.codes import RATE_UNIT, levels
 from loftq.kernels import viterbi, windows
-from loftq.kernels.cpu import PART, Weight, multiply_back, multiply_by, run_over_rows, scratch
+from loftq.kernels.cpu import PART, Multiplicand, multiply_back, multiply_by, run_over_rows, scratch
 from loftq.numerics import Downdate, Quantized, trellis_rounding
 from loftq.numerics.trellis import better_scales, first_scales
 from loftq.spec import QuantSpec, trellis_groups
@@ -113,9 +113,9 @@ def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, 
     return multiply_back(_weight(stored, spec, columns), grad)
 
 
-def _weight(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Weight:
+def _weight(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Multiplicand:
     strings = _strings(stored, spec, columns)
-    return Weight(
+    return Multiplicand(
         *(len(strings.scale), columns, strings),
         product=windows.kernel,
         parts=functools.partial(_parts, strings, columns),

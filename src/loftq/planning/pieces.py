@@ -36,7 +36,7 @@ Made = tuple[tuple[Piece, ...], ...]  # for every expert, or once, the pieces th
 
 
 @dataclass(frozen=True)
-class Part:
+class Restored:
     """Rows of a source tensor, where they went: into a parameter's matrix ``index``, from its row ``first`` on."""
 
     name: str
@@ -56,7 +56,7 @@ def of_stack(name: str, shape: tuple[int, ...]) -> Made:
     return tuple((Piece(name, shape, e * rows, (e + 1) * rows),) for e in range(experts))
 
 
-def restored(made: Mapping[str, Made]) -> dict[str, tuple[Part, ...]]:
+def restored(made: Mapping[str, Made]) -> dict[str, tuple[Restored, ...]]:
     """Source tensor -> the parts that it is put together of again.
 
     Args:
@@ -65,12 +65,12 @@ def restored(made: Mapping[str, Made]) -> dict[str, tuple[Part, ...]]:
     """
     left = dict(made)
     while True:
-        parts: dict[str, list[Part]] = {}
+        parts: dict[str, list[Restored]] = {}
         for name, matrices in left.items():
             for index, pieces in enumerate(matrices):
                 first = 0
                 for piece in pieces:
-                    parts.setdefault(piece.tensor, []).append(Part(name, index, first, piece))
+                    parts.setdefault(piece.tensor, []).append(Restored(name, index, first, piece))
                     first += piece.count
         broken = {part.name for found in parts.values() if not _is_whole(found) for part in found}
         if not broken:
@@ -78,7 +78,7 @@ def restored(made: Mapping[str, Made]) -> dict[str, tuple[Part, ...]]:
         left = {name: pieces for name, pieces in left.items() if name not in broken}
 
 
-def _is_whole(parts: list[Part]) -> bool:
+def _is_whole(parts: list[Restored]) -> bool:
     """Whether they are all rows of their tensor, each once."""
     shape = parts[0].piece.shape
     columns = 1 if len(shape) == 1 else shape[-2] if parts[0].piece.transposed else shape[-1]

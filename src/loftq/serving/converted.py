@@ -42,7 +42,7 @@ LARGEST_FILE = 5 << 30
 
 
 @dataclass(frozen=True)
-class Part:
+class Gathered:
     """A tensor of the new file: of which matrix each row is, and which row of it; none for one that is copied."""
 
     name: str
@@ -187,14 +187,14 @@ def _values(tensor: Any) -> Tensor:
     return raw.reshape(-1, raw.shape[-1])
 
 
-def _parts(reader: Any, firsts: dict[str, int], base: Base, preferred: str) -> list[Part]:
+def _parts(reader: Any, firsts: dict[str, int], base: Base, preferred: str) -> list[Gathered]:
     """What becomes of every tensor of the script's file. InputError for marks that it has not kept whole."""
     names, starts = list(firsts), torch.tensor(list(firsts.values()), dtype=torch.int64)
     seen = dict.fromkeys(names, 0)
     parts = []
     for tensor in reader.tensors:
         shape = tuple(int(n) for n in reversed(tensor.shape))
-        copied = Part(tensor.name, shape, int(tensor.tensor_type), tensor.n_bytes)
+        copied = Gathered(tensor.name, shape, int(tensor.tensor_type), tensor.n_bytes)
         plain = tensor.tensor_type.value in PLAIN.values() and len(shape) > 1
         ids = read_marks(_values(tensor).float()) if plain else None
         if ids is None:
@@ -216,7 +216,7 @@ def _parts(reader: Any, firsts: dict[str, int], base: Base, preferred: str) -> l
     return parts
 
 
-def _part(copied: Part, sources: list[tuple[Dense, Tensor, Tensor]], preferred: str) -> Part:
+def _part(copied: Gathered, sources: list[tuple[Dense, Tensor, Tensor]], preferred: str) -> Gathered:
     blocks = {block_for(t.matrix, preferred) if t.matrix else None for t, _, _ in sources}
     if len(blocks) > 1 or (blocks == {None} and len({t.dtype for t, _, _ in sources}) > 1):
         raise InputError(
@@ -227,11 +227,13 @@ def _part(copied: Part, sources: list[tuple[Dense, Tensor, Tensor]], preferred: 
     count = int(np.prod(copied.shape))
     if block is None:
         kind = PLAIN[sources[0][0].dtype]
-        return Part(copied.name, copied.shape, kind, count * (4 if kind == 0 else 2), tuple(sources))
-    return Part(copied.name, copied.shape, block.type, count // block.size * block.bytes, tuple(sources))
+        return Gathered(copied.name, copied.shape, kind, count * (4 if kind == 0 else 2), tuple(sources))
+    return Gathered(copied.name, copied.shape, block.type, count // block.size * block.bytes, tuple(sources))
 
 
-def _contents(reader: Any, parts: list[Part], base: Base, preferred: str, advance: Any) -> Iterator[bytes | memoryview]:
+def _contents(
+    reader: Any, parts: list[Gathered], base: Base, preferred: str, advance: Any
+) -> Iterator[bytes | memoryview]:
     header = Header(reader.fields["general.architecture"].contents())
     left_out = {"general.architecture", "general.file_type"}
     for field in reader.fields.values():
@@ -251,7 +253,7 @@ def _contents(reader: Any, parts: list[Part], base: Base, preferred: str, advanc
         advance()
 
 
-def _gathered(part: Part, base: Base, preferred: str) -> np.ndarray:
+def _gathered(part: Gathered, base: Base, preferred: str) -> np.ndarray:
     """The rows of a part, out of its matrices."""
     found: np.ndarray | None = None
     for tensor, at, rows in part.sources:
@@ -268,7 +270,7 @@ def _gathered(part: Part, base: Base, preferred: str) -> np.ndarray:
     return found
 
 
-def _lora_parts(parts: list[Part], adapter: Adapter) -> list[LoraPart]:
+def _lora_parts(parts: list[Gathered], adapter: Adapter) -> list[LoraPart]:
     """The adapter of every part: of several matrices side by side, their ranks added up."""
     found = []
     for part in parts:
@@ -278,7 +280,7 @@ def _lora_parts(parts: list[Part], adapter: Adapter) -> list[LoraPart]:
         if len(part.shape) != 2:
             raise InputError(f"{quoted(part.name)}: an adapter of a stack of matrices has no form here; merge it")
 
-        def read(part: Part = part, sources: Any = sources) -> tuple[Tensor, Tensor]:
+        def read(part: Gathered = part, sources: Any = sources) -> tuple[Tensor, Tensor]:
             products = [adapter.product(tensor.name) for tensor, _, _ in sources]
             b = torch.zeros(part.shape[0], sum(a.shape[0] for _, a, _ in products))
             first = 0

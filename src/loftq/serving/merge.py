@@ -22,7 +22,7 @@ from loftq.formats.rows import scattered, slices
 from loftq.formats.tensorfile import DTYPES, Entry
 from loftq.numerics import oriented
 from loftq.options import check_choice, check_whole
-from loftq.planning import Part, natural, restored
+from loftq.planning import Restored, natural, restored
 from loftq.report.card import merged_card
 from loftq.serving import heads
 from loftq.serving.adapter import Adapter, open_adapter, own_files, place_of
@@ -153,7 +153,7 @@ def _dtype(dtype: str, shape: tuple[int, ...], wide: str) -> str:
     return wide if dtype in FLOATS and len(shape) > 1 else dtype
 
 
-def _rows(part: Part, base: Base, merged: Callable[[str, int | None], Tensor]) -> Tensor:
+def _rows(part: Restored, base: Base, merged: Callable[[str, int | None], Tensor]) -> Tensor:
     expert = part.index if base.tensors[part.name].experts else None
     value = merged(part.name, expert)
     rows = value.reshape(-1, *value.shape[1:][-1:])
