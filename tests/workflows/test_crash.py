@@ -47,7 +47,9 @@ ANYWHERE = {"save_file", "save_model", "save_pretrained", "torch.save", "pickle.
 
 
 def test_nothing_but_fsio_changes_files():
-    """What every test of this file rests on. In training the Trainer writes, and a run counts by its last file."""
+    """What every test of this file rests on. In training the Trainer writes, and a run counts by its last file; a graph
+    is written by its exporter, into a directory that is renamed when it is whole.
+    """
     for file in Path(loftq.__path__[0]).rglob("*.py"):
         if file.parent.name == "finetune" and file.name in ("arguments.py", "checkpoints.py", "model.py", "trainer.py"):
             continue
@@ -59,7 +61,7 @@ def test_nothing_but_fsio_changes_files():
             assert not (module in ("os", "pathlib.os") and function in OF_OS), call
             assert not (module == "shutil" and function != "disk_usage"), call
             assert function not in OF_PATHS, call
-            assert not {name, function} & ANYWHERE, call
+            assert not {name, function} & ANYWHERE or (file.name, name) == ("onnx.py", "made.save_pretrained"), call
             assert name != "open" or ast.unparse(node.args[1]) == "'rb'", call
 
 
