@@ -41,9 +41,9 @@ SCRIPTS = {  # in the order of the page: title, and what limits the result
     "generate": (
         "One token, and a loaded model",
         "Packed weights are looked up sixteen at a time in a register (AVX-512; eight with AVX2), so that computing "
-        "takes about as long as reading them from memory. The rest is Python's: a packed layer's call takes 70 µs on "
-        "its own, PEFT's around it about as long again, which models of small matrices feel most. Numba and LLVM take "
-        "0.12 GB once kernels are there, whatever the model.",
+        "takes about as long as reading them from memory. The rest is Python's: a packed layer's call, and PEFT's "
+        "around it, which models of small matrices feel most. What is held beyond the files is mostly Numba and LLVM, "
+        "once kernels are there, whatever the model.",
     ),
     "trellis": (
         "The trellis code",
