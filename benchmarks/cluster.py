@@ -36,14 +36,15 @@ def cluster() -> Iterator[Callable[[], float]]:
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     nodes.add_node(num_cpus=1)
     os.environ["RAY_ADDRESS"] = nodes.address
+    session = str(nodes.head_node.get_session_dir_path())
     seen: dict[int, float] = {}
 
     def taken() -> float:
-        for process in psutil.process_iter(["cmdline", "cpu_times"]):
-            line = " ".join(process.info["cmdline"] or ())
-            if line.startswith("ray::") or "/ray/" in line:
-                times = process.info["cpu_times"]
-                seen[process.pid] = max(seen.get(process.pid, 0.0), times.user + times.system)
+        found = {p.pid: p.info for p in psutil.process_iter(["cmdline", "cpu_times", "ppid"])}
+        ours = {pid for pid, info in found.items() if any(session in part for part in info["cmdline"] or ())}
+        for pid, info in found.items():
+            if info["cpu_times"] and (pid in ours or info["ppid"] in ours):  # workers are a raylet's children
+                seen[pid] = max(seen.get(pid, 0.0), info["cpu_times"].user + info["cpu_times"].system)
         return sum(seen.values())
 
     try:

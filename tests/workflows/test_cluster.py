@@ -1,5 +1,6 @@
 """Units made by a real Ray cluster, two nodes of processes on this machine; a node may die, and so may the driver."""
 
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from harness import FLAGS, cli, refused, run, tiny_source, tree
+from harness import FLAGS, POLICY, cli, refused, run, tiny_source, tree
 from loftq.errors import StorageError, UsageError
 
 # what Ray has to say of itself is no matter of ours
@@ -49,7 +50,7 @@ def wait_for_units(output: Path, count: int, within: float = 400) -> None:
 
 
 def test_a_node_and_a_driver_are_lost(cluster, source, golden, tmp_path):
-    """The bytes are those of one process: with a node killed, and with a driver killed that is begun again."""
+    """The bytes are those of one process: of a budget with a node killed; with a driver killed that is begun again."""
     second = cluster.add_node(num_cpus=1)
 
     def kill() -> None:
@@ -59,11 +60,13 @@ def test_a_node_and_a_driver_are_lost(cluster, source, golden, tmp_path):
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     counts: list[Any] = []
-    run(source, tmp_path / "node", lambda *given: counts.append(given) or counts.append, cluster=cluster.address)
+    budget = dataclasses.replace(POLICY, bits="4", budget="3.5")
+    run(source, tmp_path / "alone", policy=budget)
+    begin = lambda *given: counts.append(given) or counts.append  # noqa: E731
+    run(source, tmp_path / "node", begin, policy=budget, cluster=cluster.address)
     killer.join()
-    assert tree(tmp_path / "node") == golden
-    assert counts[0] == (12, 0)
-    assert len(counts) == 1 + 12
+    assert tree(tmp_path / "node") == tree(tmp_path / "alone")
+    assert counts == [(12, 0), *[{"measured": ""}] * 12, (12, 0), *[{}] * 12]
 
     command = [sys.executable, "-m", "loftq", "quantize", str(source), "-o", str(tmp_path / "driver"), *FLAGS]
     driver = subprocess.Popen([*command, "--cluster", cluster.address], stderr=subprocess.DEVNULL)
@@ -72,7 +75,7 @@ def test_a_node_and_a_driver_are_lost(cluster, source, golden, tmp_path):
     driver.wait()
     run(source, tmp_path / "driver", cluster=cluster.address)
     assert tree(tmp_path / "driver") == golden
-    assert {path.name for path in tmp_path.iterdir()} == {"node", "driver"}
+    assert {path.name for path in tmp_path.iterdir()} == {"alone", "node", "driver"}
 
 
 def test_addresses_that_do_not_answer(source, tmp_path, monkeypatch):

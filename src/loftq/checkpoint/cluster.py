@@ -8,7 +8,7 @@ the lost one had solved is still there, and so it is when the driver is lost and
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,13 @@ from ray.exceptions import RayError, RayTaskError  # type: ignore[reportMissingI
 from loftq.checkpoint import team
 from loftq.checkpoint.budget import planned
 from loftq.checkpoint.claims import Crew
+from loftq.checkpoint.curves import Curves
 from loftq.checkpoint.output_dir import claim
 from loftq.checkpoint.shards import Workspace
-from loftq.checkpoint.shared import Engine, Prepared, Sharing
+from loftq.checkpoint.shared import CHOICE, Engine, Prepared, Sharing
+from loftq.checkpoint.team import Share
 from loftq.errors import LoftqError, StorageError, UsageError, first_line, option, quoted
-from loftq.formats import hashed_json
+from loftq.formats import fsio, hashed_json
 from loftq.solver.cost import constants, memory
 
 if TYPE_CHECKING:
@@ -43,57 +45,71 @@ class Request:
     options: "QuantizeOptions"
 
 
-def engine(model: str, ready: Prepared) -> Engine:
-    """Makes units by the tasks of a cluster that runs already.
+class Cluster(Engine):
+    """The workers of a Ray cluster that runs already.
 
     Raises: UsageError for what is no address; StorageError where no cluster answers.
     """
-    address = str(ready.options.cluster)
-    if not ADDRESS.fullmatch(address):
-        raise UsageError(f"{option('cluster')}: {quoted(address)} is neither auto nor an address like ray://HOST:10001")
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
-    except Exception as e:  # each kind of address has its own
-        why = quoted(str(e).strip().rpartition("\n")[2] or type(e).__name__, 200)
-        begin = "`ray start --head` begins one on this machine"
-        raise StorageError(f"{option('cluster', address)}: no Ray cluster answers ({why}); {begin}") from e
-    place = Path(model).expanduser()
-    options = ready.options
-    if options.calibrate is not None:
-        options = replace(options, calibrate=str(Path(options.calibrate).resolve()))
-    request = Request(str(place.resolve()) if place.exists() else model, str(ready.work.target), options)
-    return lambda sharing, begin: _make_units(sharing, request, begin)
 
+    def __init__(self, model: str, ready: Prepared) -> None:
+        address = str(ready.options.cluster)
+        if not ADDRESS.fullmatch(address):
+            wanted = "neither auto nor an address like ray://HOST:10001"
+            raise UsageError(f"{option('cluster')}: {quoted(address)} is {wanted}")
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
+        except Exception as e:  # each kind of address has its own
+            why = quoted(str(e).strip().rpartition("\n")[2] or type(e).__name__, 200)
+            begin = "`ray start --head` begins one on this machine"
+            raise StorageError(f"{option('cluster', address)}: no Ray cluster answers ({why}); {begin}") from e
+        options = replace(ready.options, workers=ready.options.workers or 1)
+        if options.calibrate is not None:
+            options = replace(options, calibrate=str(Path(options.calibrate).resolve()))
+        place = Path(model).expanduser()
+        name = str(place.resolve()) if place.exists() else model
+        self.request = Request(name, str(ready.work.target), replace(options, curves=None))
 
-def _make_units(sharing: Sharing, request: Request, begin: "Begin | None") -> None:
-    """Hand out the units that have no record, and again those whose machines are lost."""
-    counts = {share.record: share.items for share in sharing.shares()}
-    left = [share for share in sharing.shares() if not share.record.exists()]
-    known = sum(counts.values()) - sum(share.items for share in left)
-    advance = begin(sum(counts.values()), known) if begin else lambda _: None
-    task = ray.remote(make_unit).options(max_retries=TRIES, **_needs(sharing))
-    tasks = {task.remote(request, int(share.record.stem)): share for share in team.in_order(left, "")}
-    lost: Counter[Path] = Counter()
-    while tasks and not sharing.over():
-        done, _ = ray.wait(list(tasks), timeout=team.POLL)
-        for reference in done:
-            share = tasks.pop(reference)
-            try:
-                ray.get(reference)
-            except RayTaskError as e:
-                raise e.cause if isinstance(e.cause, LoftqError) else e from None
-            except RayError as e:
-                lost[share.record] += 1
-                if lost[share.record] >= TRIES:
-                    raise StorageError(
-                        f"{share.record.stem}: its machines were lost {TRIES} times ({first_line(e)}); look after the "
-                        "cluster, then run the same command again to continue"
-                    ) from e
-            if share.record.exists():
-                for _ in range(share.items):
-                    advance({})
-            else:
-                tasks[task.remote(request, int(share.record.stem))] = share
+    def measure(self, sharing: Sharing, begin: "Begin | None") -> Curves:
+        if sharing.options.curves is not None:  # what that file has not, this process measures
+            return sharing.measure(begin)
+        shares = list(sharing.curve_shares())
+        fsio.make_dirs(shares[0].record.parent)
+        self._hand_out(measure_unit, sharing, shares, begin)
+        return sharing.read_curves(shares)
+
+    def make_units(self, sharing: Sharing, begin: "Begin | None") -> None:
+        self._hand_out(make_unit, sharing, sharing.shares(), begin)
+
+    def _hand_out(
+        self, work: Callable[[Request, int], None], sharing: Sharing, shares: list[Share], begin: "Begin | None"
+    ) -> None:
+        """Have the shares made that have no record, and again those whose machines are lost."""
+        left = [share for share in shares if not share.record.exists()]
+        total, missing = (sum(share.items for share in some) for some in (shares, left))
+        advance = begin(total, total - missing) if begin and left else lambda _: None
+        task = ray.remote(work).options(max_retries=TRIES, **_needs(sharing))
+        tasks = {task.remote(self.request, int(share.record.stem)): share for share in team.in_order(left, "")}
+        lost: Counter[Path] = Counter()
+        while tasks and not sharing.over():
+            done, _ = ray.wait(list(tasks), timeout=team.POLL)
+            for reference in done:
+                share = tasks.pop(reference)
+                try:
+                    ray.get(reference)
+                except RayTaskError as e:
+                    raise e.cause if isinstance(e.cause, LoftqError) else e from None
+                except RayError as e:
+                    lost[share.record] += 1
+                    if lost[share.record] >= TRIES:
+                        raise StorageError(
+                            f"{share.record.stem}: its machines were lost {TRIES} times ({first_line(e)}); look after "
+                            "the cluster, then run the same command again to continue"
+                        ) from e
+                if share.record.exists():
+                    for _ in range(share.items):
+                        advance({"measured": ""} if work is measure_unit else {})
+                else:
+                    tasks[task.remote(self.request, int(share.record.stem))] = share
 
 
 def _needs(sharing: Sharing) -> Mapping[str, Any]:
@@ -111,22 +127,28 @@ _joined: dict[str, Sharing] = {}  # of this worker, which gets many tasks of a r
 
 def make_unit(request: Request, index: int) -> None:
     """A task: join the run, and make one unit, or wait until another has made it."""
-    key = repr(request)
-    if key not in _joined:
-        _joined.clear()
-        _joined[key] = _join(request)
-    sharing = _joined[key]
+    sharing = _join(request)
+    choice = sharing.work.root / CHOICE
+    if request.options.policy.budget and sharing.job.source.plan.budget is None:
+        source, policy = sharing.job.source, request.options.policy
+        sharing.job = sharing.respend(planned(source, policy, hashed_json.load(choice)))
     share = next(share for share in sharing.shares() if int(share.record.stem) == index)
-    sharing.make_units(None, [share], sharing.options.workers or 1)
+    sharing.make_units(None, [share])
+
+
+def measure_unit(request: Request, index: int) -> None:
+    """A task: the same, for the error curves of a unit's matrices."""
+    _join(request).measure(None, index)
 
 
 def _join(request: Request) -> Sharing:
+    """This worker as one of those that share the run; for as long as it lives."""
     from loftq.checkpoint.quantize import prepared
 
-    ready = prepared(request.model, Workspace(Path(request.output)), request.options)
-    claim(ready.work, ready.job.identity, ready.job.source.directory, shared=True)
-    sharing = Sharing(ready, Crew(ready.work.root).__enter__())  # for as long as this process lives
-    choice = ready.work.root / "choice.json"
-    if choice.exists():
-        sharing.job = ready.respend(planned(ready.job.source, ready.options.policy, hashed_json.load(choice)))
-    return sharing
+    key = repr(request)
+    if key not in _joined:
+        _joined.clear()
+        ready = prepared(request.model, Workspace(Path(request.output)), request.options)
+        claim(ready.work, ready.job.identity, ready.job.source.directory, shared=True)
+        _joined[key] = Sharing(ready, Crew(ready.work.root).__enter__())
+    return _joined[key]

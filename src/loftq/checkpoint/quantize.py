@@ -35,7 +35,7 @@ from loftq.checkpoint.output_dir import (
 )
 from loftq.checkpoint.remote_work import RemoteWorkspace
 from loftq.checkpoint.shards import Solved, Workspace, solve_matrix, split, suitable
-from loftq.checkpoint.shared import Engine, Prepared, Sharing, make_shared, write_tasks
+from loftq.checkpoint.shared import Engine, Prepared, make_shared, write_tasks
 from loftq.errors import (
     ConflictError,
     InputError,
@@ -234,10 +234,10 @@ def prepared(
 def _engine(model: str, ready: Prepared) -> Engine:
     """What makes the units of a run that is shared: the threads of this process, or a cluster."""
     if ready.options.cluster is None:
-        return Sharing.make_units
+        return Engine()
     with extra("ray"):
-        from loftq.checkpoint.cluster import engine
-    return engine(model, ready)
+        from loftq.checkpoint.cluster import Cluster
+    return Cluster(model, ready)
 
 
 def _job(source: Source, layout: Layout, identity: dict[str, Any], options: QuantizeOptions) -> Job:

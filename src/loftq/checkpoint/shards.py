@@ -225,7 +225,8 @@ class Workspace:
         return self.units / f"{unit.index:05d}.{self.maker}.shard" if self.maker else self.output / unit.file_name
 
     def piece(self, unit: Unit) -> Path:
-        return self.units / (f"{unit.index:05d}.{self.maker}.safetensors".replace("..", "."))
+        name = f"{unit.index:05d}.{self.maker}" if self.maker else f"{unit.index:05d}"
+        return self.units / f"{name}.safetensors"
 
     def record(self, unit: Unit) -> Path:
         return self.units / f"{unit.index:05d}.json"

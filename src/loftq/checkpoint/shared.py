@@ -6,7 +6,7 @@ its own; one rename makes that the output, so of two that try, one does. Every p
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,8 @@ from loftq.sources.checkpoint import Source
 
 if TYPE_CHECKING:
     from loftq.checkpoint.quantize import Begin, QuantizeOptions
+
+CHOICE = "choice.json"  # in a workspace: what a budget was spent on
 
 
 class _Damaged(Exception):
@@ -77,37 +79,64 @@ class Sharing:
         """Whether nothing is left to do here: the output is there, or the workspace is gone."""
         return (self.work.target / MANIFEST).exists() or not self.work.identity.exists()
 
-    def team(self, workers: int = 0) -> Team:
-        """Its threads: so many, or as the options say, or as fit the machine."""
+    def team(self) -> Team:
+        """Its threads: as the options say, or as fit the machine."""
         calibrated = self.statistics is not None
         shapes = (m.shape for m in self.job.source.plan.matrices)
         solve = self.job.source.plan.solve
         return Team(
             self.crew,
-            workers or self.options.workers or workers_for(shapes, solve, self.options.device, calibrated),
+            self.options.workers or workers_for(shapes, solve, self.options.device, calibrated),
             self.over,
         )
 
     def shares(self) -> list[Share]:
         return [share_of(self.job, self.work, unit) for unit in self.job.units]
 
-    def spend(self, begin: "Begin | None") -> None:
-        """Measure the curves of a budget with the others; go on with the plan that the first one chose of them."""
-        choice, source, policy = self.work.root / "choice.json", self.job.source, self.options.policy
-        keep, device = self.options.curves, self.options.device
-        if not choice.exists():
-            curves = measured(
-                source, policy, keep, self.statistics, device=device, begin=begin, together=self._measured
-            )
+    def spend(self, engine: "Engine", begin: "Begin | None") -> None:
+        """Have the curves of a budget measured; go on with the plan that the first process chose of them."""
+        choice, source, policy = self.work.root / CHOICE, self.job.source, self.options.policy
+        curves = {} if choice.exists() else engine.measure(self, begin)
         while not choice.exists() and not self.over():
             if self.crew.take(choice):
-                hashed_json.create(choice, spent(source, policy, curves))  # type: ignore[possibly-undefined]
+                hashed_json.create(choice, spent(source, policy, curves))
             else:
                 time.sleep(team.POLL)
         if not self.over():
             self.job = self.respend(planned(source, policy, hashed_json.load(choice)))
 
-    def make_units(self, begin: "Begin | None", shares: list[Share] | None = None, workers: int = 0) -> None:
+    def curve_shares(self) -> dict[Share, list[Matrix]]:
+        """A share for the error curves of every unit's matrices."""
+        solve, found = self.job.source.plan.solve, {}
+        for unit in self.job.units:
+            cost = sum(seconds(*m.shape, solve, m.quant) for m in unit.matrices)
+            record = self.work.root / "curves" / f"{unit.index:05d}.json"
+            found[Share(record, len(unit.matrices), cost, ".json")] = unit.matrices
+        return found
+
+    def measure(self, begin: "Begin | None", only: int | None = None) -> Curves:
+        """The curves of all matrices, or of one unit's, by the threads of this process, beside others."""
+        options = self.options
+        shares = {s: found for s, found in self.curve_shares().items() if only in (None, int(s.record.stem))}
+
+        def together(known: Curves, one: Callable[[Matrix], list[Choice]], advance: Advance) -> Curves:
+            fsio.make_dirs(self.work.root / "curves")
+            self.team().work(shares, _measuring(shares, known, one, advance))
+            return self.read_curves(shares)
+
+        return measured(
+            *(self.job.source, options.policy, options.curves, self.statistics),
+            device=options.device,
+            begin=begin,
+            together=together,
+        )
+
+    def read_curves(self, shares: Iterable[Share]) -> Curves:
+        """What the records of shares say; nothing once all is over."""
+        rows = [] if self.over() else [hashed_json.load(share.record)["curves"] for share in shares]
+        return {module: [Choice(*c) for c in curve] for found in rows for module, curve in found.items()}
+
+    def make_units(self, begin: "Begin | None", shares: list[Share] | None = None) -> None:
         """Until every unit has a record, or the output is there."""
         job, work, units = self.job, self.work, {self.work.record(unit): unit for unit in self.job.units}
         now = team.names_in(work.units)
@@ -140,7 +169,7 @@ class Sharing:
                 advance({})
 
         left = [share for share in shares or self.shares() if share.record not in done]
-        self.team(workers).work(left, Handlers(solve, keep, close, told))
+        self.team().work(left, Handlers(solve, keep, close, told))
 
     def finish(self) -> dict[str, Any] | None:
         """Put it together and publish it, if no other process is at it; the manifest, if all records were good."""
@@ -180,47 +209,38 @@ class Sharing:
                 raise _Damaged(item)
             yield solved
 
-    def _measured(self, known: Curves, measure: Callable[[Matrix], list[Choice]], advance: Advance) -> Curves:
-        """The curves of all matrices, a unit of them at a time, each in a file until all of its unit are there."""
-        matrices = {self.work.root / "curves" / f"{u.index:05d}.json": u.matrices for u in self.job.units}
-        fsio.make_dirs(self.work.root / "curves")
-        solve = self.job.source.plan.solve
-        shares = [
-            Share(record, len(found), sum(seconds(*m.shape, solve, m.quant) for m in found), ".json")
-            for record, found in matrices.items()
-        ]
 
-        def keep(share: Share, item: int, curve: list[Choice]) -> None:
-            fsio.make_dirs(share.directory)
-            hashed_json.write(share.place(item), {"choices": [astuple(choice) for choice in curve]})
-            advance({"measured": matrices[share.record][item].name})
+def _measuring(
+    shares: dict[Share, list[Matrix]], known: Curves, one: Callable[[Matrix], list[Choice]], advance: Advance
+) -> Handlers:
+    """Curves of the matrices of shares: each in a file until all of its share are there."""
 
-        def close(share: Share) -> list[int]:
-            found, bad = {}, []
-            for item, matrix in enumerate(matrices[share.record]):
-                try:
-                    found[matrix.module] = hashed_json.load(share.place(item))["choices"]
-                except LoftqError:
-                    bad.append(item)
-            if not bad:
-                hashed_json.create(share.record, found)
-                fsio.remove_tree(share.directory)
-            return bad
+    def solve(share: Share, item: int) -> list[Choice]:
+        matrix = shares[share][item]
+        return known.get(matrix.module) or one(matrix)
 
-        def told(items: int) -> None:
-            for _ in range(items):
-                advance({"measured": ""})
+    def keep(share: Share, item: int, curve: list[Choice]) -> None:
+        fsio.make_dirs(share.directory)
+        hashed_json.write(share.place(item), {"choices": [astuple(choice) for choice in curve]})
+        advance({"measured": shares[share][item].name})
 
-        def solve_one(share: Share, item: int) -> list[Choice]:
-            matrix = matrices[share.record][item]
-            return known.get(matrix.module) or measure(matrix)
+    def close(share: Share) -> list[int]:
+        found, bad = {}, []
+        for item, matrix in enumerate(shares[share]):
+            try:
+                found[matrix.module] = hashed_json.load(share.place(item))["choices"]
+            except LoftqError:
+                bad.append(item)
+        if not bad:
+            hashed_json.create(share.record, {"curves": found})
+            fsio.remove_tree(share.directory)
+        return bad
 
-        self.team().work(shares, Handlers(solve_one, keep, close, told))
-        curves: Curves = {}
-        for record, found in matrices.items():
-            rows = {} if self.over() else hashed_json.load(record)
-            curves |= {m.module: [Choice(*c) for c in rows[m.module]] for m in found if rows}
-        return curves
+    def told(items: int) -> None:
+        for _ in range(items):
+            advance({"measured": ""})
+
+    return Handlers(solve, keep, close, told)
 
 
 def share_of(job: Job, work: Workspace, unit: Unit) -> Share:
@@ -228,7 +248,16 @@ def share_of(job: Job, work: Workspace, unit: Unit) -> Share:
     return Share(work.record(unit), len(unit.members), cost)
 
 
-Engine = Callable[[Sharing, "Begin | None"], None]  # makes all units that have no record yet
+class Engine:
+    """What does the work of a run that is shared: here the threads of this process, beside others."""
+
+    def measure(self, sharing: Sharing, begin: "Begin | None") -> Curves:
+        """The error curves of all matrices."""
+        return sharing.measure(begin)
+
+    def make_units(self, sharing: Sharing, begin: "Begin | None") -> None:
+        """All units that have no record yet."""
+        sharing.make_units(begin)
 
 
 def make_shared(ready: Prepared, begin: "Begin | None", engine: Engine) -> dict[str, Any]:
@@ -239,10 +268,10 @@ def make_shared(ready: Prepared, begin: "Begin | None", engine: Engine) -> dict[
         with Crew(work.root) as crew:
             sharing = Sharing(ready, crew)
             if ready.options.policy.budget:
-                sharing.spend(begin)
+                sharing.spend(engine, begin)
             write_tasks(sharing.job, work)
             while True:
-                engine(sharing, begin)
+                engine.make_units(sharing, begin)
                 begin = None
                 if done := sharing.published() or sharing.finish():
                     return done
