@@ -525,7 +525,7 @@ def test_matrices_of_an_unfinished_shard_are_kept(source, output, monkeypatch, o
     begun, names = [], solved(monkeypatch)
     run(source, output, max_shard_bytes=10**9, **options, begin=lambda *counts: begun.append(counts) or names.count)
     assert begun == [(12, 7)]
-    assert len(names) == 5
+    assert len(set(names)) == 5  # threads of the stopped run may still be at some of these
     assert tree(output) == golden
 
 
