@@ -11,23 +11,21 @@ LoRA, forward and backward, faster than PEFT's and in 0.3 of its memory; 12 GB o
 """
 
 import gc
-import json
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
 from torch import nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import loftq
-from harness import Bench, Versus, in_own_process, reset_peak, resident
+from harness import Bench, Versus, in_own_process, reset_peak, resident, save_shards
 from loftq.kernels import backend
 from loftq.nn.experts import pack_experts
 from loftq.numerics import encode
@@ -196,15 +194,14 @@ def errors(bench: Bench) -> None:
 def write_slice(directory: Path, config: Qwen3MoeConfig) -> int:
     """A checkpoint with one tensor for each expert, as it is published; a shard a layer. Bytes on disk."""
     config.save_pretrained(directory)
-    draw, index, size = torch.Generator().manual_seed(0), {}, 0
+    draw = torch.Generator().manual_seed(0)
     hidden, inner, words = config.hidden_size, config.moe_intermediate_size, config.vocab_size
     wide, narrow = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
 
     def random(*shape: int) -> torch.Tensor:
         return (torch.randn(shape, generator=draw) * 0.02).bfloat16()
 
-    for i in range(-1, config.num_hidden_layers):
-        at = f"model.layers.{i}."
+    def layer(at: str) -> dict[str, torch.Tensor]:
         attention = {"q": (wide, hidden), "k": (narrow, hidden), "v": (narrow, hidden), "o": (hidden, wide)}
         shard = {f"{at}self_attn.{n}_proj.weight": random(*shape) for n, shape in attention.items()}
         shard |= {f"{at}self_attn.{n}_norm.weight": torch.ones(config.head_dim).bfloat16() for n in "qk"}
@@ -214,15 +211,14 @@ def write_slice(directory: Path, config: Qwen3MoeConfig) -> int:
         for e in range(config.num_experts):
             for n, shape in {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}.items():
                 shard[f"{at}mlp.experts.{e}.{n}_proj.weight"] = random(*shape)
-        if i < 0:
-            tables = {f"{n}.weight": random(words, hidden) for n in ("model.embed_tokens", "lm_head")}
-            shard = {**tables, "model.norm.weight": torch.ones(hidden).bfloat16()}
-        name = f"model-{i + 2:05d}-of-{config.num_hidden_layers + 1:05d}.safetensors"
-        save_file(shard, directory / name, metadata={"format": "pt"})
-        index.update(dict.fromkeys(shard, name))
-        size += (directory / name).stat().st_size
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    return size
+        return shard
+
+    def shards() -> Iterator[dict[str, torch.Tensor]]:
+        tables = {f"{n}.weight": random(words, hidden) for n in ("model.embed_tokens", "lm_head")}
+        yield {**tables, "model.norm.weight": torch.ones(hidden).bfloat16()}
+        yield from (layer(f"model.layers.{i}.") for i in range(config.num_hidden_layers))
+
+    return save_shards(directory, shards(), config.num_hidden_layers + 1)
 
 
 def quantizing(bench: Bench) -> None:

@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "numpy", "numba", "triton", "transformers", "peft", "bitsandbytes", "hqq", "torchao")
@@ -291,6 +292,18 @@ def _cpu() -> str:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     features = [f for f in ("avx2", "avx512f", "amx_bf16") if any(f in line.split() for line in lines)]
     return " ".join([names[0] if names else platform.processor() or platform.machine(), *features])
+
+
+def save_shards(directory: Path, shards: Iterable[dict[str, torch.Tensor]], count: int) -> int:
+    """Write a checkpoint of ``count`` shards, made one after another, and its index; bytes of the shards."""
+    index, size = {}, 0
+    for i, shard in enumerate(shards, 1):
+        name = f"model-{i:05d}-of-{count:05d}.safetensors"
+        save_file(shard, directory / name, metadata={"format": "pt"})
+        index.update(dict.fromkeys(shard, name))
+        size += (directory / name).stat().st_size
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return size
 
 
 def in_own_process(function: Callable[..., Any], *arguments: Any, **environ: str) -> Any:

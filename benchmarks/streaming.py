@@ -12,13 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from harness import Bench
+from harness import Bench, save_shards
 
 BITS, RANK, STEPS = 2, 64, 5
 HIDDEN, MLP, VOCABULARY = 4096, 11008, 32000
@@ -51,22 +51,12 @@ def write_checkpoint(directory: Path, layers: int) -> int:
     def random(*shape: int) -> torch.Tensor:
         return (torch.randn(shape, generator=generator) * 0.02).bfloat16()
 
-    shards = [
-        {
-            "model.embed_tokens.weight": random(VOCABULARY, HIDDEN),
-            "lm_head.weight": random(VOCABULARY, HIDDEN),
-            "model.norm.weight": torch.ones(HIDDEN).bfloat16(),
-        }
-    ]
-    index, size = {}, 0
-    for i in range(layers + 1):
-        shard = shards.pop() if i == 0 else _layer(i - 1, random)
-        name = f"model-{i + 1:05d}-of-{layers + 1:05d}.safetensors"
-        save_file(shard, directory / name, metadata={"format": "pt"})
-        index.update(dict.fromkeys(shard, name))
-        size += (directory / name).stat().st_size
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    return size
+    def shards() -> Iterator[dict[str, torch.Tensor]]:
+        tables = {f"{name}.weight": random(VOCABULARY, HIDDEN) for name in ("model.embed_tokens", "lm_head")}
+        yield {**tables, "model.norm.weight": torch.ones(HIDDEN).bfloat16()}
+        yield from (_layer(i, random) for i in range(layers))
+
+    return save_shards(directory, shards(), layers + 1)
 
 
 def _layer(i: int, random) -> dict[str, torch.Tensor]:
