@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import fsspec
 import pytest
 import torch
 from jaxtyping import install_import_hook
@@ -17,6 +18,22 @@ def pytest_collection_finish():
     """Leave what importing made out of garbage collections: every run of a Trainer asks for several whole ones."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def scratch(tmp_path, monkeypatch):
+    """A scratch directory of the test's own."""
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+
+
+@pytest.fixture
+def memory(scratch):
+    """fsspec's store in memory, empty."""
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]
+    return fs
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from loftq.formats import remote
 from loftq.formats.source import open_checkpoint
 from loftq.sources.checkpoint import hub_id
 
+pytestmark = pytest.mark.usefixtures("memory")
 URL = "memory://bucket/model"
 
 
@@ -34,17 +35,6 @@ class Late(fsspec.get_filesystem_class("memory")):
 
 
 fsspec.register_implementation("late", Late, clobber=True)
-
-
-@pytest.fixture(autouse=True)
-def memory(tmp_path, monkeypatch):
-    """An empty store, and a scratch directory of the test's own."""
-    (tmp_path / "scratch").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
-    fs = fsspec.filesystem("memory")
-    fs.store.clear()
-    fs.pseudo_dirs[:] = [""]
-    return fs
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from harness import OPTIONS, cli, hooked, one_skeleton, run, tiny_source, tree
 from loftq.checkpoint import quantize as module
 from loftq.errors import ConflictError, InputError, StorageError, UsageError
 
+pytestmark = pytest.mark.usefixtures("memory")
 URL = "memory://bucket/made"
 REQUESTS = ("list", "look", "get", "put", "remove")
 
@@ -48,17 +49,6 @@ class Half(fsspec.get_filesystem_class("memory")):
 
 
 fsspec.register_implementation("half", Half, clobber=True)
-
-
-@pytest.fixture(autouse=True)
-def memory(tmp_path, monkeypatch):
-    """An empty store, and a scratch directory of the test's own."""
-    (tmp_path / "scratch").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
-    fs = fsspec.filesystem("memory")
-    fs.store.clear()
-    fs.pseudo_dirs[:] = [""]
-    return fs
 
 
 @pytest.fixture(scope="module")

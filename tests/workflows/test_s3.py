@@ -144,9 +144,7 @@ def local(tmp_path_factory):
 
 
 @pytest.fixture
-def bucket(request, ports, local, tmp_path, monkeypatch):
-    (tmp_path / "scratch").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+def bucket(request, ports, local, scratch, monkeypatch):
     for name, value in {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports}",
         "AWS_ACCESS_KEY_ID": "key-of-the-test",
