@@ -115,7 +115,6 @@ class RemoteWorkspace(Workspace):
         """From now on a file of a unit is read where it is, and takes no space here."""
         assert there is not None, name
         self._sent[name] = there
-        fsio.make_dirs(path.parent)
         fsio.write_hole(path, there.size)
         self.store.stand_in(name, path, there)
 

@@ -107,13 +107,9 @@ def create(path: Path, chunks: Iterable[bytes | memoryview]) -> bool:
     try:
         _fill(fd, chunks, temporary, path)
         won = _link(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError), _mutation("unlink", temporary):
-            os.unlink(temporary)
-        raise
-    if os.path.lexists(temporary):
+    finally:
         with _mutation("unlink", temporary, path):
-            os.unlink(temporary)
+            temporary.unlink(missing_ok=True)
     _sync_directory(path.parent)
     return won
 
