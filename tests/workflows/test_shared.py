@@ -240,6 +240,9 @@ def test_a_cluster_without_ray(source, golden, tmp_path):
 
     ended = cli("quantize", source, "-o", tmp_path / "out", "--cluster", "auto", *FLAGS, setup=without)
     refused(ended, 2, "pip install 'loftq[ray]'")
+    with pytest.raises(UsageError, match="neither auto nor an address like ray://"):
+        run(source, tmp_path / "out", cluster="everywhere")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_unit_that_was_changed_is_made_again(source, golden, tmp_path, caplog):
@@ -266,6 +269,13 @@ def test_shards_of_a_large_model_by_its_size(source, golden, tmp_path):
     assert made.code == 0, made.err
     manifest = json.loads((tmp_path / "out" / "loftq_manifest.json").read_text())
     assert manifest["identity"]["options"]["max_shard_bytes"] == 64 << 20
+
+
+def test_a_calibrated_unit_costs_more(source, tmp_path):
+    policy = dataclasses.replace(POLICY, solve=loftq.SolveSpec(steps=1, rounding="feedback"))
+    job = quantize.prepared(str(source), Workspace(tmp_path / "out"), quantize.QuantizeOptions(policy=policy)).job
+    calibrated = dataclasses.replace(job, identity={**job.identity, "statistics": {}})
+    assert shared.cpu_seconds(calibrated, job.units[0]) > shared.cpu_seconds(job, job.units[0])
 
 
 # Claims

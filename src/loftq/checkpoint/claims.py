@@ -113,7 +113,7 @@ class Crew(AbstractContextManager["Crew"]):
     """
 
     def __init__(self, root: Path) -> None:
-        self.root, self.me = root, Worker.here()
+        self.me = Worker.here()
         self.watch = Watch(root / "workers")
         self._left = threading.Event()
         self._holders: dict[Path, str] = {}
@@ -131,7 +131,7 @@ class Crew(AbstractContextManager["Crew"]):
                 fsio.remove(self._file)
 
     def take(self, what: Path) -> bool:
-        """Claim ``what``, the path of something below ``root``; False if a living process has it."""
+        """Claim ``what``, the path of something below its directory; False if a living process has it."""
         number = 0
         text = json.dumps({**asdict(self.me), "time": now()}).encode()
         while not fsio.create(claim := what.with_name(f"{what.name}{CLAIM}{number}"), [text]):

@@ -6,7 +6,6 @@ the lost one had solved is still there, and so it is when the driver is lost and
 """
 
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,22 +17,20 @@ import torch
 from ray.exceptions import RayError, RayTaskError  # type: ignore[reportMissingImports]
 
 from loftq.checkpoint import team
-from loftq.checkpoint.budget import planned
 from loftq.checkpoint.claims import Crew
 from loftq.checkpoint.curves import Curves
 from loftq.checkpoint.output_dir import claim
 from loftq.checkpoint.shards import Workspace
-from loftq.checkpoint.shared import CHOICE, Engine, Prepared, Sharing
+from loftq.checkpoint.shared import Engine, Prepared, Sharing
 from loftq.checkpoint.team import Share
-from loftq.errors import LoftqError, StorageError, UsageError, first_line, option, quoted
-from loftq.formats import fsio, hashed_json
+from loftq.errors import LoftqError, StorageError, first_line, option, quoted
+from loftq.formats import fsio
 from loftq.solver.cost import constants, memory
 
 if TYPE_CHECKING:
     from loftq.checkpoint.quantize import Begin, QuantizeOptions
 
 TRIES = 3  # of a task, by Ray and then by us, where machines are lost
-ADDRESS = re.compile(r"auto|ray://\S+:\d+|[^\s/]+:\d+")
 
 
 @dataclass(frozen=True)
@@ -48,14 +45,11 @@ class Request:
 class Cluster(Engine):
     """The workers of a Ray cluster that runs already.
 
-    Raises: UsageError for what is no address; StorageError where no cluster answers.
+    Raises: StorageError where no cluster answers.
     """
 
     def __init__(self, model: str, ready: Prepared) -> None:
         address = str(ready.options.cluster)
-        if not ADDRESS.fullmatch(address):
-            wanted = "neither auto nor an address like ray://HOST:10001"
-            raise UsageError(f"{option('cluster')}: {quoted(address)} is {wanted}")
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
         except Exception as e:  # each kind of address has its own
@@ -128,12 +122,9 @@ _joined: dict[str, Sharing] = {}  # of this worker, which gets many tasks of a r
 def make_unit(request: Request, index: int) -> None:
     """A task: join the run, and make one unit, or wait until another has made it."""
     sharing = _join(request)
-    choice = sharing.work.root / CHOICE
     if request.options.policy.budget and sharing.job.source.plan.budget is None:
-        source, policy = sharing.job.source, request.options.policy
-        sharing.job = sharing.respend(planned(source, policy, hashed_json.load(choice)))
-    share = next(share for share in sharing.shares() if int(share.record.stem) == index)
-    sharing.make_units(None, [share])
+        sharing.spend(Engine(), None)
+    sharing.make_units(None, index)
 
 
 def measure_unit(request: Request, index: int) -> None:

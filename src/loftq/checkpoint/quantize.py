@@ -6,6 +6,7 @@ command continues from the finished shards, and from the matrices of the unfinis
 """
 
 import logging
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -66,6 +67,8 @@ from loftq.version import __version__
 
 logger = logging.getLogger("loftq")
 
+CLUSTER = re.compile(r"auto|ray://\S+:\d+|[^\s/]+:\d+")
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeOptions:
@@ -102,6 +105,9 @@ class QuantizeOptions:
                 f"{option('overwrite', True)}: of processes that share the work, one that is begun late would replace "
                 f"what the others made; remove the old output, or choose another {option('output')}"
             )
+        if self.cluster is not None and not CLUSTER.fullmatch(str(self.cluster)):
+            wanted = "neither auto nor an address like ray://HOST:10001"
+            raise UsageError(f"{option('cluster')}: {quoted(self.cluster)} is {wanted}")
         if self.private and not self.push_to_hub:
             raise UsageError(
                 f"{option('private', True)} is of {option('push_to_hub')}; give it a name, or leave it out"
@@ -179,13 +185,15 @@ def _quantize(
     done = already_done(output, job.identity, options.overwrite)
     if done and not (work.root.exists() and is_ours(work, job.identity)):  # nothing to clean away
         return done
-    fsio.make_dirs(work.root)
     if options.is_shared:
         if not done:
+            engine = _engine(model, ready)  # before anything is written
+            fsio.make_dirs(output.parent)
             _check_space(job, work)
-            done = make_shared(ready, begin, _engine(model, ready))
+            done = make_shared(ready, begin, engine)
         _clean(work)
         return done
+    fsio.make_dirs(work.root)
     with fsio.DirectoryLock(work.lock):
         try:
             put_back(work, output)
@@ -352,7 +360,7 @@ def _check_space(job: Job, work: Workspace) -> None:
             shards.append(file_size(unit.entries(job.layout)))
             waiting = max(waiting, adapter + sum(m.bytes for m in unit.matrices))
     wanted += waiting + (max(shards) if work.leaves else sum(shards))
-    free = shutil.disk_usage(work.root).free
+    free = shutil.disk_usage(work.root.parent).free  # work.root goes when another process finishes
     if wanted * 1.05 > free:
         raise StorageError(
             f"{shown(work.root)}: no space: needs about {wanted * 1.05 / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; "

@@ -91,7 +91,7 @@ class Sharing:
         )
 
     def shares(self) -> list[Share]:
-        return [share_of(self.job, self.work, unit) for unit in self.job.units]
+        return [Share(self.work.record(u), len(u.members), cpu_seconds(self.job, u)) for u in self.job.units]
 
     def spend(self, engine: "Engine", begin: "Begin | None") -> None:
         """Have the curves of a budget measured; go on with the plan that the first process chose of them."""
@@ -107,11 +107,10 @@ class Sharing:
 
     def curve_shares(self) -> dict[Share, list[Matrix]]:
         """A share for the error curves of every unit's matrices."""
-        solve, found = self.job.source.plan.solve, {}
+        found = {}
         for unit in self.job.units:
-            cost = sum(seconds(*m.shape, solve, m.quant) for m in unit.matrices)
-            record = self.work.root / "curves" / f"{unit.index:05d}.json"
-            found[Share(record, len(unit.matrices), cost, ".json")] = unit.matrices
+            record = self.work.root / "curves" / self.work.record(unit).name
+            found[Share(record, len(unit.matrices), cpu_seconds(self.job, unit), ".json")] = unit.matrices
         return found
 
     def measure(self, begin: "Begin | None", only: int | None = None) -> Curves:
@@ -136,8 +135,8 @@ class Sharing:
         rows = [] if self.over() else [hashed_json.load(share.record)["curves"] for share in shares]
         return {module: [Choice(*c) for c in curve] for found in rows for module, curve in found.items()}
 
-    def make_units(self, begin: "Begin | None", shares: list[Share] | None = None) -> None:
-        """Until every unit has a record, or the output is there."""
+    def make_units(self, begin: "Begin | None", only: int | None = None) -> None:
+        """Until every unit, or one, has a record, or the output is there."""
         job, work, units = self.job, self.work, {self.work.record(unit): unit for unit in self.job.units}
         now = team.names_in(work.units)
         done = {record for record in units if record.name in now}
@@ -168,7 +167,7 @@ class Sharing:
             for _ in range(items):
                 advance({})
 
-        left = [share for share in shares or self.shares() if share.record not in done]
+        left = [s for s in self.shares() if s.record not in done and only in (None, int(s.record.stem))]
         self.team().work(left, Handlers(solve, keep, close, told))
 
     def finish(self) -> dict[str, Any] | None:
@@ -243,9 +242,10 @@ def _measuring(
     return Handlers(solve, keep, close, told)
 
 
-def share_of(job: Job, work: Workspace, unit: Unit) -> Share:
-    cost = sum(seconds(*m.shape, job.source.plan.solve, m.quant) for m in unit.members)
-    return Share(work.record(unit), len(unit.members), cost)
+def cpu_seconds(job: Job, unit: Unit) -> float:
+    """For all matrices of a unit, by the law of costs."""
+    plan, calibrated = job.source.plan, "statistics" in job.identity
+    return sum(seconds(*m.shape, plan.solve, m.quant, calibrated) for m in unit.members)
 
 
 class Engine:
@@ -263,8 +263,8 @@ class Engine:
 def make_shared(ready: Prepared, begin: "Begin | None", engine: Engine) -> dict[str, Any]:
     """The manifest of the output that this process and others make."""
     work, identity = ready.work, ready.job.identity
-    claim(work, identity, ready.job.source.directory, shared=True)
     try:
+        claim(work, identity, ready.job.source.directory, shared=True)
         with Crew(work.root) as crew:
             sharing = Sharing(ready, crew)
             if ready.options.policy.budget:
@@ -284,7 +284,7 @@ def make_shared(ready: Prepared, begin: "Begin | None", engine: Engine) -> dict[
 
 
 def write_tasks(job: Job, work: Workspace) -> None:
-    """What is to be done: of every unit its file, matrices, and seconds of one CPU, as the laws of costs have them."""
+    """What is to be done: of every unit its file, how many matrices it has, and their CPU time."""
     if not work.tasks.exists():
-        units = [[u.file_name, len(u.members), share_of(job, work, u).cost] for u in job.units]
+        units = [[u.file_name, len(u.members), cpu_seconds(job, u)] for u in job.units]
         fsio.write_json(work.tasks, {"units": units})

@@ -35,7 +35,7 @@ class Share:
 
     record: Path
     items: int
-    cost: float = 0.0
+    cost: float
     suffix: str = ".safetensors"
 
     @property
@@ -61,7 +61,7 @@ class Handlers:
     solve: Callable[[Share, int], Any]
     keep: Callable[[Share, int, Any], None]
     close: Callable[[Share], list[int]]
-    told: Callable[[int], None] = lambda _: None
+    told: Callable[[int], None]
 
 
 @dataclass

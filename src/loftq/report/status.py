@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from loftq.errors import listed, quoted
-from loftq.report.tables import console, plain_table
+from loftq.report.tables import console, plain_table, spell_time
 
 
 def line(found: dict[str, Any]) -> str:
-    """How far it is: ``5 of 14 units, 31 of 84 matrices, 2 processes at work, about 12 min left``."""
+    """How far it is: ``5 of 14 units, 31 of 84 matrices, 2 processes at work, about 12.0 minutes left``."""
     if found["state"] == "done":
         return "done"
     at_work = sum(w["state"] == "working" for w in found["workers"])
@@ -18,7 +18,7 @@ def line(found: dict[str, Any]) -> str:
             parts.append(f"{found[what]['done']} of {found[what]['all']} {what}")
     parts.append(f"{at_work} {'process' if at_work == 1 else 'processes'} at work")
     if found["seconds_left"] is not None:
-        parts.append(f"about {_duration(found['seconds_left'])} left" + ("" if at_work else " for one process"))
+        parts.append(f"about {spell_time(found['seconds_left'])} left" + ("" if at_work else " for one process"))
     return ", ".join(parts)
 
 
@@ -40,10 +40,3 @@ def print_status(directory: Path, found: dict[str, Any]) -> None:
             listed(w["at"], 2),
         )
     out.print(table)
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.0f} s"
