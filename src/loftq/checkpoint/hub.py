@@ -5,13 +5,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from loftq.checkpoint.assemble import ADAPTER
 from loftq.checkpoint.manifest import MANIFEST
 from loftq.errors import StorageError, UsageError, option, quoted
 from loftq.formats.belongings import REPLACED_WEIGHTS
 from loftq.formats.remote import reason
 from loftq.sources.checkpoint import HUB_ID
-
-INITIALIZATION = "loftq_init/"
 
 
 def prepare(name: str, private: bool) -> str:
@@ -42,7 +41,7 @@ def push(directory: Path, manifest: Mapping[str, Any], name: str) -> None:
 
 
 def _is_replaced(name: str) -> bool:
-    return bool(REPLACED_WEIGHTS.fullmatch(name)) or name.startswith(INITIALIZATION)
+    return bool(REPLACED_WEIGHTS.fullmatch(name)) or name.startswith(f"{ADAPTER}/")
 
 
 @contextmanager

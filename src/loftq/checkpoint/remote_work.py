@@ -48,9 +48,6 @@ class RemoteWorkspace(Workspace):
     def claimed(self) -> None:
         self.store.put(self.identity, _IDENTITY)
 
-    def by(self, record: dict[str, Any]) -> Workspace:
-        return self
-
     def finished(self, unit: Unit, trusted: bool = False) -> dict[str, Any] | None:
         """The record of a unit that the store has; of one that is finished here and was not sent, after sending it."""
         record, found = self._json(_record(unit)), [self.store.look(name) for name in _files(unit)]

@@ -307,9 +307,9 @@ def _names_in(store: Store, name: str, there: Object) -> list[str]:
     try:
         raw = store.read(name, 0, there.size) if there.size <= LARGEST else b"{}"
         listed = strict_json.loads(raw, store / name)
-        listed = listed.get("weight_map") or listed.get("files")
-        return [n for n in {*listed, *listed.values()} if isinstance(n, str)] if name != MANIFEST else list(listed)
-    except (InputError, AttributeError, TypeError):
+        names = listed["files"] if name == MANIFEST else listed["weight_map"].values()
+        return [n for n in {*names} if isinstance(n, str)]
+    except (InputError, AttributeError, KeyError, TypeError):
         return []
 
 
