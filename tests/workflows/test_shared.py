@@ -363,6 +363,7 @@ def test_status(source, golden, tmp_path):
     output = tmp_path / "out"
     ended = cli("status", output)
     refused(ended, 3, "no work for one")
+    refused(cli("status", "s3://bucket/out"), 2, "the directory s3://bucket/out: a URL")
     stopped_run(source, output, shared=True)
     found = loftq.status(output)
     assert found["matrices"] == {"done": MATRICES, "all": MATRICES}

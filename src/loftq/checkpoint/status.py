@@ -14,7 +14,7 @@ from loftq.checkpoint.output_dir import SHARED
 from loftq.checkpoint.shards import Workspace
 from loftq.errors import InputError, LoftqError, command
 from loftq.formats import hashed_json, strict_json
-from loftq.formats.regular import output_path, shown
+from loftq.formats.regular import local_path, shown
 
 PATIENCE = 5.0  # seconds that a beat may take until it is seen
 WORKING, SILENT, GONE = "working", "silent", "gone"
@@ -31,7 +31,7 @@ def status(directory: Path) -> dict[str, Any]:
 
     Raises: InputError where there is neither an output of ours nor work for one.
     """
-    work = Workspace(output_path(directory))
+    work = Workspace(local_path("the directory", directory).resolve())
     if not work.identity.exists():
         if (work.target / MANIFEST).is_file():
             return {"state": "done", "units": None, "matrices": None, "workers": [], "seconds_left": 0.0}
