@@ -146,7 +146,7 @@ def test_short_weights_without_a_scale(source, kind):
 def test_already_quantized(source):
     assert quantize(source).code == 0
     again = cli("quantize", source.parent / "out", "-o", source.parent / "twice", *FLAGS)
-    refused(again, 3, "already quantized", "full-precision")
+    refused(again, 3, "already quantized with loftq;", "full-precision")
 
 
 # Shapes

@@ -5,6 +5,7 @@ device, with all that it does on loading: renaming, fusing and splitting, ties, 
 """
 
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ WRAPPERS = {
     "base_model": "PEFT; merge the adapter with merge_and_unload(), and save what that returns",
     "module": "DistributedDataParallel; save the model that it wraps, model.module",
 }
+_NUMBER = re.compile(r"\.(\d+)(?=\.)")  # of a layer or an expert, in the name of a tensor
 
 
 def check_weights(model: nn.Module, tensors: Mapping[str, tuple[str, tuple[int, ...]]], directory: Path) -> None:
@@ -111,14 +113,20 @@ def _wrapper(model: nn.Module, tensors: Mapping[str, Any]) -> str | None:
 
 
 def _short_of_parts(model: nn.Module, tensors: Mapping[str, Any]) -> list[str]:
-    """Parameters that are fused of fewer tensors than their likes in other layers."""
+    """Parameters with fewer parts than their likes in other layers, or than every kind of part for every expert."""
     rename = renamer(model)
-    parts = Counter(name for name, converted in map(rename, tensors) if converted)
-    most: dict[str, int] = {}
-    for name, count in parts.items():
+    parts: dict[str, list[str]] = {}
+    for source in tensors:
+        name, converted = rename(source)
+        if converted:
+            parts.setdefault(name, []).append(source)
+    wanted: dict[str, int] = {}
+    for name, sources in parts.items():
         leaf = name.rpartition(".")[2]
-        most[leaf] = max(most.get(leaf, 0), count)
-    return [f"{n} ({c} of {most[n.rpartition('.')[2]]})" for n, c in parts.items() if c < most[n.rpartition(".")[2]]]
+        numbers, kinds = {tuple(_NUMBER.findall(s)) for s in sources}, {_NUMBER.sub("", s) for s in sources}
+        wanted[leaf] = max(wanted.get(leaf, 0), len(sources), len(numbers) * len(kinds))
+    of = {name: wanted[name.rpartition(".")[2]] for name in parts}
+    return [f"{name} ({len(sources)} of {of[name]})" for name, sources in parts.items() if len(sources) < of[name]]
 
 
 @contextlib.contextmanager

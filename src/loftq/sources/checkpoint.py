@@ -96,6 +96,7 @@ def open_weights(directory: Path, cure: str = "start from") -> tuple[Checkpoint,
     checkpoint = dequantized.dense(stored, found, skeleton.dtype_of(config)) if readable else stored
     method = is_quantized_source(checkpoint.tensors)
     if method:
+        method = quoted(found["quant_method"]) if isinstance(found, dict) and "quant_method" in found else method
         raise InputError(f"{shown(directory)}: already quantized with {method}; {cure} the full-precision checkpoint")
     return checkpoint, skeleton.build(directory, len(checkpoint.tensors), quantized=checkpoint is not stored)
 
