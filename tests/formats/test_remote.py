@@ -172,6 +172,7 @@ def _object(fs, name):
         ("nowhere://bucket/model", "a URL, and only paths of this machine are read"),
         ("simplecache::s3://bucket/model", "a URL, and only paths of this machine are read"),
         ("memory://", "names no directory; wanted memory://place/name"),
+        ("memory:", "names no directory; wanted memory://place/name"),  # a Path("memory://")
         ("memory://bucket/../x", "names no directory"),
     ],
 )

@@ -248,6 +248,8 @@ def test_outputs_that_exist(made, tmp_path):
     assert tensors(place)["model.layers.0.mlp.up_proj.weight"].dtype == torch.float32
     with pytest.raises(ConflictError, match="did not make"):
         loftq.merge(checkpoint.output, checkpoint.source, overwrite=True)
+    with pytest.raises(ConflictError, match="a directory that another command of loftq made"):
+        loftq.quantize(checkpoint.source, place)
     with pytest.raises(UsageError, match="in the source"):
         loftq.merge(checkpoint.output, checkpoint.output / "merged")
     with pytest.raises(InputError, match="not a directory that"):

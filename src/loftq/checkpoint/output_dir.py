@@ -47,7 +47,8 @@ def already_done(
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     if not (output / mark).is_file():
-        kind = "a directory that loftq did not make" if output.is_dir() else "not a directory"
+        made = "another command of loftq made" if any(output.glob("loftq_*.json")) else "loftq did not make"
+        kind = f"a directory that {made}" if output.is_dir() else "not a directory"
         raise ConflictError(f"{shown(output)}: exists and is {kind}; choose another {option('output')}")
     try:
         found = check(hashed_json.load(output / mark), output / mark)

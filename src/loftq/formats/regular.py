@@ -23,7 +23,7 @@ CHUNK = 4 << 20
 PARTIAL = ".loftq-partial"
 """Ending of the directory beside an output in which the work for it is collected."""
 
-URL = re.compile(r"(?:[A-Za-z0-9+.-]+::)*[A-Za-z][A-Za-z0-9+.-]+:/")  # as pathlib leaves it, with one slash of two
+URL = re.compile(r"(?:[A-Za-z0-9+.-]+::)*[A-Za-z][A-Za-z0-9+.-]+:(?:/|$)")  # as pathlib leaves it: one slash or none
 _NOT_REGULAR = (errno.ENXIO, errno.ENODEV, errno.EISDIR)
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
@@ -37,7 +37,7 @@ STAND_IN_DIRECTORIES: dict[Path, str] = {}
 def url_of(path: PurePath | str) -> str | None:
     """A path that was given as a URL, or stands for an object of a store: the URL; None for all others."""
     if URL.match(str(path)) and not str(path).startswith("file:"):
-        return re.sub(":/+", "://", str(path), count=1)
+        return re.sub(":(/+|$)", "://", str(path), count=1)
     for directory, url in STAND_IN_DIRECTORIES.items():
         if Path(path).is_relative_to(directory):
             return "/".join([url, *Path(path).relative_to(directory).parts])
