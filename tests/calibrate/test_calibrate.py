@@ -11,6 +11,7 @@ import torch
 import loftq
 import loftq.report.calibration
 from harness import cli, refused, tree
+from loftq.architecture.loading import load_tokenizer
 from loftq.calibration.calibrate import length_for, open_statistics
 from loftq.errors import InputError, UsageError
 
@@ -104,6 +105,13 @@ def test_no_tokenizer(place, tmp_path):
     refused(cli(*asked), 3, "no tokenizer that can be read: none of tokenizer.json, vocab.txt is there")
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
     refused(cli(*asked), 3, "does not know 95% of the text's tokens")
+
+
+def test_a_model_without_any_tokenizer(tmp_path):
+    """transformers would advise to install sentencepiece."""
+    small.models.tiny("llama").save_pretrained(tmp_path / "llama")
+    with pytest.raises(InputError, match="no tokenizer that can be read: no file of one is there"):
+        load_tokenizer(tmp_path / "llama")
 
 
 @pytest.mark.parametrize(

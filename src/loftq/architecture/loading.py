@@ -71,9 +71,13 @@ def check_texts(directory: Path) -> None:
     for path in sorted(directory.iterdir()):
         if READ_JSON.fullmatch(path.name):
             strict_json.check_bounds(path)
-        elif path.name.startswith(VOCABULARIES[0]) or path.suffix in VOCABULARIES[1]:
+        elif _is_vocabulary(path):
             with open_regular(path):
                 pass
+
+
+def _is_vocabulary(path: Path) -> bool:
+    return path.name.startswith(VOCABULARIES[0]) or path.suffix in VOCABULARIES[1]
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -88,14 +92,17 @@ def load_tokenizer(directory: Path) -> Any:
                 directory, config=config, trust_remote_code=False, local_files_only=True
             )
     except Exception as e:  # whatever transformers and tokenizers raise for files that they cannot take
-        raise InputError(f"{quoted(directory, 400)}: no tokenizer that can be read: {skeleton.one_line(e)}") from e
+        there = any(_is_vocabulary(f) or f.name == "tokenizer_config.json" for f in directory.iterdir())
+        why = (
+            skeleton.one_line(e)
+            if there
+            else "no file of one is there; fetch its files, or save one into the directory"
+        )
+        raise InputError(f"{quoted(directory, 400)}: no tokenizer that can be read: {why}") from e
     if not isinstance(found, transformers.PreTrainedTokenizerBase):
         raise InputError(f"{quoted(directory, 400)}: its tokenizer_class {type(found).__name__} is no tokenizer")
     named = {*found.vocab_files_names.values()}
-    if named and not any(
-        f.name in named or f.name.startswith(VOCABULARIES[0]) or f.suffix in VOCABULARIES[1]
-        for f in directory.iterdir()
-    ):
+    if named and not any(f.name in named or _is_vocabulary(f) for f in directory.iterdir()):
         raise InputError(
             f"{quoted(directory, 400)}: no tokenizer that can be read: none of {listed(sorted(named))} is there; fetch "
             "the tokenizer's files, transformers would make one up"
