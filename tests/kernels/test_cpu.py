@@ -10,7 +10,7 @@ import pytest
 import torch
 from backends import stored
 
-from loftq.kernels import cpu, reference
+from loftq.kernels import cpu, products, reference
 from loftq.kernels import threads as kernel_threads
 from loftq.numerics.codebooks import levels, midpoints
 from loftq.spec import BITS, QuantSpec
@@ -76,8 +76,8 @@ def test_codes_change_exactly_at_the_gaps(code: str) -> None:
 @pytest.mark.parametrize("product", ["linear", "linear_grad_input"])
 def test_products_in_parts_of_the_weight(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts decoded into memory that is used again: by larger and smaller weights, in and out of inference mode."""
-    monkeypatch.setattr(cpu, "PART", 1000)
-    monkeypatch.setattr(cpu, "_scratch", threading.local())
+    monkeypatch.setattr(products, "PART", 1000)
+    monkeypatch.setattr(products, "_scratch", threading.local())
     spec, results = QuantSpec(bits=3, code="affine", block_size=24), []
     for i, (rows, columns) in enumerate([(37, 72), (16, 200), (130, 200), (1, 1), (50, 7)]):
         tensors = stored(spec, rows, columns)

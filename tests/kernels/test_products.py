@@ -8,7 +8,7 @@ from backends import Backend, backend, interpreted, stored
 from torch import Tensor
 
 import loftq.kernels
-from loftq.kernels import reference
+from loftq.kernels import products, reference
 from loftq.nn.layers import LoftQEmbedding, LoftQLinear
 from loftq.numerics import levels, unpack
 from loftq.numerics.blockwise import scale_and_zero
@@ -71,7 +71,7 @@ def test_few_tokens(kernels: Backend, spec: QuantSpec, dtype: torch.dtype, produ
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_tokens(kernels: Backend, dtype: torch.dtype, product: str) -> None:
-    tokens = kernels.module.FEW_TOKENS + 1 if hasattr(kernels.module, "FEW_TOKENS") else 65
+    tokens = getattr(kernels.module, "FEW_TOKENS", products.FEW_TOKENS) + 1
     features = 130 if product == "linear_grad_input" else 200
     check(kernels, product, SPECS[1], (130, 200), torch.randn(tokens, features).to(dtype))
 

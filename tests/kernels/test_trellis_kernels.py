@@ -7,7 +7,7 @@ from torch import Tensor
 
 import loftq.kernels
 from loftq.codes import Trellis
-from loftq.kernels import TRELLIS, cpu, reference, trellis_cpu, windows
+from loftq.kernels import TRELLIS, cpu, products, reference, trellis_cpu, windows
 from loftq.numerics import Quantized, dequantize, fit_scales, trellis
 from loftq.spec import QuantSpec, stored_tensors, why_not
 
@@ -81,7 +81,7 @@ def test_products(
 ) -> None:
     """As accurate as dense ones, summed in float32; on a CPU with the weight decoded in parts of one group."""
     if kernels.module is trellis_cpu:
-        monkeypatch.setattr(trellis_cpu, "PART", 1)
+        monkeypatch.setattr(products, "PART", 1)
     for rows, columns in ((200, 300), (100, 12)):
         spec = spec_of(35, 10)
         tensors, spec = mixed(rows, columns) if columns_have_rates else (random_strings(spec, rows, columns), spec)

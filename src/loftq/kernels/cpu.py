@@ -5,10 +5,8 @@ rows without the interpreter's lock; every thread that PyTorch has gets a range 
 solver's worker, which has one, runs its kernel alone.
 """
 
-import ctypes
 import functools
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,8 +15,8 @@ from numba import njit
 from torch import Tensor
 
 from loftq.codes import HOST, Absmax, levels
-from loftq.kernels import fitting, rounding, vectors
-from loftq.kernels.threads import over_rows
+from loftq.kernels import fitting, products, rounding
+from loftq.kernels.threads import run_over_rows
 from loftq.kernels.vectors import (
     LANES,
     add_products,
@@ -32,26 +30,19 @@ from loftq.kernels.vectors import (
     subtract,
     zeros,
 )
-from loftq.numerics import Downdate, Quantized, decode_rows, fit_scales, fitted_scales, scale_and_zero, store_scales
+from loftq.numerics import Quantized, decode_rows, fit_scales, fitted_scales, scale_and_zero, store_scales
 from loftq.numerics import rounding as by_output
 from loftq.numerics.codebooks import midpoints
 from loftq.numerics.fitting import AROUND, ROUNDS, start_parts
 from loftq.spec import QuantSpec, packed_shape
 
 NAME = "cpu"
-FEW_TOKENS = 8  # up to here a product reads the packed weight once; beyond, decoding it first is faster
-TOGETHER = 4  # tokens multiplied at once, where there are several
 CACHED = 4096  # activations that stay in the fastest cache
-FEW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations that float32 holds
 KNOWN = (32, 64, 128)  # sizes of blocks that get a kernel of their own
-PART = 1 << 21  # weights decoded at a time for a product in float32
-DTYPES = {torch.int8: "u1", torch.uint8: "u1", torch.bfloat16: "u2", torch.int16: "i2"}  # as arrays
-DTYPES |= {torch.float16: "i2", torch.int64: "i8", torch.float64: "f8"}
 FEW_GAPS = 15  # up to here counting the smaller ones, vectorised, beats a table that tells where to look
 
 compiled = njit(nogil=True, cache=True)
 inlined = njit(nogil=True, cache=True, forceinline=True)  # into its callers, where its constants are known
-reassociating = njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"})
 
 
 def quantize_residual(
@@ -66,7 +57,7 @@ def quantize_residual(
     """Quantize ``target``, and the float32 residual ``weight - dequantize(codes)``, in ``out`` if given."""
     target, weight = target.detach().float().contiguous(), weight.detach().float().contiguous()
     if fitted:
-        scales = fitted_scales(target, spec, earlier and earlier.scales, _search, _block_errors)
+        scales = _fitted_scales(target, spec, earlier and earlier.scales)
     else:
         scales = _absmax_scales(target, spec) if isinstance(spec.codebook, Absmax) else fit_scales(target, spec)
     scale, zero, block = _expanded(scales, spec, target.shape)
@@ -79,30 +70,6 @@ def quantize_residual(
         cells = _cells(spec.code, spec.width)
         run_over_rows(_quantize_by_cells, len(target), *arrays, *cells, table, block, codes, residual)
     return Quantized(codes, scales), residual
-
-
-def feedback(target: Tensor, columns: Tensor, spec: QuantSpec, *, fitted: bool = False) -> Quantized:
-    """Quantize with error feedback, as :func:`loftq.numerics.rounding.feedback`."""
-
-    def fit(part: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
-        return fitted_scales(part, spec, None, _search, _block_errors)
-
-    return by_output.feedback(target, columns, spec, fitted=fitted, fit=fit, round_block=_round_block)
-
-
-def descend(
-    target: Tensor,
-    quantized: Quantized,
-    columns: Tensor | Downdate,
-    spec: QuantSpec,
-    *,
-    fitted: bool = False,
-    residual: Tensor | None = None,
-) -> Quantized:
-    """A round of coordinate descent, as :func:`loftq.numerics.rounding.descend`."""
-    return by_output.descend(
-        target, quantized, columns, spec, fitted=fitted, residual=residual, descend_block=_descend_block
-    )
 
 
 def _round_block(values: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -140,6 +107,12 @@ def _block_errors(target: Tensor, scales: dict[str, Tensor], spec: QuantSpec, le
     return errors
 
 
+# The contract's functions are the reference's, with the compiled parts.
+_fitted_scales = functools.partial(fitted_scales, search=_search, block_errors=_block_errors)
+feedback = functools.partial(by_output.feedback, fit=_fitted_scales, round_block=_round_block)
+descend = functools.partial(by_output.descend, descend_block=_descend_block)
+
+
 def _absmax_scales(target: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
     block = min(spec.block_size, target.shape[1])
     absmax = target.new_empty(len(target), -(-target.shape[1] // block))
@@ -156,134 +129,46 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def dequantize(stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: torch.dtype) -> Tensor:
-    """The dense weight. float32 and bfloat16 are written directly, other dtypes by way of float32."""
-    direct = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    return decode_into(torch.empty(len(stored["weight"]), columns, dtype=direct, device="cpu"), stored, spec).to(dtype)
+    """The dense weight."""
+    return products.dense(_weight(stored, spec, columns), dtype)
 
 
 def decode_into(out: Tensor, stored: dict[str, Tensor], spec: QuantSpec) -> Tensor:
     """The dense weight in memory that is there, float32 or bfloat16; ``out``."""
-    run_over_rows(_decoder(spec.width), len(out), *_codes(stored, spec, out.shape[1]), out)
+    _weight(stored, spec, out.shape[1]).decode(slice(0, len(out)), out)
     return out
 
 
 def linear(x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, bias: Tensor | None = None) -> Tensor:
     """``x @ W.T + bias``."""
-    return multiply_by(_weight(stored, spec, columns), x, bias)
+    return products.multiply_by(_weight(stored, spec, columns), x, bias)
 
 
 def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:
     """``grad @ W``."""
-    return multiply_back(_weight(stored, spec, columns), grad)
+    return products.multiply_back(_weight(stored, spec, columns), grad)
 
 
-class Multiplicand(NamedTuple):
-    """A packed weight, as products see it."""
-
-    rows: int
-    columns: int
-    arguments: tuple[Any, ...]  # what kernels are told about it
-    product: Callable[[int], Callable]  # tokens that are multiplied at once -> the kernel
-    parts: Callable[[], Iterator[tuple[slice, Tensor]]]  # the dense weight in float32, some rows at a time
-    dense: Callable[[torch.dtype], Tensor]
-
-
-def multiply_by(weight: Multiplicand, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ W.T + bias``. For few tokens straight from the packed weight, in float32; else decoded first, then BLAS."""
-    rows = x.detach().reshape(x.numel() // weight.columns, weight.columns)
-    if len(rows) <= FEW_TOKENS and x.dtype in FEW_DTYPES:
-        y = _few_products(weight, rows.float())
-        y = (y if bias is None else y.add_(bias)).to(x.dtype)
-    elif x.dtype != torch.float32:
-        y = torch.nn.functional.linear(rows, weight.dense(x.dtype), None if bias is None else bias.to(x.dtype))
-    else:
-        y = rows.new_empty(len(rows), weight.rows)
-        for part, decoded in weight.parts():
-            torch.mm(rows, decoded.T, out=y[:, part])
-        y = y if bias is None else y.add_(bias)
-    return y.view(*x.shape[:-1], weight.rows)
-
-
-def _few_products(weight: Multiplicand, x: Tensor) -> Tensor:
-    """``x @ W.T`` in float32: one token, or :data:`TOGETHER` at once."""
-    tokens, few = len(x), 1 if len(x) == 1 else TOGETHER
-    x = torch.nn.functional.pad(x, (0, 0, 0, -tokens % few)) if tokens % few else x.contiguous()
-    y = x.new_empty(len(x), weight.rows)
-    for t in range(0, len(x), few):
-        run_over_rows(weight.product(few), weight.rows, *weight.arguments, x[t : t + few], y[t : t + few])
-    return y[:tokens]
-
-
-def multiply_back(weight: Multiplicand, grad: Tensor) -> Tensor:
-    """``grad @ W``: decoded, then BLAS."""
-    rows = grad.detach().reshape(-1, weight.rows)
-    if grad.dtype != torch.float32:
-        result = rows @ weight.dense(grad.dtype)
-    else:
-        result = rows.new_zeros(len(rows), weight.columns)
-        for part, decoded in weight.parts():
-            result.addmm_(rows[:, part], decoded)
-    return result.view(*grad.shape[:-1], weight.columns)
-
-
-def _weight(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Multiplicand:
+def _weight(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> products.Multiplicand:
     codes = _codes(stored, spec, columns)
     known = codes.block if codes.block in KNOWN and columns % codes.block == 0 else 0
-    return Multiplicand(
+    return products.Multiplicand(
         *(len(codes.packed), columns, codes),
         product=functools.partial(_product, spec.width, known=known),
-        parts=functools.partial(_parts, codes, spec.width, columns),
-        dense=functools.partial(dequantize, stored, spec, columns),
+        decode=functools.partial(_decode_part, codes, spec.width),
+        unit=1,
     )
 
 
-def _parts(codes: "PackedCodes", bits: int, columns: int) -> Iterator[tuple[slice, Tensor]]:
-    """The dense weight in float32, some rows at a time, always in the same memory.
-
-    Fresh memory for a whole weight costs more, in page faults, than decoding it.
-    """
-    rows = len(codes.packed)
-    step = min(rows, max(16, PART // columns))
-    held = scratch(step * columns)
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
-        weight = held[: (part.stop - start) * columns].view(-1, columns)
-        zero = None if codes.zero is None else codes.zero[part]
-        some = codes._replace(packed=codes.packed[part], scale=codes.scale[part], zero=zero)
-        run_over_rows(_decoder(bits), len(weight), *some, weight)
-        yield part, weight
+def _decode_part(codes: "PackedCodes", bits: int, part: slice, out: Tensor) -> None:
+    zero = None if codes.zero is None else codes.zero[part]
+    some = codes._replace(packed=codes.packed[part], scale=codes.scale[part], zero=zero)
+    run_over_rows(_decoder(bits), len(out), *some, out)
 
 
 def embedding(rows: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: torch.dtype) -> Tensor:
     """Rows of a table by their indices: gathered packed, then decoded."""
     return decode_rows(stored, spec, columns, rows).to(dtype)
-
-
-_scratch = threading.local()
-
-
-def scratch(count: int) -> Tensor:
-    """Memory for so many float32 values, this thread's own, the same at every call."""
-    held: Tensor | None = getattr(_scratch, "part", None)
-    if held is None or held.numel() < count:
-        held = _scratch.part = torch.empty(count, dtype=torch.float32, device="cpu")
-    return held[:count]
-
-
-def run_over_rows(kernel: Callable[..., None], rows: int, *args: Any) -> None:
-    """``kernel(*args, start, stop)`` on ranges that cover all rows; tensors go in as arrays."""
-    arrays = [_array(arg) if isinstance(arg, Tensor) else arg for arg in args]
-    over_rows(functools.partial(kernel, *arrays), rows)
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    """A contiguous tensor's memory as an array; bytes and bfloat16 as unsigned integers.
-
-    Not by ``Tensor.numpy``, which forbids the storage to be resized from then on: FSDP2 frees gathered parameters so.
-    """
-    dtype = DTYPES.get(tensor.dtype, "f4")
-    memory = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
-    return np.frombuffer(memoryview(memory), dtype).reshape(tensor.shape)
 
 
 def _expanded(stored: dict[str, Tensor], spec: QuantSpec, shape: Any) -> tuple[Tensor, Tensor, int]:
@@ -320,7 +205,7 @@ def _codes(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> PackedCo
 @torch.inference_mode(False)
 def _table(code: str, bits: int) -> Tensor:
     found = levels(code, bits)
-    return found.repeat(max(1, vectors.LANES // len(found)))
+    return found.repeat(max(1, LANES // len(found)))
 
 
 @functools.cache

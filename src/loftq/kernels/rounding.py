@@ -20,10 +20,7 @@ def round_block(values, upper, scale, zero, gaps, levels, codes, fed, start, sto
     x, c = np.zeros(LANES, np.float32), np.zeros(LANES, np.uint8)
     for first in range(start, stop, LANES):
         count = min(LANES, stop - first)
-        _gather(scale, zero, first, count, s, z, safe)
-        for i in range(count):
-            for j in range(size):
-                v[j, i] = values[first + i, j]
+        _gather(values, scale, zero, first, count, v, s, z, safe)
         for j in range(size):
             for i in range(LANES):
                 x[i] = v[j, i] / safe[i] + z[i]
@@ -47,10 +44,7 @@ def descend_block(pull, codes, own, scale, zero, gaps, levels, moved, start, sto
     x, c, value = np.zeros(LANES, np.float32), np.zeros(LANES, np.uint8), np.zeros(LANES, np.float32)
     for first in range(start, stop, LANES):
         count = min(LANES, stop - first)
-        _gather(scale, zero, first, count, s, z, safe)
-        for i in range(count):
-            for j in range(size):
-                p[j, i] = pull[first + i, j]
+        _gather(pull, scale, zero, first, count, p, s, z, safe)
         for j in range(size):
             d = own[j, j]
             if d <= 0:
@@ -82,8 +76,11 @@ def _three():
 
 
 @inlined
-def _gather(scale, zero, first, count, s, z, safe):
-    """Scales and zero points of the rows, and what to divide by; lanes without a row have zeros."""
+def _gather(rows, scale, zero, first, count, columns, s, z, safe):
+    """Some rows, column by column, with their scales, zero points and what to divide by; other lanes have no scale."""
+    for i in range(count):
+        for j in range(rows.shape[1]):
+            columns[j, i] = rows[first + i, j]
     for i in range(LANES):
         s[i], z[i] = ZERO, ZERO
         if i < count:

@@ -15,12 +15,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from loftq.numerics.machine import cpus
 
 RANGE = 16  # rows below which another thread is not worth waking
 TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+DTYPES = {torch.int8: "u1", torch.uint8: "u1", torch.bfloat16: "u2", torch.int16: "i2"}  # as arrays
+DTYPES |= {torch.float16: "i2", torch.int64: "i8", torch.float64: "f8"}
 
 _forked = False
 _pool: ThreadPoolExecutor | None = None
@@ -32,6 +36,22 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)  # a forked child has none of its parent's threads
+
+
+def run_over_rows(kernel: Callable[..., None], rows: int, *args: Any) -> None:
+    """``kernel(*args, start, stop)`` on ranges that cover all rows; tensors go in as arrays."""
+    arrays = [_array(arg) if isinstance(arg, Tensor) else arg for arg in args]
+    over_rows(functools.partial(kernel, *arrays), rows)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """A contiguous tensor's memory as an array; bytes and bfloat16 as unsigned integers.
+
+    Not by ``Tensor.numpy``, which forbids the storage to be resized from then on: FSDP2 frees gathered parameters so.
+    """
+    dtype = DTYPES.get(tensor.dtype, "f4")
+    memory = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
+    return np.frombuffer(memoryview(memory), dtype).reshape(tensor.shape)
 
 
 def over_rows(work: Callable[[int, int], Any], rows: int) -> None:

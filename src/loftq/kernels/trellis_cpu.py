@@ -5,16 +5,15 @@ two paths cost the same they may differ.
 """
 
 import functools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from loftq.codes import RATE_UNIT, levels
-from loftq.kernels import viterbi, windows
-from loftq.kernels.cpu import PART, Multiplicand, multiply_back, multiply_by, run_over_rows, scratch
-from loftq.numerics import Downdate, Quantized, trellis_rounding
+from loftq.kernels import products, viterbi, windows
+from loftq.kernels.threads import run_over_rows
+from loftq.numerics import Quantized, trellis_rounding
 from loftq.numerics.trellis import better_scales, first_scales
 from loftq.spec import QuantSpec, trellis_groups
 
@@ -57,26 +56,6 @@ def quantize_residual(
     return Quantized(codes, scales), residual
 
 
-def feedback(target: Tensor, columns: Tensor, spec: QuantSpec, *, fitted: bool = False) -> Quantized:
-    """Quantize with error feedback, as :func:`loftq.numerics.trellis_rounding.feedback`."""
-    return trellis_rounding.feedback(target, columns, spec, fitted=fitted, best_windows=best_windows)
-
-
-def descend(
-    target: Tensor,
-    quantized: Quantized,
-    columns: Tensor | Downdate,
-    spec: QuantSpec,
-    *,
-    fitted: bool = False,
-    residual: Tensor | None = None,
-) -> Quantized:
-    """A round of descent over columns, as :func:`loftq.numerics.trellis_rounding.descend`."""
-    return trellis_rounding.descend(
-        target, quantized, columns, spec, fitted=fitted, residual=residual, best_windows=best_windows
-    )
-
-
 def best_windows(target: Tensor, scales: dict[str, Tensor], spec: QuantSpec, earlier: Tensor | None = None) -> Tensor:
     """The best windows of every sequence, as :func:`loftq.numerics.trellis.best_windows`."""
     rows, columns = target.shape
@@ -89,38 +68,46 @@ def best_windows(target: Tensor, scales: dict[str, Tensor], spec: QuantSpec, ear
     return codes
 
 
+# The contract's functions are the reference's, with the compiled search.
+feedback = functools.partial(trellis_rounding.feedback, best_windows=best_windows)
+descend = functools.partial(trellis_rounding.descend, best_windows=best_windows)
+
+
 def dequantize(stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: torch.dtype) -> Tensor:
-    """The dense weight. float32 and bfloat16 are written directly, other dtypes by way of float32."""
-    direct = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    rows = len(stored["weight_scale"])
-    return decode_into(torch.empty(rows, columns, dtype=direct, device="cpu"), stored, spec).to(dtype)
+    """The dense weight."""
+    return products.dense(_weight(stored, spec, columns), dtype)
 
 
 def decode_into(out: Tensor, stored: dict[str, Tensor], spec: QuantSpec) -> Tensor:
     """The dense weight in memory that is there, float32 or bfloat16; ``out``."""
-    strings = _strings(stored, spec, out.shape[1])
-    run_over_rows(windows.kernel(1), len(out), *strings, None, out)
+    _weight(stored, spec, out.shape[1]).decode(slice(0, len(out)), out)
     return out
 
 
 def linear(x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, bias: Tensor | None = None) -> Tensor:
     """``x @ W.T + bias``."""
-    return multiply_by(_weight(stored, spec, columns), x, bias)
+    return products.multiply_by(_weight(stored, spec, columns), x, bias)
 
 
 def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:
     """``grad @ W``."""
-    return multiply_back(_weight(stored, spec, columns), grad)
+    return products.multiply_back(_weight(stored, spec, columns), grad)
 
 
-def _weight(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Multiplicand:
+def _weight(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> products.Multiplicand:
     strings = _strings(stored, spec, columns)
-    return Multiplicand(
+    return products.Multiplicand(
         *(len(strings.scale), columns, strings),
         product=windows.kernel,
-        parts=functools.partial(_parts, strings, columns),
-        dense=functools.partial(dequantize, stored, spec, columns),
+        decode=functools.partial(_decode_part, strings),
+        unit=strings.group,
     )
+
+
+def _decode_part(strings: "Strings", part: slice, out: Tensor) -> None:
+    packed = strings.packed[part.start // strings.group * strings.n_bytes :]
+    some = strings._replace(packed=packed, scale=strings.scale[part])
+    run_over_rows(windows.kernel(1), len(out), *some, None, out)
 
 
 class Strings(NamedTuple):
@@ -172,19 +159,6 @@ def _layout(rates: Tensor, window: int, group: int) -> tuple[Tensor, Tensor, Ten
 @torch.inference_mode(False)
 def _even_layout(rate: int, window: int, group: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     return _layout(torch.full((columns,), rate, device="cpu"), window, group)
-
-
-def _parts(strings: Strings, columns: int) -> Iterator[tuple[slice, Tensor]]:
-    """The dense weight in float32, some groups of rows at a time, always in the same memory."""
-    rows = len(strings.scale)
-    groups = -(-PART // (strings.group * columns))
-    held = scratch(min(groups * strings.group, rows) * columns)
-    for first in range(0, -(-rows // strings.group), groups):
-        part = slice(first * strings.group, min((first + groups) * strings.group, rows))
-        weight = held[: (part.stop - part.start) * columns].view(-1, columns)
-        some = strings._replace(packed=strings.packed[first * strings.n_bytes :], scale=strings.scale[part])
-        run_over_rows(windows.kernel(1), len(weight), *some, None, weight)
-        yield part, weight
 
 
 def _scale(scales: dict[str, Tensor]) -> Tensor:

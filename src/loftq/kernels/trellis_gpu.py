@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loftq.codes import RATE_UNIT, levels
 from loftq.kernels.gpu import DIRECT, PROGRAMS, _ceil, _few, _on
-from loftq.numerics import Downdate, Quantized, trellis, trellis_rounding
+from loftq.numerics import Quantized, trellis, trellis_rounding
 from loftq.spec import QuantSpec, trellis_groups
 
 __all__ = [
@@ -57,24 +57,9 @@ def best_windows(target: Tensor, scales: dict[str, Tensor], spec: QuantSpec, ear
     return trellis.best_windows(target, scales, spec, earlier, viterbi)
 
 
-def feedback(target: Tensor, columns: Tensor, spec: QuantSpec, *, fitted: bool = False) -> Quantized:
-    """Quantize with error feedback, as :func:`loftq.numerics.trellis_rounding.feedback`."""
-    return trellis_rounding.feedback(target, columns, spec, fitted=fitted, best_windows=best_windows)
-
-
-def descend(
-    target: Tensor,
-    quantized: Quantized,
-    columns: Tensor | Downdate,
-    spec: QuantSpec,
-    *,
-    fitted: bool = False,
-    residual: Tensor | None = None,
-) -> Quantized:
-    """A round of descent over columns, as :func:`loftq.numerics.trellis_rounding.descend`."""
-    return trellis_rounding.descend(
-        target, quantized, columns, spec, fitted=fitted, residual=residual, best_windows=best_windows
-    )
+# The contract's functions are the reference's, with the compiled search.
+feedback = functools.partial(trellis_rounding.feedback, best_windows=best_windows)
+descend = functools.partial(trellis_rounding.descend, best_windows=best_windows)
 
 
 def viterbi(target: Tensor, scale: Tensor, table: Tensor, walk: trellis.Walk) -> Tensor:
