@@ -168,32 +168,44 @@ def descend(
     return Quantized(codes, grid.scales)
 
 
-class _Pull:
-    """``(T − Q) H`` of some rows, block after block, as Q moves.
+class _Panels:
+    """A product of some rows with a square matrix, block after block, as the rows change.
 
-    A product with H makes a panel of columns up to date; what moves within the panel is taken off its later columns.
+    ``product`` makes a panel of columns; what changes within the panel is taken off its later columns.
     """
 
-    def __init__(self, error: Tensor, h: Tensor, step: int) -> None:
-        self._error, self._h, self._width = error, h, step * max(1, PANEL // step)
-        self._first, self._panel = 0, error[:, :0]
+    def __init__(self, matrix: Tensor, spec: QuantSpec, product: Callable[[slice], Tensor]) -> None:
+        step = _size(spec)
+        self._matrix, self._width, self._product = matrix, step * max(1, PANEL // step), product
+        self._first, self._panel = 0, matrix[:, :0]
 
     def own(self, block: slice) -> Tensor:
-        """The block's part of H."""
-        return self._h[block, block].contiguous()
+        """The block's part of the matrix."""
+        return self._matrix[block, block].contiguous()
 
     def at(self, block: slice) -> Tensor:
-        """What pulls at the block's columns; a copy."""
+        """The block's columns; a copy."""
         if block.start >= self._first + self._panel.shape[1]:
             self._first = block.start
-            self._panel = self._error @ self._h[:, block.start : block.start + self._width]
+            self._panel = self._product(slice(block.start, block.start + self._width))
         return self._panel[:, block.start - self._first : block.stop - self._first].clone()
 
     def move(self, block: slice, moved: Tensor) -> None:
-        """Q has moved in the block: the error is changed, and what pulls at later blocks."""
-        self._error[:, block] -= moved
+        """The rows are less by so much in the block."""
         rest = self._panel[:, block.stop - self._first :]
-        rest.addmm_(moved, self._h[block, block.stop : block.stop + rest.shape[1]], alpha=-1)
+        rest.addmm_(moved, self._matrix[block, block.stop : block.stop + rest.shape[1]], alpha=-1)
+
+
+class _Pull(_Panels):
+    """``(T − Q) H`` of some rows, as Q moves."""
+
+    def __init__(self, error: Tensor, h: Tensor, spec: QuantSpec) -> None:
+        super().__init__(h, spec, lambda panel: error @ h[:, panel])
+        self._error = error
+
+    def move(self, block: slice, moved: Tensor) -> None:
+        self._error[:, block] -= moved
+        super().move(block, moved)
 
 
 class _DowndatePull:
@@ -215,7 +227,7 @@ class _DowndatePull:
 
 
 def _pull_of(error: Tensor, h: Tensor | tuple[Tensor, Tensor, Tensor], spec: QuantSpec) -> _Pull | _DowndatePull:
-    return _Pull(error, h, _size(spec)) if isinstance(h, Tensor) else _DowndatePull(error, h)
+    return _Pull(error, h, spec) if isinstance(h, Tensor) else _DowndatePull(error, h)
 
 
 def _alive(columns: Tensor | Downdate) -> Tensor | tuple[Tensor, Tensor, Tensor]:
@@ -279,7 +291,8 @@ def _one_pass(
     chosen: dict[tuple[int, int], Scales] = {}  # by the first row, and the block
 
     def round_rows(rows: slice) -> None:
-        values = _Fed(target[rows], fed[rows], upper, _size(spec))
+        t, d = target[rows], fed[rows]
+        values = _Panels(upper, spec, lambda p: torch.addmm(t[:, p], d[:, : p.start], upper[: p.start, p], alpha=-1))
         for index, block in _blocks(target.shape[1], spec):
             part = values.at(block)
             if given is None:
@@ -287,34 +300,12 @@ def _one_pass(
                 s, z = (each[:, 0] for each in _each_row(chosen[rows.start, index], len(part)))
             else:
                 s, z = (each[rows, index].contiguous() for each in given)
-            codes[rows, block], d = round_block(part, upper[block, block].contiguous(), s, z, spec)
-            values.move(block, d)
+            codes[rows, block], left = round_block(part, values.own(block), s, z, spec)
+            values.move(block, left)
+            d[:, block] = left
 
     over_chunks(round_rows, target)
     return Quantized(codes, scales or _joined(chosen))
-
-
-class _Fed:
-    """Values with what earlier blocks fed back, ``T − D U``: a panel of columns at a time, as in :class:`_Pull`."""
-
-    def __init__(self, target: Tensor, fed: Tensor, upper: Tensor, step: int) -> None:
-        self._target, self._fed, self._upper = target, fed, upper
-        self._width, self._first, self._panel = step * max(1, PANEL // step), 0, target[:, :0]
-
-    def at(self, block: slice) -> Tensor:
-        """The block's values; a copy."""
-        first = block.start
-        if first >= self._first + self._panel.shape[1]:
-            panel = slice(first, first + self._width)
-            self._first, earlier = first, self._upper[:first, panel]
-            self._panel = torch.addmm(self._target[:, panel], self._fed[:, :first], earlier, alpha=-1)
-        return self._panel[:, first - self._first : block.stop - self._first].clone()
-
-    def move(self, block: slice, fed: Tensor) -> None:
-        """The block has left so much."""
-        self._fed[:, block] = fed
-        rest = self._panel[:, block.stop - self._first :]
-        rest.addmm_(fed, self._upper[block, block.stop : block.stop + rest.shape[1]], alpha=-1)
 
 
 def _joined(chosen: dict[tuple[int, int], Scales]) -> Scales:
