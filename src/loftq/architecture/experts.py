@@ -161,10 +161,10 @@ def _try_batches(module: Any) -> bool:
     count, _, hidden = twin.down_proj.shape
     x = torch.randn(2 * count, hidden, dtype=torch.float64)
     x[1::2] = 0  # of an expert that a token is not sent to: no part of ours in the product
-    tokens = x.requires_grad_(True)
-    gate, up = (tokens.view(count, 2, hidden) @ twin.gate_up_proj).chunk(2, -1)
+    x.requires_grad_(True)
+    gate, up = (x.view(count, 2, hidden) @ twin.gate_up_proj).chunk(2, -1)
     wanted = ((up * twin.act_fn(gate)) @ twin.down_proj).flatten(0, 1)
-    return _equal(twin, twin(tokens), wanted, tokens) and not wanted[1::2].any() and not _of(wanted, x)[1::2].any()
+    return _equal(twin, twin(x), wanted, x) and not wanted[1::2].any() and not _of(wanted, x)[1::2].any()
 
 
 def _try_products(module: Any) -> bool:

@@ -123,7 +123,7 @@ class _AtHead(Exception):
 
 
 def _leave_at_head(*_: Any) -> None:
-    raise _AtHead
+    raise _AtHead("the output head is reached")
 
 
 def _put_back(module: nn.Module, forward: Any) -> None:
@@ -198,11 +198,11 @@ def load(directory: Path, **options: Any) -> nn.Module:
     """
     config = load_config(directory)
     published = getattr(config, "quantization_config", None)
+    dequantized = False
     if isinstance(published, dict) and published.get("quant_method") in DEQUANTIZED:
-        published["dequantize"] = True
-    elif published:
-        skeleton.read_config(directory)  # refuses it
-    model_class, _ = skeleton.classes(directory / "config.json", skeleton.read_config(directory, quantized=True))
+        published["dequantize"] = dequantized = True
+    values = skeleton.read_config(directory, quantized=dequantized)
+    model_class, _ = skeleton.classes(directory / "config.json", values)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # buffers are no modules, says accelerate
         return load_weights(model_class, directory, config, dtype=torch.float32, **options).eval()

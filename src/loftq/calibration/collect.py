@@ -283,7 +283,7 @@ def _run(
             return records.get(call)
         running = True
         records.put(call, call.run())
-        raise Stopped
+        raise Stopped("the event is done")
 
     hooks = {model.get_submodule(s.modules[0]): functools.partial(take, s) for s in shared}
     with contextlib.ExitStack() as left:
@@ -352,7 +352,7 @@ def _strays(blocks: Blocks, batch: Batch, survey: _Survey, whole: frozenset[str]
             if not same:
                 found.append(stack_of(call.block))
             records.put(call, survey.outputs[event])
-            raise Stopped
+            raise Stopped("the next event has a forward of its own")
 
         blocks.forward(batch.inputs, handle)
     return list(dict.fromkeys(found))

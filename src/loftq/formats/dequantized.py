@@ -50,7 +50,7 @@ class Scaled:
     def rows(self, stored: Checkpoint, start: int, stop: int) -> Tensor:
         """Rows of the dense tensor, seen as a matrix of its last axis.
 
-        Raises: InputError for a scale that is no positive number.
+        Raises: InputError for a scale that is not finite, or below zero.
         """
         if self.dense.shape == self.codes.shape:
             return self._tiles(stored, start, stop)
@@ -100,7 +100,9 @@ class Scaled:
             wrong = ~(factors.isfinite() & (factors >= 0))
         if wrong.any():
             got = "NaN" if self.scales.dtype == EXPONENTS else f"{float(factors[wrong][0]):g}"
-            what = f"{int(wrong.sum())} of {wrong.numel()} scales of {quoted(self.dense.name)} cannot be, such as {got}"
+            what = (
+                f"{int(wrong.sum())} of {wrong.numel()} scales of {quoted(self.dense.name)} are unusable, such as {got}"
+            )
             raise _wrong(self.scales, f"{what}; wanted finite numbers, none negative")
         return factors
 

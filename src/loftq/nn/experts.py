@@ -21,6 +21,8 @@ from loftq.nn import ops
 from loftq.nn.layers import Packed
 from loftq.spec import QuantSpec, stacked_tensors, stored_tensors
 
+HOOKED = "_old_forward"  # what accelerate's hook calls, with the weights in memory
+
 
 @dataclass(frozen=True)
 class Bank:
@@ -159,8 +161,7 @@ class PackedExperts(Packed):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """The class is made for each class of experts, and has no place where pickle would find it."""
-        way = next(name for name, cls in _WAYS.items() if cls is type(self).__bases__[0])
-        return _revived, (type(self).__bases__[1], way), self.__dict__
+        return _revived, type(self).__bases__, self.__dict__
 
     def extra_repr(self) -> str:
         return ", ".join(
@@ -205,12 +206,12 @@ _WAYS = {"routed": PackedExperts, "batched": PackedBatches, "product": PackedPro
 
 
 @functools.cache
-def _packed_class(cls: type[nn.Module], way: str) -> type[nn.Module]:
-    return type(f"LoftQ{cls.__name__}", (_WAYS[way], cls), {"__module__": __name__})
+def _packed_class(way: type[PackedExperts], dense: type[nn.Module]) -> type[nn.Module]:
+    return type(f"LoftQ{dense.__name__}", (way, dense), {"__module__": __name__})
 
 
-def _revived(cls: type[nn.Module], way: str) -> nn.Module:
-    packed = _packed_class(cls, way)
+def _revived(way: type[PackedExperts], dense: type[nn.Module]) -> nn.Module:
+    packed = _packed_class(way, dense)
     return packed.__new__(packed)
 
 
@@ -227,7 +228,7 @@ def pack_experts(
         way = way_of(module)
         if way is None:
             raise InputError(f"{type(module).__name__}.{name} is no stack of experts that can be packed")
-        packed.__class__ = _packed_class(type(module), way.name)
+        packed.__class__ = _packed_class(_WAYS[way.name], type(module))
         packed._kind = way.kind
         packed.banks, packed._stored_dtypes = {}, {}
         packed._like_model(device, dense.dtype)
@@ -251,26 +252,27 @@ def watched(module: Any, look: Callable[[str, Tensor, Tensor], object]) -> Itera
         look: called with the stack, its inputs sorted by expert, and for every expert the number of the row after its
             last.
     """
-    before, plain, way = dict(module.__dict__), type(module), way_of(module)
+    plain, way, hooked = type(module), way_of(module), module.__dict__.get(HOOKED)
     assert way is not None, "no stacks that are known"
-    packed: Any = _packed_class(plain, way.name)
+    packed: Any = _packed_class(_WAYS[way.name], plain)
 
     def project(name: str, x: Tensor, ends: Tensor, *rest: Any) -> Tensor:
         look(name, x, ends)
         return packed._project(module, name, x, ends, *rest)
 
+    added = {"banks": {}, "_stored_dtypes": {}, "_project": project}
     module.__class__ = packed
-    module.__dict__.update(banks={}, _stored_dtypes={}, _project=project)
-    if "_old_forward" in before:  # accelerate's hook calls it, with the weights in memory
-        module.__dict__["_old_forward"] = packed.forward.__get__(module)
+    module.__dict__.update(added)
+    if hooked:
+        module.__dict__[HOOKED] = packed.forward.__get__(module)
     try:
         yield
     finally:
         module.__class__ = plain
-        for name in ("banks", "_stored_dtypes", "_project"):
+        for name in added:
             del module.__dict__[name]
-        if "_old_forward" in before:
-            module.__dict__["_old_forward"] = before["_old_forward"]
+        if hooked:
+            module.__dict__[HOOKED] = hooked
 
 
 def unpack_experts(module: PackedExperts, dtype: torch.dtype) -> PackedExperts:

@@ -72,7 +72,7 @@ class Packed(nn.Module):
 
     def matrices(self) -> Iterator[tuple[dict[str, Tensor], QuantSpec]]:
         """The stored tensors of every matrix, by suffix, and its spec."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say what matrices it holds")
 
     @property
     def stored_count(self) -> int:
