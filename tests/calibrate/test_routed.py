@@ -159,6 +159,7 @@ def test_every_kind_of_preset_solves_experts(mixture, tmp_path, preset):
     manifest = made(mixture, tmp_path / "out", calibrate=mixture / kind, preset=preset)
     stacks = [m for m in manifest["matrices"] if "experts" in m]
     assert len(stacks) == 4
+    assert stacks == [m for m in manifest["matrices"] if "tokens" in m]
     for m in stacks:
         assert len(m["tokens"]) == 4
         assert 0 < m["output_errors"][-1] <= m["output_errors"][0] < 1

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from loftq.architecture.adapter import adapter_product, adapter_shapes, adapter_tensors, stacked_adapter
+from loftq.architecture.experts import STACKS
 from loftq.errors import InputError, LoftqError, NumericalError, naming, option, quoted
 from loftq.formats import fsio, hashed_json
 from loftq.formats.layouts import Layout
@@ -152,7 +153,8 @@ def solve_matrix(
         "kept": solution.kept,
         "qlora_error": solution.errors[0],
         "norm": frobenius(weight),
-        **({} if moments is None else {"output_norm": solution.output_norm, "tokens": moments.tokens}),
+        **({} if moments is None else {"output_norm": solution.output_norm}),
+        **({"tokens": moments.tokens} if moments and matrix.kind in STACKS else {}),
         "adapter_norm_ratio": written["product"],
         "source_sha256": source_sha256,
         **({"instead": matrix.instead} if matrix.instead else {}),
