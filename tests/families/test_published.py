@@ -149,6 +149,16 @@ def test_a_calibration_of_other_methods_is_refused(tmp_path):
         load_offloaded(source, tmp_path / "offload")
 
 
+def test_a_calibration_of_a_nested_quantization_is_refused(tmp_path):
+    """transformers looks for one in the outer configuration alone, and would run the codes as weights."""
+    tiny("llama").save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    nested = {**config, "language": {"quantization_config": {"quant_method": "fp8"}}}
+    (tmp_path / "model/config.json").write_text(json.dumps(nested))
+    with pytest.raises(InputError, match="already quantized with fp8"):
+        load_offloaded(tmp_path / "model", tmp_path / "offload")
+
+
 # --- the rules alone -------------------------------------------------------------------------------------------------
 
 WEIGHT = torch.linspace(-3, 3, 6 * 20).view(6, 20)
