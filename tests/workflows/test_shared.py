@@ -25,7 +25,7 @@ from loftq.checkpoint.claims import Crew, Watch
 from loftq.checkpoint.output_dir import claim
 from loftq.checkpoint.shards import Workspace
 from loftq.checkpoint.team import Handlers, Share, Team
-from loftq.errors import ConflictError, UsageError
+from loftq.errors import ConflictError, StorageError, UsageError
 from loftq.formats import fsio
 
 pytestmark = pytest.mark.slow
@@ -354,6 +354,57 @@ def test_every_item_is_solved_about_once(tmp_path):
     assert len(solved) <= 24 + 6
     assert all(share.record.exists() for share in shares)
     assert 0 < sum(told) < 3 * 24
+
+
+def closed_by_another(share: Share) -> None:
+    fsio.create(share.record, [b"record"])
+    fsio.remove_tree(share.directory)
+
+
+def kept(share: Share, item: int, result: str) -> None:
+    fsio.write_atomic(share.place(item), [result.encode()])
+
+
+def test_a_result_that_comes_when_its_share_was_closed(tmp_path):
+    """Who closes a share removes its directory, also from under one who is about to write into it."""
+    share = Share(tmp_path / "units" / "00000.json", 2, cost=1)
+    fsio.make_dirs(share.directory)
+    told: list[int] = []
+
+    def keep(share: Share, item: int, result: str) -> None:
+        closed_by_another(share)
+        kept(share, item, result)
+
+    with team_at(tmp_path) as one:
+        one.work([share], Handlers(lambda *_: "done", keep, lambda _: [], told.append))
+    assert sum(told) == 2
+    assert not share.directory.exists()
+
+
+def test_an_item_that_is_claimed_when_its_share_was_closed(tmp_path, monkeypatch):
+    """The same, for one who comes to help."""
+    share = Share(tmp_path / "units" / "00000.json", 2, cost=1)
+    fsio.make_dirs(share.directory.parent)
+    with Crew(tmp_path) as other, team_at(tmp_path) as one:
+        assert other.take(share.directory)
+        take = one.crew.take
+
+        def late(what: Path) -> bool:
+            if what.parent == share.directory:
+                closed_by_another(share)
+            return take(what)
+
+        monkeypatch.setattr(one.crew, "take", late)
+        one.work([share], Handlers(lambda *_: pytest.fail("it was done"), kept, lambda _: [], lambda _: None))
+    assert share.record.exists()
+
+
+def test_a_result_that_cannot_be_written_is_an_error(tmp_path):
+    """Its share has no record, so it is missed."""
+    share = Share(tmp_path / "units" / "00000.json", 2, cost=1)
+    fsio.make_dirs(share.directory.parent)
+    with team_at(tmp_path) as one, pytest.raises(StorageError, match="does not exist or was removed"):
+        one.work([share], Handlers(lambda *_: "done", kept, lambda _: [], lambda _: None))
 
 
 # How far it is

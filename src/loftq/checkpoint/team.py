@@ -5,10 +5,11 @@ solves items of shares that others have: from the end, as the one who has it goe
 makes its record, and a share with a record is done. So a slow machine holds nobody up, nor does one that is gone.
 """
 
+import contextlib
 import os
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from loftq.checkpoint import claims
 from loftq.checkpoint.claims import Crew
+from loftq.errors import LoftqError
 from loftq.formats import fsio
 from loftq.solver import solvers
 
@@ -94,8 +96,22 @@ class Team:
                     share, item = running.pop(future)
                     result = future.result()
                     if result is not None:
-                        handlers.keep(share, item, result)
-                        self._counted.add((share.record, item))
+                        with self._unless_done(share):
+                            handlers.keep(share, item, result)
+                            self._counted.add((share.record, item))
+
+    @contextlib.contextmanager
+    def _unless_done(self, share: Share) -> Iterator[None]:
+        """What is written into a share's directory; nothing is missed if it fails because the share is done.
+
+        Who makes the record removes the directory, whatever another process was just about to add.
+        """
+        try:
+            yield
+        except LoftqError:
+            names_in(share.record.parent)  # a network file system then forgets what it remembers
+            if not share.record.exists() and not self.over():
+                raise
 
     def _submit(
         self,
@@ -152,10 +168,11 @@ class Team:
                 if missing:
                     return share, missing[0]
                 continue
-            for item in reversed(missing):
-                fsio.make_dirs(share.directory)
-                if self.crew.take(share.directory / f"{item:05d}"):
-                    return share, item
+            with self._unless_done(share):
+                for item in reversed(missing):
+                    fsio.make_dirs(share.directory)
+                    if self.crew.take(share.directory / f"{item:05d}"):
+                        return share, item
         return None
 
     def _missing(self, share: Share, names: set[str]) -> list[int]:
