@@ -5,8 +5,7 @@ import os
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
-from test_gguf import made_of, read
+from test_gguf import adapted, made_of, read
 
 import loftq
 from loftq.errors import InputError, UsageError
@@ -42,22 +41,11 @@ writer.write_tensors_to_file()
 """
 
 
-@torch.no_grad()
-def adapted(directory, place):
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    config = LoraConfig(r=4, lora_alpha=6, rank_pattern={"k_proj": 2}, target_modules=["q_proj", "k_proj", "up_proj"])
-    tuned = get_peft_model(model, config)
-    for name, parameter in tuned.named_parameters():
-        if "lora_" in name:
-            parameter.copy_(0.1 * torch.randn_like(parameter))
-    tuned.save_pretrained(place)
-    return tuned.eval()
-
-
 def test_rows_are_where_the_script_puts_them(tmp_path):
     pytest.importorskip("gguf")
     directory = made_of("llama", tmp_path, dtype="source")
-    tuned = adapted(directory, tmp_path / "adapter")
+    targets = {"rank_pattern": {"k_proj": 2}, "target_modules": ["q_proj", "k_proj", "up_proj"]}
+    tuned = adapted(directory, tmp_path / "adapter", **targets)
     (tmp_path / "script.py").write_text(SCRIPT)
     given = {"to": "gguf", "adapter": tmp_path / "adapter", "converter": tmp_path / "script.py"}
     loftq.export(directory, tmp_path / "out", **given)

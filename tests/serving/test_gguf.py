@@ -76,6 +76,21 @@ def made_of(name, place, **options):
     return place / "quantized"
 
 
+RSLORA = {"use_rslora": True, "rank_pattern": {"o_proj": 2}, "target_modules": "all-linear"}
+
+
+@torch.no_grad()
+def adapted(directory, place, **options):
+    """A quantized model with an adapter of random factors, which ``place`` has too."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tuned = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, **options))
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.copy_(0.1 * torch.randn_like(parameter))
+    tuned.save_pretrained(place)
+    return tuned.eval()
+
+
 def rows_of(block, matrix, stored):
     """The values of a block's bytes: by the package, or by GGML's definition of a type that the package lacks."""
     raw = block_bytes(block, matrix, stored).numpy()
@@ -170,23 +185,16 @@ def logits(fields, t, lora=None):
 def test_base_and_adapter_compute_what_transformers_does(name, tmp_path):
     pytest.importorskip("gguf")
     directory = made_of(name, tmp_path)
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    config = LoraConfig(r=4, lora_alpha=6, use_rslora=True, rank_pattern={"o_proj": 2}, target_modules="all-linear")
-    tuned = get_peft_model(model, config)
-    with torch.no_grad():
-        for parameter in tuned.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(0.1 * torch.randn_like(parameter))
-    tuned.save_pretrained(tmp_path / "adapter")
+    tuned = adapted(directory, tmp_path / "adapter", **RSLORA)
     loftq.export(directory, tmp_path / "gguf", to="gguf", adapter=tmp_path / "adapter")
     base, lora = read(tmp_path / "gguf" / "model.gguf"), read(tmp_path / "gguf" / "adapter.gguf")
     with torch.no_grad():
-        adapted = tuned.eval()(IDS).logits[0]
+        together = tuned(IDS).logits[0]
         with tuned.disable_adapter():
             alone = tuned(IDS).logits[0]
-    assert not torch.allclose(adapted, alone, atol=1e-2)
+    assert not torch.allclose(together, alone, atol=1e-2)
     torch.testing.assert_close(logits(*base), alone, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(logits(*base, lora), adapted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(*base, lora), together, rtol=1e-4, atol=1e-4)
     assert lora[0]["general.type"] == "adapter"
     assert base[0]["tokenizer.ggml.model"] == "gpt2"
     assert base[0]["tokenizer.ggml.tokens"][5] == transformers.AutoTokenizer.from_pretrained(
