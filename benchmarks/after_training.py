@@ -36,7 +36,6 @@ from loftq.serving import gguf as writer
 from loftq.serving.base import Base, Dense, open_base
 from loftq.serving.blocks import block_bytes, block_for
 from loftq.serving.gguf_header import family_of
-from loftq.spec import stored_tensors
 
 RANK, LENGTH, RATE = 16, 256, 5e-4
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -132,7 +131,7 @@ def dense_base(directory: Path) -> Base:
 def as_gguf(directory: Path, place: Path) -> Path:
     base = dense_base(directory)
     place.mkdir()
-    writer.write(place, base, None, family_of(base.model), None, lambda count: lambda: None)
+    writer.write(place, base, None, family_of(base.model), None, "", lambda count: lambda: None)
     return place / "model.gguf"
 
 
@@ -142,16 +141,15 @@ def differing(directory: Path) -> int:
 
     base, found = open_base(directory), 0
     for matrix in base.matrices:
-        held = base.stored(matrix)
-        block = block_for(matrix)
-        raw = block_bytes(block, matrix, dict(zip(stored_tensors(matrix.quant, *matrix.shape), held, strict=True)))
+        block, held = block_for(matrix), base.by_suffix(matrix)
+        raw = block_bytes(block, matrix, held)
         if block.name == "Q2_0":
             rows = raw.numpy().reshape(-1, 18)
             codes = (rows[:, 2:, None] >> np.array([0, 2, 4, 6], np.uint8) & 3).reshape(len(rows), 64)
             values = (codes.astype(np.float32) - 1) * rows[:, :2].copy().view(np.float16).astype(np.float32)
         else:
             values = gguf.quants.dequantize(raw.numpy(), gguf.GGMLQuantizationType(block.type))
-        found += int((values.reshape(matrix.shape) != base.layout.decode(matrix, held).numpy()).sum())
+        found += int((values.reshape(matrix.shape) != base.layout.decode(matrix, [*held.values()]).numpy()).sum())
     return found
 
 

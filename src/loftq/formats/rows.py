@@ -16,7 +16,7 @@ def scattered(parts: Iterable[Rows]) -> Tensor:
     piece, first = parts[0]
     shape = (*piece.shape[:-2], *piece.shape[:-3:-1]) if piece.transposed else piece.shape
     tensor = torch.empty(shape, dtype=first.dtype)
-    rows = _rows(tensor)
+    rows = as_rows(tensor)
     for piece, values in parts:
         rows[piece.start : piece.stop : piece.step] = values
     return tensor.transpose(-1, -2).contiguous() if parts[0][0].transposed else tensor
@@ -27,7 +27,7 @@ def gathered(pieces: Iterable[Any], tensors: dict[str, Tensor]) -> Tensor:
     found = []
     for piece in pieces:
         tensor = tensors[piece.tensor]
-        rows = _rows(tensor.transpose(-1, -2) if piece.transposed else tensor)
+        rows = as_rows(tensor.transpose(-1, -2) if piece.transposed else tensor)
         found.append(rows[piece.start : piece.stop : piece.step])
     return torch.cat(found)
 
@@ -51,6 +51,6 @@ def slices(pieces: Sequence[Any]) -> Iterator[list[tuple[int, Any]]]:
     yield from found
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def as_rows(tensor: Tensor) -> Tensor:
     """Seen as a matrix of its last axis; a vector's rows are its values."""
     return tensor.reshape(-1, *tensor.shape[1:][-1:])

@@ -6,7 +6,7 @@ from loftq.planning.candidates import Candidate, candidates, curve, factor_bytes
 from loftq.planning.fused import apart, fused, together
 from loftq.planning.names import natural, target_suffixes
 from loftq.planning.patterns import Rules, parse_rules
-from loftq.planning.pieces import Made, Piece, Restored, of_stack, restored, sources
+from loftq.planning.pieces import Made, Piece, PlacedPiece, of_stack, restored, sources
 from loftq.planning.plan import (
     FLOATS,
     HEADS,

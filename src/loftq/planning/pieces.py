@@ -36,8 +36,8 @@ Made = tuple[tuple[Piece, ...], ...]  # for every expert, or once, the pieces th
 
 
 @dataclass(frozen=True)
-class Restored:
-    """Rows of a source tensor, where they went: into a parameter's matrix ``index``, from its row ``first`` on."""
+class PlacedPiece:
+    """A piece and where it lies: in matrix ``index`` of the parameter ``name``, from row ``first`` on."""
 
     name: str
     index: int
@@ -56,21 +56,21 @@ def of_stack(name: str, shape: tuple[int, ...]) -> Made:
     return tuple((Piece(name, shape, e * rows, (e + 1) * rows),) for e in range(experts))
 
 
-def restored(made: Mapping[str, Made]) -> dict[str, tuple[Restored, ...]]:
-    """Source tensor -> the parts that it is put together of again.
+def restored(made: Mapping[str, Made]) -> dict[str, tuple[PlacedPiece, ...]]:
+    """Source tensor -> where its rows lie now, so that it can be put together again.
 
     Args:
-        made: by the names of parameters. One of which a source tensor has other rows too, that no parameter here holds,
-            stays as it is, and all that share a source tensor with it.
+        made: by the names of parameters. Where some rows of a source tensor lie in none of them, those that hold the
+            others stay as they are, and all that share another source tensor with these.
     """
     left = dict(made)
     while True:
-        parts: dict[str, list[Restored]] = {}
+        parts: dict[str, list[PlacedPiece]] = {}
         for name, matrices in left.items():
             for index, pieces in enumerate(matrices):
                 first = 0
                 for piece in pieces:
-                    parts.setdefault(piece.tensor, []).append(Restored(name, index, first, piece))
+                    parts.setdefault(piece.tensor, []).append(PlacedPiece(name, index, first, piece))
                     first += piece.count
         broken = {part.name for found in parts.values() if not _is_whole(found) for part in found}
         if not broken:
@@ -78,7 +78,7 @@ def restored(made: Mapping[str, Made]) -> dict[str, tuple[Restored, ...]]:
         left = {name: pieces for name, pieces in left.items() if name not in broken}
 
 
-def _is_whole(parts: list[Restored]) -> bool:
+def _is_whole(parts: list[PlacedPiece]) -> bool:
     """Whether they are all rows of their tensor, each once."""
     shape = parts[0].piece.shape
     columns = 1 if len(shape) == 1 else shape[-2] if parts[0].piece.transposed else shape[-1]

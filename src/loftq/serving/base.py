@@ -14,11 +14,13 @@ from loftq.architecture.skeleton import parameter_of
 from loftq.checkpoint.manifest import MANIFEST, kept_made, planned, read_manifest
 from loftq.checkpoint.verify import layout_of
 from loftq.errors import InputError, NumericalError, listed, option, quoted
+from loftq.formats import strict_json
 from loftq.formats.layouts import Layout
 from loftq.formats.regular import shown
 from loftq.formats.source import Checkpoint, open_checkpoint
 from loftq.numerics import oriented, oriented_shape
 from loftq.planning import Made, Matrix, Role, natural
+from loftq.spec import stored_tensors
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ class Base:
         return self.manifest["sha256"]
 
     @cached_property
+    def config(self) -> dict[str, Any]:
+        """What ``config.json`` has."""
+        return strict_json.load_object(self.directory / "config.json", special=True)
+
+    @cached_property
     def matrices(self) -> list[Matrix]:
         """What is quantized."""
         return [tensor.matrix for tensor in self.tensors.values() if tensor.matrix]
@@ -98,6 +105,10 @@ class Base:
         if self.layout.restores and matrix.sources:
             return self.stored(self._member(matrix, expert))
         return [self.checkpoint.slice(entry.name, expert) for entry in self.layout.entries(matrix)]
+
+    def by_suffix(self, matrix: Matrix) -> dict[str, Tensor]:
+        """The tensors of a packed matrix by suffix, as they are in the files."""
+        return dict(zip(stored_tensors(matrix.quant, *matrix.shape), self.stored(matrix), strict=True))
 
     def read(self, tensor: Dense, expert: int | None = None) -> Tensor:
         """A matrix that is quantized as float32 ``(out, in)``; another one oriented alike; all else as it is.
@@ -162,9 +173,14 @@ def _with_ties(tensors: dict[str, Dense], model: Any) -> dict[str, Dense]:
 def narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """``tensor`` in another floating-point type. NumericalError if it does not fit."""
     cast = tensor.to(dtype)
-    if not cast.isfinite().all():
+    if not _finite(cast):
         why = "not finite; check the adapter, and the base with `loftq verify`"
-        if tensor.isfinite().all():
+        if _finite(tensor):
             why = f"has values beyond {str(dtype).removeprefix('torch.')}; use {option('dtype', 'bfloat16')}"
         raise NumericalError(f"{quoted(name)}: {why}")
     return cast
+
+
+def _finite(tensor: Tensor) -> bool:
+    """By its extremes, for ``isfinite`` copies tables of gigabytes."""
+    return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())

@@ -42,21 +42,13 @@ def write(place: Path, base: Base, adapter: Adapter | None, scales: str, begin: 
         scales: their type, of :func:`check`.
     """
 
-    def entries(matrix: Matrix) -> list[Entry]:
-        stem, (rows, columns), quant = matrix.name.removesuffix("weight"), matrix.shape, matrix.quant
-        return [
-            Entry(f"{stem}weight_packed", "I32", (rows, columns * int(quant.bits) // packed.WORD)),
-            Entry(f"{stem}weight_scale", scales, (rows, columns // quant.block_size)),
-            Entry(f"{stem}weight_shape", "I64", (2,)),
-        ]
+    def entries(words: packed.Shape, blocks: packed.Shape) -> list[Entry]:
+        shape = Entry("weight_shape", "I64", (2,))
+        return [Entry("weight_packed", "I32", words), Entry("weight_scale", scales, blocks), shape]
 
-    def made(matrix: Matrix, stream: Tensor, d: Tensor) -> dict[str, Tensor]:
-        stem = matrix.name.removesuffix("weight")
-        return {
-            f"{stem}weight_packed": stream.view(torch.int32),
-            f"{stem}weight_scale": packed.narrow(matrix, d, scales),
-            f"{stem}weight_shape": torch.tensor(matrix.shape, dtype=torch.int64),
-        }
+    def made(matrix: Matrix, stream: Tensor, d: Tensor) -> list[Tensor]:
+        shape = torch.tensor(matrix.shape, dtype=torch.int64)
+        return [stream.view(torch.int32), packed.narrow(matrix, d, scales), shape]
 
     settings = {"quantization_config": _config(base)}
     files = packed.write_directory(place, base, adapter, settings, entries, made, begin)

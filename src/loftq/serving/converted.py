@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +34,20 @@ from loftq.serving.gguf import PLAIN, LoraPart, array_of, file_type, lora, model
 from loftq.serving.gguf_header import Header, gguf, padding
 from loftq.serving.merge import Begin
 from loftq.serving.output import copy, write_shards
-from loftq.spec import stored_tensors
 
 DIGITS, BASE = 4, 128  # whole numbers that bfloat16 and float16 hold
 PERIOD = DIGITS + 1  # the columns' own mark stands after the digits, so that columns in another order show
-LARGEST_FILE = 5 << 30
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """A tensor of the new file: of which matrix each row is, and which row of it; none for one that is copied."""
+    """A tensor of the new file, and the rows of matrices that it is gathered from; none if the script's is copied."""
 
     name: str
     shape: tuple[int, ...]
     kind: int
     nbytes: int
-    sources: tuple[tuple[Dense, Tensor, Tensor], ...] = ()  # matrix, rows of the part, rows of the matrix
+    sources: tuple[tuple[Dense, Tensor, Tensor], ...] = ()  # matrix, rows here, rows of the matrix
 
 
 def marks(ids: Int64[Tensor, " rows"], columns: int) -> Float[Tensor, "rows columns"]:
@@ -108,14 +106,14 @@ def write(
         firsts = _write_marked(work / "source", base, adapter)
         _run(converter, work, base, rule)
         reader = gguf.GGUFReader(work / "model.gguf")
-        parts = _parts(reader, firsts, base, preferred)
-        advance = begin(len(parts))
+        gathered = _gathered(reader, firsts, base, preferred)
+        advance = begin(len(gathered))
         made = modelfile(place, adapter is not None)
-        contents = _contents(reader, parts, base, preferred, advance)
+        contents = _contents(reader, gathered, base, preferred, advance)
         made["model.gguf"] = fsio.write_atomic(place / "model.gguf", contents)
         if adapter is not None:
             architecture = reader.fields["general.architecture"].contents()
-            added = _lora_parts(parts, adapter)
+            added = _lora_parts(gathered, adapter)
             made["adapter.gguf"] = fsio.write_atomic(place / "adapter.gguf", lora(architecture, added))
         return made
     finally:
@@ -142,9 +140,8 @@ def _write_marked(place: Path, base: Base, adapter: Adapter | None) -> dict[str,
         return [oriented(tensor.kind, marks(ids, columns)).to(DTYPES[entry.dtype])]
 
     entries = [Entry(t.name, t.dtype, t.shape) for t in base.tensors.values()]
-    write_shards(place, entries, read, LARGEST_FILE)
-    config = strict_json.load_object(base.directory / "config.json", special=True)
-    config.pop("quantization_config", None)
+    write_shards(place, entries, read)
+    config = {name: value for name, value in base.config.items() if name != "quantization_config"}
     fsio.write_json(place / "config.json", strict_json.tagged(config))
     copy(belongings(base.directory).files, base.directory, place)
     return firsts
@@ -187,18 +184,18 @@ def _values(tensor: Any) -> Tensor:
     return raw.reshape(-1, raw.shape[-1])
 
 
-def _parts(reader: Any, firsts: dict[str, int], base: Base, preferred: str) -> list[Gathered]:
+def _gathered(reader: Any, firsts: dict[str, int], base: Base, preferred: str) -> list[Gathered]:
     """What becomes of every tensor of the script's file. InputError for marks that it has not kept whole."""
     names, starts = list(firsts), torch.tensor(list(firsts.values()), dtype=torch.int64)
     seen = dict.fromkeys(names, 0)
-    parts = []
+    gathered = []
     for tensor in reader.tensors:
         shape = tuple(int(n) for n in reversed(tensor.shape))
         copied = Gathered(tensor.name, shape, int(tensor.tensor_type), tensor.n_bytes)
         plain = tensor.tensor_type.value in PLAIN.values() and len(shape) > 1
         ids = read_marks(_values(tensor).float()) if plain else None
         if ids is None:
-            parts.append(copied)
+            gathered.append(copied)
             continue
         owners = torch.searchsorted(starts, ids, right=True) - 1
         sources = []
@@ -206,17 +203,17 @@ def _parts(reader: Any, firsts: dict[str, int], base: Base, preferred: str) -> l
             at = (owners == owner).nonzero()[:, 0]
             sources.append((base.tensors[names[owner]], at, ids[at] - starts[owner]))
             seen[names[owner]] += len(at)
-        parts.append(_part(copied, sources, preferred))
+        gathered.append(_with_sources(copied, sources, preferred))
     lost = [name for name, count in seen.items() if count < _rows(base.tensors[name])]
     if lost:
         raise InputError(
             f"{listed(lost, 3)}: llama.cpp's script leaves them out or changes their numbers, so that it has no place "
             f"for their codes; leave them dense with patterns of {option('bits')}, such as 'NAME=16,4', or merge"
         )
-    return parts
+    return gathered
 
 
-def _part(copied: Gathered, sources: list[tuple[Dense, Tensor, Tensor]], preferred: str) -> Gathered:
+def _with_sources(copied: Gathered, sources: list[tuple[Dense, Tensor, Tensor]], preferred: str) -> Gathered:
     blocks = {block_for(t.matrix, preferred) if t.matrix else None for t, _, _ in sources}
     if len(blocks) > 1 or (blocks == {None} and len({t.dtype for t, _, _ in sources}) > 1):
         raise InputError(
@@ -227,12 +224,12 @@ def _part(copied: Gathered, sources: list[tuple[Dense, Tensor, Tensor]], preferr
     count = int(np.prod(copied.shape))
     if block is None:
         kind = PLAIN[sources[0][0].dtype]
-        return Gathered(copied.name, copied.shape, kind, count * (4 if kind == 0 else 2), tuple(sources))
-    return Gathered(copied.name, copied.shape, block.type, count // block.size * block.bytes, tuple(sources))
+        return replace(copied, kind=kind, nbytes=count * (4 if kind == 0 else 2), sources=tuple(sources))
+    return replace(copied, kind=block.type, nbytes=count // block.size * block.bytes, sources=tuple(sources))
 
 
 def _contents(
-    reader: Any, parts: list[Gathered], base: Base, preferred: str, advance: Any
+    reader: Any, gathered: list[Gathered], base: Base, preferred: str, advance: Any
 ) -> Iterator[bytes | memoryview]:
     header = Header(reader.fields["general.architecture"].contents())
     left_out = {"general.architecture", "general.file_type"}
@@ -240,49 +237,48 @@ def _contents(
         if field.name not in left_out and not field.name.startswith("GGUF."):
             inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
             header.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
-    sizes = [(t.matrix, part.nbytes) for part in parts for t, _, _ in part.sources[:1]]
+    sizes = [(t.matrix, one.nbytes) for one in gathered for t, _, _ in one.sources[:1]]
     header.add_file_type(file_type([(block_for(m, preferred), n) for m, n in sizes if m]))
-    for part in parts:
-        header.add(part.name, part.shape, part.kind, part.nbytes)
+    for one in gathered:
+        header.add(one.name, one.shape, one.kind, one.nbytes)
     yield header.encoded()
-    for part, tensor in zip(parts, reader.tensors, strict=True):
-        raw = _gathered(part, base, preferred) if part.sources else np.asarray(tensor.data)
+    for one, tensor in zip(gathered, reader.tensors, strict=True):
+        raw = _bytes(one, base, preferred) if one.sources else np.asarray(tensor.data)
         yield np.ascontiguousarray(raw).reshape(-1).view(np.uint8).data
-        yield padding(part.nbytes)
+        yield padding(one.nbytes)
         del raw
         advance()
 
 
-def _gathered(part: Gathered, base: Base, preferred: str) -> np.ndarray:
-    """The rows of a part, out of its matrices."""
+def _bytes(one: Gathered, base: Base, preferred: str) -> np.ndarray:
+    """The tensor as the file has it, its rows out of their matrices."""
     found: np.ndarray | None = None
-    for tensor, at, rows in part.sources:
+    for tensor, at, rows in one.sources:
         if tensor.matrix is None:
             raw = array_of(base.read(tensor))
         else:
             matrix = tensor.matrix
-            held = dict(zip(stored_tensors(matrix.quant, *matrix.shape), base.stored(matrix), strict=True))
-            raw = block_bytes(block_for(matrix, preferred), matrix, held).numpy()
+            raw = block_bytes(block_for(matrix, preferred), matrix, base.by_suffix(matrix)).numpy()
         if found is None:
-            found = np.empty((sum(len(where) for _, where, _ in part.sources), raw.shape[1]), raw.dtype)
+            found = np.empty((sum(len(where) for _, where, _ in one.sources), raw.shape[1]), raw.dtype)
         found[at.numpy()] = raw[rows.numpy()]
     assert found is not None
     return found
 
 
-def _lora_parts(parts: list[Gathered], adapter: Adapter) -> list[LoraPart]:
-    """The adapter of every part: of several matrices side by side, their ranks added up."""
+def _lora_parts(gathered: list[Gathered], adapter: Adapter) -> list[LoraPart]:
+    """The adapter of every tensor: of several matrices side by side, their ranks added up."""
     found = []
-    for part in parts:
-        sources = [source for source in part.sources if source[0].name in adapter.factors]
+    for one in gathered:
+        sources = [source for source in one.sources if source[0].name in adapter.factors]
         if not sources:
             continue
-        if len(part.shape) != 2:
-            raise InputError(f"{quoted(part.name)}: an adapter of a stack of matrices has no form here; merge it")
+        if len(one.shape) != 2:
+            raise InputError(f"{quoted(one.name)}: an adapter of a stack of matrices has no form here; merge it")
 
-        def read(part: Gathered = part, sources: Any = sources) -> tuple[Tensor, Tensor]:
+        def read(one: Gathered = one, sources: Any = sources) -> tuple[Tensor, Tensor]:
             products = [adapter.product(tensor.name) for tensor, _, _ in sources]
-            b = torch.zeros(part.shape[0], sum(a.shape[0] for _, a, _ in products))
+            b = torch.zeros(one.shape[0], sum(a.shape[0] for _, a, _ in products))
             first = 0
             for (_, at, rows), (own, a, s) in zip(sources, products, strict=True):
                 b[at, first : first + a.shape[0]] = s * own[rows]
@@ -290,5 +286,5 @@ def _lora_parts(parts: list[Gathered], adapter: Adapter) -> list[LoraPart]:
             return torch.cat([a for _, a, _ in products]), b
 
         rank = sum(adapter.factors[tensor.name].rank for tensor, _, _ in sources)
-        found.append(LoraPart(part.name, part.shape[0], part.shape[1], rank, read))
+        found.append(LoraPart(one.name, one.shape[0], one.shape[1], rank, read))
     return found

@@ -54,88 +54,61 @@ class ExportOptions:
 
 BLOCK_TYPES = ("TQ2_0", "Q2_K")
 
-# Writes into a directory; gives the files, and the commands that run them.
-Write = Callable[[Path, Begin], tuple[Files, list[str]]]
+# Writes into a directory and gives the files; and the commands that run them.
+Way = tuple[Callable[[Path, Begin], Files], list[str]]
 
 
-def _gguf(base: Base, adapter: Adapter | None, options: ExportOptions) -> Write:
+def _gguf(base: Base, adapter: Adapter | None, options: ExportOptions) -> Way:
     from loftq.serving import gguf
 
-    rule, preferred = options.tokenizer_rule, options.block_type or ""
+    rule, preferred, told = options.tokenizer_rule, options.block_type or "", gguf.commands(adapter is not None)
     if options.converter is not None:
         from loftq.serving import converted
 
         converter = Path(options.converter)
         converted.check(base, adapter, converter)
-    else:
-        converter, family = None, gguf.check(base, adapter, preferred)
-
-    def write(place: Path, begin: Begin) -> tuple[Files, list[str]]:
-        if converter is not None:
-            made = converted.write(place, base, adapter, converter, rule, preferred, begin)
-        else:
-            made = gguf.write(place, base, adapter, family, rule, begin, preferred)
-        return made, gguf.commands(adapter is not None)
-
-    return write
+        return lambda place, begin: converted.write(place, base, adapter, converter, rule, preferred, begin), told
+    family = gguf.check(base, adapter, preferred)
+    return lambda place, begin: gguf.write(place, base, adapter, family, rule, preferred, begin), told
 
 
-def _compressed(base: Base, adapter: Adapter | None, options: ExportOptions) -> Write:
+def _compressed(base: Base, adapter: Adapter | None, options: ExportOptions) -> Way:
     from loftq.serving import compressed
 
     scales = compressed.check(base)
-
-    def write(place: Path, begin: Begin) -> tuple[Files, list[str]]:
-        return compressed.write(place, base, adapter, scales, begin), compressed.commands(base, adapter)
-
-    return write
+    told = compressed.commands(base, adapter)
+    return lambda place, begin: compressed.write(place, base, adapter, scales, begin), told
 
 
-def _mlx(base: Base, adapter: Adapter | None, options: ExportOptions) -> Write:
+def _mlx(base: Base, adapter: Adapter | None, options: ExportOptions) -> Way:
     from loftq.serving import mlx
 
     scales = mlx.check(base, adapter)
-
-    def write(place: Path, begin: Begin) -> tuple[Files, list[str]]:
-        return mlx.write(place, base, adapter, scales, begin), mlx.commands(adapter)
-
-    return write
+    return lambda place, begin: mlx.write(place, base, adapter, scales, begin), mlx.commands(adapter)
 
 
-def _onnx(base: Base, adapter: Adapter | None, options: ExportOptions) -> Write:
+def _onnx(base: Base, adapter: Adapter | None, options: ExportOptions) -> Way:
     from loftq.serving import onnx
 
     onnx.check(base)
-
-    def write(place: Path, begin: Begin) -> tuple[Files, list[str]]:
-        return onnx.write(place, base, adapter, begin), onnx.commands()
-
-    return write
+    return lambda place, begin: onnx.write(place, base, adapter, begin), onnx.commands()
 
 
-def _for_original(base: Base, adapter: Adapter | None, options: ExportOptions) -> Write:
+def _for_original(base: Base, adapter: Adapter | None, options: ExportOptions) -> Way:
     from loftq.serving import for_original
 
     pair = for_original.check(base, adapter)
-
-    def write(place: Path, begin: Begin) -> tuple[Files, list[str]]:
-        return for_original.write(place, base, pair, begin), for_original.commands()
-
-    return write
+    return lambda place, begin: for_original.write(place, base, pair, begin), for_original.commands()
 
 
-def _per_expert(base: Base, adapter: Adapter | None, options: ExportOptions) -> Write:
+def _per_expert(base: Base, adapter: Adapter | None, options: ExportOptions) -> Way:
     from loftq.serving import per_expert
 
     checked = per_expert.check(base, adapter)
-
-    def write(place: Path, begin: Begin) -> tuple[Files, list[str]]:
-        return per_expert.write(place, base, checked, begin), per_expert.commands(checked)
-
-    return write
+    return lambda place, begin: per_expert.write(place, base, checked, begin), per_expert.commands(checked)
 
 
-TARGETS: dict[str, Callable[[Base, Adapter | None, ExportOptions], Write]] = {
+TARGETS: dict[str, Callable[[Base, Adapter | None, ExportOptions], Way]] = {
     "gguf": _gguf,
     "compressed-tensors": _compressed,
     "mlx": _mlx,
@@ -152,19 +125,13 @@ def export(directory: Path, output: Path, options: ExportOptions, begin: Begin) 
         ``output`` is taken; UsageError if a package is missing.
     """
     base, adapter = open_both(directory, options.adapter)
-    write = TARGETS[options.to](base, adapter, options)
+    write, commands = TARGETS[options.to](base, adapter, options)
     places, read = sources_of(base, adapter)
-    identity = {
-        **read,
-        "options": options.identity(),
-        "loftq": __version__,
-    }
-    commands: list[str] = []
+    identity = {**read, "options": options.identity(), "loftq": __version__}
 
     def fill(place: Path) -> Files:
-        made, told = write(place, begin)
-        commands.extend(told)
-        card = exported_card(base.manifest, identity, told, licence(base.directory / "README.md"))
+        made = write(place, begin)
+        card = exported_card(base.manifest, identity, commands, licence(base.directory / "README.md"))
         return {**made, "README.md": fsio.write_atomic(place / "README.md", [card.encode()])}
 
     return produce(output, identity, places, options.overwrite, fill, lambda: {"commands": commands})

@@ -21,7 +21,6 @@ from loftq.serving.blocks import Block, block_bytes, block_for
 from loftq.serving.gguf_header import Family, Header, add_sizes, family_of, gguf, padding, permuted, rope_factors
 from loftq.serving.gguf_vocab import add_vocabulary
 from loftq.serving.merge import Begin
-from loftq.spec import stored_tensors
 
 PLAIN = {"F32": 0, "F16": 1, "BF16": 30}  # GGML's types of what is not quantized
 ROPE_FACTORS = "rope_freqs.weight"
@@ -38,7 +37,7 @@ class Placed:
     block: Block | None = None
 
 
-def check(base: Base, adapter: Adapter | None, preferred: str = "") -> Family:
+def check(base: Base, adapter: Adapter | None, preferred: str) -> Family:
     """Refuse what cannot be written, before anything is."""
     family = family_of(base.model)
     for tensor in _tensors(base):
@@ -54,8 +53,8 @@ def write(
     adapter: Adapter | None,
     family: Family,
     rule: str | None,
+    preferred: str,
     begin: Begin,
-    preferred: str = "",
 ) -> Files:
     """``model.gguf`` and ``adapter.gguf`` in a directory.
 
@@ -128,8 +127,7 @@ def _raw(base: Base, placed: Placed, family: Family) -> np.ndarray:
     matrix = placed.tensor.matrix
     if matrix is not None:
         assert placed.block is not None
-        stored = dict(zip(stored_tensors(matrix.quant, *matrix.shape), base.stored(matrix), strict=True))
-        return block_bytes(placed.block, matrix, stored).numpy()
+        return block_bytes(placed.block, matrix, base.by_suffix(matrix)).numpy()
     value = base.read(placed.tensor)
     if value.ndim == 1:
         value = value.float()

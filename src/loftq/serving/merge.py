@@ -16,18 +16,18 @@ from loftq.checkpoint.assemble import ADAPTER
 from loftq.checkpoint.produce import Files, produce
 from loftq.errors import option
 from loftq.formats import fsio, strict_json
-from loftq.formats.belongings import belongings, licence
+from loftq.formats.belongings import licence
 from loftq.formats.regular import local_path
-from loftq.formats.rows import scattered, slices
+from loftq.formats.rows import as_rows, scattered, slices
 from loftq.formats.tensorfile import DTYPES, Entry
 from loftq.numerics import oriented
 from loftq.options import check_choice, check_whole
-from loftq.planning import Restored, natural, restored
+from loftq.planning import PlacedPiece, natural, restored
 from loftq.report.card import merged_card
 from loftq.serving import heads
-from loftq.serving.adapter import Adapter, open_adapter, own_files, place_of
+from loftq.serving.adapter import Adapter, open_adapter, place_of
 from loftq.serving.base import Base, Dense, narrowed, open_base
-from loftq.serving.output import copy, write_shards
+from loftq.serving.output import LARGEST_FILE, small_files, write_shards
 from loftq.spec import STORED
 from loftq.version import __version__
 
@@ -47,7 +47,7 @@ class MergeOptions:
 
     adapter: str | None = None
     dtype: str = "bfloat16"
-    max_shard_bytes: int = 5 << 30
+    max_shard_bytes: int = LARGEST_FILE
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -93,12 +93,10 @@ def merge(directory: Path, output: Path, options: MergeOptions, begin: Begin) ->
 
     def fill(place: Path) -> Files:
         made = _write_weights(place, base, adapter, options, begin)
-        config = {**strict_json.load_object(base.directory / "config.json", special=True), **head}
+        config = {**base.config, **head}
         config.pop("quantization_config", None)
         made["config.json"] = fsio.write_json(place / "config.json", strict_json.tagged(_typed(config, options.dtype)))
-        made |= copy(belongings(base.directory).files, base.directory, place)
-        if adapter is not None:
-            made |= copy(own_files(adapter), adapter.directory, place)
+        made |= small_files(place, base, adapter)
         card = merged_card(base.manifest, identity, licence(base.directory / "README.md"))
         made["README.md"] = fsio.write_atomic(place / "README.md", [card.encode()])
         return made
@@ -153,11 +151,9 @@ def _dtype(dtype: str, shape: tuple[int, ...], wide: str) -> str:
     return wide if dtype in FLOATS and len(shape) > 1 else dtype
 
 
-def _rows(part: Restored, base: Base, merged: Callable[[str, int | None], Tensor]) -> Tensor:
+def _rows(part: PlacedPiece, base: Base, merged: Callable[[str, int | None], Tensor]) -> Tensor:
     expert = part.index if base.tensors[part.name].experts else None
-    value = merged(part.name, expert)
-    rows = value.reshape(-1, *value.shape[1:][-1:])
-    return rows[part.first : part.first + part.piece.count]
+    return as_rows(merged(part.name, expert))[part.first : part.first + part.piece.count]
 
 
 def _merged(tensor: Dense, base: Base, adapter: Adapter | None, expert: int | None) -> Tensor:

@@ -51,20 +51,12 @@ def write(place: Path, base: Base, adapter: Adapter | None, scales: str, begin: 
         scales: their type, of :func:`check`.
     """
 
-    def entries(matrix: Matrix) -> list[Entry]:
-        stem, (rows, columns), quant = matrix.name.removesuffix("weight"), matrix.shape, matrix.quant
-        blocks = (rows, columns // quant.block_size)
-        words = Entry(f"{stem}weight", "U32", (rows, columns * int(quant.bits) // packed.WORD))
-        return [words, Entry(f"{stem}scales", scales, blocks), Entry(f"{stem}biases", scales, blocks)]
+    def entries(words: packed.Shape, blocks: packed.Shape) -> list[Entry]:
+        return [Entry("weight", "U32", words), Entry("scales", scales, blocks), Entry("biases", scales, blocks)]
 
-    def made(matrix: Matrix, stream: Tensor, d: Tensor) -> dict[str, Tensor]:
-        stem = matrix.name.removesuffix("weight")
+    def made(matrix: Matrix, stream: Tensor, d: Tensor) -> list[Tensor]:
         bias = -(2.0 ** (int(matrix.quant.bits) - 1)) * d
-        return {
-            f"{stem}weight": stream.view(torch.uint32),
-            f"{stem}scales": packed.narrow(matrix, d, scales),
-            f"{stem}biases": packed.narrow(matrix, bias, scales),
-        }
+        return [stream.view(torch.uint32), *(packed.narrow(matrix, values, scales) for values in (d, bias))]
 
     of_most, _ = Counter((m.quant.block_size, int(m.quant.bits)) for m in base.matrices).most_common(1)[0]
     forms = {m.module: (m.quant.block_size, int(m.quant.bits)) for m in base.matrices}

@@ -22,6 +22,7 @@ from loftq.serving.adapter import Adapter
 from loftq.serving.base import Base
 from loftq.serving.generate import adapted
 from loftq.serving.merge import Begin
+from loftq.serving.output import small_files
 
 NAME = "onnx"
 TOKENS = 8  # of the two texts that the model is traced with; every length runs
@@ -79,7 +80,7 @@ def write(place: Path, base: Base, adapter: Adapter | None, begin: Begin) -> Fil
     made.save_pretrained(place)
     advance()
     written = [path for path in sorted(place.iterdir()) if path.is_file()]
-    return packed.small_files(place, base, adapter) | {path.name: fsio.sha256_file(path) for path in written}
+    return small_files(place, base, adapter) | {path.name: fsio.sha256_file(path) for path in written}
 
 
 def _traced(base: Base, adapter: Adapter | None) -> Any:

@@ -7,7 +7,12 @@ from torch import Tensor
 
 from loftq.checkpoint.produce import Files
 from loftq.formats import fsio
+from loftq.formats.belongings import belongings
 from loftq.formats.tensorfile import Entry, encode_header, tensor_bytes
+from loftq.serving.adapter import Adapter, own_files
+from loftq.serving.base import Base
+
+LARGEST_FILE = 5 << 30
 
 
 def copy(paths: Iterable[Path], source: Path, target: Path) -> Files:
@@ -20,8 +25,14 @@ def copy(paths: Iterable[Path], source: Path, target: Path) -> Files:
     return made
 
 
+def small_files(place: Path, base: Base, adapter: Adapter | None) -> Files:
+    """The tokenizer and the like, the adapter's own before the base's."""
+    files = copy(belongings(base.directory).files, base.directory, place)
+    return files if adapter is None else files | copy(own_files(adapter), adapter.directory, place)
+
+
 def write_shards(
-    directory: Path, entries: list[Entry], read: Callable[[Entry], Iterable[Tensor]], max_bytes: int
+    directory: Path, entries: list[Entry], read: Callable[[Entry], Iterable[Tensor]], max_bytes: int = LARGEST_FILE
 ) -> Files:
     """Write tensors as ``model*.safetensors``, each file up to ``max_bytes``, with their index.
 

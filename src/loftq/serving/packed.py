@@ -6,6 +6,7 @@ is rounded.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,19 @@ from torch import Tensor
 from loftq.checkpoint.produce import Files
 from loftq.errors import InputError, listed, option, quoted
 from loftq.formats import fsio, strict_json
-from loftq.formats.belongings import belongings
 from loftq.formats.tensorfile import DTYPES, Entry
 from loftq.numerics import pack, unpack
 from loftq.planning import Matrix
 from loftq.planning.containers import CONTAINERS
-from loftq.serving.adapter import Adapter, own_files
+from loftq.serving.adapter import Adapter
 from loftq.serving.base import Base, Dense
 from loftq.serving.merge import Begin
-from loftq.serving.output import copy, write_shards
-from loftq.spec import STORED, QuantSpec, stored_tensors
+from loftq.serving.output import small_files, write_shards
+from loftq.spec import STORED, QuantSpec
 
-LARGEST_FILE = 5 << 30
 WORD = 32  # bits of what the streams are read in
+
+Shape = tuple[int, ...]
 
 
 def check(base: Base, software: str, kinds: tuple[str, ...] = ("linear",)) -> None:
@@ -35,10 +36,16 @@ def check(base: Base, software: str, kinds: tuple[str, ...] = ("linear",)) -> No
     have = {(bits, size) for code, bits, size in CONTAINERS[software] if code == "int"}
     for matrix in base.matrices:
         quant, columns = matrix.quant, matrix.shape[1]
-        if quant.code != "int" or quant.double_quant or matrix.kind not in kinds:
+        odd = {
+            quant.code: quant.code != "int",
+            "double_quant": quant.double_quant,
+            matrix.kind: matrix.kind not in kinds,
+        }
+        if any(odd.values()):
+            found = " and ".join(what for what, is_odd in odd.items() if is_odd)
             raise InputError(
-                f"{quoted(matrix.name)}: {software} holds code int on linear layers, and not {quant.code} on "
-                f"{matrix.kind}; quantize with {option('serve', software)}, or merge"
+                f"{quoted(matrix.name)}: {software} holds code int on linear layers, and not {found}; quantize with "
+                f"{option('serve', software)}, or merge"
             )
         if (quant.bits, quant.block_size) not in have or columns % quant.block_size:
             raise InputError(
@@ -60,7 +67,7 @@ def numbers(quant: QuantSpec, stored: dict[str, Tensor], columns: int) -> tuple[
 
 def scale_dtype(base: Base) -> str:
     """The type that scales are loaded in, the model's own, by safetensors' name."""
-    config = strict_json.load_object(base.directory / "config.json", special=True)
+    config = base.config
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     if dtype not in STORED:
         raise InputError(
@@ -85,42 +92,39 @@ def write_directory(
     base: Base,
     adapter: Adapter | None,
     settings: dict[str, Any],
-    entries: Callable[[Matrix], list[Entry]],
-    made: Callable[[Matrix, Tensor, Tensor], dict[str, Tensor]],
+    entries: Callable[[Shape, Shape], list[Entry]],
+    made: Callable[[Matrix, Tensor, Tensor], list[Tensor]],
     begin: Begin,
 ) -> Files:
     """The checkpoint: what is quantized by ``made``, the rest as it is. One matrix is in memory at a time.
 
     Args:
         settings: into ``config.json``.
-        entries: of a matrix; ``made``: the same tensors by name, of the two results of :func:`numbers`.
+        entries: of a matrix, by suffix, from the shapes of its words and of its scales.
+        made: the same tensors, of the two results of :func:`numbers`.
     """
     by_entry: dict[str, tuple[Entry, Dense]] = {}
     for tensor in base.tensors.values():
-        plain = [Entry(tensor.name, tensor.dtype, tensor.shape)]
-        by_entry |= {e.name: (e, tensor) for e in (entries(tensor.matrix) if tensor.matrix else plain)}
+        found = [Entry(tensor.name, tensor.dtype, tensor.shape)]
+        if matrix := tensor.matrix:
+            (rows, columns), quant = matrix.shape, matrix.quant
+            stem, words = matrix.name.removesuffix("weight"), columns * int(quant.bits) // WORD
+            named = entries((rows, words), (rows, columns // quant.block_size))
+            found = [replace(entry, name=stem + entry.name) for entry in named]
+        by_entry |= {entry.name: (entry, tensor) for entry in found}
     advance = begin(len(by_entry))
-    held: dict[str, Tensor] = {}
+    held: list[Tensor] = []  # of one matrix, whose entries follow each other
 
     def read(entry: Entry) -> list[Tensor]:
         _, tensor = by_entry[entry.name]
         advance()
         if tensor.matrix is None:
             return [base.checkpoint.read(tensor.name)]
-        if entry.name not in held:
-            held.clear()  # the tensors of a matrix follow each other
-            quant, (rows, columns) = tensor.matrix.quant, tensor.matrix.shape
-            stored = dict(zip(stored_tensors(quant, rows, columns), base.stored(tensor.matrix), strict=True))
-            held.update(made(tensor.matrix, *numbers(quant, stored, columns)))
-        return [held[entry.name]]
+        if not held:
+            stored = base.by_suffix(tensor.matrix)
+            held.extend(made(tensor.matrix, *numbers(tensor.matrix.quant, stored, tensor.matrix.shape[1])))
+        return [held.pop(0)]
 
-    files = write_shards(place, [entry for entry, _ in by_entry.values()], read, LARGEST_FILE)
-    config = {**strict_json.load_object(base.directory / "config.json", special=True), **settings}
-    files["config.json"] = fsio.write_json(place / "config.json", strict_json.tagged(config))
+    files = write_shards(place, [entry for entry, _ in by_entry.values()], read)
+    files["config.json"] = fsio.write_json(place / "config.json", strict_json.tagged({**base.config, **settings}))
     return files | small_files(place, base, adapter)
-
-
-def small_files(place: Path, base: Base, adapter: Adapter | None) -> Files:
-    """The tokenizer and the like, the adapter's own before the base's."""
-    files = copy(belongings(base.directory).files, base.directory, place)
-    return files if adapter is None else files | copy(own_files(adapter), adapter.directory, place)
