@@ -5,6 +5,7 @@ the weights that have it, and divide by the largest. Made :data:`loftq.codes.Llo
 other blocks: the symmetric Lloyd-Max levels of the Gaussian, equally spaced ones, and NormalFloat's.
 
     python benchmarks/levels.py
+    python benchmarks/levels.py --scales 400   # how far are the fitted scales from the best of so many, of either sign?
 """
 
 import argparse
@@ -60,15 +61,39 @@ def error(blocks: Tensor, table: Tensor, bits: int, signed: bool) -> float:
     return float((blocks - table[codes] * scale).norm() / blocks.norm())
 
 
+def least(blocks: Tensor, table: Tensor, count: int) -> float:
+    """The error with the best of ``count`` scales of either sign for every block, each then fitted once."""
+    reach, best = blocks.abs().amax(1, keepdim=True) / table.abs().max(), torch.full((len(blocks),), torch.inf)
+    for part in torch.linspace(0.2, 1.4, count):
+        for scale in (part * reach, -part * reach):
+            chosen = table[torch.bucketize(blocks / scale, halfway(table))]
+            square = chosen.square().sum(1)
+            taken = (blocks * chosen).sum(1).square() / torch.where(square == 0, 1, square)
+            best = torch.minimum(best, blocks.square().sum(1) - taken)
+    return float(best.sum().sqrt() / blocks.norm())
+
+
+def compare_scales(blocks: Tensor, bits: list[int], count: int) -> None:
+    print(f"| bits | code | scales fitted | best of {2 * count} scales |")
+    print("|---|---|---|---|")
+    for width in bits:
+        for code in ("lloyd", "int"):
+            table = levels(code, width)
+            print(f"| {width} | {code} | {error(blocks, table, width, True):.4f} | {least(blocks, table, count):.4f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--blocks", type=int, default=20_000)
     parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument("--scales", type=int, help="compare fitted scales with the best of twice so many")
     options = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
     blocks, others = torch.randn(2, options.blocks, BLOCK, generator=generator)
     print(f"relative error on {options.blocks} Gaussian blocks of {BLOCK}, scales not rounded\n")
+    if options.scales:
+        return compare_scales(others, options.bits, options.scales)
     print("| bits | lloyd | symmetric Lloyd-Max | uniform | nf, both signs | nf |")
     print("|---|---|---|---|---|---|")
     tables = {}
