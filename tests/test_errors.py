@@ -1,6 +1,7 @@
 """Names in messages: what cannot be seen of them, or moves others, is escaped everywhere."""
 
 import pickle
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -56,6 +57,12 @@ def test_long_names_are_cut():
     assert quoted("x" * 121) == "x" * 119 + "…"
     assert len(quoted("\u202e" * 100)) == 120
     assert listed(range(1_000_000), 2) == "0, 1 and 999998 more"
+
+
+def test_paths_keep_their_end():
+    path = Path("/" + "long/" * 60) / "model.safetensors"
+    assert quoted(path) == str(path)
+    assert len(quoted(Path("x" * 500))) == 400
 
 
 def test_errors_travel_between_processes():

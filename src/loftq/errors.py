@@ -16,6 +16,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import PurePath
 from typing import Any, TypeVar
 
 # What Python counts as printable and no screen shows: of Unicode's Default_Ignorable_Code_Point; the Braille blank.
@@ -169,9 +170,13 @@ def visible(text: str) -> str:
     return "".join(c if c == "\n" or (c.isprintable() and not _UNSEEN.match(c)) else _escaped(c) for c in text)
 
 
-def quoted(name: object, limit: int = 120) -> str:
-    """``name`` as it may stand in a message: on one line, :func:`visible`, cut at ``limit`` characters."""
+def quoted(name: object, limit: int | None = None) -> str:
+    """``name`` as it may stand in a message: on one line, :func:`visible`, cut at ``limit`` characters.
+
+    Without a limit a name has 120 of them, and a path 400: its end tells which file is meant.
+    """
     text = str(name)
+    limit = limit or (400 if isinstance(name, PurePath) else 120)
     cut = text if len(text) <= limit else text[:limit]  # nothing gets shorter: what is longer is not looked at
     shown = visible(cut).replace("\n", "\\n")
     return shown if len(shown) <= limit and cut is text else shown[: limit - 1] + "…"

@@ -74,8 +74,8 @@ def load_adapter(model: PreTrainedModel, directory: Path, new_modules: Iterable[
         raise
     except Exception as e:  # whatever PEFT raises for files that it cannot take
         raise InputError(f"{quoted(directory)}: no adapter for this model: {one_line(e)}") from e
-    trained_on = adapted.peft_config["default"].base_model_name_or_path  # type: ignore[union-attr]
-    if trained_on and Path(trained_on).is_dir() and Path(trained_on).resolve() != base.resolve():
+    trained_on = Path(adapted.peft_config["default"].base_model_name_or_path or base)  # type: ignore[union-attr]
+    if trained_on.is_dir() and trained_on.resolve() != base.resolve():
         logger.warning("%s: an adapter of %s, put on %s", quoted(directory), quoted(trained_on), quoted(base))
     brought = adapted.peft_config["default"].modules_to_save or []  # type: ignore[union-attr]
     refuse_untrained([n for n in new_modules if not any(part in brought for part in n.split("."))], directory)
