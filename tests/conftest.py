@@ -1,5 +1,6 @@
 """Settings that make tests repeatable, and shapes checked at run time."""
 
+import collections
 import gc
 import os
 
@@ -12,6 +13,19 @@ import torch
 from jaxtyping import install_import_hook
 
 install_import_hook(["loftq.numerics", "loftq.solver"], "beartype.beartype")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test with the marker ``sampled(n)`` every n-th row is quick, and the others are slow."""
+    rows = collections.Counter()
+    for item in items:
+        sampled = item.get_closest_marker("sampled")
+        if sampled:
+            test = item.nodeid.partition("[")[0]
+            if rows[test] % sampled.args[0]:
+                item.add_marker(pytest.mark.slow)
+            rows[test] += 1
 
 
 def pytest_collection_finish():

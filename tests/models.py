@@ -235,9 +235,9 @@ FAMILIES = {
         10,
     ),
 }
-# One tensor for each expert in the files; likewise; transposed, interleaved, with biases; fused and renamed; beside
-# shared experts and dense layers; without gates; of classes without a mark.
-MIXTURES = ["mixtral", "qwen3-moe", "gpt-oss", "granite-moe", "deepseek-v3", "nemotron-h", "llama4", "jetmoe"]
+# One tensor for each expert in the files; likewise; fused and renamed; transposed, interleaved, with biases; without
+# gates; of a class without a mark; beside shared experts and dense layers; of a class without a mark.
+MIXTURES = ["mixtral", "qwen3-moe", "granite-moe", "gpt-oss", "nemotron-h", "llama4", "deepseek-v3", "jetmoe"]
 SPECIAL = ["llama-deep", "llama-flat", "gemma-untied"]
 DENSE = [name for name in FAMILIES if name not in (*MIXTURES, *SPECIAL)]
 

@@ -204,6 +204,7 @@ print(Plan((), (), 1.0, False, 1, SolveSpec()).digest())
 """
 
 
+@pytest.mark.slow
 def test_an_option_of_the_solver_is_two_lines_beside_its_use(tmp_path):
     """The worked example of CONTRIBUTING: after it, every face has the option, and plans without it their digest."""
     from loftq.planning import Plan

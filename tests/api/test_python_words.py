@@ -166,6 +166,7 @@ def test_other_calls(tmp_path):
     assert "statistics.json" in refused(lambda: loftq.get_peft_model(model, calibration=tmp_path), InputError)
 
 
+@pytest.mark.slow
 def test_the_public_names_are_listed_and_stay_what_they_are():
     """In a new process: other tests have imported every part."""
     code = (

@@ -18,6 +18,7 @@ NAMES = ["bert", "llama", "bart", "t5", "gpt2", "deberta-v3", "albert", "deberta
 ROWS = small.rows()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_block_by_block_is_as_the_whole_model(name, tmp_path):
     """float32 products of a few rows, compared with float64 ones: off by their rounding."""
@@ -58,6 +59,7 @@ def test_a_pickled_checkpoint(tmp_path):
     assert all(small.away(found[m].fit.columns, h) < 1e-6 for m, (h, _) in wanted.items())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["bert", "deberta-v3", "t5", "albert"])
 def test_order_and_size_of_batches_do_not_matter(name):
     """Also where all rows of a batch have an input in common: DeBERTa's relative positions go through query and key."""

@@ -52,6 +52,7 @@ def inputs_of_experts(model, rows):
     return found
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "nemotron-h"])
 def test_each_expert_has_the_moments_of_its_tokens(name, tmp_path):
     model = small.tiny(name)
@@ -152,6 +153,7 @@ def made(mixture, output, **options):
     return loftq.quantize(mixture / "model", output, **{**exact, **options})
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("preset", ["qera-diag", "cloq", "projq", "srr", "lq-lora"])
 def test_every_kind_of_preset_solves_experts(mixture, tmp_path, preset):
     """One of each metric, rounding and beginning."""

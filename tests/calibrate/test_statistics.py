@@ -265,6 +265,7 @@ def test_open_or_collect(finished, source, text, tmp_path):
 # Stopped
 
 
+@pytest.mark.slow
 def test_killed_before_every_change(source, text, tmp_path):
     """Absent or complete; and the same call then makes the same statistics."""
     options = CalibrateOptions(data=text, kind="diagonal", samples=8, max_length=10)

@@ -150,6 +150,7 @@ BAD = [
 ]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("flags", "word"), BAD, ids=lambda v: " ".join(v) if isinstance(v, tuple) else "")
 def test_a_bad_value(source, tmp_path, flags, word):
     """Exit code 2, one line that names it, and nothing on the disk."""
@@ -230,6 +231,7 @@ def test_plan(source):
     assert "12 of " in ended.out
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("bits", ["2", "3", "4", "8", "3.0", "layer.0=4,2", "intermediate.dense=3,output.dense=8,2"])
 def test_plan_json(source, bits):
     ended = cli("plan", source, "--bits", bits, "--rank", "4", "--json")
@@ -342,6 +344,7 @@ def test_a_reader_that_leaves(source, tmp_path):
     refused(ended, 75, "nobody reads")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["out [bold]", "out\x1b[31m", "ö ü", "-o"])
 def test_odd_names_of_directories(source, tmp_path, name):
     ended = cli("quantize", source, f"--output={tmp_path / name}", *FLAGS)
@@ -376,6 +379,7 @@ def test_methods_differ_only_in_the_start(source, tmp_path):
     assert all(t.any() for n, t in start.items() if "lora_A" in n)
 
 
+@pytest.mark.slow
 def test_alpha_does_not_change_the_error(source, tmp_path):
     errors = []
     for alpha in ("1", "4", "64"):
@@ -405,6 +409,7 @@ OUT = "s3://bucket/out"
 ELSEWHERE = "nowhere://bucket/out"  # of a scheme that fsspec does not know
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("command", "url"),
     [

@@ -36,6 +36,7 @@ def gradients(model):
     return {name: p.grad for name, p in model.named_parameters() if "lora_" in name}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", MIXTURES)
 def test_all_experts_are_packed_and_nothing_that_routes(made, name):
     checkpoint = made(name)
@@ -57,11 +58,16 @@ def test_all_experts_are_packed_and_nothing_that_routes(made, name):
     assert loftq.verify(checkpoint.output)
 
 
-@pytest.mark.parametrize("name", MIXTURES)
-@pytest.mark.parametrize("options", WIDTHS, ids=lambda options: f"{options['bits']}-bit")
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        pytest.param(options, name, id=f"{options['bits']}-bit-{name}")
+        for options in WIDTHS
+        for name in (MIXTURES if options["bits"] == 2 else ("mixtral", "gpt-oss", "llama4"))  # of each orientation
+    ],
+)
 def test_packed_and_started_they_compute_what_the_files_say(made, name, options):
-    if name not in ("mixtral", "gpt-oss", "llama4") and options["bits"] != 2:
-        pytest.skip("the widths are tried on one family of each orientation")
     checkpoint = made(name, **options)
     model = checkpoint.load()
     with torch.no_grad():
@@ -69,6 +75,7 @@ def test_packed_and_started_they_compute_what_the_files_say(made, name, options)
         assert close(outputs(checkpoint.start(model)), outputs(checkpoint.started()))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", MIXTURES)
 def test_plain_peft_on_the_dequantized_model_gives_the_same_outputs_and_gradients(made, name):
     """The initialization is an ordinary adapter: PEFT's own layers put it on the dense stacks."""
@@ -89,6 +96,7 @@ def test_plain_peft_on_the_dequantized_model_gives_the_same_outputs_and_gradient
     assert not moved
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", MIXTURES)
 def test_saved_again_merged_and_made_dense(made, name, tmp_path):
     checkpoint = made(name)
@@ -118,6 +126,7 @@ def test_saved_again_merged_and_made_dense(made, name, tmp_path):
         assert close(outputs(model.dequantize()), wanted, 1e-6)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", MIXTURES)
 def test_in_memory_the_same_model_is_made(made, name, tmp_path):
     checkpoint = made(name, scale_dtype="float32")
@@ -130,6 +139,7 @@ def test_in_memory_the_same_model_is_made(made, name, tmp_path):
         assert torch.equal(outputs(type(base).from_pretrained(tmp_path)), outputs(base))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["qwen3-moe", "deepseek-v3"])
 def test_the_start_in_every_way_that_there_is(made, name):
     checkpoint = made(name)
@@ -308,6 +318,7 @@ ROUTES = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "nemotron-h"])
 @pytest.mark.parametrize("route", ROUTES)
 def test_tokens_that_leave_experts_out(name, route):
@@ -397,6 +408,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(made):
     assert all(close(found[n], wanted[n], 1e-4) or wanted[n].abs().max() == 0 for n in wanted)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
 def test_copies_of_a_whole_model(made, name, tmp_path):
     """Copied, pickled, written by torch: what class of ours a module has is made again."""

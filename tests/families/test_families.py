@@ -9,10 +9,14 @@ from loftq.architecture import skeleton
 from loftq.nn.layers import LoftQEmbedding, LoftQLinear
 from models import DENSE, FAMILIES, close, outputs, packed, same, tensors, tiny, written
 
+QUICK = ("bert", "deberta-v3", "t5", "gpt2", "llama", "phi3")  # of every way to attend, to name and to fuse one
+EACH = pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in DENSE]
+)
 TABLES = [name for name in DENSE if FAMILIES[name].table]
 
 
-@pytest.mark.parametrize("name", DENSE)
+@EACH
 def test_exactly_the_layers_are_packed(made, name):
     checkpoint = made(name)
     model = checkpoint.load()
@@ -34,7 +38,7 @@ def test_exactly_the_layers_are_packed(made, name):
     assert set(got) == set(dense) | scales
 
 
-@pytest.mark.parametrize("name", DENSE)
+@EACH
 def test_every_linear_of_the_layers_is_packed(made, name):
     left = {
         module
@@ -45,14 +49,14 @@ def test_every_linear_of_the_layers_is_packed(made, name):
     assert left <= {*heads, "cls.predictions.transform.dense"}
 
 
-@pytest.mark.parametrize("name", DENSE)
+@EACH
 def test_packed_forward_is_that_of_the_dequantized_model(made, name):
     checkpoint = made(name)
     with torch.no_grad():
         assert close(outputs(checkpoint.load()), outputs(checkpoint.backbone()), 1e-6)
 
 
-@pytest.mark.parametrize("name", DENSE)
+@EACH
 def test_start_is_near_the_dense_weights_and_computes_them(made, name):
     checkpoint = made(name)
     for module, (q, product) in written(checkpoint.output).items():
@@ -63,7 +67,7 @@ def test_start_is_near_the_dense_weights_and_computes_them(made, name):
         assert close(outputs(checkpoint.start()), outputs(checkpoint.started()))
 
 
-@pytest.mark.parametrize("name", DENSE)
+@EACH
 def test_gradients_reach_every_factor_and_nothing_else(made, name):
     model = made(name).start()
     outputs(model).square().sum().backward()
@@ -77,7 +81,7 @@ def test_gradients_reach_every_factor_and_nothing_else(made, name):
             assert parameter.grad is None, parameter_name
 
 
-@pytest.mark.parametrize("name", DENSE)
+@EACH
 def test_saved_again_the_files_are_the_same(made, name, tmp_path):
     checkpoint = made(name)
     model = checkpoint.load()
@@ -90,6 +94,7 @@ def test_saved_again_the_files_are_the_same(made, name, tmp_path):
         assert torch.equal(outputs(again), outputs(model))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", ["bert", "deberta-v3", "bart", "t5", "gpt2", "llama", "gemma"])
 @pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16"])
 def test_loading_in_bfloat16_leaves_codes_and_scales_alone(made, name, scale_dtype):
@@ -116,6 +121,7 @@ def test_scales_of_layers_that_transformers_keeps_in_float32_stay_as_they_are(ma
         assert outputs(model).dtype == torch.float16
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", [n for n in DENSE if FAMILIES[n].tied])
 def test_tied_tables_stay_tied_and_dense(made, name):
     model = made(name, embeddings=True).load()
@@ -135,6 +141,7 @@ def test_a_table_that_scales_what_it_looks_up_stays_dense(made):
         assert close(outputs(checkpoint.start(model)), outputs(checkpoint.started()))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", TABLES)
 def test_untied_tables_are_packed_if_asked(made, name, tmp_path):
     checkpoint = made(name, embeddings=True)
@@ -159,6 +166,7 @@ def test_untied_tables_are_packed_if_asked(made, name, tmp_path):
     assert any("lora_embedding_B" in n for n in factors)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("name", "bits", "widths"),
     [
@@ -181,6 +189,7 @@ def test_mixed_widths(made, name, bits, widths):
         assert close(outputs(checkpoint.start(model)), outputs(checkpoint.started()))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "options",
     [

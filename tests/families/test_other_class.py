@@ -48,6 +48,7 @@ def hidden(model, prefix):
     return backbone(**words).last_hidden_state
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("name", "auto", "prefix", "dense_prefix"), ROWS)
 def test_backbone_and_start_are_found(made, name, auto, prefix, dense_prefix):
     checkpoint = made(name)
@@ -72,6 +73,7 @@ def test_peft_itself_finds_a_start_that_names_no_task(made, name, auto, prefix, 
         assert close(hidden(start.get_base_model(), prefix), hidden(checkpoint.started(), dense_prefix))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("name", "auto", "prefix", "dense_prefix"), ROWS)
 def test_what_was_trained_comes_back(made, name, auto, prefix, dense_prefix, tmp_path):
     checkpoint = made(name)

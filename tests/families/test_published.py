@@ -101,6 +101,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_it_is_the_model_that_transformers_dequantizes(tmp_path, name):
     """Bit for bit: the same weights, so the same checkpoint at every width, of the same rows read at a time."""
@@ -132,6 +133,7 @@ def test_it_is_the_model_that_transformers_dequantizes(tmp_path, name):
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_calibration_runs_the_dequantized_model(tmp_path, name):
     source = PUBLISHED[name](tmp_path / "source")
@@ -170,6 +172,7 @@ def opened(directory: Path, files: Files, **config: Any) -> Any:
     return dequantized.dense(open_checkpoint(directory), config, "F32")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("of", ["tensor", "vector of one", "row", "row alone", "tile", "cut tile", "exponents"])
 @pytest.mark.parametrize("weight", [WEIGHT, STACK], ids=["matrix", "stack"])
 def test_scales_of_every_grain(tmp_path, of, weight):

@@ -66,6 +66,7 @@ def layers_read(model):
     return {".".join(name.split(".")[-2:]) for name in could if not name.endswith(("lm_head", "position_embedding"))}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("architecture", "options", "expected"), ROWS)
 def test_layers_that_are_read_directly(architecture, options, expected):
     assert layers_read(skeleton_of(architecture, options)) == expected
@@ -170,6 +171,7 @@ def test_branches_count_once_settings_or_arguments_open_them(monkeypatch):
     assert set(found) == READ | {"odd.m", "odd.n"}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("architecture", "options"), [ROWS[0][:2], ROWS[1][:2], ROWS[5][:2]])
 def test_a_checkpoint_of_such_a_family_computes_and_takes_its_start(architecture, options, tmp_path):
     torch.manual_seed(0)

@@ -62,6 +62,7 @@ def test_bitsandbytes_int8_without_the_rounding_of_inputs(source):
     assert torch.equal((dense["after"] * 127 / scales[:, None]).round().to(torch.int8), layer.weight.data)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("spec", [QuantSpec(bits=2), QuantSpec(bits=3, code="affine", double_quant=True)])
 def test_ours(spec):
     dense = nn.Linear(40, 24)

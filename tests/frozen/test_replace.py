@@ -72,6 +72,7 @@ def test_the_outputs_come_closer(source):
     assert (models.outputs(model) - dense).norm() < 0.95 * (frozen - dense).norm()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "options",
     [

@@ -38,6 +38,7 @@ def made(base, output):
     return frozen, models.outputs(PeftModel.from_pretrained(model, output))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("base", BASES)
 def test_bitsandbytes_directories(source, tmp_path, base):
     """Quantized in one process, saved, and started in another."""
@@ -58,6 +59,7 @@ def test_bitsandbytes_directories(source, tmp_path, base):
     assert {layer.scaling["default"] for layer in layers.values()} == {3.0}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("format", ["loftq", "dense", "bnb"])
 def test_directories_of_loftq(source, tmp_path, format):
     """From a QLoRA base of ours, the start of one LoftQ step, whatever the scaling."""

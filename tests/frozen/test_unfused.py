@@ -53,6 +53,7 @@ def unfused(name):
     return model
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_layer_of_an_expert_gets_what_its_rounding_left(name, tmp_path, monkeypatch):
     dense, base = models.tiny(name), unfused(name)

@@ -22,6 +22,7 @@ def threads_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(kernel_threads, "_openmp", lambda: None)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.usefixtures("threads_of")
 @pytest.mark.parametrize("bits", BITS)
 def test_bits_do_not_depend_on_threads(bits: int) -> None:

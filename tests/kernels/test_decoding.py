@@ -62,11 +62,13 @@ def agree(kernels: Backend, tensors: dict[str, torch.Tensor], spec: QuantSpec, c
         assert torch.equal(got, wanted), f"{described(spec)} as {dtype}"
 
 
+@pytest.mark.sampled(3)
 @few
 def test_decoded_weight_to_the_bit(kernels: Backend, spec: QuantSpec, shape: tuple[int, int]) -> None:
     agree(kernels, stored(spec, *shape), spec, shape[1])
 
 
+@pytest.mark.sampled(3)
 @few
 def test_looked_up_rows_to_the_bit(kernels: Backend, spec: QuantSpec, shape: tuple[int, int]) -> None:
     tensors = stored(spec, *shape)
@@ -77,7 +79,7 @@ def test_looked_up_rows_to_the_bit(kernels: Backend, spec: QuantSpec, shape: tup
         assert torch.equal(got, reference.dequantize(tensors, spec, shape[1], dtype)[chosen.long()])
 
 
-@pytest.mark.parametrize("bits", [bits if bits == 4 else pytest.param(bits, marks=pytest.mark.slow) for bits in BITS])
+@pytest.mark.parametrize("bits", [bits if bits == 3 else pytest.param(bits, marks=pytest.mark.slow) for bits in BITS])
 def test_cpu_equals_the_reference_in_every_combination(bits: int) -> None:
     """Codes, scales, residual, bytes and decoded values: the full product of all properties."""
     cpu = backend("cpu")
@@ -99,6 +101,7 @@ def test_cpu_equals_the_reference_in_every_combination(bits: int) -> None:
         agree(cpu, {"weight": packed, **wanted.scales}, spec, columns)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("spec", "shape"), [few for few in FEW if not few[0].codebook.per_tensor], ids=described)
 def test_fitted_scales_to_the_bit(kernels: Backend, spec: QuantSpec, shape: tuple[int, int]) -> None:
     """From the start, and from earlier scales. Rows of all sizes, one of zeros, some weights on the levels."""
@@ -118,6 +121,7 @@ def test_fitted_scales_to_the_bit(kernels: Backend, spec: QuantSpec, shape: tupl
         assert all(torch.equal(got.scales[name].cpu(), scale) for name, scale in wanted.scales.items())
 
 
+@pytest.mark.sampled(3)
 @few
 def test_codes_and_bytes(kernels: Backend, spec: QuantSpec, shape: tuple[int, int]) -> None:
     """On a GPU only codes without sums: a mean or a deviation depends on the order of additions."""
@@ -198,6 +202,7 @@ def test_callers_defaults_do_not_reach_the_kernels(kernels: Backend) -> None:
         torch.testing.assert_close(kernels("linear", x, tensors, spec, 72), product)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("bits", BITS)
 def test_no_place_outside_the_tensors_is_touched(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = interpreted()

@@ -60,6 +60,7 @@ def check(
     assert_accurate(kernels(product, x, tensors, spec, shape[1]), x, exact, dense, factor)
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.bits}-{s.code}")
@@ -76,6 +77,7 @@ def test_many_tokens(kernels: Backend, dtype: torch.dtype, product: str) -> None
     check(kernels, product, SPECS[1], (130, 200), torch.randn(tokens, features).to(dtype))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 72), (37, 1), (130, 200)], ids=str)
 def test_odd_shapes(kernels: Backend, shape: tuple[int, int], product: str) -> None:

@@ -51,6 +51,7 @@ def agree(kernels: Backend, tensors: dict[str, Tensor], spec: QuantSpec, columns
         assert torch.equal(got, reference.dequantize(tensors, spec, columns, dtype))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("window", Trellis.WINDOWS)
 @pytest.mark.parametrize("rows", [32, 203])
 def test_every_rate_is_decoded_to_the_bit(kernels: Backend, window: int, rows: int) -> None:
@@ -73,6 +74,7 @@ def test_more_columns_than_are_decoded_at_a_time() -> None:
     torch.testing.assert_close(trellis_cpu.linear(x, tensors, spec, columns), x @ weight.T, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("columns_have_rates", [False, True])
 @pytest.mark.parametrize("tokens", [1, 3, 70])
 @pytest.mark.parametrize("product", ["linear", "linear_grad_input"])
@@ -116,6 +118,7 @@ def test_nothing_outside_the_tensors_is_touched(monkeypatch: pytest.MonkeyPatch)
         kernels.module.quantize_residual(w, w, spec_of(35))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("rate", "window", "rows"), [(35, 8, 33), (16, 8, 64), (51, 8, 203), (32, 10, 144), (24, 12, 32)]
 )

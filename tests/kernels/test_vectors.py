@@ -14,6 +14,7 @@ HERE = set(njit(lambda: 0).targetctx.codegen().magic_tuple()[2].split(","))  # t
 SETS = ([], ["+avx2"], ["+avx2", "+avx512f"], ["+avx2", "+avx512f", "+avx512vbmi"])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("features", [some for some in SETS if set(some) <= HERE], ids=str)
 @pytest.mark.parametrize("bits", BITS)
 def test_codes_are_looked_up(bits: int, features: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

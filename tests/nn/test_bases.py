@@ -53,6 +53,7 @@ LOADERS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_directory_that_was_moved_loads(moved, logits, loader, monkeypatch):
     monkeypatch.chdir(moved.parent)
@@ -66,6 +67,7 @@ def test_another_model_above_the_current_directory_is_not_taken(made, moved, log
     assert same(AutoPeftModelForCausalLM.from_pretrained(moved / "loftq_init"), logits)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("start", ["PeftModel", "load_start", "AutoPeftModel"])
 def test_what_was_trained_from_it_names_it_whole(moved, logits, start, tmp_path, monkeypatch):
     base = AutoModelForCausalLM.from_pretrained(moved)

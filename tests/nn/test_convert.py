@@ -24,7 +24,11 @@ ROWS = [
     ("t5", {"bits": 8, "rank": 4, "steps": 0}),
     ("deberta-v3", {"bits": "layer.0=16,2", "rank": 4}),
 ]
-EACH = pytest.mark.parametrize(("name", "options"), ROWS, ids=[name for name, _ in ROWS])
+QUICK = ("llama", "gpt2", "bert")
+EACH = pytest.mark.parametrize(
+    ("name", "options"),
+    [pytest.param(*row, id=row[0], marks=[] if row[0] in QUICK else pytest.mark.slow) for row in ROWS],
+)
 
 
 def converted(model, **options):
@@ -81,6 +85,7 @@ def test_the_adapter_does_not_name_the_dense_checkpoint(made, tmp_path):
     assert str(checkpoint.source) not in (tmp_path / "adapter_config.json").read_text()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("rslora", [False, True])
 def test_the_error_does_not_depend_on_the_scaling(rslora):
     before = {n: t.clone() for n, t in tiny("llama").state_dict().items()}
@@ -127,6 +132,7 @@ def test_the_head_of_a_classifier_is_trained_too(tmp_path):
     assert trained == {"roberta", "classifier"}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_models_in_other_precisions(dtype, workers):

@@ -13,6 +13,7 @@ def adapter_size(model):
     return sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
 
 
+@pytest.mark.sampled(4)
 @EACH
 @pytest.mark.parametrize("exclude", [False, True])
 def test_a_model_has_as_many_as_the_dense_one(made, name, options, exclude):

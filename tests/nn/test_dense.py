@@ -38,6 +38,7 @@ def result(model):
     return outputs(model)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head", "down_proj"], ["mlp"]])
 def test_modules_to_save_train_a_dense_copy(checkpoint, modules, tmp_path):
     model = get_peft_model(checkpoint.load(), config(modules_to_save=modules))
@@ -117,6 +118,7 @@ def test_a_table_under_an_adapter_is_not_resized(checkpoint):
         checkpoint.start().resize_token_embeddings(150)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("bits", [2, 8])
 def test_a_packed_configuration_makes_packed_layers(made, bits, tmp_path):
     checkpoint = made("llama", bits=bits, embeddings=True)

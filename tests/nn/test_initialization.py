@@ -25,6 +25,7 @@ def result(model):
     return outputs(model.eval())
 
 
+@pytest.mark.sampled(4)
 @EACH
 @pytest.mark.parametrize("scaling", [{}, {"lora_alpha": 32}, {"lora_alpha": 3, "use_rslora": True}])
 def test_it_is_the_start_whatever_the_scaling(made, name, options, scaling, tmp_path):

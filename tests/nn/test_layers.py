@@ -53,6 +53,7 @@ def rounding(x, weight):
     return 4 * torch.finfo(torch.float32).eps * sizes.max().item() if sizes.numel() else 0.0
 
 
+@pytest.mark.sampled(5)
 @EACH
 @pytest.mark.parametrize("shape", [(COLUMNS,), (3, COLUMNS), (2, 3, COLUMNS), (0, COLUMNS)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
@@ -83,6 +84,7 @@ def test_the_result_may_be_changed_in_place(shape, dtype):
     (looked_up * 1).add_(1).sum().backward()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("columns", [1, 7, 63, 64, 65, 128, 130])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_any_width_of_the_input(columns, bits):

@@ -97,6 +97,7 @@ def test_many_modules_in_two_groups():
         read_groups({"format_version": 1, "groups": [group, {**group, "bits": 4}]})
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("options", [{"scale_dtype": "float32"}, {"double_quant": True}, {"code": "affine"}], ids=str)
 def test_scales_keep_the_dtype_of_the_file(made, dtype, options):
@@ -152,6 +153,7 @@ print(json.dumps(outcomes))
 """
 
 
+@pytest.mark.slow
 def test_without_our_import_nothing_loads_as_garbage_and_a_late_import_helps(made):
     directories = [str(made("llama", bits=bits).output) for bits in (2, 3, 8)]
     directories.append(str(made("llama", bits=8, block_size=72, scale_dtype="float32").output))
@@ -207,6 +209,7 @@ def test_device_maps(made, device_map):
     outputs(start).sum().backward()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("embeddings", [False, True])
 def test_layers_offloaded_to_disk(made, embeddings, tmp_path):
     checkpoint = made("llama", embeddings=embeddings)

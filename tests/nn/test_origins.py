@@ -68,6 +68,7 @@ def test_a_trainers_checkpoint_has_it(made, tmp_path):
     assert recorded(tmp_path / "checkpoint-1") == made("llama").manifest["sha256"]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("base", ["the original", "another quantization"])
 @pytest.mark.parametrize("way", ["peft", "transformers"])
 def test_another_base_is_one_warning(made, adapter, other, base, way):

@@ -33,6 +33,7 @@ def result(model):
     return outputs(model)
 
 
+@pytest.mark.sampled(3)
 @EACH
 def test_our_layers_wrap_every_packed_one(made, name, options):
     checkpoint = made(name, **options)

@@ -42,6 +42,7 @@ MIXTURES = {  # with shared experts, or with layers that are dense
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", MIXTURES)
 def test_shared_experts_and_dense_layers_get_theirs(name, tmp_path):
     """PEFT would take ``mlp.up_proj`` for the experts', which are stacked, and dense here."""

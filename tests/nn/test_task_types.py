@@ -43,6 +43,7 @@ def test_a_decoder_of_audio_from_text_has_none():
     assert task_type(model) is None
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("name", "task"),
     [("whisper", None), ("moonshine", None), ("llava", "CAUSAL_LM"), ("blip2", None), ("trocr", None)],

@@ -64,6 +64,7 @@ def checkpoint(tmp_path_factory):
     return lambda bits: transformers.LlamaForCausalLM.from_pretrained(directory / str(bits))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("bits", [2, 8])
 @pytest.mark.parametrize("kind", TUNERS)
 def test_it_works_as_over_dense_layers_or_is_refused(checkpoint, kind, bits):

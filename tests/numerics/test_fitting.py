@@ -37,6 +37,7 @@ def errors(w: Tensor, quantized: Quantized, spec: QuantSpec) -> Tensor:
     return squares.sum() if spec.double_quant else torch.cat([whole, squares[:, 192:].sum(1, keepdim=True)], 1)
 
 
+@pytest.mark.sampled(3)
 @specs
 def test_no_block_is_worse_than_by_the_formula(spec: QuantSpec) -> None:
     w = weight()
@@ -48,6 +49,7 @@ def test_no_block_is_worse_than_by_the_formula(spec: QuantSpec) -> None:
     assert sizes == [stored_bytes(spec, 24, 200)] * 2
 
 
+@pytest.mark.sampled(3)
 @specs
 def test_no_block_is_worse_than_with_earlier_scales(spec: QuantSpec) -> None:
     """From scales fitted to another matrix: whatever they are, they are a candidate as they are stored."""
@@ -59,6 +61,7 @@ def test_no_block_is_worse_than_with_earlier_scales(spec: QuantSpec) -> None:
         assert (errors(w, again, spec) <= before * (1 + 1e-6)).all()
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("code", ["nf", "lloyd", "uniform"])
 def test_close_to_the_best_scale_there_is(code: str, bits: int) -> None:
@@ -87,6 +90,7 @@ def test_scales_of_either_sign(spec: QuantSpec) -> None:
         assert torch.equal(fitted_scales(-w, spec)["weight_scale"], -scale)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_lloyd_levels_are_where_gaussian_blocks_want_them(bits: int) -> None:
     """One more round of their algorithm leaves them: each is the scale-weighted mean of what it stands for."""

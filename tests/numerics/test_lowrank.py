@@ -56,6 +56,7 @@ def test_singular_values_are_split_evenly(method: str) -> None:
     torch.testing.assert_close(a @ a.T, s.diag(), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("family", "rows", "columns"),
     [

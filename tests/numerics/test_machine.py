@@ -110,6 +110,7 @@ def test_the_code_path_is_the_same_for_any_number_of_threads():
     assert len(found) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="a switch of MKL")
 def test_another_path_of_the_blas_is_noticed():
     """Its switch stands in for another kind of CPU."""

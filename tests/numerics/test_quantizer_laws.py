@@ -286,12 +286,10 @@ GROUPS: dict[str, list[QuantSpec]] = {}  # rows that differ in the storage of sc
 for row in ROWS:
     fitted = "fitted-" if isinstance(row, Fitted) else ""
     GROUPS.setdefault(f"{fitted}{row.code}{row.bits}-b{row.block_size}", []).append(row)
-CASES = [
-    pytest.param(
-        law, kept, id=f"{law.__name__}-{group}", marks=[] if kept[0].block_size in (64, 7) else pytest.mark.slow
-    )
+CASES = [  # one of four is quick, so that every width of every code is among them, while blocks take turns
+    pytest.param(law, kept, id=f"{law.__name__}-{group}", marks=pytest.mark.slow if (turn + turn // 4) % 4 else [])
     for law in LAWS
-    for group, specs in GROUPS.items()
+    for turn, (group, specs) in enumerate(GROUPS.items())
     if (kept := [spec for spec in specs if not excuse(law, spec)])
 ]
 EXCUSES = sorted({(law.__name__, reason) for law in LAWS for spec in ROWS if (reason := excuse(law, spec))})

@@ -73,6 +73,7 @@ def test_feedback_column_by_column() -> None:
     )
 
 
+@pytest.mark.sampled(3)
 @specs
 def test_feedback_and_descent_lower_the_error_of_the_output(spec: QuantSpec) -> None:
     h = moments()
@@ -89,6 +90,7 @@ def test_feedback_and_descent_lower_the_error_of_the_output(spec: QuantSpec) -> 
         assert trace[2] < trace[1]
 
 
+@pytest.mark.sampled(3)
 @specs
 def test_where_descent_stops_no_single_code_is_better(spec: QuantSpec) -> None:
     h, quantized = moments(), quantize(weight(), spec)
@@ -111,6 +113,7 @@ def distance_of_row(row: int, quantized: Quantized, spec: QuantSpec, h: Tensor) 
     return (left @ h @ left).item()
 
 
+@pytest.mark.sampled(4)
 @specs
 @pytest.mark.parametrize("h", [moments(), moments(tokens=20), torch.zeros(COLUMNS, COLUMNS)], ids=["H", "few", "none"])
 def test_back_ends_agree_to_the_bit(spec: QuantSpec, h: Tensor) -> None:

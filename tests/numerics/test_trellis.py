@@ -59,6 +59,7 @@ def read_alone(stored: dict[str, Tensor], rates: list[int], window: int, row: in
     return sum(int(stream[first + (place + k) % n]) << k for k in range(window))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("window", Trellis.WINDOWS)
 @pytest.mark.parametrize("rows", [203, 33])
 def test_windows_of_every_rate_are_stored_and_read_alone(window: int, rows: int) -> None:
@@ -136,6 +137,7 @@ def test_no_group_is_much_longer_than_its_rows() -> None:
         assert groups * length - rows <= 48 + rows / 20
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("rate", [12, 16, 23, 35])
 def test_no_other_path_through_the_seam_is_better(rate: int) -> None:
     """Against all strings that keep the seam, on a sequence so short that they can be counted."""
@@ -157,6 +159,7 @@ def test_no_other_path_through_the_seam_is_better(rate: int) -> None:
         assert (target[0] - scale[0] * table[windows]).square().sum().item() >= best * (1 - 1e-6)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("rate", "rows"), [(16, 64), (23, 203), (35, 128), (51, 144)])
 def test_no_step_raises_an_error(rate: int, rows: int) -> None:
     """Of a row, whose scale is fitted, nor of a sequence, whose windows are; the matrix moves as in the alternation."""

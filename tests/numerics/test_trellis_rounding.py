@@ -34,6 +34,7 @@ def left(weight: Tensor, q: Tensor, h: Tensor) -> float:
     return ((rest @ h.double()) * rest).sum().item()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("rates", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_descent_never_raises_the_error_of_the_outputs(problem, rates: bool, compiled: bool) -> None:
@@ -98,6 +99,7 @@ def test_rates_belong_to_rounding_column_by_column() -> None:
     assert quant_spec(SolveSpec(rounding="descent"), 2) == QuantSpec(bits=2)  # no trellis, no rates
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("preset", ["cloq", "projq", "descent"])
 def test_calibrated_presets_on_a_trellis(problem, preset: str) -> None:
     weight, h = problem

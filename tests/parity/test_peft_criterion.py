@@ -57,6 +57,7 @@ def start(model: nn.Module, steps: int, s: float = 1.0) -> nn.Module:
     return loftq.get_peft_model(copy.deepcopy(model), **options).eval()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("steps", [1, 5])
 def test_loftq_meets_the_criterion_at_every_scaling(model: LlamaForCausalLM, steps: int) -> None:
     right = logits(model)

@@ -65,6 +65,7 @@ def steady(kind: str, code: str, bits: int, steps: int) -> torch.Tensor:
     raise AssertionError("no steady matrix")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ["normal", "heavy"])
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ def test_sums_are_right_and_within_the_limit(method, seed):
         assert all(c in found[name] for name, c in best.chosen.items())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("seed", range(4))
 def test_greedy_is_near_the_optimum(seed):
     """Up to 4 bits. From there to 8 the error falls to a 256th, so that a single matrix may decide."""
@@ -131,6 +132,7 @@ def test_the_optimum_needs_scipy_and_says_so(monkeypatch):
         allocate(curves(2), 10**9, "milp")
 
 
+@pytest.mark.slow
 def test_the_optimum_prints_nothing():
     """HiGHS does, for its developers, on this instance."""
     code = "import test_budget as t; f = t.curves(40, 0); [t.allocate(f, n, 'milp') for n in t.limits(f, (0.2, 0.5))]"

@@ -124,6 +124,7 @@ def test_sizes_that_no_model_has_are_refused_before_it_is_built(tmp_path, config
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "config",
     [
@@ -212,6 +213,7 @@ ODD_NUMBERS = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("spelling", ["tagged", "bare"])
 @pytest.mark.parametrize(("architecture", "options", "key"), ODD_NUMBERS)
 def test_what_transformers_reads_and_writes_is_read_and_written(tmp_path, architecture, options, key, spelling):

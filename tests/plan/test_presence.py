@@ -36,6 +36,7 @@ def without(source, target, *parts):
     return target
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_whole_checkpoints_are_whole(saved, name):
     open_dense(saved(name))

@@ -181,6 +181,7 @@ def logits(fields, t, lora=None):
     return norm(x, t["output_norm.weight"], eps) @ t.get("output.weight", t["token_embd.weight"]).T
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_base_and_adapter_compute_what_transformers_does(name, tmp_path):
     pytest.importorskip("gguf")

@@ -84,6 +84,7 @@ def test_the_initialization_merged_is_what_peft_merges(made, name, options, tmp_
     torch.testing.assert_close(outputs(again), outputs(merged.eval()), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sixteen_bits_are_the_rounded_ones(made, dtype, tmp_path):
     checkpoint = made("llama")
@@ -109,6 +110,7 @@ def test_a_trained_adapter(made, options, tmp_path):
     same(merged, tmp_path / "merged")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["granite-moe", "gpt-oss"])
 def test_experts_that_were_trained_are_merged_one_at_a_time(made, name, tmp_path, monkeypatch):
     """PEFT numbers its layers over the stacks that are trained, not over those that there are."""
@@ -202,6 +204,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_is_not_plain_lora_of_this_base_is_refused(made, what, tmp_path):
     config, more, word = REFUSED[what]

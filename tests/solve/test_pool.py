@@ -19,6 +19,7 @@ def test_results_come_in_order(workers: int) -> None:
     assert list(ordered_map(work, range(20), workers)) == [i * i for i in range(20)]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("svd", ["exact", "randomized"])
 def test_the_same_bits_for_any_number_of_workers(svd: str) -> None:
     generator = torch.Generator().manual_seed(0)

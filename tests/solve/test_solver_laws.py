@@ -57,6 +57,7 @@ def error64(w: Tensor, solution: Solution, quant: QuantSpec) -> float:
     return (torch.linalg.norm(residual) / torch.linalg.norm(w.double())).item()
 
 
+@pytest.mark.sampled(5)
 @quants
 @pytest.mark.parametrize("order", ["quantize-first", "svd-first"])
 @pytest.mark.parametrize("steps", [0, 1, 5, 10])
@@ -76,6 +77,7 @@ def test_trace(quant: QuantSpec, order: str, steps: int) -> None:
             assert torch.equal(solve(w, quant, 8, SolveSpec(steps=0)).quantized.codes, quantize(w, quant).codes)
 
 
+@pytest.mark.sampled(3)
 @quants
 def test_a_longer_run_begins_with_the_shorter_one(quant: QuantSpec) -> None:
     runs = [solve(weight(), quant, 8, SolveSpec(steps=t)) for t in (1, 3, 6)]
@@ -84,6 +86,7 @@ def test_a_longer_run_begins_with_the_shorter_one(quant: QuantSpec) -> None:
         assert long.errors[long.kept] <= short.errors[short.kept]
 
 
+@pytest.mark.sampled(3)
 @quants
 @pytest.mark.parametrize("order", ["quantize-first", "svd-first"])
 def test_each_half_step_is_the_best_one(quant: QuantSpec, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,8 +142,9 @@ FITTED = [
 ]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind", matrices())
-@pytest.mark.parametrize("order", ["quantize-first", pytest.param("svd-first", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("order", ["quantize-first", "svd-first"])
 def test_with_fitted_scales_no_step_raises_the_error(kind: str, order: str) -> None:
     """Each half of a step starts from what the other left and keeps it, or finds less. Even at two bits."""
     w = matrices()[kind]
@@ -167,6 +171,7 @@ def test_two_bits_are_not_monotone_and_the_best_step_is_returned(seed: int) -> N
     assert list(four) == sorted(four, reverse=True)  # at four bits and a small rank more steps only help
 
 
+@pytest.mark.sampled(5)
 @quants
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -199,6 +204,7 @@ def test_no_steps_is_loras_own_start() -> None:
     assert torch.equal(a, solution.a)
 
 
+@pytest.mark.sampled(5)
 @quants
 @pytest.mark.parametrize("shape", [(24, 100), (100, 24), (1, 40), (40, 1)])
 def test_rank_one_and_full_rank(quant: QuantSpec, shape: tuple[int, int]) -> None:
@@ -211,6 +217,7 @@ def test_rank_one_and_full_rank(quant: QuantSpec, shape: tuple[int, int]) -> Non
     assert solution.errors[solution.kept] < 1e-5 or rank < min(shape)
 
 
+@pytest.mark.sampled(5)
 @quants
 @pytest.mark.parametrize("svd", ["exact", "randomized"])
 @pytest.mark.parametrize("order", ["quantize-first", "svd-first"])
@@ -220,6 +227,7 @@ def test_zero_matrix(quant: QuantSpec, svd: str, order: str) -> None:
     assert (dequantize(solution.quantized, quant) + solution.b @ solution.a == 0).all()
 
 
+@pytest.mark.sampled(3)
 @quants
 def test_scale_of_the_weights_does_not_matter(quant: QuantSpec) -> None:
     w = weight()
@@ -330,6 +338,7 @@ def test_caller_defaults_do_not_matter() -> None:
         assert a.b.dtype == b.b.dtype == torch.float32
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("family", "quant", "rank"),
     [

@@ -62,6 +62,7 @@ def test_figures(name, tmp_path, words, letters):
     assert task.main_metric == REPORTED[name][0]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ROWS)
 def test_other_names_of_columns_and_labels(name, tmp_path, words, letters):
     task, rows = loaded(name, tmp_path)

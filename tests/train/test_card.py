@@ -11,6 +11,7 @@ from loftq.finetune.tasks import get_task, load_data, score
 from loftq.finetune.train import finetune
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", ["full", "loftq"])
 def test_the_code_of_the_card_loads_what_was_trained(place, monkeypatch, method):
     whole = finetune(tiny.recipe(place, method, **{"training.learning_rate": 0.02}))

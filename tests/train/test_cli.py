@@ -52,6 +52,7 @@ def test_quantize_train_evaluate(place):
     assert json.loads(again.out) == trained
 
 
+@pytest.mark.slow
 def test_a_task_of_ones_own_on_any_model(place):
     """``--task`` takes a recipe; here the same data as a task that the package does not have."""
     columns = {"text": "sentence", "label": "label"}
@@ -81,6 +82,7 @@ def test_a_lost_run(place):
     assert lines(ended.err)[-1].startswith("loftq: error[numerical]: the training loss is nan at step 2; try a lower")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("arguments", "code", "wanted"),
     [

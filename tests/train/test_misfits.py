@@ -115,6 +115,7 @@ GEMMA3 = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads
 CODEGEN = {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("kind", "sizes"),
     [("Gemma3TextConfig", {**GEMMA3, "hidden_size": 32, "intermediate_size": 32}), ("CodeGenConfig", CODEGEN)],
@@ -194,6 +195,7 @@ def test_an_adapter_on_another_base_is_refused(place, caplog):
     assert [record.levelno for record in caplog.records if told in record.getMessage()] == [logging.WARNING]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
@@ -213,6 +215,7 @@ def test_what_the_trainer_cannot_do(place, changes, wanted):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_restart_gets_past_a_quantization_that_was_stopped(place):
     unfinished = place / "loftq" / "backbone.loftq-partial"
     unfinished.mkdir(parents=True)
@@ -225,6 +228,7 @@ def test_restart_gets_past_a_quantization_that_was_stopped(place):
     assert not unfinished.exists()
 
 
+@pytest.mark.slow
 def test_a_lost_run_can_take_the_advice_that_it_is_given(place):
     lost = tiny.recipe(place, "full", **{"training.learning_rate": 1e30, "training.max_grad_norm": 0.0})
     with pytest.raises(NumericalError, match="try a lower"):

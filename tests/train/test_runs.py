@@ -71,6 +71,7 @@ def test_a_finished_run_is_read_back(place, monkeypatch):
         finetune(recipe.changed(seed=1))
 
 
+@pytest.mark.slow
 def test_rows_or_weights_that_changed_make_another_run(tmp_path):
     tiny.source(tmp_path / "model")
     rows = tiny.data(tmp_path / "data") / "validation.jsonl"
@@ -148,6 +149,7 @@ def test_what_a_kill_leaves_of_a_file_is_passed_over(place):
     assert not list(run.root.glob(".*.tmp"))
 
 
+@pytest.mark.slow
 def test_restart_replaces_a_run(place):
     first = finetune(tiny.recipe(place, "loftq"))
     again = finetune(tiny.recipe(place, "loftq", seed=1), resume=False)
@@ -195,6 +197,7 @@ def test_what_a_run_leaves(place):
     assert result.bytes["adapter"] == (run / "adapter" / "adapter_model.safetensors").stat().st_size
 
 
+@pytest.mark.slow
 def test_backbones_are_shared_through_a_cache(place):
     cache = place / "cache"
     for seed in (0, 1):
@@ -205,7 +208,7 @@ def test_backbones_are_shared_through_a_cache(place):
 
 
 @pytest.mark.parametrize(
-    "method", ["full", "loftq", *(pytest.param(m, marks=pytest.mark.slow) for m in ("lora", "qlora"))]
+    "method", ["loftq", *(pytest.param(m, marks=pytest.mark.slow) for m in ("full", "lora", "qlora"))]
 )
 def test_a_run_is_evaluated_to_its_own_metrics(place, method):
     result = finetune(tiny.recipe(place, method, **{"training.learning_rate": 0.02}))
@@ -220,6 +223,7 @@ def test_a_run_is_evaluated_to_its_own_metrics(place, method):
         assert AutoPeftModelForSequenceClassification.from_pretrained(moved / "adapter").active_adapter == "default"
 
 
+@pytest.mark.slow
 def test_a_model_with_an_adapter_is_evaluated(place):
     result = finetune(tiny.recipe(place, "loftq"))
     run, data = place / "loftq", str(place / "data")
@@ -229,6 +233,7 @@ def test_a_model_with_an_adapter_is_evaluated(place):
     assert evaluate(str(place / "full" / "model"), task="sst2", data=data, max_length=16).metrics == full.metrics
 
 
+@pytest.mark.slow
 def test_own_data_by_naming_columns(place):
     """The same rows under other names, trained and evaluated as the task that has them by its own."""
     named = finetune(tiny.recipe(place, "loftq"))
@@ -247,6 +252,7 @@ def test_own_data_by_naming_columns(place):
     assert evaluate(str(place / "mine")).metrics == found.metrics
 
 
+@pytest.mark.slow
 def test_watching_needs_a_split_for_it(place):
     (place / "data").unlink()  # which tests share
     tiny.data(place / "data")
@@ -295,6 +301,7 @@ def test_what_cannot_be_evaluated(place):
         evaluate(str(place / "lora"))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("changes", "error", "wanted"),
     [

@@ -69,6 +69,7 @@ def spent(directory):
     return sum(t.numel() * t.itemsize for t in found)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -160,6 +161,7 @@ def test_what_is_done_is_not_measured_again(source, tmp_path, counted):
     assert len(counted) == 12
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("after", ["curves.json", "00001.json", "adapter_model.safetensors"])
 def test_a_stopped_run_continues_to_the_same_bytes(source, tmp_path, counted, after):
     plain = made_and_moved(source, tmp_path)
@@ -176,6 +178,7 @@ def test_a_stopped_run_continues_to_the_same_bytes(source, tmp_path, counted, af
     assert 24 <= len(counted) <= 26, "12 of each run, and what was measured ahead of the stop"
 
 
+@pytest.mark.slow
 def test_curves_of_something_else_are_not_used(source, tmp_path, counted):
     def measure(where=source, statistics=None, **changes):
         policy = dataclasses.replace(BUDGET, **changes)
@@ -240,6 +243,7 @@ def test_moments_weigh(source):
 # Refusals, before anything is measured or written
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

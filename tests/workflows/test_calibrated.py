@@ -112,6 +112,7 @@ def test_every_preset_from_text_to_files(small_llama, statistics, tmp_path, pres
     assert cli("verify", tmp_path / "out").code == 0
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("preset", ["svd", "loftq", "fitted", "descent"])
 def test_presets_that_need_the_weights_alone(small_llama, tmp_path, preset):
     ended = cli("quantize", small_llama, "-o", tmp_path / "out", *FLAGS, "--preset", preset)
@@ -160,6 +161,7 @@ def test_in_memory_it_is_the_same(small_llama, text, tmp_path):
             )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("preset", ["cloq", "descent"])
 def test_nf4_with_feedback_is_loaded_by_bitsandbytes_alone(small_llama, statistics, tmp_path, preset):
     """GPTQ's codes and fitted scales, in the tensors that stock bitsandbytes reads."""
@@ -199,6 +201,7 @@ def test_statistics_of_another_model_or_kind_are_refused(small_llama, statistics
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_budget_by_outputs(small_llama, statistics, tmp_path):
     command = ("quantize", small_llama, "--rank", "4", "--block-size", "16", "--budget", "4", "--workers", "1")
     ended = cli(*command, "-o", tmp_path / "out", "--calibrate", statistics["full"])

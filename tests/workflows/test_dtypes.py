@@ -54,6 +54,7 @@ def test_two_bits_are_smaller_than_sixteen(tmp_path):
     assert "smaller with --embeddings" in ended.out
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("layout", ["loftq", "dense"])
 @pytest.mark.parametrize(
     ("options", "kept", "factors"),

@@ -85,6 +85,7 @@ assert "loftq" not in sys.modules
 """
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("bits", [2, 3])
 def test_dense(source, tmp_path, bits):
     """Plain transformers load it; Conv1D keeps its orientation."""
@@ -125,6 +126,7 @@ def elsewhere(sources, tmp_path_factory):
     return root, torch.load(root / "found.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "bits"), [("llama", 2), ("llama", 4), ("gpt2", 2)])
 def test_bitsandbytes(sources, elsewhere, name, bits):
     """transformers with bitsandbytes load it; codes are ours to the bit, NF2 inside NF4."""
@@ -148,6 +150,7 @@ def test_bitsandbytes(sources, elsewhere, name, bits):
     torch.testing.assert_close(found["as loaded"], backbone, rtol=0, atol=0.02)  # it computes in bfloat16
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -167,6 +170,7 @@ def test_what_bitsandbytes_cannot_hold(tmp_path, flags, words):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("scales", ["float16", "bfloat16"])
 def test_two_bits_take_two_and_a_quarter(source, tmp_path, scales):
     """2 bits a code and 16 for the scale of 64 of them: 2.25 bits a weight, within 1 % on disk."""

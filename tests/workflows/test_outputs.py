@@ -170,6 +170,7 @@ def test_overwrite_that_fails_keeps_the_old(source, output):
     assert tree(output) == old
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("damage", ["shard gone", "shard cut", "manifest edited"])
 def test_a_damaged_output_is_not_taken_for_done(source, output, damage):
     run(source, output)
@@ -189,6 +190,7 @@ def test_a_damaged_output_is_not_taken_for_done(source, output, damage):
 # Where it stands
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("where", ["itself", "inside", "parent", "link to it", "link inside", "its workspace"])
 def test_output_and_source_must_not_touch(source, tmp_path, where):
     (tmp_path / "link").symlink_to(source)
@@ -392,6 +394,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_source(source, output, change):
     interrupted(source, output)
@@ -409,6 +412,7 @@ def test_a_newer_version(source, output, monkeypatch):
         run(source, output)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("when", ["model-00001", "adapter_config", "README"])
 def test_the_source_changes_while_it_is_read(source, output, change, when):
@@ -422,6 +426,7 @@ def test_the_source_changes_while_it_is_read(source, output, change, when):
     assert cli("quantize", source, "-o", output, *FLAGS).code == 0
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("length", [0, 100, 30_000])
 def test_the_source_is_cut_while_it_is_read(source, output, length):
     def cut(op, path):
@@ -457,6 +462,7 @@ def sound_but_different(path):
     path.write_text(path.read_text().replace('"kept": 2', '"kept": 1').replace('"rank": 4', '"rank": 5'))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("file", "damage"),
     [
@@ -515,6 +521,7 @@ def test_a_workspace_that_is_a_file(source, output):
 # A shard that is not finished
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("options", [{}, {"format": "dense"}, {"workers": 3}], ids=str)
 def test_matrices_of_an_unfinished_shard_are_kept(source, output, monkeypatch, options):
     """As many as were done, whatever the size of a shard; the bytes are those of a run that was not stopped."""

@@ -57,6 +57,7 @@ def test_these_are_all_kinds_of_file(out):
     assert kinds == {f for f in FILES if "model-" not in f} | {"loftq_manifest.json"}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("file", FILES)
 def test_a_flipped_bit(out, file):
     flip(out / file)
@@ -74,6 +75,7 @@ def test_every_bit_of_a_small_shard_counts(out):
     verify(out)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("file", FILES)
 def test_a_missing_file(out, file):
     (out / file).unlink()
@@ -103,6 +105,7 @@ def test_notes_and_checkpoints_beside_it_are_fine(out):
     assert cli("verify", out).code == 0
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_run(out, tmp_path, finished):
     """The same command elsewhere makes the same adapter; other options another one."""
     run(finished.parent / "source", tmp_path / "other", policy=POLICY, max_shard_bytes=1 << 30)
@@ -126,6 +129,7 @@ def test_an_edited_shard_that_is_still_sound(out):
     refused(cli("verify", out), 3, FILES[0])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("old", "new"),
     [('"kept": 2', '"kept": 1'), ('"rank": 4', '"rank": 3'), ('"format": "loftq"', '"format": "dense"')],
@@ -227,6 +231,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("change", HOSTILE, ids=range(len(HOSTILE)))
 def test_a_hostile_manifest(out, change):
     resealed(out, change)
@@ -302,6 +307,7 @@ def test_a_manifest_that_names_files_elsewhere(out, tmp_path, absolute):
     refused(cli("verify", out), 3, "secret: not a name inside the directory")
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("verb", ["verify", "inspect"])
 @pytest.mark.parametrize(
     ("change", "place"),
