@@ -271,3 +271,28 @@ def test_on_the_command_line(made, tmp_path):
     (tmp_path / "run" / "checkpoint-3" / "adapter_config.json").write_text("{}")
     ended = cli("merge", checkpoint.output, "-o", tmp_path / "other", "--adapter", tmp_path / "run")
     refused(ended, 3, "no adapter_config.json", "checkpoint-3")
+
+
+def test_what_was_trained_and_saved_beside_the_weights_is_not_passed_over(made, tmp_path):
+    """transformers loads such an adapter with the weights; no verb takes another one in silence, or both."""
+    checkpoint = made("llama")
+    directory = shutil.copytree(checkpoint.output, tmp_path / "made")
+    trained(checkpoint, directory)
+    verbs = (
+        lambda: loftq.merge(directory, tmp_path / "out"),
+        lambda: loftq.merge(directory, tmp_path / "out", adapter=directory),
+        lambda: loftq.export(directory, tmp_path / "out", to="lora-for-original"),
+        lambda: loftq.start(directory, checkpoint.source, tmp_path / "out"),
+    )
+    for verb in verbs:
+        with pytest.raises(InputError, match=r"adapter_config.json: .*, or move the adapter_\* files into a directory"):
+            verb()
+    assert not (tmp_path / "out").exists()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    with pytest.raises(UsageError, match="the model has an adapter already"):
+        loftq.load_start(loaded, directory)
+    (tmp_path / "adapter").mkdir()
+    for file in directory.glob("adapter_*"):
+        file.rename(tmp_path / "adapter" / file.name)
+    loftq.merge(directory, tmp_path / "out", adapter=tmp_path / "adapter")
+    assert not [file.name for file in (tmp_path / "out").iterdir() if "adapter" in file.name]

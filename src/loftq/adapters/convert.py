@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from loftq import planning
-from loftq.adapters.start import wrap
+from loftq.adapters.start import refuse_adapted, wrap
 from loftq.architecture import skeleton
 from loftq.architecture.adapter import adapter_config, adapter_tensors, stacked_adapter
 from loftq.errors import UsageError, command, listed, naming, option, quoted
@@ -81,14 +81,10 @@ def convert(
 
 
 def _check_model(model: nn.Module) -> None:
-    from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import PreTrainedModel
 
-    if isinstance(model, PeftModel) or (
-        isinstance(model, PreTrainedModel) and any(isinstance(module, BaseTunerLayer) for module in model.modules())
-    ):
-        raise UsageError("the model has an adapter already; merge or unload it first, and give the model under it")
+    if isinstance(model, nn.Module):
+        refuse_adapted(model)
     if not isinstance(model, PreTrainedModel):
         raise UsageError(
             f"wanted a model of transformers, got {type(model).__name__}; load one with from_pretrained first"

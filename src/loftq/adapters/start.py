@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
@@ -46,13 +47,14 @@ def load_start(
         modules_to_save: modules that are trained and saved with the adapter. By default the head of a classifier or
             of question answering, all of it, and whatever else the checkpoint had no weights for.
 
-    Raises: UsageError for a model without packed layers, or offloaded; InputError if a packed layer has no start, or
-        the directory is of another model.
+    Raises: UsageError for a model without packed layers, with an adapter already, or offloaded; InputError if a packed
+        layer has no start, or the directory is of another model.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"wanted a packed model, got {type(model).__name__}; load it with from_pretrained first")
     if not any(isinstance(module, Packed) for module in model.modules()):
         raise UsageError(f"{type(model).__name__} has no packed layers; load the directory with from_pretrained first")
+    refuse_adapted(model)
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise UsageError("a part of the model is offloaded; an adapter is trained on a model in memory, load all of it")
     local = Path(directory).is_dir()
@@ -72,6 +74,12 @@ def load_start(
         factors = load_peft_weights(str(directory), device="cpu", key_mapping=mapping, subfolder=subfolder)
     config.base_model_name_or_path, config.lora_dropout, config.modules_to_save = None, lora_dropout, modules_to_save
     return wrap(model, config, factors)
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """UsageError for a model with an adapter of PEFT, which transformers may have loaded with it."""
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise UsageError("the model has an adapter already; merge or unload it first, and give the model under it")
 
 
 def wrap(model: Any, config: LoraConfig, factors: dict[str, Tensor]) -> PeftModel:

@@ -12,6 +12,7 @@ from typing import Any
 from loftq.architecture import skeleton
 from loftq.errors import InputError, LoftqError, UsageError, listed, quoted
 from loftq.formats import strict_json
+from loftq.formats.lookalikes import refuse_adapter
 from loftq.formats.regular import open_regular
 
 # How files with a tokenizer's tokens are called, beside the names that its class has for them: beginnings, endings.
@@ -117,8 +118,10 @@ def load_weights(model_class: Any, directory: Path, config: Any, **options: Any)
         model_class: of transformers, an auto class too.
         config: of :func:`load_config`.
 
-    Raises: InputError if transformers cannot load it; UsageError if the package that quantized it is missing.
+    Raises: InputError if transformers cannot load it, or would put an adapter on that lies beside the weights;
+        UsageError if the package that quantized it is missing.
     """
+    refuse_adapter(directory)
     check_texts(directory)
     try:
         with guarded():

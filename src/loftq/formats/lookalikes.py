@@ -36,10 +36,11 @@ _FORMATS = (
 
 
 def refuse_adapter(directory: Path) -> None:
-    """InputError for full weights with a PEFT adapter beside them: ``from_pretrained`` would put it on."""
+    """InputError for weights, full or packed, with a PEFT adapter beside them: ``from_pretrained`` would put it on."""
     if os.path.lexists(directory / ADAPTER_CONFIG):
         what = "a PEFT adapter beside the weights, which transformers would load with them"
-        raise InputError(f"{shown(directory / ADAPTER_CONFIG)}: {what}; {_MERGE}, or move the adapter_* files away")
+        cure = "or move the adapter_* files into a directory of their own"
+        raise InputError(f"{shown(directory / ADAPTER_CONFIG)}: {what}; {_MERGE}, {cure}")
 
 
 def refuse_pointer(path: Path) -> None:

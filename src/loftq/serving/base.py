@@ -16,6 +16,7 @@ from loftq.checkpoint.verify import layout_of
 from loftq.errors import InputError, NumericalError, listed, option, quoted
 from loftq.formats import strict_json
 from loftq.formats.layouts import Layout
+from loftq.formats.lookalikes import refuse_adapter
 from loftq.formats.regular import shown
 from loftq.formats.source import Checkpoint, open_checkpoint
 from loftq.numerics import oriented, oriented_shape
@@ -129,8 +130,12 @@ class Base:
 
 
 def open_base(directory: Path) -> Base:
-    """Open what ``loftq quantize`` made. InputError for a directory that it did not finish, or whose files changed."""
+    """Open what ``loftq quantize`` made.
+
+    Raises: InputError for a directory that it did not finish, whose files changed, or with an adapter beside them.
+    """
     manifest = read_manifest(directory)
+    refuse_adapter(directory)
     layout = layout_of(directory, manifest)
     checkpoint = open_checkpoint(directory)
     matrices = planned(manifest)
