@@ -1,8 +1,9 @@
 """What was trained at 2 bits, by every way out: what does each keep? Does llama.cpp compute what transformers does?
 
-A small Llama is quantized and an adapter trained on it. Then its perplexity: with the adapter apart, merged to 16 bits,
-merged and quantized again by llama.cpp itself, and with the adapter where it does not belong. For code int also
-llama.cpp's perplexity of the exact codes with the adapter apart, and how long its most probable text is transformers'.
+A small Llama, or mixture of experts, is quantized and an adapter trained on it. Then its perplexity: with the adapter
+apart, merged to 16 bits, merged and quantized again by llama.cpp itself, and with the adapter where it does not belong.
+For code int also llama.cpp's perplexity of the exact codes with the adapter apart, and how long its most probable text
+is transformers'.
 
 Goal: perplexity in llama.cpp of exact codes and adapter within 0.1 % of transformers'; no decoded weight differs.
 
@@ -140,8 +141,8 @@ def differing(directory: Path) -> int:
     import gguf
 
     base, found = open_base(directory), 0
-    for matrix in base.matrices:
-        block, held = block_for(matrix), base.by_suffix(matrix)
+    for matrix, expert in ((m, e) for m in base.matrices for e in range(m.experts) or (None,)):
+        block, held = block_for(matrix), base.by_suffix(matrix, expert)
         raw = block_bytes(block, matrix, held)
         if block.name == "Q2_0":
             rows = raw.numpy().reshape(-1, 18)
@@ -149,7 +150,8 @@ def differing(directory: Path) -> int:
             values = (codes.astype(np.float32) - 1) * rows[:, :2].copy().view(np.float16).astype(np.float32)
         else:
             values = gguf.quants.dequantize(raw.numpy(), gguf.GGMLQuantizationType(block.type))
-        found += int((values.reshape(matrix.shape) != base.layout.decode(matrix, [*held.values()]).numpy()).sum())
+        ours = base.read(base.tensors[matrix.name], expert).numpy()
+        found += int((values.reshape(matrix.shape) != ours).sum())
     return found
 
 
@@ -186,13 +188,15 @@ def ways(given: argparse.Namespace, code: str, work: Path, cpp: LlamaCpp, data: 
         return PeftModel.from_pretrained(model, str(adapter))
 
     original = AUTO.from_pretrained(given.model, dtype=torch.float32)
-    start, tuned = deltas(base, base / "loftq_init"), deltas(base, run)
+    with_experts = json.loads((run / "adapter_config.json").read_text()).get("target_parameters")
     apart = at(loaded(), run)
     yield "base alone", transformers_(loaded())
     yield "initialization", transformers_(at(loaded(), base / "loftq_init"))
     yield "adapter apart", transformers_(apart)
     yield "adapter on the original", transformers_(at(original, run))
-    yield "adapter for the original, rank 2r", transformers_(for_original(given.model, start, tuned))
+    if not with_experts:  # of which it has no form
+        start, tuned = deltas(base, base / "loftq_init"), deltas(base, run)
+        yield "adapter for the original, rank 2r", transformers_(for_original(given.model, start, tuned))
     loftq.merge(base, work / f"{code}-merged", adapter=run, dtype="bfloat16", progress=False)
     yield "merged, bfloat16", transformers_(AUTO.from_pretrained(work / f"{code}-merged", dtype=torch.float32))
     if code == "int":
@@ -211,7 +215,7 @@ def ways(given: argparse.Namespace, code: str, work: Path, cpp: LlamaCpp, data: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="a Llama in one directory")
+    parser.add_argument("--model", type=Path, required=True, help="a Llama or Qwen3-MoE in one directory")
     parser.add_argument("--train", type=Path, required=True, help="text to train on")
     parser.add_argument("--data", type=Path, required=True, help="text to measure on")
     parser.add_argument("--library", type=Path, help="where libllama lies [default: that of llama-cpp-python]")

@@ -43,6 +43,14 @@ FAMILIES = {
     "gemma": ("Gemma", {}),
     "phi3": ("Phi3", {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 0}),
 }
+ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+MIXTURES = {
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "qwen3-moe": ("Qwen3Moe", {**ROUTED, "norm_topk_prob": True}),
+    "qwen2-moe": ("Qwen2Moe", {**ROUTED, "shared_expert_intermediate_size": 96}),
+    "olmoe": ("Olmoe", {**ROUTED, "num_key_value_heads": HEADS, "eos_token_id": 1, "pad_token_id": 0}),
+}
+TURNED = {"gpt-oss": ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": None})}
 IDS = torch.tensor([[5, 9, 200, 31, 7, 7, 250, 1]])
 
 
@@ -62,7 +70,7 @@ def by_bytes():
 
 def made_of(name, place, **options):
     """A tiny model of a family with a tokenizer, and its quantized directory."""
-    family, more = FAMILIES[name]
+    family, more = {**FAMILIES, **MIXTURES, **TURNED}[name]
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**{**SIZES, **more})
     model = getattr(transformers, f"{family}ForCausalLM")(config)
@@ -147,12 +155,30 @@ def logits(fields, t, lora=None):
     """What llama.cpp computes of such a file, in float32."""
     name = fields["general.architecture"]
     eps, size = fields[f"{name}.attention.layer_norm_rms_epsilon"], fields[f"{name}.attention.key_length"]
+    groups = fields[f"{name}.attention.head_count_kv"]
 
-    def product(x, key):
-        y = x @ t[f"{key}.weight"].T + t.get(f"{key}.bias", torch.zeros(()))
+    def product(x, key, expert=...):
+        y = x @ t[f"{key}.weight"][expert].T + t.get(f"{key}.bias", torch.zeros(()))
         if lora is not None and f"{key}.weight.lora_a" in lora[1]:
-            a, b = lora[1][f"{key}.weight.lora_a"], lora[1][f"{key}.weight.lora_b"]
+            a, b = (lora[1][f"{key}.weight.lora_{part}"][expert] for part in "ab")
             y = y + lora[0]["adapter.lora.alpha"] / a.shape[0] * (x @ a.T) @ b.T
+        return y
+
+    def mixture(h, stem):
+        """Chosen experts by the softmax of all; which families make the weights of the chosen add up to one."""
+        probabilities = (h @ t[f"{stem}.ffn_gate_inp.weight"].T).softmax(-1)
+        weights, chosen = probabilities.topk(fields[f"{name}.expert_used_count"])
+        weights = weights / weights.sum(-1, keepdim=True) if name in ("llama", "qwen3moe") else weights
+        rows = []
+        for row, own, experts in zip(h, weights, chosen.tolist(), strict=True):
+            acts = [F.silu(product(row, f"{stem}.ffn_gate_exps", e)) for e in experts]
+            ups = [act * product(row, f"{stem}.ffn_up_exps", e) for act, e in zip(acts, experts, strict=True)]
+            downs = [product(up, f"{stem}.ffn_down_exps", e) for up, e in zip(ups, experts, strict=True)]
+            rows.append(own @ torch.stack(downs))
+        y = torch.stack(rows)
+        if f"{stem}.ffn_up_shexp.weight" in t:
+            up = F.silu(product(h, f"{stem}.ffn_gate_shexp")) * product(h, f"{stem}.ffn_up_shexp")
+            y = y + (h @ t[f"{stem}.ffn_gate_inp_shexp.weight"].T).sigmoid() * product(up, f"{stem}.ffn_down_shexp")
         return y
 
     x = t["token_embd.weight"][IDS[0]]
@@ -160,18 +186,24 @@ def logits(fields, t, lora=None):
     for i in range(fields[f"{name}.block_count"]):
         h = norm(x, t[f"blk.{i}.attn_norm.weight"], eps)
         if f"blk.{i}.attn_qkv.weight" in t:
-            q, k, v = product(h, f"blk.{i}.attn_qkv").split([HEADS * size, GROUPS * size, GROUPS * size], -1)
+            q, k, v = product(h, f"blk.{i}.attn_qkv").split([HEADS * size, groups * size, groups * size], -1)
         else:
             q, k, v = (product(h, f"blk.{i}.attn_{part}") for part in "qkv")
+        norms = [t[f"blk.{i}.attn_{n}_norm.weight"] for n in "qk" if f"blk.{i}.attn_q_norm.weight" in t]
+        if norms and len(norms[0]) > size:  # of all heads together
+            q, k = (norm(part, weight, eps) for part, weight in zip((q, k), norms, strict=True))
         q, k, v = (part.unflatten(-1, (-1, size)).transpose(0, 1) for part in (q, k, v))
-        if f"blk.{i}.attn_q_norm.weight" in t:
-            q, k = (norm(part, t[f"blk.{i}.attn_{n}_norm.weight"], eps) for part, n in ((q, "q"), (k, "k")))
+        if norms and len(norms[0]) == size:
+            q, k = (norm(part, weight, eps) for part, weight in zip((q, k), norms, strict=True))
         q, k = (turned(part, fields, name) for part in (q, k))
-        k, v = (part.repeat_interleave(HEADS // GROUPS, 0) for part in (k, v))
+        k, v = (part.repeat_interleave(HEADS // groups, 0) for part in (k, v))
         x = x + product(
             F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1).flatten(1), f"blk.{i}.attn_output"
         )
         h = norm(x, t[f"blk.{i}.ffn_norm.weight"], eps)
+        if f"blk.{i}.ffn_gate_inp.weight" in t:
+            x = x + mixture(h, f"blk.{i}")
+            continue
         if f"blk.{i}.ffn_gate.weight" in t:
             gate, up = product(h, f"blk.{i}.ffn_gate"), product(h, f"blk.{i}.ffn_up")
         else:

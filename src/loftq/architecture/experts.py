@@ -95,15 +95,21 @@ def layers_of(stack: str, made: Made, experts: int, rows: int, module: Any) -> d
                 found[piece.tensor.removesuffix(".weight")] = expert, slice(first, first + piece.count)
                 first += piece.count
         return found
-    owner, _, leaf = stack.rpartition(".")
+    owner = stack.rpartition(".")[0]
+    parts = parts_of(stack, rows, module)
+    return {f"{owner}.{e}.{name}": (e, part) for e in range(experts) for name, part in parts.items()}
+
+
+def parts_of(stack: str, rows: int, module: Any) -> dict[str, slice]:
+    """Gate and up, or down, in a stack: name -> rows of every expert's matrix; none of a class with its own way."""
+    leaf = stack.rpartition(".")[2]
     if not is_dispatched(module):
         return {}
-    parts = {leaf: slice(0, rows)}
-    if leaf == FIRST[0] and getattr(module, "is_concatenated", True):
-        parts = {"gate_proj": slice(0, rows // 2), "up_proj": slice(rows // 2, rows)}
-    elif leaf == FIRST[0]:  # a row of the gate, a row of up, and so on
-        parts = {"gate_proj": slice(0, rows, 2), "up_proj": slice(1, rows, 2)}
-    return {f"{owner}.{e}.{name}": (e, part) for e in range(experts) for name, part in parts.items()}
+    if leaf != FIRST[0]:
+        return {leaf: slice(0, rows)}
+    if getattr(module, "is_concatenated", True):
+        return {"gate_proj": slice(0, rows // 2), "up_proj": slice(rows // 2, rows)}
+    return {"gate_proj": slice(0, rows, 2), "up_proj": slice(1, rows, 2)}  # a row of the gate, a row of up, and so on
 
 
 def is_dispatched(module: nn.Module) -> bool:

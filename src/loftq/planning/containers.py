@@ -4,6 +4,7 @@ from loftq.errors import UsageError, option, quoted
 from loftq.planning.policy import Policy
 from loftq.spec import QuantSpec
 
+STACKS = ("gguf",)  # what holds stacks of experts
 SCALES = {"gguf": "float16"}  # others have the policy's
 # Software -> code, bits and block that it has; of two for the same width the first is the better.
 CONTAINERS = {
@@ -35,3 +36,12 @@ def choices(policy: Policy) -> list[QuantSpec]:
             scale = SCALES.get(str(policy.serve), policy.scale_dtype)
             found.setdefault((bits, size), QuantSpec(bits=bits, code=code, block_size=size, scale_dtype=scale))
     return list(found.values())
+
+
+def why_not_served(policy: Policy, quant: QuantSpec, columns: int, is_stack: bool) -> str:
+    """Why ``policy.serve`` cannot hold a matrix of so many columns; empty if it can."""
+    if is_stack and policy.serve not in STACKS:
+        return f"a stack of experts, which cannot be exported to {policy.serve} yet"
+    if columns % quant.block_size:
+        return f"rows of {columns} are no multiple of {policy.serve}'s block of {quant.block_size}"
+    return ""

@@ -12,7 +12,7 @@ from loftq.numerics import oriented_shape
 from loftq.options import fields_of
 from loftq.planning.bits import bits_rules
 from loftq.planning.budget import Choice
-from loftq.planning.containers import served
+from loftq.planning.containers import served, why_not_served
 from loftq.planning.names import natural, routers_among
 from loftq.planning.patterns import Rules, parse_rules
 from loftq.planning.pieces import Made, Piece, of_stack, restored, sources
@@ -261,11 +261,7 @@ def make(
         budgeted = chosen.get(role.module) if chosen else None
         rows, columns = oriented_shape(role.kind, _one(role, shape))
         quant, instead = _quant(policy, width, budgeted, role.kind, rows)
-        if policy.serve and (_is_stack(role) or columns % quant.block_size):
-            reason = f"rows of {columns} are no multiple of {policy.serve}'s block of {quant.block_size}"
-            reason = (
-                f"a stack of experts, which cannot be exported to {policy.serve} yet" if _is_stack(role) else reason
-            )
+        if policy.serve and (reason := why_not_served(policy, quant, columns, _is_stack(role))):
             missed = _is_missed(role, shape, smallest)
             kept.append(Kept(name, dtype, shape, math.prod(shape) * _itemsize(dtype), reason, missed, role.made))
             continue

@@ -99,9 +99,9 @@ class Adapter:
         a, b = self.read(factors.a).float(), self.read(factors.b).float()
         return (a.T, b.T, factors.scaling) if factors.embedding else (b, a, factors.scaling)
 
-    def refuse_more_than_linear(self, form: str, converter: str) -> None:
-        """InputError if it is more than LoRA of linear layers, which is all that ``form`` holds."""
-        others = [name for name, factors in self.factors.items() if factors.embedding or factors.experts]
+    def refuse_more_than_linear(self, form: str, converter: str, experts: bool = False) -> None:
+        """InputError if it is more than LoRA of linear layers, and of ``experts``, which is all that ``form`` holds."""
+        others = [n for n, factors in self.factors.items() if factors.embedding or (factors.experts and not experts)]
         more = [*self.replaced, *self.new, *self.biases, *others]
         if more:
             raise InputError(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from loftq.architecture import skeleton
-from loftq.architecture.experts import STACKS
+from loftq.architecture.conversion import converted_roles
+from loftq.architecture.experts import KIND, STACKS
 from loftq.architecture.skeleton import parameter_of
 from loftq.checkpoint.manifest import MANIFEST, kept_made, planned, read_manifest
 from loftq.checkpoint.verify import layout_of
@@ -18,9 +19,10 @@ from loftq.formats import strict_json
 from loftq.formats.layouts import Layout
 from loftq.formats.lookalikes import refuse_adapter
 from loftq.formats.regular import shown
+from loftq.formats.rows import gathered
 from loftq.formats.source import Checkpoint, open_checkpoint
 from loftq.numerics import oriented, oriented_shape
-from loftq.planning import Made, Matrix, Role, natural
+from loftq.planning import Made, Matrix, Role, natural, sources
 from loftq.spec import stored_tensors
 
 
@@ -107,9 +109,19 @@ class Base:
             return self.stored(self._member(matrix, expert))
         return [self.checkpoint.slice(entry.name, expert) for entry in self.layout.entries(matrix)]
 
-    def by_suffix(self, matrix: Matrix) -> dict[str, Tensor]:
-        """The tensors of a packed matrix by suffix, as they are in the files."""
-        return dict(zip(stored_tensors(matrix.quant, *matrix.shape), self.stored(matrix), strict=True))
+    def by_suffix(self, matrix: Matrix, expert: int | None = None) -> dict[str, Tensor]:
+        """The tensors of a packed matrix, or of an expert of a stack, by suffix, as they are in the files."""
+        return dict(zip(stored_tensors(matrix.quant, *matrix.shape), self.stored(matrix, expert), strict=True))
+
+    @cached_property
+    def as_model(self) -> list[Dense]:
+        """The tensors that the model has parameters for; dense experts that are files' tensors each as one stack."""
+        kept = {t.name: (t.dtype, t.shape) for t in self.tensors.values() if t.role.kind == KIND and not t.experts}
+        seen, roles = converted_roles(self.model, kept)
+        made = [Dense(n, n, roles[n], seen[n][1], seen[n][0], made=roles[n].made) for n in seen if n not in kept]
+        parts = {name for stack in made for name in sources(stack.made)}
+        whole = [t for t in self.tensors.values() if (t.matrix or t.role.module) and t.name not in parts]
+        return sorted([*whole, *made], key=lambda tensor: natural(tensor.name))
 
     def read(self, tensor: Dense, expert: int | None = None) -> Tensor:
         """A matrix that is quantized as float32 ``(out, in)``; another one oriented alike; all else as it is.
@@ -118,10 +130,17 @@ class Base:
             expert: of a stack, of which one matrix is read.
         """
         if tensor.matrix is None:
-            read = self.checkpoint.read(tensor.name) if expert is None else self.checkpoint.slice(tensor.name, expert)
-            return oriented(tensor.kind, read)
+            return oriented(tensor.kind, self._kept(tensor, expert))
         one = tensor.matrix if expert is None else self._member(tensor.matrix, expert)
         return self.layout.decode(one, self.stored(tensor.matrix, expert))
+
+    def _kept(self, tensor: Dense, expert: int | None) -> Tensor:
+        if expert is None:
+            return self.checkpoint.read(tensor.name)
+        if tensor.name in self.checkpoint.tensors:
+            return self.checkpoint.slice(tensor.name, expert)
+        pieces = tensor.made[expert]
+        return gathered(pieces, {name: self.checkpoint.read(name) for name in sources((pieces,))})
 
     def _member(self, stack: Matrix, expert: int) -> Matrix:
         if stack.name not in self._members:

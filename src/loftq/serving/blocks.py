@@ -96,8 +96,6 @@ BLOCKS = (
 def block_for(matrix: Matrix, preferred: str = "") -> Block:
     """The type that holds a matrix exactly, the first or the ``preferred`` one. InputError if there is none."""
     quant = matrix.quant
-    if matrix.experts:
-        raise InputError(f"{quoted(matrix.name)}: a stack of experts, which is not exported to GGUF yet; merge it")
     found = min((b for b in BLOCKS if b.fits(quant)), key=lambda b: b.name != preferred, default=None)
     if found is None or quant.double_quant:
         have = ", ".join(dict.fromkeys(f"{b.code} {b.bits} bits block {b.size}" for b in BLOCKS))
@@ -120,7 +118,7 @@ def block_bytes(block: Block, matrix: Matrix, stored: dict[str, Tensor]) -> UInt
     """A matrix as GGUF has it, a row after the other.
 
     Args:
-        stored: its tensors by suffix.
+        stored: its tensors by suffix, or some of its rows.
 
     Raises: InputError for a scale that float16 does not hold.
     """
@@ -134,4 +132,4 @@ def block_bytes(block: Block, matrix: Matrix, stored: dict[str, Tensor]) -> UInt
     codes = unpack(stored["weight"], block.bits, matrix.shape[1]).view(-1, block.size)
     d = (block.sign * narrow).reshape(-1, 1).view(torch.uint8)
     parts = [d, block.packed(codes)] if block.first else [block.packed(codes), *[d] * block.copies]
-    return torch.cat(parts, 1).view(matrix.shape[0], -1)
+    return torch.cat(parts, 1).view(len(scale), -1)

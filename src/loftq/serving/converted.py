@@ -6,6 +6,7 @@ say which row of which matrix this is. So the file that it makes tells where eve
 are put there. A matrix whose marks come out changed is computed with other numbers than its weights: it is refused.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from loftq.formats import fsio, strict_json
 from loftq.formats.belongings import belongings
 from loftq.formats.regular import shown
 from loftq.formats.tensorfile import DTYPES, Entry
-from loftq.numerics import oriented
+from loftq.numerics import oriented, oriented_shape
 from loftq.planning import main_dtype
 from loftq.serving.adapter import Adapter
 from loftq.serving.base import Base, Dense
@@ -33,6 +34,7 @@ from loftq.serving.blocks import block_bytes, block_for
 from loftq.serving.gguf import PLAIN, LoraPart, array_of, file_type, lora, modelfile
 from loftq.serving.gguf_header import Header, gguf, padding
 from loftq.serving.merge import Begin
+from loftq.serving.original import as_original
 from loftq.serving.output import copy, write_shards
 
 DIGITS, BASE = 4, 128  # whole numbers that bfloat16 and float16 hold
@@ -40,14 +42,24 @@ PERIOD = DIGITS + 1  # the columns' own mark stands after the digits, so that co
 
 
 @dataclass(frozen=True)
+class Source:
+    """Rows of a matrix, or of an expert of a stack, and where they lie in a tensor of the new file."""
+
+    tensor: Dense
+    expert: int | None
+    rows: Int64[Tensor, " rows"]
+    at: Int64[Tensor, " rows"]
+
+
+@dataclass(frozen=True)
 class Gathered:
-    """A tensor of the new file, and the rows of matrices that it is gathered from; none if the script's is copied."""
+    """A tensor of the new file, and what it is gathered from; nothing if the script's is copied."""
 
     name: str
     shape: tuple[int, ...]
     kind: int
     nbytes: int
-    sources: tuple[tuple[Dense, Tensor, Tensor], ...] = ()  # matrix, rows here, rows of the matrix
+    sources: tuple[Source, ...] = ()
 
 
 def marks(ids: Int64[Tensor, " rows"], columns: int) -> Float[Tensor, "rows columns"]:
@@ -81,7 +93,7 @@ def check(base: Base, adapter: Adapter | None, converter: Path) -> None:
     for matrix in base.matrices:
         block_for(matrix)
     if adapter is not None:
-        adapter.refuse_more_than_linear("a GGUF adapter", f"llama.cpp's {SCRIPT}")
+        adapter.refuse_more_than_linear("a GGUF adapter", f"llama.cpp's {SCRIPT}", experts=True)
     narrow = [t.name for t in marked(base, adapter) if t.matrix is None and t.dtype not in PLAIN]
     if narrow:
         raise InputError(f"{listed(narrow, 3)}: GGUF holds none of their dtypes")
@@ -130,17 +142,16 @@ def _write_marked(place: Path, base: Base, adapter: Adapter | None) -> dict[str,
     if next_ > BASE**DIGITS:
         raise InputError(f"{quoted(base.directory, 400)}: more than {BASE**DIGITS} rows; only fewer can be marked")
 
-    def read(entry: Entry) -> list[Tensor]:
-        tensor = base.tensors[entry.name]
-        if entry.name not in firsts:
-            return [base.checkpoint.read(entry.name)]
-        rows = _rows(tensor)
-        columns = int(np.prod(tensor.shape)) // rows
-        ids = torch.arange(firsts[entry.name], firsts[entry.name] + rows)
-        return [oriented(tensor.kind, marks(ids, columns)).to(DTYPES[entry.dtype])]
+    def value(tensor: Dense, expert: int | None) -> Tensor:
+        if tensor.name not in firsts:
+            return oriented(tensor.kind, base.read(tensor, expert))
+        rows, columns = oriented_shape(tensor.kind, tensor.shape[-2:])
+        first = firsts[tensor.name] + (expert or 0) * rows
+        return oriented(tensor.kind, marks(torch.arange(first, first + rows), columns))
 
-    entries = [Entry(t.name, t.dtype, t.shape) for t in base.tensors.values()]
-    write_shards(place, entries, read)
+    headers, read = as_original(base, value)
+    entries = [Entry(name, dtype, shape) for name, (dtype, shape) in headers.items()]
+    write_shards(place, entries, lambda entry: (one.to(DTYPES[entry.dtype]) for one in read(entry.name)))
     config = {name: value for name, value in base.config.items() if name != "quantization_config"}
     fsio.write_json(place / "config.json", strict_json.tagged(config))
     copy(belongings(base.directory).files, base.directory, place)
@@ -148,7 +159,8 @@ def _write_marked(place: Path, base: Base, adapter: Adapter | None) -> dict[str,
 
 
 def _rows(tensor: Dense) -> int:
-    return tensor.shape[1] if tensor.kind == "conv1d" else tensor.shape[0]
+    """Of all its matrices."""
+    return max(1, tensor.experts) * oriented_shape(tensor.kind, tensor.shape[-2:])[0]
 
 
 # Runs the script; where the tokenizer's rule is given, the script need not know it.
@@ -176,12 +188,20 @@ def _run(converter: Path, work: Path, base: Base, rule: str | None) -> None:
         raise InputError(f"{shown(converter)}: {quoted(lines[-1], 300)}{'' if rule else cure}")
 
 
-def _values(tensor: Any) -> Tensor:
-    """A tensor of a GGUF file ``(rows, columns)``, as it is stored, if it is a floating-point number."""
-    raw = torch.from_numpy(np.array(tensor.data))
-    if tensor.tensor_type == gguf.GGMLQuantizationType.BF16:
-        raw = raw.view(torch.uint8).view(torch.bfloat16)
-    return raw.reshape(-1, raw.shape[-1])
+def _numbers(tensor: Any) -> Int64[Tensor, " rows"] | None:
+    """Of all rows of a tensor of a GGUF file; None if they are no marks."""
+    if tensor.tensor_type.value not in PLAIN.values() or len(tensor.shape) < 2:
+        return None
+    found = []
+    for rows in tensor.data.reshape(-1, *tensor.data.shape[-2:]):
+        raw = torch.from_numpy(np.array(rows))
+        if tensor.tensor_type == gguf.GGMLQuantizationType.BF16:
+            raw = raw.view(torch.uint8).view(torch.bfloat16)
+        ids = read_marks(raw.float())
+        if ids is None:
+            return None
+        found.append(ids)
+    return torch.cat(found)
 
 
 def _gathered(reader: Any, firsts: dict[str, int], base: Base, preferred: str) -> list[Gathered]:
@@ -192,8 +212,7 @@ def _gathered(reader: Any, firsts: dict[str, int], base: Base, preferred: str) -
     for tensor in reader.tensors:
         shape = tuple(int(n) for n in reversed(tensor.shape))
         copied = Gathered(tensor.name, shape, int(tensor.tensor_type), tensor.n_bytes)
-        plain = tensor.tensor_type.value in PLAIN.values() and len(shape) > 1
-        ids = read_marks(_values(tensor).float()) if plain else None
+        ids = _numbers(tensor)
         if ids is None:
             gathered.append(copied)
             continue
@@ -201,7 +220,7 @@ def _gathered(reader: Any, firsts: dict[str, int], base: Base, preferred: str) -
         sources = []
         for owner in owners.unique().tolist():
             at = (owners == owner).nonzero()[:, 0]
-            sources.append((base.tensors[names[owner]], at, ids[at] - starts[owner]))
+            sources += _sources(base.tensors[names[owner]], ids[at] - starts[owner], at)
             seen[names[owner]] += len(at)
         gathered.append(_with_sources(copied, sources, preferred))
     lost = [name for name, count in seen.items() if count < _rows(base.tensors[name])]
@@ -213,17 +232,29 @@ def _gathered(reader: Any, firsts: dict[str, int], base: Base, preferred: str) -
     return gathered
 
 
-def _with_sources(copied: Gathered, sources: list[tuple[Dense, Tensor, Tensor]], preferred: str) -> Gathered:
-    blocks = {block_for(t.matrix, preferred) if t.matrix else None for t, _, _ in sources}
-    if len(blocks) > 1 or (blocks == {None} and len({t.dtype for t, _, _ in sources}) > 1):
+def _sources(tensor: Dense, rows: Tensor, at: Tensor) -> Iterator[Source]:
+    """Rows of a tensor, for each of its matrices."""
+    if not tensor.experts:
+        yield Source(tensor, None, rows, at)
+        return
+    height = _rows(tensor) // tensor.experts
+    for expert in (rows // height).unique().tolist():
+        its = rows // height == expert
+        yield Source(tensor, expert, rows[its] % height, at[its])
+
+
+def _with_sources(copied: Gathered, sources: list[Source], preferred: str) -> Gathered:
+    tensors = list({source.tensor.name: source.tensor for source in sources}.values())
+    blocks = {block_for(t.matrix, preferred) if t.matrix else None for t in tensors}
+    if len(blocks) > 1 or (blocks == {None} and len({t.dtype for t in tensors}) > 1):
         raise InputError(
-            f"{listed([t.name for t, _, _ in sources], 3)}: of several types, and llama.cpp has them in one tensor, "
+            f"{listed([t.name for t in tensors], 3)}: of several types, and llama.cpp has them in one tensor, "
             f"{copied.name}; give them the same {option('bits')}"
         )
     (block,) = blocks
     count = int(np.prod(copied.shape))
     if block is None:
-        kind = PLAIN[sources[0][0].dtype]
+        kind = PLAIN[tensors[0].dtype]
         return replace(copied, kind=kind, nbytes=count * (4 if kind == 0 else 2), sources=tuple(sources))
     return replace(copied, kind=block.type, nbytes=count // block.size * block.bytes, sources=tuple(sources))
 
@@ -237,7 +268,7 @@ def _contents(
         if field.name not in left_out and not field.name.startswith("GGUF."):
             inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
             header.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
-    sizes = [(t.matrix, one.nbytes) for one in gathered for t, _, _ in one.sources[:1]]
+    sizes = [(source.tensor.matrix, one.nbytes) for one in gathered for source in one.sources[:1]]
     header.add_file_type(file_type([(block_for(m, preferred), n) for m, n in sizes if m]))
     for one in gathered:
         header.add(one.name, one.shape, one.kind, one.nbytes)
@@ -253,15 +284,15 @@ def _contents(
 def _bytes(one: Gathered, base: Base, preferred: str) -> np.ndarray:
     """The tensor as the file has it, its rows out of their matrices."""
     found: np.ndarray | None = None
-    for tensor, at, rows in one.sources:
-        if tensor.matrix is None:
-            raw = array_of(base.read(tensor))
+    for source in one.sources:
+        matrix = source.tensor.matrix
+        if matrix is None:
+            raw = array_of(base.read(source.tensor, source.expert))
         else:
-            matrix = tensor.matrix
-            raw = block_bytes(block_for(matrix, preferred), matrix, base.by_suffix(matrix)).numpy()
+            raw = block_bytes(block_for(matrix, preferred), matrix, base.by_suffix(matrix, source.expert)).numpy()
         if found is None:
-            found = np.empty((sum(len(where) for _, where, _ in one.sources), raw.shape[1]), raw.dtype)
-        found[at.numpy()] = raw[rows.numpy()]
+            found = np.empty((math.prod(one.shape[:-1]), raw.shape[1]), raw.dtype)
+        found[source.at.numpy()] = raw[source.rows.numpy()]
     assert found is not None
     return found
 
@@ -270,21 +301,40 @@ def _lora_parts(gathered: list[Gathered], adapter: Adapter) -> list[LoraPart]:
     """The adapter of every tensor: of several matrices side by side, their ranks added up."""
     found = []
     for one in gathered:
-        sources = [source for source in one.sources if source[0].name in adapter.factors]
+        sources = [source for source in one.sources if source.tensor.name in adapter.factors]
         if not sources:
             continue
-        if len(one.shape) != 2:
-            raise InputError(f"{quoted(one.name)}: an adapter of a stack of matrices has no form here; merge it")
+        slices = _slices(one, sources)
+        ranks = [sum(adapter.factors[source.tensor.name].rank for source in held) for held in slices]
+        if len(set(ranks)) > 1:
+            raise InputError(f"{quoted(one.name)}: the adapter's rank is not the same for all its matrices; merge it")
 
-        def read(one: Gathered = one, sources: Any = sources) -> tuple[Tensor, Tensor]:
-            products = [adapter.product(tensor.name) for tensor, _, _ in sources]
-            b = torch.zeros(one.shape[0], sum(a.shape[0] for _, a, _ in products))
-            first = 0
-            for (_, at, rows), (own, a, s) in zip(sources, products, strict=True):
-                b[at, first : first + a.shape[0]] = s * own[rows]
-                first += a.shape[0]
-            return torch.cat([a for _, a, _ in products]), b
+        def read(slices: list[list[Source]] = slices, one: Gathered = one) -> tuple[Tensor, Tensor]:
+            pairs = [_product(held, adapter, one.shape[-2]) for held in slices]
+            a, b = (torch.stack(factors) for factors in zip(*pairs, strict=True))
+            return (a, b) if len(one.shape) > 2 else (a[0], b[0])
 
-        rank = sum(adapter.factors[tensor.name].rank for tensor, _, _ in sources)
-        found.append(LoraPart(one.name, one.shape[0], one.shape[1], rank, read))
+        found.append(LoraPart(one.name, one.shape, ranks[0], read))
     return found
+
+
+def _slices(one: Gathered, sources: list[Source]) -> list[list[Source]]:
+    """Of every matrix of a tensor what its rows are of."""
+    rows = one.shape[-2]
+    found: list[list[Source]] = [[] for _ in range(math.prod(one.shape[:-2]))]
+    for source in sources:
+        for place in (source.at // rows).unique().tolist():
+            its = source.at // rows == place
+            found[place].append(replace(source, rows=source.rows[its], at=source.at[its] % rows))
+    return found
+
+
+def _product(sources: list[Source], adapter: Adapter, rows: int) -> tuple[Tensor, Tensor]:
+    """``A`` and ``B`` of matrices side by side."""
+    products = [adapter.product(source.tensor.name, source.expert) for source in sources]
+    b = torch.zeros(rows, sum(len(a) for _, a, _ in products))
+    first = 0
+    for source, (own, a, s) in zip(sources, products, strict=True):
+        b[source.at, first : first + len(a)] = s * own[source.rows]
+        first += len(a)
+    return torch.cat([a for _, a, _ in products]), b

@@ -1,9 +1,11 @@
 """``loftq export --to gguf``: the quantized model with exactly its codes, and the adapter apart, for llama.cpp.
 
 ``model.gguf`` holds every quantized matrix in the block of GGUF that has the same numbers, and all else as it is
-stored. ``adapter.gguf`` is a LoRA whose ``B`` has the scaling folded in, because readers know ``alpha / rank`` only.
+stored. A stack of experts is one tensor there, of gate, of up and of down. ``adapter.gguf`` is a LoRA whose ``B`` has
+the scaling folded in, because readers know ``alpha / rank`` only.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +17,21 @@ from torch import Tensor
 from loftq.checkpoint.produce import Files
 from loftq.errors import InputError, quoted
 from loftq.formats import fsio
+from loftq.numerics import oriented_shape
 from loftq.serving.adapter import Adapter
 from loftq.serving.base import Base, Dense
 from loftq.serving.blocks import Block, block_bytes, block_for
-from loftq.serving.gguf_header import Family, Header, add_sizes, family_of, gguf, padding, permuted, rope_factors
+from loftq.serving.gguf_header import (
+    Family,
+    Header,
+    add_experts,
+    add_sizes,
+    family_of,
+    gguf,
+    padding,
+    permuted,
+    rope_factors,
+)
 from loftq.serving.gguf_vocab import add_vocabulary
 from loftq.serving.merge import Begin
 
@@ -26,12 +39,23 @@ PLAIN = {"F32": 0, "F16": 1, "BF16": 30}  # GGML's types of what is not quantize
 ROPE_FACTORS = "rope_freqs.weight"
 
 
+ROUTERS = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")  # llama.cpp has them in float32, as its script writes
+
+
 @dataclass(frozen=True)
 class Placed:
-    """A tensor of the base in the file."""
+    """A tensor of the base in the file, or rows of every matrix of a stack.
+
+    Attributes:
+        rows: of each matrix.
+        shape: in the file; of a stack experts first.
+        kind, size: GGML's type, and bytes.
+    """
 
     name: str
     tensor: Dense
+    rows: slice
+    shape: tuple[int, ...]
     kind: int
     size: int
     block: Block | None = None
@@ -40,10 +64,9 @@ class Placed:
 def check(base: Base, adapter: Adapter | None, preferred: str) -> Family:
     """Refuse what cannot be written, before anything is."""
     family = family_of(base.model)
-    for tensor in _tensors(base):
-        _placed(tensor, family, preferred)
+    family.refuse_uneven([placed.name for placed in _placed(base, family, preferred)])
     if adapter is not None:
-        adapter.refuse_more_than_linear("a GGUF adapter", "llama.cpp's convert_hf_to_gguf.py")
+        adapter.refuse_more_than_linear("a GGUF adapter", "llama.cpp's convert_hf_to_gguf.py", experts=True)
     return family
 
 
@@ -62,7 +85,7 @@ def write(
         rule: llama.cpp's name of the tokenizer's rule for cutting words, where it is not known.
         preferred: of two types that hold a matrix the one to take.
     """
-    placed = [_placed(tensor, family, preferred) for tensor in _tensors(base)]
+    placed = _placed(base, family, preferred)
     header = _header(base, adapter, family, placed, rule)
     advance = begin(len(placed))
     factors = rope_factors(family)
@@ -83,7 +106,7 @@ def write(
     made["model.gguf"] = fsio.write_atomic(place / "model.gguf", contents())
     if adapter is not None:
         made["adapter.gguf"] = fsio.write_atomic(
-            place / "adapter.gguf", lora(family.name, _lora_parts(base, adapter, family))
+            place / "adapter.gguf", lora(family.name, _lora_parts(adapter, placed, family))
         )
     return made
 
@@ -94,45 +117,55 @@ def modelfile(place: Path, with_adapter: bool) -> Files:
     return {"Modelfile": fsio.write_atomic(place / "Modelfile", [ollama.encode()])}
 
 
-def _tensors(base: Base) -> list[Dense]:
+def _placed(base: Base, family: Family, preferred: str) -> list[Placed]:
     """All but what the model has no parameter for: old checkpoints hold the frequencies of their embeddings."""
-    return [tensor for tensor in base.tensors.values() if tensor.matrix or tensor.role.module]
+    return [
+        _place(name, tensor, rows, preferred)
+        for tensor in base.as_model
+        for name, rows in family.parts(tensor, base.model).items()
+    ]
 
 
-def _placed(tensor: Dense, family: Family, preferred: str) -> Placed:
-    name = family.tensor(tensor)
+def _place(name: str, tensor: Dense, rows: slice, preferred: str) -> Placed:
+    shape = tensor.shape
+    if tensor.experts:
+        out, columns = oriented_shape(tensor.kind, shape[1:])
+        shape = tensor.experts, len(range(out)[rows]), columns
+    count = math.prod(shape)
     if tensor.matrix is not None:
         block = block_for(tensor.matrix, preferred)
-        rows, columns = tensor.shape
-        return Placed(name, tensor, block.type, rows * columns // block.size * block.bytes, block)
+        return Placed(name, tensor, rows, shape, block.type, count // block.size * block.bytes, block)
     if tensor.dtype not in PLAIN:
         raise InputError(f"{quoted(tensor.name)}: GGUF holds no {tensor.dtype}")
-    dtype = tensor.dtype if len(tensor.shape) > 1 else "F32"  # vectors: llama.cpp adds and multiplies them in float32
-    width = 4 if dtype == "F32" else 2
-    return Placed(name, tensor, PLAIN[dtype], int(np.prod(tensor.shape)) * width)
+    single = len(shape) == 1 or name.endswith(ROUTERS)  # vectors: llama.cpp adds and multiplies them in float32
+    dtype = "F32" if single else tensor.dtype
+    return Placed(name, tensor, rows, shape, PLAIN[dtype], count * (4 if dtype == "F32" else 2))
 
 
 def _bytes(base: Base, placed: Placed, family: Family) -> Iterator[memoryview]:
-    """The tensor as the file has it; what is there as it is stored, large tables above all, in pieces."""
+    """The tensor as the file has it: tables that are stored so in pieces, stacks expert by expert."""
     tensor, heads = placed.tensor, family.heads(placed.name)
-    if tensor.matrix is None and len(tensor.shape) > 1 and not heads:
+    is_table = len(placed.shape) == 2 and not tensor.matrix and placed.kind == PLAIN[tensor.dtype]
+    if is_table and not heads:
         yield from base.checkpoint.chunks(tensor.name)
-    else:
-        raw = permuted(_raw(base, placed, family), heads)
+        return
+    for expert in range(tensor.experts) if tensor.experts else (None,):
+        raw = permuted(_raw(base, placed, family, expert), heads)
         yield np.ascontiguousarray(raw).reshape(-1).view(np.uint8).data
 
 
-def _raw(base: Base, placed: Placed, family: Family) -> np.ndarray:
-    """The tensor's values or bytes, a row after the other."""
+def _raw(base: Base, placed: Placed, family: Family, expert: int | None) -> np.ndarray:
+    """The values or bytes of the tensor, or of an expert, a row after the other."""
     matrix = placed.tensor.matrix
     if matrix is not None:
         assert placed.block is not None
-        return block_bytes(placed.block, matrix, base.by_suffix(matrix)).numpy()
-    value = base.read(placed.tensor)
-    if value.ndim == 1:
+        stored = {suffix: held[placed.rows] for suffix, held in base.by_suffix(matrix, expert).items()}
+        return block_bytes(placed.block, matrix, stored).numpy()
+    value = base.read(placed.tensor, expert)[placed.rows]
+    if placed.kind == PLAIN["F32"]:
         value = value.float()
-        if family.name == "gemma" and placed.name.endswith("norm.weight"):
-            value = value + 1  # transformers multiplies by 1 + weight, llama.cpp by the weight
+    if value.ndim == 1 and family.name == "gemma" and placed.name.endswith("norm.weight"):
+        value = value + 1  # transformers multiplies by 1 + weight, llama.cpp by the weight
     return array_of(value)
 
 
@@ -149,13 +182,14 @@ def _header(base: Base, adapter: Adapter | None, family: Family, placed: list[Pl
     table = base.parameter("model.embed_tokens.weight")
     assert table is not None
     add_sizes(header, family, table.shape[0])
+    add_experts(header, family, {one.name: one.shape for one in placed})
     sizes = [(one.block, one.size) for one in placed if one.block]
     header.add_file_type(file_type(sizes) if sizes else _dense_type(placed))
     header.add_quantization_version(gguf.GGML_QUANT_VERSION)
     with_tokenizer = adapter is not None and (adapter.directory / "tokenizer.json").is_file()
     add_vocabulary(header, adapter.directory if with_tokenizer else base.directory, table.shape[0], rule)  # type: ignore[union-attr]
     for one in placed:
-        header.add(one.name, one.tensor.shape, one.kind, one.size)
+        header.add(one.name, one.shape, one.kind, one.size)
     return header
 
 
@@ -174,26 +208,35 @@ def _dense_type(placed: list[Placed]) -> int:
 
 @dataclass(frozen=True)
 class LoraPart:
-    """The adapter of one tensor: ``A (rank, columns)`` and ``B (rows, rank)`` with the scaling in it, when read."""
+    """The adapter of one tensor: ``A (rank, columns)`` and ``B (rows, rank)`` with the scaling in it, when read.
+
+    Attributes:
+        shape: of the tensor in the file. Of a stack ``(experts, rows, columns)``: ``A`` and ``B`` have experts first.
+    """
 
     name: str
-    rows: int
-    columns: int
+    shape: tuple[int, ...]
     rank: int
     read: Callable[[], tuple[Tensor, Tensor]]
 
 
-def _lora_parts(base: Base, adapter: Adapter, family: Family) -> list[LoraPart]:
-    def part(tensor: Dense) -> LoraPart:
-        name, (rows, columns) = family.tensor(tensor), tensor.shape
+def _lora_parts(adapter: Adapter, placed: list[Placed], family: Family) -> list[LoraPart]:
+    def part(one: Placed) -> LoraPart:
+        name = one.tensor.name
+
+        def product(expert: int | None) -> tuple[Tensor, Tensor]:
+            b, a, s = adapter.product(name, expert)
+            return a, torch.from_numpy(permuted((s * b[one.rows]).numpy(), family.heads(one.name)))
 
         def read() -> tuple[Tensor, Tensor]:
-            b, a, s = adapter.product(tensor.name)
-            return a, torch.from_numpy(permuted((s * b).numpy(), family.heads(name)))
+            if not one.tensor.experts:
+                return product(None)
+            every = [product(expert) for expert in range(one.tensor.experts)]
+            return torch.stack([a for a, _ in every]), torch.stack([b for _, b in every])
 
-        return LoraPart(name, rows, columns, adapter.factors[tensor.name].rank, read)
+        return LoraPart(one.name, one.shape, adapter.factors[name].rank, read)
 
-    return [part(tensor) for tensor in base.tensors.values() if tensor.name in adapter.factors]
+    return [part(one) for one in placed if one.tensor.name in adapter.factors]
 
 
 def lora(architecture: str, parts: list[LoraPart]) -> Iterator[bytes | memoryview]:
@@ -204,9 +247,9 @@ def lora(architecture: str, parts: list[LoraPart]) -> Iterator[bytes | memoryvie
     rank = max(part.rank for part in parts)
     header.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
     for part in parts:
-        a, b = (part.rank, part.columns), (part.rows, part.rank)
-        for name, shape in ((f"{part.name}.lora_a", a), (f"{part.name}.lora_b", b)):
-            header.add(name, shape, PLAIN["F32"], 4 * shape[0] * shape[1])
+        *experts, rows, columns = part.shape
+        for x, shape in (("a", (*experts, part.rank, columns)), ("b", (*experts, rows, part.rank))):
+            header.add(f"{part.name}.lora_{x}", shape, PLAIN["F32"], 4 * math.prod(shape))
     yield header.encoded()
     for part in parts:
         a, b = part.read()

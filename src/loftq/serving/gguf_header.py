@@ -5,13 +5,16 @@ By the package gguf: keys and names are its own. Which families have what is sai
 
 import io
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from loftq.architecture.experts import parts_of
 from loftq.errors import InputError, extra, listed, quoted
+from loftq.numerics import oriented_shape
 from loftq.serving.base import Dense
 
 with extra("gguf"):
@@ -26,7 +29,18 @@ FAMILIES = {
     "Qwen3ForCausalLM": "qwen3",
     "GemmaForCausalLM": "gemma",
     "Phi3ForCausalLM": "phi3",
+    "MixtralForCausalLM": "llama",
+    "Qwen2MoeForCausalLM": "qwen2moe",
+    "Qwen3MoeForCausalLM": "qwen3moe",
+    "OlmoeForCausalLM": "olmoe",
 }
+# What llama.cpp computes whatever the file says: another value is another model, or does not load.
+FIXED: dict[str, dict[str, Any]] = {
+    "qwen2moe": {"norm_topk_prob": False, "tie_word_embeddings": False},
+    "qwen3moe": {"norm_topk_prob": True},
+    "olmoe": {"norm_topk_prob": False, "tie_word_embeddings": False, "clip_qkv": None},
+}
+LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 ROPE = ("default", "linear", "yarn", "llama3")
 
 
@@ -48,6 +62,32 @@ class Family:
         if found is None:
             raise InputError(f"{quoted(tensor.name)}: llama.cpp's {self.name} has no such tensor")
         return found
+
+    def parts(self, tensor: Dense, model: Any) -> dict[str, slice]:
+        """The tensors in GGUF that one is: name -> rows of it. A stack is of several, of every matrix the rows."""
+        if not tensor.experts:
+            return {self.tensor(tensor): slice(None)}
+        owner, rows = tensor.runtime.rpartition(".")[0], oriented_shape(tensor.kind, tensor.shape[1:])[0]
+        found = parts_of(tensor.runtime, rows, model.get_submodule(owner))
+        named = {self.names.get_name(f"{owner}.{leaf}"): rows for leaf, rows in found.items()}
+        if None in named or not named:
+            raise InputError(
+                f"{quoted(tensor.name)}: llama.cpp's {self.name} has no such experts; merge and convert it"
+            )
+        return {f"{name}.weight": rows for name, rows in named.items()}
+
+    def refuse_uneven(self, names: list[str]) -> None:
+        """InputError if some layer has other tensors than the first, as where experts are in a part of the layers."""
+        layers: dict[str, set[str]] = {}
+        for name in names:
+            if found := LAYER.match(name):
+                layers.setdefault(found[1], set()).add(found[2])
+        for number, held in layers.items():
+            if odd := held ^ layers["0"]:
+                raise InputError(
+                    f"layers 0 and {number}: one of them lacks {listed(sorted(odd), 3)}; llama.cpp's {self.name} has "
+                    "layers of one kind only"
+                )
 
     def heads(self, name: str) -> int:
         """Heads whose rows GGUF has in another order, of the tensor that it calls ``name``; 0 if it has none.
@@ -73,8 +113,22 @@ def family_of(model: Any) -> Family:
     if kind not in ROPE:
         raise InputError(f"{architecture}: rope_type {quoted(kind)} is not written to GGUF here; merge and convert it")
     name = FAMILIES[architecture]
+    _refuse_others(architecture, name, config)
     number = next(n for n, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
     return Family(name, config, gguf.get_tensor_name_map(number, config.num_hidden_layers))
+
+
+def _refuse_others(architecture: str, name: str, config: Any) -> None:
+    fixed = {"hidden_act": "silu"} if name != "gemma" else {}
+    fixed |= FIXED.get(name, {})
+    if name == "olmoe":  # whose norm of keys is as wide as that of queries
+        fixed["num_key_value_heads"] = config.num_attention_heads
+    for key, wanted in fixed.items():
+        if (given := getattr(config, key, wanted)) != wanted:
+            raise InputError(
+                f"{architecture}: config.json has {key} {quoted(given)}; llama.cpp's {name} computes with "
+                f"{quoted(wanted)} always, so that it would be another model; use another runtime"
+            )
 
 
 def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -119,7 +173,7 @@ def add_sizes(header: Header, family: Family, vocabulary: int) -> None:
     config = family.config
     context = config.max_position_embeddings
     window = getattr(config, "sliding_window", None)
-    if window and family.name == "llama":  # which knows no window: beyond it, it would be another model
+    if window and family.name != "phi3":  # others know no window: beyond it, it would be another model
         context = min(context, window)
     header.add_vocab_size(vocabulary)
     header.add_context_length(context)
@@ -143,6 +197,18 @@ def add_sizes(header: Header, family: Family, vocabulary: int) -> None:
         header.add_rope_scaling_factor(float(rope["factor"]))
     if kind == "yarn":
         header.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
+
+
+def add_experts(header: Header, family: Family, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Sizes of the experts, by the ``shapes`` of the file's tensors; nothing where there are none."""
+    stack, shared = (shapes.get(f"blk.0.ffn_down_{kind}.weight") for kind in ("exps", "shexp"))
+    if stack is None:
+        return
+    header.add_expert_count(stack[0])
+    header.add_expert_used_count(family.config.num_experts_per_tok)
+    header.add_expert_feed_forward_length(stack[2])
+    if shared is not None:
+        header.add_expert_shared_feed_forward_length(shared[1])
 
 
 def rope_factors(family: Family) -> np.ndarray | None:

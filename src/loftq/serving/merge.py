@@ -18,15 +18,14 @@ from loftq.errors import option
 from loftq.formats import fsio, strict_json
 from loftq.formats.belongings import licence
 from loftq.formats.regular import local_path
-from loftq.formats.rows import as_rows, scattered, slices
 from loftq.formats.tensorfile import DTYPES, Entry
 from loftq.numerics import oriented
 from loftq.options import check_choice, check_whole
-from loftq.planning import PlacedPiece, natural, restored
 from loftq.report.card import merged_card
 from loftq.serving import heads
 from loftq.serving.adapter import Adapter, open_adapter, place_of
 from loftq.serving.base import Base, Dense, narrowed, open_base
+from loftq.serving.original import as_original
 from loftq.serving.output import LARGEST_FILE, small_files, write_shards
 from loftq.spec import STORED
 from loftq.version import __version__
@@ -105,39 +104,19 @@ def merge(directory: Path, output: Path, options: MergeOptions, begin: Begin) ->
 
 
 def _write_weights(place: Path, base: Base, adapter: Adapter | None, options: MergeOptions, begin: Begin) -> Files:
-    """All tensors, by the names of the original: what was put together of several of its tensors is taken apart."""
+    """All tensors, by the names of the original, and those of a head that it lacks."""
     wide = STORED[options.dtype]
-    parts = restored({t.name: t.made for t in base.tensors.values() if t.made})
-    done = {part.name for found in parts.values() for part in found}
-    shapes = {name: found[0].piece.shape for name, found in parts.items()}
-    shapes |= {t.name: t.shape for t in base.tensors.values() if t.name not in done}
-    dtypes = {name: base.tensors[parts[name][0].name if name in parts else name].dtype for name in shapes}
-    entries = [Entry(n, _dtype(dtypes[n], shapes[n], wide), shapes[n]) for n in sorted(shapes, key=natural)]
+    headers, read_original = as_original(base, lambda tensor, expert: _merged(tensor, base, adapter, expert))
+    entries = [Entry(name, _dtype(dtype, shape, wide), shape) for name, (dtype, shape) in headers.items()]
     new = {} if adapter is None else adapter.new
     entries += [Entry(name, wide, adapter.shapes[held]) for name, held in new.items()]  # type: ignore[union-attr]
     advance = begin(len(entries))
-    last: dict[tuple[str, int | None], Tensor] = {}  # gate and up of an expert are rows of one matrix
-
-    def merged(name: str, expert: int | None) -> Tensor:
-        if (name, expert) not in last:
-            last.clear()
-            last[name, expert] = _merged(base.tensors[name], base, adapter, expert)
-        return last[name, expert]
-
-    def values(name: str) -> Iterator[Tensor]:
-        if name in new:
-            yield adapter.read(new[name])  # type: ignore[union-attr]
-        elif name in parts:
-            for found in slices([part.piece for part in parts[name]]):
-                yield scattered((piece, _rows(parts[name][at], base, merged)) for at, piece in found)
-        else:
-            experts = range(base.tensors[name].experts)
-            yield from (merged(name, expert) for expert in experts or (None,))
 
     def read(entry: Entry) -> Iterator[Tensor]:
-        for value in values(entry.name):
+        name = entry.name
+        for value in [adapter.read(new[name])] if name in new else read_original(name):  # type: ignore[union-attr]
             fits = value.is_floating_point() and entry.dtype in FLOATS
-            yield narrowed(value, DTYPES[entry.dtype], entry.name) if fits else value
+            yield narrowed(value, DTYPES[entry.dtype], name) if fits else value
         advance()
 
     return write_shards(place, entries, read, options.max_shard_bytes)
@@ -149,11 +128,6 @@ FLOATS = (*STORED.values(), "F64")
 def _dtype(dtype: str, shape: tuple[int, ...], wide: str) -> str:
     """Matrices in the dtype that is asked for; norms, biases and what is no floating-point number as they are."""
     return wide if dtype in FLOATS and len(shape) > 1 else dtype
-
-
-def _rows(part: PlacedPiece, base: Base, merged: Callable[[str, int | None], Tensor]) -> Tensor:
-    expert = part.index if base.tensors[part.name].experts else None
-    return as_rows(merged(part.name, expert))[part.first : part.first + part.piece.count]
 
 
 def _merged(tensor: Dense, base: Base, adapter: Adapter | None, expert: int | None) -> Tensor:
