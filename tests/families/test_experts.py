@@ -58,7 +58,7 @@ def test_all_experts_are_packed_and_nothing_that_routes(made, name):
     assert loftq.verify(checkpoint.output)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("options", "name"),
     [
