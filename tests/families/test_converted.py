@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers.core_model_loading import Concatenate, WeightConverter
+from transformers.core_model_loading import Concatenate, Transpose, WeightConverter
 
 import loftq
 from loftq.architecture import conversion, skeleton
@@ -189,6 +189,9 @@ def vision(directory: Path, turned: bool) -> Any:
 def test_a_converter_that_looks_at_shapes_first(tmp_path, turned):
     model = vision(tmp_path / "dense", turned)
     manifest = quantize(tmp_path / "dense", tmp_path / "out", bits=8)
+    if WeightConverter("proj", "proj", [Transpose()]).rename_source_key("proj_scale")[1]:
+        assert {k["reason"] for k in manifest["plan"]["kept"] if ".experts." in k["name"]} == {skeleton.RENAMED}
+        pytest.skip("this transformers takes the scales of a stack for its weight")
     stacks = [m["name"] for m in manifest["plan"]["matrices"] if m.get("experts")]
     assert len(stacks) == 4
     packed, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
