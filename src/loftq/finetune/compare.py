@@ -187,8 +187,8 @@ def _check_unchanged(arm: Arm) -> None:
     """ConflictError if files of an arm are others by now than those that the comparison began with."""
     if held(arm.recipe) != arm.held:
         raise ConflictError(
-            f"{quoted(arm.recipe.model)} or the data changed while the comparison ran; put the files back, or run the "
-            "same command again to compare on the new ones"
+            f"{quoted(arm.recipe.model, 400)} or the data changed while the comparison ran; put the files back, or run "
+            "the same command again to compare on the new ones"
         )
 
 

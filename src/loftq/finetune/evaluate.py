@@ -61,7 +61,7 @@ def evaluate(
 def _recipe_for(target: str, task: Any) -> Recipe:
     if task is None:
         raise UsageError(
-            f"{quoted(target)} is no run of `loftq train`: say {option('task')}, one of {', '.join(names())}"
+            f"{quoted(target, 400)} is no run of `loftq train`: say {option('task')}, one of {', '.join(names())}"
         )
     return parse({"model": target, "task": task, "method": "full"})
 

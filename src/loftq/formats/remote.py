@@ -82,7 +82,8 @@ class Store:
             raise InputError(
                 f"{self.url}: {len(found)} objects, a model has at most {MOST_OBJECTS}; name its directory"
             )
-        named = {path.removeprefix(self.root).strip("/"): info for path, info in found.items()}
+        files = {path: info for path, info in found.items() if info["type"] == "file"}
+        named = {path.removeprefix(self.root).strip("/"): info for path, info in files.items()}
         return {name: _object(named[name]) for name in sorted(named) if _is_plain(name) and not _inside(name, named)}
 
     def look(self, name: str) -> Object | None:

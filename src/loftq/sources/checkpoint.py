@@ -129,7 +129,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
         refuse_no_files(path)
         return path
     if not HUB_ID.fullmatch(model):
-        raise InputError(f"{quoted(model)}: no such directory, and not a hub id like 'org/name'")
+        raise InputError(f"{quoted(model, 400)}: no such directory, and not a hub id like 'org/name'")
     import huggingface_hub
 
     def download(**patterns: Any) -> Path:
@@ -146,7 +146,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
         raise
     except Exception as e:  # the many ways in which a network or a hub says no
         raise StorageError(
-            f"{quoted(model)}: no such directory, and not to be had from the hub ({first_line(e)}); "
+            f"{quoted(model, 400)}: no such directory, and not to be had from the hub ({first_line(e)}); "
             "check the spelling, the network, or `hf auth login`"
         ) from e
     return directory

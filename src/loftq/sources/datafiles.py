@@ -64,7 +64,7 @@ def expanded(split: str, patterns: str | Sequence[str]) -> list[Path]:
         text = str(local_path("data", pattern))
         matches = [Path(text)] if Path(text).exists() else [Path(p) for p in sorted(glob.glob(text, recursive=True))]
         if not matches:
-            raise InputError(f"{quoted(pattern)}: no such file, for split {split}")
+            raise InputError(f"{quoted(pattern, 400)}: no such file, for split {split}")
         paths |= dict.fromkeys(matches)
     for path in paths:
         if not path.is_file() or not _kind(path):
