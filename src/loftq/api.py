@@ -183,7 +183,7 @@ def quantize(
     model: str | Path,
     output: str | Path,
     *,
-    max_shard_bytes: int = 1 << 30,
+    max_shard_bytes: int = 10**9,
     statistics: str | Path | None = None,
     progress: bool = True,
     **options: Unpack[Quantizing],
@@ -275,4 +275,6 @@ def as_path(what: str, value: Any) -> str:
     """A path as it was written: a hub id looks like one, and ``./org/name`` is none."""
     if not isinstance(value, (str, os.PathLike)):
         raise UsageError(f"{what}: wanted a path, got {type(value).__name__}")
+    if not os.fspath(value):
+        raise UsageError(f"{what}: wanted a path, got an empty text")
     return os.fspath(value)

@@ -99,7 +99,8 @@ def check_width(code: str, bits: Any) -> None:
         raise UsageError(f"code {code} has {have} bits; use code nf for {bits}")
     if kind is trellis:
         raise UsageError(f"bits of code {code} must be one of the {have}, got {quoted(repr(bits))}")
-    check_choice("bits", bits, BITS)
+    either = f"{', '.join(map(str, BITS))}, or a multiple of 1/{RATE_UNIT} up to {trellis.widths[-1]} for code trellis"
+    raise UsageError(f"bits must be one of {either}, got {quoted(repr(bits))}")
 
 
 @checked_fields

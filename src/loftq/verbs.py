@@ -175,7 +175,7 @@ def merge(
     *,
     adapter: str | Path | None = None,
     dtype: str = "bfloat16",
-    max_shard_bytes: int = 5 << 30,
+    max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Report:

@@ -50,6 +50,21 @@ def test_what_is_made_is_inspected_and_verified(source, made):
         loftq.verify(3)
 
 
+def test_the_command_finds_what_the_call_made(source, made):
+    """Both have the same defaults, so that one leaves the other's output alone."""
+    out, merged = source.parent / "out", source.parent / "merged"
+    loftq.merge(out, merged, progress=False)
+    for command in (
+        ("quantize", source, "--output", out, "--bits", 2, "--rank", 4),
+        ("merge", out, "--output", merged),
+    ):
+        ended = harness.cli(*command)
+        assert ended.code == 0, ended.err
+    assert loftq.verify(out) == made
+    with pytest.raises(UsageError, match="model: wanted a path, got an empty text"):
+        loftq.plan("")
+
+
 def test_start_over_a_quantized_base(source, made):
     place = source.parent / "adapter"
     report = loftq.start(source.parent / "out", source, place, rank=4, progress=False)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import loftq
 from loftq.adapters.bases import resolved
+from loftq.errors import InputError
 from models import outputs
 
 
@@ -127,6 +128,12 @@ def test_a_base_of_a_relative_path_is_found_from_elsewhere(moved, tmp_path, monk
     model.save_pretrained("trained")
     assert base_of(moved.parent / "trained") == str(moved)
     assert model.peft_config["default"].base_model_name_or_path == "here"
+
+
+def test_a_start_without_the_directory_around_it(moved, tmp_path):
+    shutil.copytree(moved / "loftq_init", tmp_path / "alone" / "start")
+    with pytest.raises(InputError, match=r"alone/start: its base lay around it, and is not there; write where it is"):
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "alone" / "start")
 
 
 def test_a_link_to_the_start(moved, logits, tmp_path):

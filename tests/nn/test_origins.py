@@ -55,6 +55,8 @@ def test_a_base_that_is_gone_is_said_with_what_to_do(made, tmp_path):
     moved = base.rename(tmp_path / "moved")
     with pytest.raises(InputError, match=r"adapter: its base .*base is not there any more; write where it is now into"):
         AutoPeftModelForCausalLM.from_pretrained(tmp_path / "far" / "adapter")
+    with pytest.raises(InputError, match=r"adapter: its base .*base is not there any more; write where it is now into"):
+        loftq.generate(tmp_path / "far" / "adapter", "words")
     PeftModel.from_pretrained(AUTO.from_pretrained(moved), tmp_path / "far" / "adapter")
 
 

@@ -269,7 +269,7 @@ def test_two_formats_of_one_split(tmp_path):
 
 def test_the_hub_out_of_reach():
     assert os.environ["HF_HUB_OFFLINE"] == "1"
-    with pytest.raises(StorageError, match=r"nyu-mll/glue \(rte\), split train, cannot be had .* give --data DIR") as e:
+    with pytest.raises(StorageError, match=r"nyu-mll/glue \(rte\), split train, cannot be had .* give data=DIR") as e:
         load_data(get_task("rte"))
     one_line(e)
 

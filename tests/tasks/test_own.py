@@ -93,14 +93,15 @@ def test_from_the_hub():
                      "config": "small", "splits": {"train": "train", "test": "held_out"}})  # fmt: skip
     assert task.hub is not None
     assert (str(task.hub), dict(task.hub.splits)) == ("me/mine (small)", {"train": ("train",), "test": ("held_out",)})
-    with pytest.raises(UsageError, match="task own has no data set on the hub; give --data DIR"):
+    with pytest.raises(UsageError, match="task own has no data set on the hub; give data=DIR"):
         load_data(get_task({"kind": "causal-lm"}))
 
 
 @pytest.mark.parametrize(
     ("description", "why"),
     [
-        ({}, "task.kind: None is not one of text-classification, span-qa"),
+        ({}, "task: a task of your own needs its kind, one of text-classification, span-qa"),
+        ({"kind": ["span-qa"]}, r"task.kind: \['span-qa'\] is not one of"),
         ({"kind": "ner"}, "task.kind: 'ner' is not one of"),
         ({"kind": "causal-lm", "row": "lines"}, "row: unknown key; did you mean rows"),
         ({"kind": "causal-lm", "max_length": 0}, "max_length: .* greater than or equal to 2, got 0"),

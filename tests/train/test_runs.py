@@ -67,7 +67,7 @@ def test_a_finished_run_is_read_back(place, monkeypatch):
     monkeypatch.setattr(LoftQTrainer, "train", None)
     assert finetune(recipe) == first
     assert finetune(recipe.changed(note="other words", compare={"seeds": [1]})) == first
-    with pytest.raises(ConflictError, match=r"another recipe \(seed: 0 -> 1\); choose another --output, or --restart"):
+    with pytest.raises(ConflictError, match=r"another recipe \(seed: 0 -> 1\); choose another output, or restart=True"):
         finetune(recipe.changed(seed=1))
 
 
@@ -78,7 +78,7 @@ def test_rows_or_weights_that_changed_make_another_run(tmp_path):
     recipe = tiny.recipe(tmp_path, "lora")
     finetune(recipe)
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:7]))
-    with pytest.raises(ConflictError, match="a run from before the recipe's data changed; choose another --output, or"):
+    with pytest.raises(ConflictError, match="a run from before the recipe's data changed; choose another output, or"):
         finetune(recipe)
     assert finetune(recipe, resume=False).metrics["n"] == 7
     tiny.source(tmp_path / "model", seed=1)
@@ -286,7 +286,7 @@ def test_what_cannot_be_evaluated(place):
     adapter = place / "lora" / "adapter"
     with pytest.raises(UsageError, match="is no run of `loftq train`: say task"):
         evaluate(str(place / "model"))
-    with pytest.raises(InputError, match=r"no weights for classifier: not trained for this task; see --adapter"):
+    with pytest.raises(InputError, match=r"no weights for classifier: not trained for this task; see adapter"):
         evaluate(str(place / "model"), task="sst2", data=data, max_length=16)
     with pytest.raises(UsageError, match="a run has its own"):
         evaluate(str(place / "lora"), adapter=adapter)
@@ -362,7 +362,7 @@ def test_a_quantized_model_wants_its_own_method(place):
         ("qlora", packed, "method: qlora, but the initialization in .* was made by loftq"),
         ("lora", packed, "method lora wants a dense one"),
         ("loftq", {"model": str(place / "packed")}, "leave out the section quantization"),
-        ("loftq", {"model": str(place / "dense"), "quantization": None}, "has --format dense"),
+        ("loftq", {"model": str(place / "dense"), "quantization": None}, "has format='dense'"),
     ):
         with pytest.raises(UsageError, match=wanted):
             finetune(tiny.recipe(place, method, **changes, output=str(place / "other")))

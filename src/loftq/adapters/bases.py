@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from loftq.errors import InputError, StorageError, warn
+from loftq.errors import InputError, StorageError, quoted, warn
 from loftq.formats import fsio, strict_json
 
 PARENT = ".."
@@ -80,6 +80,18 @@ def _is_packed(directory: str) -> bool:
 def is_relative(base: Any) -> bool:
     """Whether ``base`` is a place seen from the adapter."""
     return isinstance(base, str) and (base == PARENT or (base.startswith("../") and not os.path.isdir(base)))
+
+
+def refuse_lost(base: Any, place: str | os.PathLike) -> None:
+    """InputError if the base of an adapter, as :func:`resolved` gives it, is a place of this machine and not there."""
+    gone = is_relative(base) or (isinstance(base, str) and os.path.isabs(base) and not os.path.isdir(base))
+    if not gone or not os.path.isdir(place):
+        return
+    lost = "lay around it, and is not there" if is_relative(base) else f"{quoted(base, 400)} is not there any more"
+    raise InputError(
+        f"{quoted(place, 400)}: its base {lost}; write where it is now into {KEY} of its adapter_config.json, or "
+        "load the base, and PeftModel.from_pretrained(base, ...)"
+    )
 
 
 def read_config(config: Any) -> None:

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from loftq.adapters.bases import KEY, resolved
+from loftq.adapters.bases import KEY, is_relative, refuse_lost, resolved
 from loftq.errors import InputError, LoftqError, quoted, warn
 from loftq.formats import fsio, strict_json
 from loftq.formats.config import EXPORTED, MANIFEST
@@ -126,13 +126,9 @@ def refuse_lost_base(auto: Any) -> None:
     @functools.wraps(load)
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):  # type: ignore[no-untyped-def]
         place = Path(pretrained_model_name_or_path)
-        if recorded(str(place)) is not None:
-            base = resolved(strict_json.load_object(place / "adapter_config.json").get(KEY), place)
-            if isinstance(base, str) and os.path.isabs(base) and not os.path.isdir(base):
-                raise InputError(
-                    f"{quoted(place, 400)}: its base {quoted(base, 400)} is not there any more; write where it is now "
-                    f"into {KEY} of its adapter_config.json, or load the base, and PeftModel.from_pretrained(base, ...)"
-                )
+        base = resolved(_read(place / "adapter_config.json").get(KEY), place)
+        if recorded(place) is not None or is_relative(base):
+            refuse_lost(base, place)
         return load(cls, pretrained_model_name_or_path, *args, **kwargs)
 
     auto_class.from_pretrained = classmethod(from_pretrained)

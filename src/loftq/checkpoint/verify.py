@@ -33,7 +33,8 @@ def verify(directory: Path) -> dict[str, Any]:
 def _verified(directory: Path, manifest: dict[str, Any], pool: ThreadPoolExecutor) -> dict[str, Any]:
     found = pool.map(lambda item: _file_problems(directory, *item), manifest["files"].items())
     problems = [p for of_file in found for p in of_file]
-    problems += _strangers(directory, manifest["files"])
+    strangers = list(_strangers(directory, manifest["files"]))
+    problems += strangers
     if not problems:
         files = [read_header(directory / name) for name in manifest["files"] if name.endswith(".safetensors")]
         tensors = {t.name: (t.dtype, t.shape) for f in files for t in f.tensors.values()}
@@ -42,7 +43,9 @@ def _verified(directory: Path, manifest: dict[str, Any], pool: ThreadPoolExecuto
         limits = {name for name, reason in kept(manifest, directory / MANIFEST).items() if reason == NO_PARAMETER}
         problems += [p for of_file in pool.map(lambda f: _values_problems(f, limits), files) for p in of_file]
     if problems:
-        raise InputError(f"{shown(directory)}: {listed(problems)}; make it again, or download it again")
+        added = problems == strangers
+        cure = "move what was added to another place" if added else "make it again, or download it again"
+        raise InputError(f"{shown(directory)}: {listed(problems)}; {cure}")
     _check_config(directory, manifest)
     return manifest
 

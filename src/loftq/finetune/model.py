@@ -17,7 +17,7 @@ from loftq.adapters.origins import refuse_other
 from loftq.adapters.start import load_start, new_adapter
 from loftq.architecture.loading import guarded, load_config, load_weights
 from loftq.architecture.skeleton import one_line
-from loftq.errors import InputError, LoftqError, listed, quoted
+from loftq.errors import InputError, LoftqError, listed, option, quoted
 from loftq.finetune.tasks import Task
 from loftq.finetune.tasks.batches import padding
 from loftq.formats import strict_json
@@ -87,7 +87,7 @@ def refuse_untrained(modules: Iterable[str], directory: Path) -> None:
     names = list(modules)
     if names:
         raise InputError(
-            f"{quoted(directory)}: no weights for {listed(names)}: not trained for this task; see --adapter"
+            f"{quoted(directory)}: no weights for {listed(names)}: not trained for this task; see {option('adapter')}"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from loftq.errors import ConflictError, InputError, listed, quoted
+from loftq.errors import ConflictError, InputError, listed, option, quoted
 from loftq.finetune import checkpoints
 from loftq.finetune import recipe as recipes
 from loftq.finetune.inputs import NOT_ESSENTIAL, located
@@ -76,7 +76,8 @@ class RunDirectory:
                 known = {"lock", "backbone", *(path.name for path in torn)}
                 strangers = listed(p.name for p in self.root.iterdir() if p.name not in known)
                 if strangers:
-                    raise ConflictError(f"{self.root}: no run, and not empty ({strangers}); choose another --output")
+                    cure = f"choose another {option('output')}"
+                    raise ConflictError(f"{self.root}: no run, and not empty ({strangers}); {cure}")
             elif resume and self.begun:
                 self._check_same(recipe, held)
             else:
@@ -97,8 +98,8 @@ class RunDirectory:
         changed = listed(differences(identity(self.read_recipe()), identity(recipe)))
         if changed:
             raise ConflictError(
-                f"{self.root}: holds a run of another recipe ({changed}); choose another --output, or --restart to "
-                "replace it"
+                f"{self.root}: holds a run of another recipe ({changed}); choose another {option('output')}, or "
+                f"{option('restart', True)} to replace it"
             )
         if held is None or not self.held.exists():
             return
@@ -106,8 +107,8 @@ class RunDirectory:
         parts = [name for name in {**before, **held} if before.get(name) != held.get(name)]
         if parts:
             raise ConflictError(
-                f"{self.root}: holds a run from before the recipe's {listed(parts)} changed; choose another --output, "
-                "or --restart to replace it"
+                f"{self.root}: holds a run from before the recipe's {listed(parts)} changed; choose another "
+                f"{option('output')}, or {option('restart', True)} to replace it"
             )
 
     @property

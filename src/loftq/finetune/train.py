@@ -247,7 +247,8 @@ def _check_quantized(recipe: Recipe, source: Path) -> None:
     if not layouts.get(options["format"]).packed:
         packed = " or ".join(name for name in layouts.names() if layouts.get(name).packed)
         raise UsageError(
-            f"model: {quoted(source)} has --format {options['format']}; wanted a dense checkpoint or --format {packed}"
+            f"model: {quoted(source)} has {option('format', options['format'])}; wanted a dense checkpoint or "
+            f"{option('format', packed)}"
         )
     method = "qlora" if options["solve"]["steps"] == 0 else "loftq"
     if method != recipe.method:

@@ -62,7 +62,10 @@ def _descriptions(directory: Path, names: list[str]) -> Iterator[str]:
     """All that fits, most telling first."""
     if ADAPTER_CONFIG in names:
         base = _field(directory / ADAPTER_CONFIG, "base_model_name_or_path")
-        of = f" of {quoted(base)}" if isinstance(base, str) else ""
+        of = ""
+        if isinstance(base, str):
+            beside = base == ".." or base.startswith("../")  # as ours name their base
+            of = f" of {quoted((directory / base).resolve() if beside else base)}"
         yield f"found a PEFT adapter{of}; {_MERGE}, or name the base to quantize that"
     if "model_index.json" in names:
         yield f"found a pipeline of diffusers; {_inside(directory, names, 'it is made of models of its own')}"

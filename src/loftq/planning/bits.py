@@ -1,5 +1,6 @@
 """What ``--bits`` says: a width, patterns of widths, or an average."""
 
+import math
 from collections.abc import Mapping
 
 from loftq import codes
@@ -30,10 +31,19 @@ def bits_rules(text: str, code: str, stacks: Mapping[str, int]) -> Rules[float]:
             rules.append((f"{stack}.0-{first - 1}", 4))
     if average > 2 and not rules:
         raise UsageError(
-            f"{option('bits')} {text}: no stack of layers is long enough for this average "
-            f"({stacks or 'no stack found'}); give a pattern such as 'layers.0=4,2'"
+            f"{option('bits')} {quoted(text)}: an average gives whole layers 4 bits, and {_first_step(stacks)}; "
+            "give that, or a pattern such as 'layers.0=4,2'"
         )
     return Rules(tuple(rules), 2)
+
+
+def _first_step(stacks: Mapping[str, int]) -> str:
+    """The least average above 2 that the longest stack of layers can have."""
+    longest = max(stacks, key=stacks.__getitem__, default=None)
+    if longest is None:
+        return "this model has no stack of layers, so that it is 2 or 4"
+    least = math.ceil(1000 * (2 + 2 / stacks[longest])) / 1000
+    return f"with the {stacks[longest]} of {quoted(longest)} it is 2 or at least {least}"
 
 
 def widths(bits: str) -> set[float]:
@@ -62,7 +72,8 @@ def _width(text: str) -> float:
         width = -1.0
     if width not in (*BITS, DENSE, *codes.get("trellis").widths):
         raise UsageError(
-            f"{option('bits')}: {quoted(text)} is not a width; wanted 2, 3, 4, 8, 16 (leave dense), sixteenths up to "
-            "4 for a trellis, such as 1.5, an average such as 2.5, or patterns such as 'layers.0-3=4,2'"
+            f"{option('bits')}: {quoted(text) or repr(text)} is not a width; wanted 2, 3, 4, 8, 16 (leave dense), "
+            "sixteenths up to 4 for a trellis, such as 1.5, an average such as 2.5, or patterns such as "
+            "'layers.0-3=4,2'"
         )
     return int(width) if width == int(width) else width

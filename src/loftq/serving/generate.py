@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from loftq.adapters.bases import KEY, resolved
+from loftq.adapters.bases import KEY, refuse_lost, resolved
 from loftq.adapters.origins import refuse_other
 from loftq.architecture.loading import guarded, load_config, load_tokenizer, load_weights
 from loftq.architecture.skeleton import one_line
@@ -154,6 +154,7 @@ def _both(target: str, adapter: str | None) -> tuple[Path, Path | None]:
         base = resolved(strict_json.load_object(found / CONFIG).get(KEY), found)
         if not base:
             raise InputError(f"{quoted(found, 400)}: names no base; give the base, and {option('adapter', 'DIR')}")
+        refuse_lost(base, found)
         return resolve(str(base)), found
     base = resolve(target)
     if adapter == NO_ADAPTER:

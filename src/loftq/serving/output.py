@@ -12,7 +12,7 @@ from loftq.formats.tensorfile import Entry, encode_header, tensor_bytes
 from loftq.serving.adapter import Adapter, own_files
 from loftq.serving.base import Base
 
-LARGEST_FILE = 5 << 30
+LARGEST_FILE = 5 * 10**9
 
 
 def copy(paths: Iterable[Path], source: Path, target: Path) -> Files:

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 from datasets import Dataset, concatenate_datasets
 
-from loftq.errors import InputError, StorageError, UsageError, first_line, listed, quoted
+from loftq.errors import InputError, StorageError, UsageError, first_line, listed, option, quoted
 from loftq.finetune.tasks.base import Hub, Task
 from loftq.finetune.tasks.columns import canonical
 from loftq.formats.regular import local_path
@@ -55,7 +55,7 @@ def available_splits(task: Task, data: str | Path | Mapping[str, Any] | None) ->
 def _available(task: Task, named: Mapping[str, list[Path]]) -> tuple[str, ...]:
     if not named and task.hub is None:
         raise UsageError(
-            f"task {quoted(task.name)} has no data set on the hub; give --data DIR, or data: in the recipe"
+            f"task {quoted(task.name)} has no data set on the hub; give {option('data', 'DIR')}, or data: in the recipe"
         )
     return tuple(named or task.hub.splits)  # type: ignore[union-attr]
 
@@ -110,7 +110,7 @@ def _read_hub(task: Task, hub: Hub, split: str) -> Dataset:
             rows: Any = datasets.load_dataset(hub.path, hub.config, split=name, revision=hub.revision)
         except Exception as e:
             told = f"data set {hub}, split {name}, cannot be had from the hub: {first_line(e)}"
-            raise StorageError(f"{told}; with no network give --data DIR") from e
+            raise StorageError(f"{told}; with no network give {option('data', 'DIR')}") from e
         parts.append(canonical(rows, task, f"{hub}, split {name}"))
     return _joined(parts)
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from loftq.errors import UsageError
+from loftq.errors import UsageError, quoted
 from loftq.finetune.recipe import Strict, section
 from loftq.finetune.tasks.base import Hub, Limits, Task, plain_splits
 from loftq.finetune.tasks.causal_lm import CausalLM
@@ -161,6 +161,8 @@ KINDS: dict[str, type[_Own]] = {
 def own_task(mapping: Mapping[str, Any]) -> Task:
     """The task that a recipe's mapping describes. UsageError, of one line, with all that is wrong in it."""
     kind = mapping.get("kind")
-    if kind not in KINDS:
-        raise UsageError(f"task.kind: {kind!r} is not one of {', '.join(KINDS)}")
+    if kind is None:
+        raise UsageError(f"task: a task of your own needs its kind, one of {', '.join(KINDS)}")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise UsageError(f"task.kind: {quoted(repr(kind))} is not one of {', '.join(KINDS)}")
     return section(KINDS[kind], dict(mapping), "task").task()
