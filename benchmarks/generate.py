@@ -1,10 +1,10 @@
 """How fast is one token generated on packed weights, and what does a loaded model hold in memory?
 
 Peer: the same model with dense float32 and dense bfloat16 weights, and bitsandbytes NF4 through transformers; llama.cpp
-is not among them. All have LoRA of rank 16 on every linear layer, in the dtype that PEFT gives it; switched off, the
-products of the base alone are compared. Memory is what a process of its own takes to
-load a directory of 4 bits, and to make a token, beyond what torch, transformers and PEFT take; the libraries that each
-side loads for it are counted.
+has a script of its own. All have LoRA of rank 16 on every linear layer, in the dtype that PEFT gives it; switched off,
+the products of the base alone are compared. Memory is what a process of its own takes to load a directory of 4 bits,
+and to make a token, beyond what torch, transformers and PEFT take; the libraries that each side loads for it are
+counted.
 
 Goal: for one token at 4, 3 and 2 bits, in bfloat16, 1.5 times the speed of dense float32 and 1.2 times that of dense
 bfloat16, on one thread; at most 1.2 times the memory of bitsandbytes. A Llama of 5 layers, hidden 2048, 0.27

@@ -45,6 +45,10 @@ SCRIPTS = {  # in the order of the page: title, and what limits the result
         "around it, which models of small matrices feel most. What is held beyond the files is mostly Numba and LLVM, "
         "once kernels are there, whatever the model.",
     ),
+    "llama_cpp_token": (
+        "One token beside llama.cpp",
+        "",
+    ),
     "trellis": (
         "The trellis code",
         "The kernels of `lloyd` look sixteen weights up in a register. A table of 1,024 levels fits none: every weight "
