@@ -316,6 +316,18 @@ def test_rope_of_llama3_divides_the_frequencies(tmp_path):
     assert rope_factors(family_of(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)))) is None
 
 
+def test_a_window_that_llama_cpp_has_not_bounds_the_context():
+    pytest.importorskip("gguf")
+    from loftq.serving.gguf_header import Header, add_sizes, family_of
+
+    with torch.device("meta"):
+        config = transformers.Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=16)
+        family = family_of(transformers.Qwen3ForCausalLM(config))
+    header = Header(family.name)
+    add_sizes(header, family, SIZES["vocab_size"])
+    assert header.kv_data[0]["qwen3.context_length"].value == 16
+
+
 def test_pieces_are_merged_by_the_place_of_their_merge(tmp_path):
     pytest.importorskip("gguf")
     from loftq.serving.gguf_vocab import _scores
