@@ -5,11 +5,13 @@ same codes: Q4_0, and TQ2_0 with blocks of 256 weights), and dense bfloat16 weig
 rank 16 on every linear layer, then without one.
 
 Goal: at 4 and at 2 bits 0.8 times the speed of llama.cpp's float16, and 0.5 times that of its Q4_0. A Llama of 5
-layers, hidden 2048, 0.27 billion weights; a token after a prompt of 8, in bfloat16 on our side.
+layers, hidden 2048, 0.27 billion weights; a token after a prompt of 8, in bfloat16 on our side. With hidden 256 its
+weights are next to nothing: that is what the calls take.
 
 It needs `loftq[gguf]` and llama-cpp-python; LLAMA_CPP_LIB_PATH, which the latter reads, is where another libllama lies.
 """
 
+import contextlib
 import importlib.util
 import tempfile
 import time
@@ -24,7 +26,7 @@ from peft import LoraConfig, get_peft_model
 
 import loftq
 from after_training import LlamaCpp, as_gguf
-from generate import PROMPT, RANK, one_token, without_adapter
+from generate import PROMPT, RANK, Shape, one_token
 from harness import Bench, Versus
 from models import llama
 
@@ -73,13 +75,25 @@ def one_more(cpp: LlamaCpp, file: Path, lora: Path | None) -> Callable[[], Any]:
     return call
 
 
-def speed(bench: Bench, work: Path) -> None:
-    cpp = LlamaCpp(None)
-    features = cpp.module.llama_print_system_info().decode().replace(" = 1", "").strip(" |")
-    bench.note(f"llama.cpp of llama-cpp-python {cpp.module.__version__}: {features}.")
-    shape = (256, 2, 512) if bench.quick else (2048, 5, 4096)
-    half = llama(*shape, "float16")
-    half.save_pretrained(work / "dense")
+def speed(bench: Bench, shape: Shape, versus: list[Versus]) -> None:
+    """All sides in turn, with the adapter and without; all are in memory."""
+    cpp, told = LlamaCpp(None), [Versus(v.side, v.peer) for v in VERSUS]
+    case, repeats = f"one token, hidden {shape[0]}, {shape[1]} layers, 1 thread", 3 if bench.quick else 15
+    with tempfile.TemporaryDirectory() as work:
+        ours, files, loras = made(Path(work), shape)
+        calls = {side: one_token(model) for side, model in ours.items()}
+        theirs = {side: one_more(cpp, file, loras[side]) for side, file in files.items()}
+        bench.compare(case, {**calls, **theirs}, versus, repeats=repeats, number=2)
+        theirs = {side: one_more(cpp, file, None) for side, file in files.items()}
+        with contextlib.ExitStack() as switched_off:
+            for model in ours.values():
+                switched_off.enter_context(model.disable_adapter())
+            bench.compare(f"{case}, without adapter", {**calls, **theirs}, told, repeats=repeats, number=2)
+
+
+def made(work: Path, shape: Shape) -> tuple[dict[str, Any], dict[str, Path], dict[str, Path]]:
+    """Our models; files of llama.cpp's, and their adapters."""
+    llama(*shape, "float16").save_pretrained(work / "dense")
     vocabulary(work / "dense")
     files = {F16: as_gguf(work / "dense", work / "f16")}
     ours = {DENSE: adapted(AUTO.from_pretrained(work / "dense", dtype=torch.bfloat16), work / "dense-lora")}
@@ -91,17 +105,7 @@ def speed(bench: Bench, work: Path) -> None:
         ours[side] = adapted(AUTO.from_pretrained(base, dtype=torch.bfloat16), run)
         loftq.export(base, out, to="gguf", adapter=run, progress=False)
         files[theirs], loras[theirs] = out / "model.gguf", out / "adapter.gguf"
-    loras[F16] = loras[Q4]
-    torch.set_num_threads(1)
-    repeats = 3 if bench.quick else 15
-    case = f"one token, hidden {shape[0]}, {shape[1]} layers, 1 thread"
-    calls = {side: one_token(model) for side, model in ours.items()}
-    theirs = {side: one_more(cpp, file, loras[side]) for side, file in files.items()}
-    bench.compare(case, {**calls, **theirs}, VERSUS, repeats=repeats, number=2)
-    bare = {side: without_adapter(ours[side], call) for side, call in calls.items()}
-    theirs = {side: one_more(cpp, file, None) for side, file in files.items()}
-    told = [Versus(v.side, v.peer) for v in VERSUS]
-    bench.compare(f"{case}, without adapter", {**bare, **theirs}, told, repeats=repeats, number=2)
+    return ours, files, {F16: loras[Q4], **loras}
 
 
 def main() -> None:
@@ -109,10 +113,15 @@ def main() -> None:
     if importlib.util.find_spec("llama_cpp") is None:
         bench.console.print("skipped, nothing is written: there is no llama-cpp-python")
         return
+    torch.set_num_threads(1)
     bench.clock = time.process_time
     bench.note("Times are CPU seconds of one thread, since others worked on the machine.")
-    with tempfile.TemporaryDirectory() as work:
-        bench.part(lambda: speed(bench, Path(work)), "llama.cpp")
+    module = LlamaCpp(None).module
+    features = module.llama_print_system_info().decode().replace(" = 1", "").strip(" |")
+    bench.note(f"llama.cpp of llama-cpp-python {module.__version__}: {features}.")
+    if not bench.quick:
+        bench.part(lambda: speed(bench, (2048, 5, 4096), VERSUS), "one token")
+    bench.part(lambda: speed(bench, (256, 5, 512), []), "one token of small matrices")
     bench.finish()
 
 
