@@ -194,7 +194,7 @@ def quantize(
         model: a local directory, a hub id, or a URL that fsspec opens, such as ``s3://bucket/name``.
         output: the directory to be made, or its URL.
         max_shard_bytes: of the largest file of the backbone; 0: by the size of the model.
-        statistics: where those that are collected go; by default beside the output.
+        statistics: where those that are collected go; by default each block's are dropped when it is solved.
         progress: whether to show bars.
         options: of the plan, the solver and the run.
     """

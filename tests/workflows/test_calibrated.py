@@ -122,21 +122,30 @@ def test_presets_that_need_the_weights_alone(small_llama, tmp_path, preset):
         assert m["errors"][m["kept"]] == min(m["errors"]) < m["errors"][0]
 
 
-def test_straight_from_texts_and_again(small_llama, text, tmp_path):
-    """Statistics are collected beside the output, used again by another run, and the same command is done at once."""
-    command = ("quantize", small_llama, *FLAGS, "--calibrate", text, "--samples", "8")
-    ended = cli(*command, "-o", tmp_path / "out")
+@pytest.mark.parametrize(
+    "preset", [pytest.param(p, marks=[] if p in ("descent", "lq-lora") else pytest.mark.slow) for p in PRESETS]
+)
+def test_straight_from_texts_and_again(small_llama, text, tmp_path, preset):
+    """Block by block, what is made is what the statistics of all blocks make; nothing is left beside it."""
+    options = ("--preset", preset, "--samples", "16", "--max-shard-size", "6KB")
+    command = ("quantize", small_llama, *FLAGS, *options, "--calibrate")
+    ended = cli(*command, text, "-o", tmp_path / "out")
     assert ended.code == 0, ended.err
-    assert (tmp_path / "out.statistics" / "statistics.json").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     before = tree(tmp_path)
-    assert "already done" in cli(*command, "-o", tmp_path / "out").out
+    assert "already done" in cli(*command, text, "-o", tmp_path / "out").out
     assert tree(tmp_path) == before
-    again = cli("quantize", small_llama, *FLAGS, "--calibrate", tmp_path / "out.statistics", "-o", tmp_path / "again")
+    kind = "diagonal" if preset == "qera-diag" else "fisher" if preset == "lq-lora" else "full"
+    stats = ("--data", text, "--samples", "16", "--kind", kind)
+    assert cli("calibrate", small_llama, "-o", tmp_path / "stats", *stats).code == 0
+    again = cli(*command, tmp_path / "stats", "-o", tmp_path / "again")
     assert again.code == 0, again.err
-    assert all(
-        (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
-        for name in ("model.safetensors", "loftq_init/adapter_model.safetensors")
-    )
+    ours, theirs = tree(tmp_path / "out"), tree(tmp_path / "again")
+    manifests = [json.loads(each.pop("loftq_manifest.json")) for each in (ours, theirs)]
+    assert ours == theirs
+    assert manifests[0]["matrices"] == manifests[1]["matrices"]
+    del manifests[1]["identity"]["statistics"]["sha256"]
+    assert manifests[0]["identity"] == manifests[1]["identity"]
 
 
 def test_in_memory_it_is_the_same(small_llama, text, tmp_path):

@@ -90,6 +90,20 @@ class Blocks:
             left.enter_context(torch.no_grad())
             yield
 
+    @contextlib.contextmanager
+    def held(self, name: str) -> Iterator[None]:
+        """A block with its weights in memory: where they are on disk, they are read now, and not at every call."""
+        found = [(module, hook) for module in self._modules[name].modules() for hook in _offloading(module)]
+        for module, hook in found:
+            hook.pre_forward(module)
+            hook.offload = False
+        try:
+            yield
+        finally:
+            for module, hook in found:
+                hook.offload = True
+                hook.post_forward(module, None)
+
     def _call(self, name: str, forward: Callable[..., Output], *args: Any, **kwargs: Any) -> Output:
         event, self._events = self._events, self._events + 1
         return self.handler(Call(event, name, (args, kwargs), lambda: forward(*args, **kwargs)))
@@ -100,26 +114,33 @@ class Records:
 
     Attributes:
         whole: stacks of which all outputs are kept.
+        kept: the outputs, by stack and event.
     """
 
-    def __init__(self, whole: frozenset[str]) -> None:
+    def __init__(self, whole: frozenset[str], kept: dict[str, dict[int, Output]] | None = None) -> None:
         self.whole = whole
-        self._kept: dict[str, dict[int, Output]] = {}
+        self.kept: dict[str, dict[int, Output]] = kept or {}
 
     def put(self, call: Call, output: Output) -> None:
         stack = stack_of(call.block)
         if stack not in self.whole:
-            self._kept[stack] = {}
-        self._kept.setdefault(stack, {})[call.event] = output
+            self.kept[stack] = {}
+        self.kept.setdefault(stack, {})[call.event] = output
 
     def get(self, call: Call) -> Output:
         """A copy of the output of the call, or where only one is kept, of the last call in its stack."""
-        kept = self._kept[stack_of(call.block)]
+        kept = self.kept[stack_of(call.block)]
         return copied(kept[call.event] if call.event in kept else next(reversed(kept.values())))
 
 
 class _AtHead(Exception):
     """The forward has come to the output head, whose logits nobody needs."""
+
+
+def _offloading(module: nn.Module) -> list[Any]:
+    """The hooks of accelerate that read a module's weights before it runs, and drop them again."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    return [each for each in getattr(hook, "hooks", (hook,)) if getattr(each, "offload", False)]
 
 
 def _leave_at_head(*_: Any) -> None:

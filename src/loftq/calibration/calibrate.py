@@ -4,6 +4,8 @@
 that was stopped leaves files that the next one removes.
 """
 
+import collections
+import contextlib
 import hashlib
 import json
 import logging
@@ -18,15 +20,15 @@ import torch
 from loftq.architecture.loading import load_tokenizer
 from loftq.calibration import texts
 from loftq.calibration.blocks import load, load_offloaded
-from loftq.calibration.collect import HELD_EVERY, Begin, Row, collect
+from loftq.calibration.collect import HELD_EVERY, Begin, Row, Step, collect, steps
 from loftq.calibration.fisher import collect_fisher, labeler
+from loftq.calibration.processes import Alone, Processes
 from loftq.errors import ConflictError, InputError, UsageError, listed, option, quoted
 from loftq.formats import fsio, hashed_json
 from loftq.formats.hashed_json import differences
 from loftq.formats.regular import local_path, output_path
 from loftq.formats.source import open_checkpoint
-from loftq.formats.stack_statistics import StackGroup
-from loftq.formats.statistics import FORMAT_VERSION, WITH_STACKS, Group, Statistics, write_groups
+from loftq.formats.statistics import FORMAT_VERSION, WITH_STACKS, Statistics, write_groups
 from loftq.numerics.device import check_device
 from loftq.options import check_fields, default
 from loftq.sources.checkpoint import located, open_dense, resolve
@@ -67,21 +69,55 @@ class CalibrateOptions:
         check_device(self.device)
 
 
-def calibrate(model: str, output: Path, options: CalibrateOptions, begin: Begin | None = None) -> dict[str, Any]:
-    """Collect statistics of ``model`` into the directory ``output``; what its ``statistics.json`` says.
+@dataclass(frozen=True)
+class Collection:
+    """What is to be collected, all texts read and all refusals made.
 
-    Statistics that the same call made earlier are left alone.
-
-    Args:
-        model: a local directory or a hub id.
-        begin: told the number of steps; returns what each step is told to.
-
-    Raises: ConflictError if ``output`` holds something else; UsageError, InputError, NumericalError, StorageError as
-        their names say.
+    Attributes:
+        identity: what the statistics depend on.
     """
-    output = output_path(output)
+
+    directory: Path
+    options: CalibrateOptions
+    tokenizer: Any
+    rows: list[Row]
+    identity: dict[str, Any]
+
+    @property
+    def of(self) -> dict[str, Any]:
+        """What statistics are of, as ``statistics.json`` says it."""
+        return {"kind": self.options.kind, "samples": len(self.rows), "identity": self.identity}
+
+    def manifest(self, files: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+        """What ``statistics.json`` says of files, given what each holds of which group."""
+        version = WITH_STACKS if any("experts" in row for row in groups) else FORMAT_VERSION
+        return {"format_version": version, **self.of, "files": files, "groups": groups}
+
+    def steps(
+        self, offload: Path, begin: Begin | None, processes: Processes | None = None, after: Step | None = None
+    ) -> Iterator[Step]:
+        """Block after block; for ``fisher``, which has the whole model in memory, all at once.
+
+        Args:
+            offload: a directory for weights that cannot be read from the files as they are; it goes away again.
+        """
+        if self.options.kind == "fisher":
+            model: Any = load(self.directory).to(self.options.device)
+            yield Step(None, collect_fisher(model, self.rows, self.tokenizer.mask_token_id, begin))
+            return
+        fsio.make_dirs(offload)
+        model = load_offloaded(self.directory, offload, self.options.device)
+        yield from steps(model, self.rows, self.options.kind, begin, after=after, processes=processes)
+        fsio.remove_tree(offload)
+
+    def check_unchanged(self) -> None:
+        if sample(self.directory, open_checkpoint(self.directory)) != self.identity["model"]:
+            raise InputError(f"{self.directory}: the model changed while it was read; leave it alone and run again")
+
+
+def collection(model: str, options: CalibrateOptions) -> Collection:
+    """Read the texts, and refuse what cannot be collected; raises as :func:`calibrate`."""
     directory = resolve(model, options.revision)
-    _check_place(output, directory)
     checkpoint, built = open_dense(directory)
     tokenizer = load_tokenizer(directory)
     if options.kind == "fisher":
@@ -95,21 +131,58 @@ def calibrate(model: str, output: Path, options: CalibrateOptions, begin: Begin 
         "options": {"kind": options.kind, "samples": options.samples, "max_length": length},
         "versions": {"loftq": __version__, "torch": torch.__version__},
     }
-    done = _already_done(output, identity)
-    if done:
-        return done
-    fsio.make_dirs(output)
-    with fsio.DirectoryLock(output / ".lock"):
-        done = _already_done(output, identity)  # another process may have finished meanwhile
+    return Collection(directory, options, tokenizer, rows, identity)
+
+
+def calibrate(
+    model: str,
+    output: Path,
+    options: CalibrateOptions,
+    begin: Begin | None = None,
+    processes: Processes | None = None,
+) -> dict[str, Any]:
+    """Collect statistics of ``model`` into the directory ``output``; what its ``statistics.json`` says.
+
+    Statistics that the same call made earlier are left alone.
+
+    Args:
+        model: a local directory or a hub id.
+        begin: told the number of steps; returns what each step is told to.
+        processes: that run the texts together, each calling this; the first one writes.
+
+    Raises: ConflictError if ``output`` holds something else; UsageError, InputError, NumericalError, StorageError as
+        their names say.
+    """
+    output = output_path(output)
+    _check_place(output, resolve(model, options.revision))
+    asked = collection(model, options)
+    together = processes or Alone()
+    if processes is not None and options.kind == "fisher":
+        raise UsageError("fisher is collected by one process, row by row; begin it without torchrun")
+    with contextlib.ExitStack() as left:
+
+        def begun() -> dict[str, Any] | None:
+            done = _already_done(output, asked.identity)
+            if not done:
+                fsio.make_dirs(output)
+                left.enter_context(fsio.DirectoryLock(output / ".lock"))
+                done = _already_done(output, asked.identity)  # another process may have finished meanwhile
+            if not done:
+                _clear(output)
+            return done
+
+        done = together.first(begun)
         if done:
             return done
-        _clear(output)
-        made = _write(output, _collected(directory, output / ".offload", options, rows, tokenizer, begin))
-        if sample(directory, open_checkpoint(directory)) != identity["model"]:
-            raise InputError(f"{directory}: the model changed while it was read; leave it alone and run again")
-        version = WITH_STACKS if any("experts" in row for row in made["groups"]) else FORMAT_VERSION
-        head = {"format_version": version, "kind": options.kind, "samples": len(rows), "identity": identity}
-        return hashed_json.write(output / STATISTICS, {**head, **made, "tokens": _tokens(rows)})
+        found = asked.steps(output / ".offload" / str(together.rank), begin, processes)
+        made = _write(output, found) if together.rank == 0 else collections.deque(found, 0)
+        return together.first(lambda: _sealed(output, asked, made))
+
+
+def _sealed(output: Path, asked: Collection, made: Any) -> dict[str, Any]:
+    asked.check_unchanged()
+    fsio.remove_tree(output / ".offload")
+    return hashed_json.write(output / STATISTICS, {**asked.manifest(**made), "tokens": _tokens(asked.rows)})
 
 
 def calibrate_loaded(
@@ -243,32 +316,15 @@ def _tokens(rows: Sequence[Row]) -> dict[str, int]:
     return {"fit": sum(lengths) - held, "held": held}
 
 
-def _collected(
-    directory: Path,
-    offload: Path,
-    options: CalibrateOptions,
-    rows: Sequence[Row],
-    tokenizer: Any,
-    begin: Begin | None,
-) -> Iterator[list[Group | StackGroup]]:
-    """Groups of block after block; for ``fisher``, which has the whole model in memory, all at once."""
-    if options.kind == "fisher":
-        model: Any = load(directory)
-        yield collect_fisher(model.to(options.device), rows, tokenizer.mask_token_id, begin)
-        return
-    fsio.make_dirs(offload)
-    yield from collect(load_offloaded(directory, offload, options.device), rows, options.kind, begin)
-    fsio.remove_tree(offload)
-
-
-def _write(output: Path, collected: Iterator[list[Group | StackGroup]]) -> dict[str, Any]:
+def _write(output: Path, found: Iterator[Step]) -> dict[str, Any]:
     """A file for each block; what ``statistics.json`` says of files and groups."""
     files, rows = {}, []
-    for groups in collected:
-        if groups:
+    for step in found:
+        if step.groups:
             name = f"block-{len(files):05d}.safetensors"
-            files[name] = asdict(write_groups(output / name, groups))
-            rows += [group.row(name) for group in groups]
+            files[name] = asdict(write_groups(output / name, step.groups))
+            rows += [group.row(name) for group in step.groups]
+            step.groups.clear()  # the next block takes as much memory
     return {"files": files, "groups": rows}
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from loftq.architecture import skeleton
 from loftq.architecture.experts import FIRST, REVERSED, packable_stacks, way_of
 from loftq.calibration.blocks import Blocks, Call, Output, Records, Stopped, stack_of, tensors_in
+from loftq.calibration.processes import Processes
 from loftq.errors import UsageError, quoted
 from loftq.formats.stack_statistics import MOST, PARTS, StackGroup
 from loftq.formats.statistics import Group
@@ -77,10 +78,20 @@ def _shifted(ids: Tensor, config: Any) -> Tensor:
 
 
 class Sums:
-    """``Σ x xᵀ``, or ``Σ x²``, over tokens."""
+    """``Σ x xᵀ``, or ``Σ x²``, over tokens.
+
+    Attributes:
+        total: the sum, float64; without axes while there is nothing in it.
+        tokens: how many it is of.
+    """
 
     def __init__(self, kind: str) -> None:
-        self._full, self._total, self.tokens = kind == "full", torch.zeros(()), 0
+        self._full, self.total, self.tokens = kind == "full", torch.zeros((), dtype=torch.float64), 0
+
+    def add_up(self, processes: Processes) -> None:
+        """Make it the sum over the tokens of all processes."""
+        self.total = processes.sum(self.total)
+        self.tokens = int(processes.sum(torch.tensor(self.tokens)))
 
     def add(self, x: Tensor, rows: int) -> None:
         """Add an input ``(…, in)`` of a batch of ``rows``.
@@ -92,14 +103,14 @@ class Sums:
         flat = x.detach().reshape(-1, x.shape[-1]).float()
         if not self.tokens:
             shape = (flat.shape[1],) * (2 if self._full else 1)
-            self._total = torch.zeros(shape, dtype=torch.float64, device=x.device)
+            self.total = torch.zeros(shape, dtype=torch.float64, device=x.device)
         product = flat.T @ flat if self._full else flat.double().square().sum(0)
-        self._total.add_(product, alpha=times)
+        self.total.add_(product, alpha=times)
         self.tokens += times * len(flat)
 
     def metric(self) -> Metric:
         """The mean, float32. The sum is given up for it."""
-        return Metric(self._total.div_(self.tokens).float().cpu())
+        return Metric(self.total.div_(self.tokens).float().cpu())
 
 
 @dataclass
@@ -113,6 +124,15 @@ class _Shared:
     modules: list[str]
     last: int | None
     sums: tuple[Sums, Sums]
+
+    @property
+    def begun(self) -> bool:
+        """Whether there are tokens in it."""
+        return any(part.tokens for part in self.sums)
+
+    def add_up(self, processes: Processes) -> None:
+        for part in self.sums:
+            part.add_up(processes)
 
     def groups(self) -> list[Group]:
         """What was collected; nothing without a token to fit."""
@@ -136,7 +156,12 @@ class RoutedSums:
 
     def __init__(self, kind: str, experts: int, inside: bool) -> None:
         self.tokens, self._kind, self._inside = [0] * experts, kind, inside
-        self._sums = self._mean = torch.zeros(())
+        self._sums = self._mean = torch.zeros((), dtype=torch.float64)
+
+    def add_up(self, processes: Processes) -> None:
+        """Make them the sums over the tokens of all processes."""
+        self._sums, self._mean = processes.sum(self._sums), processes.sum(self._mean)
+        self.tokens = processes.sum(torch.tensor(self.tokens)).tolist()
 
     def add(self, x: Tensor, ends: Tensor) -> None:
         """Add inputs ``(tokens, in)`` sorted by expert.
@@ -180,6 +205,16 @@ class _Routed:
     stacks: dict[str, tuple[RoutedSums, RoutedSums]]
     last: int | None
 
+    @property
+    def begun(self) -> bool:
+        """Whether there are tokens in it."""
+        return any(sum(part.tokens) for both in self.stacks.values() for part in both)
+
+    def add_up(self, processes: Processes) -> None:
+        for both in self.stacks.values():
+            for part in both:
+                part.add_up(processes)
+
     def groups(self) -> list[StackGroup]:
         """What was collected; nothing of a stack without a token to fit."""
         found = []
@@ -221,30 +256,77 @@ def stacks(model: nn.Module) -> dict[str, list[str]]:
     return found
 
 
+@dataclass(frozen=True)
+class Step:
+    """What is there after an event.
+
+    Attributes:
+        event: its number; None for what lies outside of blocks.
+        groups: those that were given their last input.
+        states: what every batch's :class:`Records` keep, from which collecting can go on; None where sums go on too.
+    """
+
+    event: int | None
+    groups: list[Group | StackGroup]
+    states: list[dict[str, dict[int, Output]]] | None = None
+
+
 def collect(
     model: nn.Module, rows: Sequence[Row], kind: str, begin: Begin | None = None, tokens: int = BATCH_TOKENS
 ) -> Iterator[list[Group | StackGroup]]:
-    """The groups of block after block, those outside of blocks last; each block's are done before the next begins.
+    """The groups of block after block, as :func:`steps` has them."""
+    return (step.groups for step in steps(model, rows, kind, begin, tokens))
+
+
+def steps(
+    model: nn.Module,
+    rows: Sequence[Row],
+    kind: str,
+    begin: Begin | None = None,
+    tokens: int = BATCH_TOKENS,
+    *,
+    after: Step | None = None,
+    processes: Processes | None = None,
+) -> Iterator[Step]:
+    """Block after block, and at last what lies outside of blocks; a block's groups are done before the next begins.
 
     Args:
-        model: of transformers, its blocks in memory or on disk.
+        model: of transformers, its blocks in memory or on disk. A block's weights are read once for all batches.
         kind: ``full`` or ``diagonal``.
         begin: told the number of steps, a step being a block for a batch.
+        after: a step of an earlier call, with states, to go on from.
+        processes: that share the batches; all of them get the groups of all batches.
 
     Raises: UsageError for a model that cannot be run block by block; NumericalError for inputs that are not finite.
     """
     made = batches(rows, model, tokens)
+    made = made if processes is None else processes.share(made)
     blocks = Blocks(model)
     with blocks.entered():
         survey, whole = _surveyed(model, blocks, batches(rows[:1], model)[0])
-        advance = begin((len(survey.events) + 1) * len(made)) if begin else lambda: None
+        events, first = range(len(survey.events)), 0
+        advance = begin((len(events) + 1) * len(made)) if begin else lambda: None
         shared, experts = _groups(model, survey, kind), _experts(model, survey, kind)
         records = [Records(whole) for _ in made]
-        for event in (*range(len(survey.events)), None):
-            for batch, kept in zip(made, records, strict=True):
-                _run(model, blocks, shared, experts, batch, kept, event)
-                advance()
-            yield [*_finished(shared, event), *_finished(experts, event)]
+        if after is not None and after.event is not None and after.states is not None:
+            first, records = after.event + 1, [Records(whole, kept) for kept in after.states]
+            for event in events[:first]:
+                _finished(shared, event)
+                _finished(experts, event)
+                for _ in made:
+                    advance()
+        for event in (*events[first:], None):
+            with contextlib.nullcontext() if event is None else blocks.held(survey.events[event]):
+                for batch, kept in zip(made, records, strict=True):
+                    _run(model, blocks, shared, experts, batch, kept, event)
+                    advance()
+            if processes is not None:
+                for one in (*shared, *experts):
+                    if one.last == event:
+                        one.add_up(processes)
+            groups = [*_finished(shared, event), *_finished(experts, event)]
+            begun = any(one.begun for one in (*shared, *experts))
+            yield Step(event, groups, None if begun else [kept.kept for kept in records])
 
 
 def _finished(shared: list[Any], event: int | None) -> list[Any]:

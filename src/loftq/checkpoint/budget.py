@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq import planning
+from loftq.calibration.streamed import Streamed
 from loftq.checkpoint.curves import Curves, check_place, measured
 from loftq.errors import UsageError, option
 from loftq.formats import layouts
@@ -32,7 +33,7 @@ def check_budget(source: Source, policy: Policy, keep: Path | None, format: str 
 
 
 def within_budget(
-    source: Source, policy: Policy, keep: Path | None, statistics: Statistics | None = None, **measuring: Any
+    source: Source, policy: Policy, keep: Path | None, statistics: Statistics | Streamed | None = None, **measuring: Any
 ) -> Source:
     """The source with the plan that the policy's budget chooses, which says as its ``budget`` how that compares.
 

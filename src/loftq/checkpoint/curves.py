@@ -4,6 +4,7 @@ Measured matrix by matrix, in parallel, from the files, as the quantizer would s
 that they depend on, so that no command has to measure what another one has.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from loftq import planning
+from loftq.calibration.streamed import Streamed, waves
 from loftq.errors import ConflictError, LoftqError, StorageError, listed, naming, option, quoted
 from loftq.formats import fsio, hashed_json, strict_json
 from loftq.formats.hashed_json import differences
@@ -40,12 +42,13 @@ def measured(
     source: Source,
     policy: Policy,
     keep: Path | None,
-    statistics: Statistics | None = None,
+    statistics: Statistics | Streamed | None = None,
     *,
     workers: int = 0,
     device: str = "cpu",
     begin: Callable[[int, int], Advance] | None = None,
     together: Together | None = None,
+    place: Path = Path("calibration"),
 ) -> Curves:
     """The choices of every matrix, with their bytes and errors: out of ``keep``, or measured, and one by one put there.
 
@@ -60,6 +63,7 @@ def measured(
         begin: called if anything is measured, with the number of matrices and 0; returns what is called after each.
         together: measures all beside other processes, given what ``keep`` has, how one is measured, and what is called
             after each; nothing is put into ``keep`` then.
+        place: a directory for statistics that are collected as they are used.
 
     Raises: ConflictError for a ``keep`` that holds something else, or a part of the curves from another machine;
         NumericalError for weights that are not finite.
@@ -73,24 +77,24 @@ def measured(
     total = len(source.plan.matrices)
     advance = begin(total, total - len(missing)) if begin else lambda report: None
 
-    def work_on(matrix: Matrix) -> list[Choice]:
+    def work_on(found_out: Statistics | None, matrix: Matrix) -> list[Choice]:
         with naming(matrix.name, matrix.shape, option("workers")):
-            return _curve(matrix, found[matrix.module], source, device, statistics)
+            return _curve(matrix, found[matrix.module], source, device, found_out)
 
-    if together is not None:
-        return together(curves, work_on, advance)
+    if together is not None and not isinstance(statistics, Streamed):
+        return together(curves, functools.partial(work_on, statistics), advance)
     if keep is not None:
         head = {"kind": KIND, "identity": identity, "machine": machine}
         fsio.write_atomic(keep, [hashed_json.line(head), *(_line(module, curves[module]) for module in curves)])
     shapes = [matrix.shape for matrix in missing]
-    results = ordered_map(
-        work_on, missing, workers or workers_for(shapes, source.plan.solve, device, statistics is not None)
-    )
-    for matrix, curve in zip(missing, results, strict=True):
-        curves[matrix.module] = curve
-        if keep is not None:
-            fsio.append(keep, _line(matrix.module, curve))
-        advance({"measured": matrix.name})
+    workers = workers or workers_for(shapes, source.plan.solve, device, statistics is not None)
+    for some, found_out in waves(statistics, place, missing):
+        results = ordered_map(functools.partial(work_on, found_out), some, workers)
+        for matrix, curve in zip(some, results, strict=True):
+            curves[matrix.module] = curve
+            if keep is not None:
+                fsio.append(keep, _line(matrix.module, curve))
+            advance({"measured": matrix.name})
     return curves
 
 
@@ -126,7 +130,7 @@ def _curve(
 
 
 def _identity(
-    source: Source, found: dict[str, list[Candidate]], device: str, statistics: Statistics | None
+    source: Source, found: dict[str, list[Candidate]], device: str, statistics: Statistics | Streamed | None
 ) -> dict[str, Any]:
     """Everything that the errors depend on. One step is measured, so it matters only whether any is made."""
     solve = {**asdict(source.plan.solve), "steps": min(source.plan.solve.steps, 1)}

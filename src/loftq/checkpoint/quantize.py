@@ -5,22 +5,24 @@ last; one rename then makes it ``OUTPUT``. Whatever stops the run, ``OUTPUT`` is
 command continues from the finished shards, and from the matrices of the unfinished one.
 """
 
+import functools
 import logging
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
 from loftq import planning
 from loftq.calibration import collect
-from loftq.calibration.calibrate import STATISTICS, CalibrateOptions, open_or_collect
+from loftq.calibration.calibrate import STATISTICS, CalibrateOptions, collection, open_or_collect
+from loftq.calibration.streamed import Streamed, reached, tell, tokens_of_experts, waves
 from loftq.checkpoint import hub, pieces
 from loftq.checkpoint.assemble import Job, adapter_of, assemble
 from loftq.checkpoint.budget import check_budget, within_budget
@@ -35,7 +37,7 @@ from loftq.checkpoint.output_dir import (
     was_taken,
 )
 from loftq.checkpoint.remote_work import RemoteWorkspace
-from loftq.checkpoint.shards import Solved, Workspace, solve_matrix, split, suitable
+from loftq.checkpoint.shards import Solved, Unit, Workspace, solve_matrix, split, suitable
 from loftq.checkpoint.shared import Engine, Prepared, make_shared, write_tasks
 from loftq.errors import (
     ConflictError,
@@ -45,13 +47,12 @@ from loftq.errors import (
     UsageError,
     command,
     extra,
-    listed,
     option,
     quoted,
 )
 from loftq.formats import fsio, layouts
 from loftq.formats.layouts import Layout
-from loftq.formats.regular import output_path, shown, url_of
+from loftq.formats.regular import local_path, output_path, shown, url_of
 from loftq.formats.remote import store
 from loftq.formats.statistics import Statistics
 from loftq.formats.tensorfile import file_size
@@ -93,7 +94,7 @@ class QuantizeOptions:
     task_type: str | None = default("task_type")
     calibrate: str | None = default("calibrate")
     calibration_samples: int = default("calibration_samples")
-    statistics: Path | None = None  # where collected ones go; None: beside the output
+    statistics: Path | None = None  # where collected ones go; None: none is kept after its block is solved
     curves: Path | None = None  # where the error curves of a budget are kept; None: in the workspace
 
     def __post_init__(self) -> None:
@@ -151,7 +152,7 @@ def quantize(
         output: a local directory, or a URL.
         begin: called before the work, and before that if error curves are measured for a budget; returns what is
             called after every matrix, with its report.
-        begin_calibration: the same for collecting statistics. These are kept beside the output, for other runs.
+        begin_calibration: the same for collecting statistics.
 
     Raises: ConflictError if ``output`` holds something else or another process works on it; InputError,
         NumericalError, StorageError as their names say. In every case ``output`` is absent or complete.
@@ -203,7 +204,7 @@ def _quantize(
                 work.claimed()
                 if options.policy.budget:
                     job = _spend(job, work, options, statistics, begin)
-                _check_space(job, work)
+                _check_space(job, work, 3 if isinstance(statistics, Streamed) else 1)
                 done = assemble(job, work, _make_units(job, work, options, statistics, begin))
                 publish(work, output, done["files"], options.overwrite)
         except LoftqError as e:
@@ -233,8 +234,9 @@ def prepared(
         raise UsageError(f"{option('curves')} is of a budget; give one: {option('budget', 2.5)}")
     already_done(output, {}, overwrite=True)  # refuses what is no result of ours, before the texts are run
     statistics = _statistics(model, output, options, begin_calibration)
-    if statistics is not None:
-        _tell_uncalibrated(source, statistics)
+    if isinstance(statistics, Statistics):
+        known, unreached = reached(source.plan.matrices, statistics)
+        tell(unreached, tokens_of_experts(known, statistics))
     job = _job(source, layout, _identity(source, layout, options, statistics), options)
     return Prepared(job, work, options, statistics, lambda budgeted: _job(budgeted, layout, job.identity, options))
 
@@ -263,13 +265,17 @@ def _spend(
     job: Job,
     work: Workspace,
     options: QuantizeOptions,
-    statistics: Statistics | None,
+    statistics: Statistics | Streamed | None,
     begin: Begin | None,
 ) -> Job:
     """The job with the plan that the budget chooses. Its identity stays: that of what the choice depends on."""
     keep = options.curves or work.curves
     source = within_budget(
-        job.source, options.policy, keep, statistics, workers=options.workers, device=options.device, begin=begin
+        *(job.source, options.policy, keep, statistics),
+        workers=options.workers,
+        device=options.device,
+        begin=begin,
+        place=work.root / "moments-budget",
     )
     return _job(source, job.layout, job.identity, options)
 
@@ -279,25 +285,9 @@ def _in_order(source: Source) -> list[str]:
     return sorted((t.name for t in (*source.plan.matrices, *source.plan.kept)), key=planning.natural)
 
 
-def _tell_uncalibrated(source: Source, statistics: Statistics) -> None:
-    """Warn of layers that are solved by their weights, for want of statistics. An embedding has no inputs."""
-    there = {*statistics.modules, *statistics.routed}
-    without = [m.module for m in source.plan.matrices if m.module not in there and m.kind != "embedding"]
-    if without:
-        logger.warning(
-            "no statistics for %s: solved by their weights, as without a calibration; the texts did not reach them",
-            listed(without, 3),
-        )
-    counts = [tokens for m in source.plan.matrices for tokens in statistics.routed.get(m.module, ())]
-    if counts:
-        logger.warning(
-            "calibration: of %d experts' matrices each was fitted on %d tokens at least, %d in the median; %d got none "
-            "and are solved by what is known of their layer",
-            *(len(counts), min(counts), median(counts), counts.count(0)),
-        )
-
-
-def _statistics(model: str, output: Path, options: QuantizeOptions, begin: collect.Begin | None) -> Statistics | None:
+def _statistics(
+    model: str, output: Path, options: QuantizeOptions, begin: collect.Begin | None
+) -> Statistics | Streamed | None:
     """What ``options.calibrate`` names, or what is collected from it; None if it is None."""
     if options.calibrate is None:
         return None
@@ -313,12 +303,13 @@ def _statistics(model: str, output: Path, options: QuantizeOptions, begin: colle
         revision=options.revision,
         device=options.device,
     )
-    beside = f"{output.name}.statistics" + ("" if asked.kind == "full" else f"-{asked.kind}")
-    place = options.statistics or output.with_name(beside)
+    place = options.statistics
+    if place is None and not local_path("--calibrate", options.calibrate).is_dir():
+        return Streamed(collection(model, replace(asked, data=options.calibrate)), begin)
     try:
-        statistics = open_or_collect(options.calibrate, model, place, asked, begin)
+        statistics = open_or_collect(options.calibrate, model, place or output, asked, begin)
     except ConflictError:
-        if not options.overwrite or not (place / STATISTICS).is_file():
+        if not options.overwrite or place is None or not (place / STATISTICS).is_file():
             raise
         fsio.remove_tree(place)
         statistics = open_or_collect(options.calibrate, model, place, asked, begin)
@@ -327,7 +318,7 @@ def _statistics(model: str, output: Path, options: QuantizeOptions, begin: colle
 
 
 def _identity(
-    source: Source, layout: Layout, options: QuantizeOptions, statistics: Statistics | None
+    source: Source, layout: Layout, options: QuantizeOptions, statistics: Statistics | Streamed | None
 ) -> dict[str, Any]:
     """Everything that the bytes of the result depend on. Two runs may share work only if these are equal."""
     return {
@@ -347,10 +338,13 @@ def _identity(
     }
 
 
-def _check_space(job: Job, work: Workspace) -> None:
-    """Refuse to begin what will not fit: shards, the matrices of one, and the adapter twice."""
-    wanted = waiting = 0
-    shards = [0]
+def _check_space(job: Job, work: Workspace, waiting: int = 1) -> None:
+    """Refuse to begin what will not fit: shards, the matrices of those in work, and the adapter twice.
+
+    Args:
+        waiting: how many shards are in work. Block by block, those of the embeddings and of the head wait.
+    """
+    wanted, shards, solved = 0, [0], [0]
     for unit in job.units:
         adapter = file_size(unit.adapter_entries())
         if work.record(unit).exists():
@@ -358,8 +352,8 @@ def _check_space(job: Job, work: Workspace) -> None:
         else:
             wanted += 2 * adapter
             shards.append(file_size(unit.entries(job.layout)))
-            waiting = max(waiting, adapter + sum(m.bytes for m in unit.matrices))
-    wanted += waiting + (max(shards) if work.leaves else sum(shards))
+            solved.append(adapter + sum(m.bytes for m in unit.matrices))
+    wanted += sum(sorted(solved)[-waiting:]) + (max(shards) if work.leaves else sum(shards))
     free = shutil.disk_usage(work.root.parent).free  # work.root goes when another process finishes
     if wanted * 1.05 > free:
         raise StorageError(
@@ -369,9 +363,9 @@ def _check_space(job: Job, work: Workspace) -> None:
 
 
 def _make_units(
-    job: Job, work: Workspace, options: QuantizeOptions, statistics: Statistics | None, begin: Begin | None
+    job: Job, work: Workspace, options: QuantizeOptions, statistics: Statistics | Streamed | None, begin: Begin | None
 ) -> list[dict[str, Any]]:
-    """Records of all units, made where they are not there yet; matrices are solved ahead, across units."""
+    """Records of all units, made where they are not there yet, each as soon as its last matrix is solved."""
     source, layout = job.source, job.layout
     with ThreadPoolExecutor(cpus()) as pool:
         records = list(pool.map(work.finished, job.units))
@@ -381,34 +375,46 @@ def _make_units(
             fsio.remove_tree(work.solved(unit))
     write_tasks(job, work)
     finished = sum(len(unit.members) for unit, record in zip(job.units, records, strict=True) if record)
+    owners = {m.name: unit for unit in missing for m in unit.members}
     places = {m.name: work.solved_matrix(unit, i) for unit in missing for i, m in enumerate(unit.members)}
     matrices = [m for unit in missing for m in unit.members]
     unsolved = [m for m in matrices if pieces.read(places[m.name], m, layout) is None]
+    lacking = Counter(owners[m.name].index for m in unsolved)
     advance = begin(finished + len(matrices), finished + len(matrices) - len(unsolved)) if begin else lambda _: None
 
-    def work_on(matrix: Matrix) -> Solved:
-        moments = statistics and statistics.moments(matrix.module)
+    def work_on(found: Statistics | None, matrix: Matrix) -> Solved:
+        moments = found and found.moments(matrix.module)
         return solve_matrix(matrix, source.checkpoint, source.plan, layout, options.device, moments)
 
     def keep(solved: Solved) -> None:
         pieces.write(places[solved.matrix.name], solved, layout)
         advance(solved.report)
 
-    def in_order(fresh: Iterator[Solved]) -> Iterator[Solved]:
-        left = {m.name for m in unsolved}
-        for matrix in matrices:
-            kept = next(fresh) if matrix.name in left else pieces.read(places[matrix.name], matrix, layout)
-            if kept is None:
+    def solved(unit: Unit) -> Iterator[Solved]:
+        for matrix in unit.members:
+            found = pieces.read(places[matrix.name], matrix, layout)
+            if found is None:
                 raise StorageError(f"{places[matrix.name]}: changed during the run; run the same command again")
-            yield kept
+            yield found
 
+    def make(unit: Unit) -> None:
+        nonlocal began
+        records[unit.index] = work.make(unit, solved(unit), source.checkpoint, layout, began)
+        began = time.monotonic()
+
+    began = time.monotonic()
     workers = options.workers or workers_for(
         (m.shape for m in unsolved), source.plan.solve, options.device, statistics is not None
     )
-    solved, began = in_order(ordered_map(work_on, unsolved, workers, keep)), time.monotonic()
     for unit in missing:
-        records[unit.index] = work.make(unit, solved, source.checkpoint, layout, began)
-        began = time.monotonic()
+        if not lacking[unit.index]:
+            make(unit)
+    for some, found in waves(statistics, work.root / "moments", unsolved):
+        for one in ordered_map(functools.partial(work_on, found), some, workers, keep):
+            unit = owners[one.matrix.name]
+            lacking[unit.index] -= 1
+            if not lacking[unit.index]:
+                make(unit)
     return [r for r in records if r is not None]
 
 

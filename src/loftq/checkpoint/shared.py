@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
+from loftq.calibration.streamed import Streamed
 from loftq.checkpoint import pieces, team
 from loftq.checkpoint.assemble import Job, assemble
 from loftq.checkpoint.budget import planned, spent
@@ -51,7 +52,7 @@ class Prepared:
     job: Job
     work: Workspace
     options: "QuantizeOptions"
-    statistics: Statistics | None
+    statistics: Statistics | Streamed | None
     respend: Callable[[Source], Job]
 
 
@@ -65,6 +66,7 @@ class Sharing:
     """
 
     def __init__(self, ready: Prepared, crew: Crew) -> None:
+        assert not isinstance(ready.statistics, Streamed), "texts are refused where the work is shared"
         self.job, self.work, self.options, self.statistics = ready.job, ready.work, ready.options, ready.statistics
         self.respend, self.crew = ready.respend, crew
         self.mine = Workspace(self.work.target, crew.me.id)

@@ -1,6 +1,7 @@
 """The verb on statistics: calibrate."""
 
 import json
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -32,11 +33,18 @@ def calibrate(
     with extra("train"):
         from loftq.calibration.calibrate import CalibrateOptions
         from loftq.calibration.calibrate import calibrate as run
+        from loftq.calibration.processes import begun
         from loftq.report.calibration import print_statistics, summary
     quiet()
     options = CalibrateOptions(data=data, **fields_of(CalibrateOptions, given))
-    with Bar("calibrate", "step") as bar:
-        made = summary(run(model, output, options, bar.begin))
+    processes = begun(options.device)
+    if processes is not None:
+        options = replace(options, device=processes.device)
+    first = processes is None or processes.rank == 0
+    with Bar("calibrate", "step", shown=first) as bar:
+        made = summary(run(model, output, options, bar.begin, processes))
+    if not first:
+        return
     if as_json:
         print(json.dumps(made, indent=2))
     else:

@@ -99,11 +99,12 @@ class Statistics:
         read: Callable[[int, int], Moments],  # of a group, and the place among its modules
         samples: int,
         identity: Mapping[str, Any],
+        warn: bool = True,
     ) -> None:
         self.kind, self.identity = kind, dict(identity)
         self._rows, self._read, self._samples = rows, read, samples
         self._index = {m: (i, place) for i, row in enumerate(rows) for place, m in enumerate(names(row))}
-        self._lock, self._warned = threading.Lock(), False
+        self._lock, self._warned = threading.Lock(), not warn
         self._last: Moments | None = None  # kept for the next matrix, which may be of the same group
         self._used: weakref.WeakValueDictionary[tuple[int, int], Moments] = weakref.WeakValueDictionary()
 
@@ -120,11 +121,13 @@ class Statistics:
         return cls(kind, rows, read, samples, {"kind": kind, "samples": samples})
 
     @classmethod
-    def stored(cls, directory: Path, manifest: Mapping[str, Any]) -> "Statistics":
+    def stored(cls, directory: Path, manifest: Mapping[str, Any], warn: bool = True) -> "Statistics":
         """The statistics of a directory, of whose tensors only headers are read now.
 
         Args:
             manifest: what its ``statistics.json`` says, its seal checked already.
+            warn: of too few tokens, when moments are first asked for.
+
         Raises: InputError for anything that is not as :func:`write_groups` and ``loftq calibrate`` leave it.
         """
         where = shown(directory / "statistics.json")
@@ -134,7 +137,7 @@ class Statistics:
             _check_tensors(row, files[row["file"]], manifest["kind"])
         reader = _Reader(manifest, files)
         identity = {key: manifest[key] for key in ("kind", "samples", "identity", "sha256")}
-        return cls(manifest["kind"], manifest["groups"], reader.moments, manifest["samples"], identity)
+        return cls(manifest["kind"], manifest["groups"], reader.moments, manifest["samples"], identity, warn)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -166,23 +169,29 @@ class Statistics:
         with self._lock:
             found = self._used.get(key)
             if found is None:
-                self._warn_if_few()
+                if not self._warned:
+                    warn_if_few(self.kind, self._rows, self._samples)
+                self._warned = True
                 found = self._read(*key)
                 found = self._used[key] = found if of_stack else shrunk(found)
             self._last = found
             return found
 
-    def _warn_if_few(self) -> None:
-        """Once, if whole second moments are of so few tokens that some are shrunk."""
-        few = [row for row in self._rows if self.kind == "full" and _wants_more(row, self._samples)]
-        if few and not self._warned:
-            count = sum(len(row["modules"]) for row in few)
-            logger.warning(
-                "calibration: %d of %d matrices have fewer than %d tokens per input feature; their second moments are "
-                "shrunk towards their diagonal; %d samples of the same length would be enough",
-                *(count, len(self._index), ENOUGH, samples_wanted(self._rows, self._samples)),
-            )
-        self._warned = True
+    def forget(self) -> None:
+        """Drop the moments that are kept in memory for the next matrix."""
+        self._last = None
+
+
+def warn_if_few(kind: str, rows: Sequence[Mapping[str, Any]], samples: int) -> None:
+    """Say so if whole second moments are of so few tokens that some are shrunk."""
+    few = [row for row in rows if kind == "full" and _wants_more(row, samples)]
+    if few:
+        logger.warning(
+            "calibration: %d of %d matrices have fewer than %d tokens per input feature; their second moments are "
+            "shrunk towards their diagonal; %d samples of the same length would be enough",
+            *(sum(len(row["modules"]) for row in few), sum(len(names(row)) for row in rows), ENOUGH),
+            samples_wanted(rows, samples),
+        )
 
 
 def _wants_more(row: Mapping[str, Any], samples: int) -> bool:
