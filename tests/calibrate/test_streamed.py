@@ -63,21 +63,26 @@ def test_only_the_block_in_work_is_on_disk(source, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source", "text.txt"]
 
 
-@pytest.mark.parametrize("stopped_at", [3, 9])
-def test_a_stopped_run_goes_on_at_its_block(source, tmp_path, monkeypatch, held, stopped_at):
-    whole = quantized(source, tmp_path / "whole")
+def stopped(monkeypatch, run, at):
+    """Run until a matrix with ``at`` in its name, or that number, is to be solved."""
     count, plain = [], module.solve_matrix
 
-    def stops(*args):
-        count.append(1)
-        if len(count) == stopped_at:
+    def stops(matrix, *args):
+        count.append(matrix.name)
+        if at == len(count) or (isinstance(at, str) and at in matrix.name):
             raise StorageError("stopped")
-        return plain(*args)
+        return plain(matrix, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "solve_matrix", stops)
         with pytest.raises(StorageError, match="stopped"):
-            quantized(source, tmp_path / "out")
+            run()
+
+
+@pytest.mark.parametrize("stopped_at", [3, 9])
+def test_a_stopped_run_goes_on_at_its_block(source, tmp_path, monkeypatch, held, stopped_at):
+    whole = quantized(source, tmp_path / "whole")
+    stopped(monkeypatch, lambda: quantized(source, tmp_path / "out"), stopped_at)
     held.clear()
     made = quantized(source, tmp_path / "out")
     assert [name.split(".")[-1] for name in held] == (["1"] if stopped_at < 8 else [])
@@ -85,21 +90,48 @@ def test_a_stopped_run_goes_on_at_its_block(source, tmp_path, monkeypatch, held,
     assert made["matrices"] == whole["matrices"]
 
 
+def test_experts_and_embeddings_are_what_finished_statistics_make(tmp_path, monkeypatch, held, caplog):
+    """With the same warnings. The first shard holds the embeddings, which are solved at the end, and keeps no other."""
+    source = small.checkpoint(tmp_path / "source", "mixtral"), small.text(tmp_path, 300)
+    more = {"embeddings": True, "max_shard_bytes": 8000, "calibration_samples": 4}
+    loftq.calibrate(source[0], source[1], output=tmp_path / "stats", samples=4, progress=False)
+    caplog.clear()
+    loftq.quantize(source[0], tmp_path / "of stats", calibrate=str(tmp_path / "stats"), **{**OPTIONS, **more})
+    said = sorted(record.message for record in caplog.records)
+    assert any("experts' matrices each was fitted on" in message for message in said)
+    assert any("second moments are shrunk" in message for message in said)
+    caplog.clear()
+    for at in ("layers.0.mlp.experts.gate_up_proj.2", "embed_tokens"):
+        held.clear()
+        stopped(monkeypatch, lambda: quantized(source, tmp_path / "out", **more), at)
+    assert [name.split(".")[-1] for name in held] == ["1"]  # the moments of the other were on disk
+    shards = len(list((tmp_path / "of stats").glob("model-*")))
+    assert len(list((tmp_path / "out.loftq-partial" / "units").glob("*.json"))) == shards - 1
+    held.clear()
+    quantized(source, tmp_path / "out", **more)
+    assert held == []
+    ours, theirs = tree(tmp_path / "out"), tree(tmp_path / "of stats")
+    manifests = [json.loads(each.pop("loftq_manifest.json")) for each in (ours, theirs)]
+    assert ours == theirs
+    assert manifests[0]["matrices"] == manifests[1]["matrices"]
+    caplog.clear()
+    quantized(source, tmp_path / "at once", **more)
+    assert sorted(record.message for record in caplog.records) == said
+
+
+def test_a_stopped_run_has_its_fisher_information(source, tmp_path, monkeypatch):
+    whole = quantized(source, tmp_path / "whole", preset="lq-lora")
+    stopped(monkeypatch, lambda: quantized(source, tmp_path / "out", preset="lq-lora"), 3)
+    monkeypatch.setattr(calibrate, "collect_fisher", None)
+    assert quantized(source, tmp_path / "out", preset="lq-lora")["matrices"] == whole["matrices"]
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
 def test_what_is_needed_and_gone_is_collected_again(source, tmp_path, monkeypatch, held, caplog):
     """A matrix of a block that is done was damaged; or the file of states was."""
     quantized(source, tmp_path / "whole")
-    plain = module.solve_matrix
-
-    def stops(matrix, *args):
-        if ".1.mlp.down" in matrix.name:
-            raise StorageError("stopped")
-        return plain(matrix, *args)
-
     for damaged in ("units/00000/00000.safetensors", "moments/states-*.safetensors"):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, "solve_matrix", stops)
-            with pytest.raises(StorageError, match="stopped"):
-                quantized(source, tmp_path / "out")
+        stopped(monkeypatch, lambda: quantized(source, tmp_path / "out"), ".1.mlp.down")
         (path,) = (tmp_path / "out.loftq-partial").glob(damaged)
         path.write_bytes(path.read_bytes()[:-1] + b"?")
         held.clear()
@@ -133,8 +165,10 @@ def test_states_of_any_plain_form(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_two_processes_collect_what_one_does(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_two_processes_collect_what_one_does(name, tmp_path, monkeypatch):
     """To the bit: batches are dealt out, and float64 sums of float32 products added up."""
+    source = small.checkpoint(tmp_path / "source", name), small.text(tmp_path, 100)
     monkeypatch.setattr(calibrate, "steps", functools.partial(collect.steps, tokens=28))
     command = ("calibrate", source[0], "--data", source[1], "--samples", "24", "--max-length", "14")
     assert cli(*command, "-o", tmp_path / "one").code == 0

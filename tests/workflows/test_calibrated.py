@@ -127,13 +127,12 @@ def test_presets_that_need_the_weights_alone(small_llama, tmp_path, preset):
 )
 def test_straight_from_texts_and_again(small_llama, text, tmp_path, preset):
     """Block by block, what is made is what the statistics of all blocks make; nothing is left beside it."""
-    options = ("--preset", preset, "--samples", "16", "--max-shard-size", "6KB")
-    command = ("quantize", small_llama, *FLAGS, *options, "--calibrate")
-    ended = cli(*command, text, "-o", tmp_path / "out")
+    command = ("quantize", small_llama, *FLAGS, "--preset", preset, "--max-shard-size", "6KB", "--calibrate")
+    ended = cli(*command, text, "--samples", "16", "-o", tmp_path / "out")
     assert ended.code == 0, ended.err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     before = tree(tmp_path)
-    assert "already done" in cli(*command, text, "-o", tmp_path / "out").out
+    assert "already done" in cli(*command, text, "--samples", "16", "-o", tmp_path / "out").out
     assert tree(tmp_path) == before
     kind = "diagonal" if preset == "qera-diag" else "fisher" if preset == "lq-lora" else "full"
     stats = ("--data", text, "--samples", "16", "--kind", kind)
