@@ -11,7 +11,7 @@ import torch
 from accelerate.utils.offload import OffloadedWeightsLoader
 
 import loftq
-from harness import cli, start_cli, tree
+from harness import Child, cli, hooked, start_cli, tree
 from loftq.calibration import calibrate, collect, states
 from loftq.calibration.blocks import Blocks, load_offloaded
 from loftq.checkpoint import quantize as module
@@ -117,6 +117,24 @@ def test_experts_and_embeddings_are_what_finished_statistics_make(tmp_path, monk
     caplog.clear()
     quantized(source, tmp_path / "at once", **more)
     assert sorted(record.message for record in caplog.records) == said
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(source, tmp_path):
+    """Each time later among the changes of what is kept of a block."""
+    quantized(source, tmp_path / "whole")
+
+    def work(k):
+        left = iter(range(k, -1, -1))
+        with hooked(lambda op, path: "moments" in path.parts and next(left) == 0 and os._exit(9)):
+            quantized(source, tmp_path / "out")
+
+    codes = []
+    while 0 not in codes:
+        codes.append(Child(functools.partial(work, 2 * len(codes))).ended().code)
+    assert len(codes) > 3
+    assert set(codes[:-1]) == {9}
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
 def test_a_stopped_run_has_its_fisher_information(source, tmp_path, monkeypatch):
