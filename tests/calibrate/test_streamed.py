@@ -170,6 +170,13 @@ def test_a_budget_runs_the_texts_twice(source, tmp_path, held):
     assert made["matrices"] == again["matrices"]
 
 
+def test_into_a_store(source, tmp_path, memory):
+    quantized(source, tmp_path / "made")
+    quantized(source, "memory://bucket/made")
+    found = {path.removeprefix("/bucket/made/"): memory.cat_file(path) for path in memory.find("/bucket/made")}
+    assert found == tree(tmp_path / "made")
+
+
 def test_states_of_any_plain_form(tmp_path):
     tensor = torch.randn(2, 3)
     given = [{"a.layers": {0: (tensor, None), 3: [tensor.T, {"x": (1, 2.5, "s", True)}]}}]
@@ -179,7 +186,8 @@ def test_states_of_any_plain_form(tmp_path):
     assert torch.equal(read[0]["a.layers"][3][0], tensor.T)
     assert read[0]["a.layers"][0][1] is None
     assert read[0]["a.layers"][3][1] == {"x": (1, 2.5, "s", True)}
-    assert states.write_states(tmp_path / "none", [{"a": {0: object()}}]) is None
+    for strange in (object(), torch.zeros(2, dtype=torch.complex64)):
+        assert states.write_states(tmp_path / "none", [{"a": {0: strange}}]) is None
     assert not (tmp_path / "none").exists()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from loftq.calibration.blocks import Output
+from loftq.errors import InputError
 from loftq.formats import fsio, strict_json
 from loftq.formats.regular import shown
 from loftq.formats.tensorfile import Entry, dtype_name, encode_header, read_header, read_tensor, tensor_bytes
@@ -20,9 +21,9 @@ def write_states(path: Path, states: States) -> fsio.FileDigest | None:
     tensors: list[Tensor] = []
     try:
         form = json.dumps(_form(states, tensors), allow_nan=False)
-    except (TypeError, ValueError):
+        entries = [Entry(str(i), dtype_name(t.dtype), tuple(t.shape)) for i, t in enumerate(tensors)]
+    except (TypeError, ValueError, InputError):
         return None
-    entries = [Entry(str(i), dtype_name(t.dtype), tuple(t.shape)) for i, t in enumerate(tensors)]
     return fsio.write_atomic(path, [encode_header(entries, {"form": form}), *map(tensor_bytes, tensors)])
 
 
