@@ -70,7 +70,7 @@ class CalibrateOptions:
 
 
 @dataclass(frozen=True)
-class Collection:
+class Asked:
     """What is to be collected, all texts read and all refusals made.
 
     Attributes:
@@ -115,7 +115,7 @@ class Collection:
             raise InputError(f"{self.directory}: the model changed while it was read; leave it alone and run again")
 
 
-def collection(model: str, options: CalibrateOptions) -> Collection:
+def asked_for(model: str, options: CalibrateOptions) -> Asked:
     """Read the texts, and refuse what cannot be collected; raises as :func:`calibrate`."""
     directory = resolve(model, options.revision)
     checkpoint, built = open_dense(directory)
@@ -131,7 +131,7 @@ def collection(model: str, options: CalibrateOptions) -> Collection:
         "options": {"kind": options.kind, "samples": options.samples, "max_length": length},
         "versions": {"loftq": __version__, "torch": torch.__version__},
     }
-    return Collection(directory, options, tokenizer, rows, identity)
+    return Asked(directory, options, tokenizer, rows, identity)
 
 
 def calibrate(
@@ -155,7 +155,7 @@ def calibrate(
     """
     output = output_path(output)
     _check_place(output, resolve(model, options.revision))
-    asked = collection(model, options)
+    asked = asked_for(model, options)
     together = processes or Alone()
     if processes is not None and options.kind == "fisher":
         raise UsageError("fisher is collected by one process, row by row; begin it without torchrun")
@@ -179,7 +179,7 @@ def calibrate(
         return together.first(lambda: _sealed(output, asked, made))
 
 
-def _sealed(output: Path, asked: Collection, made: Any) -> dict[str, Any]:
+def _sealed(output: Path, asked: Asked, made: Any) -> dict[str, Any]:
     asked.check_unchanged()
     fsio.remove_tree(output / ".offload")
     return hashed_json.write(output / STATISTICS, {**asked.manifest(**made), "tokens": _tokens(asked.rows)})

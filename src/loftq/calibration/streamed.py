@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Protocol, TypeVar
 
-from loftq.calibration.calibrate import Collection
+from loftq.calibration.calibrate import Asked
 from loftq.calibration.collect import Begin, Step
 from loftq.calibration.states import read_states, write_states
 from loftq.errors import InputError, listed
@@ -46,7 +46,7 @@ class Streamed:
         kind, identity: as of :class:`Statistics`; no hash of the moments is in it, they are not there yet.
     """
 
-    def __init__(self, asked: Collection, begin: Begin | None = None) -> None:
+    def __init__(self, asked: Asked, begin: Begin | None = None) -> None:
         self._asked, self._begin = asked, begin
         self.kind = asked.options.kind
         self.identity = asked.of

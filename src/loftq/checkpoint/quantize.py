@@ -21,7 +21,7 @@ import torch
 
 from loftq import planning
 from loftq.calibration import collect
-from loftq.calibration.calibrate import STATISTICS, CalibrateOptions, collection, open_or_collect
+from loftq.calibration.calibrate import STATISTICS, CalibrateOptions, asked_for, open_or_collect
 from loftq.calibration.streamed import Streamed, reached, tell, tokens_of_experts, waves
 from loftq.checkpoint import hub, pieces
 from loftq.checkpoint.assemble import Job, adapter_of, assemble
@@ -305,7 +305,7 @@ def _statistics(
     )
     place = options.statistics
     if place is None and not local_path("--calibrate", options.calibrate).is_dir():
-        return Streamed(collection(model, replace(asked, data=options.calibrate)), begin)
+        return Streamed(asked_for(model, replace(asked, data=options.calibrate)), begin)
     try:
         statistics = open_or_collect(options.calibrate, model, place or output, asked, begin)
     except ConflictError:
