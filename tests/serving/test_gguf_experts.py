@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 import transformers
-from test_gguf import IDS, MIXTURES, SIZES, adapted, logits, made_of, read
+from test_gguf import FAMILIES, IDS, MIXTURES, SIZES, adapted, logits, made_of, read
 
 import loftq
 from loftq.errors import InputError
@@ -84,7 +84,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused():
     from loftq.serving.gguf_header import family_of
 
     def model(name, **other):
-        family, more = MIXTURES[name]
+        family, more = {**FAMILIES, **MIXTURES}[name]
         with torch.device("meta"):
             config = getattr(transformers, f"{family}Config")(**{**SIZES, **more, **other})
             return getattr(transformers, f"{family}ForCausalLM")(config)
@@ -94,6 +94,9 @@ def test_what_llama_cpp_computes_otherwise_is_refused():
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0"),
         ("olmoe", {"num_key_value_heads": 2}, "num_key_value_heads 2"),
         ("mixtral", {"hidden_act": "gelu"}, "hidden_act gelu"),
+        ("gemma", {"tie_word_embeddings": False}, "tie_word_embeddings False"),
+        ("qwen3", {"attention_bias": True}, "attention_bias True"),
+        ("qwen2", {"head_dim": 32}, "head_dim 32; llama.cpp's qwen2 computes with 16"),
     ):
         with pytest.raises(InputError, match=told):
             family_of(model(name, **other))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from loftq.architecture.experts import parts_of
-from loftq.errors import InputError, extra, listed, quoted
+from loftq.errors import InputError, extra, listed, option, quoted
 from loftq.numerics import oriented_shape
 from loftq.serving.base import Dense
 
@@ -36,6 +36,7 @@ FAMILIES = {
 }
 # What llama.cpp computes whatever the file says: another value is another model, or does not load.
 FIXED: dict[str, dict[str, Any]] = {
+    "gemma": {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
     "qwen2moe": {"norm_topk_prob": False, "tie_word_embeddings": False},
     "qwen3moe": {"norm_topk_prob": True},
     "olmoe": {"norm_topk_prob": False, "tie_word_embeddings": False, "clip_qkv": None},
@@ -106,12 +107,15 @@ def family_of(model: Any) -> Family:
     config, architecture = model.config, type(model).__name__
     if architecture not in FAMILIES:
         raise InputError(
-            f"{architecture}: no GGUF is made of this family here, but of {listed(FAMILIES)}; merge it, and convert "
-            "the result with llama.cpp's convert_hf_to_gguf.py"
+            f"{architecture}: no GGUF is made of this family here, but of {listed(FAMILIES)}; name llama.cpp's "
+            f"convert_hf_to_gguf.py with {option('converter', 'PATH')}"
         )
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if kind not in ROPE:
-        raise InputError(f"{architecture}: rope_type {quoted(kind)} is not written to GGUF here; merge and convert it")
+        raise InputError(
+            f"{architecture}: rope_type {quoted(kind)} is not written here; name llama.cpp's "
+            f"convert_hf_to_gguf.py with {option('converter', 'PATH')}"
+        )
     name = FAMILIES[architecture]
     _refuse_others(architecture, name, config)
     number = next(n for n, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
@@ -119,12 +123,16 @@ def family_of(model: Any) -> Family:
 
 
 def _refuse_others(architecture: str, name: str, config: Any) -> None:
-    fixed = {"hidden_act": "silu"} if name != "gemma" else {}
-    fixed |= FIXED.get(name, {})
+    fixed = {"hidden_act": "silu", **FIXED.get(name, {})}
+    heads = config.num_attention_heads
+    if name != "llama":
+        fixed["attention_bias"] = False
+    if name in ("qwen2", "qwen2moe", "phi3", "olmoe"):
+        fixed["head_dim"] = config.hidden_size // heads
     if name == "olmoe":  # whose norm of keys is as wide as that of queries
-        fixed["num_key_value_heads"] = config.num_attention_heads
+        fixed["num_key_value_heads"] = heads
     for key, wanted in fixed.items():
-        if (given := getattr(config, key, wanted)) != wanted:
+        if (given := getattr(config, key, wanted)) not in (wanted, None):
             raise InputError(
                 f"{architecture}: config.json has {key} {quoted(given)}; llama.cpp's {name} computes with "
                 f"{quoted(wanted)} always, so that it would be another model; use another runtime"
