@@ -24,7 +24,7 @@ from loftq.frozen.start import start as _start
 from loftq.frozen.start import start_options
 from loftq.options import Plans, Starting, check_choice, check_whole, default, keywords
 from loftq.planning import Plan, make_policy
-from loftq.report.bars import Bar, MatrixBar, RunBar
+from loftq.report.bars import Bar, MatrixBar, RunBar, showing
 from loftq.report.inspect import inspection
 from loftq.report.report import Report, of_checkpoint, of_start
 from loftq.report.status import line as status_line
@@ -318,7 +318,7 @@ def train(
     asked = _recipe(recipe, overrides, output)
     from loftq.finetune.train import finetune
 
-    with MatrixBar(shown=progress) as bar:
+    with showing(progress), MatrixBar(shown=progress) as bar:
         return finetune(asked, resume=not restart, begin=bar.begin)
 
 
@@ -333,6 +333,7 @@ def evaluate(
     batch_size: int | None = None,
     max_length: int | None = None,
     sampling: str | None = None,
+    progress: bool = True,
 ) -> "Evaluation":
     """Evaluate a run of :func:`train`, a dense model, or a quantized directory on a task.
 
@@ -345,6 +346,7 @@ def evaluate(
         batch_size: rows at a time; by default the run's, or 32.
         max_length: tokens of an input; by default the run's or the task's.
         sampling: how answers are written: ``greedy``, or ``paper`` (GSM8K's sampling).
+        progress: whether to show a bar.
 
     Raises: InputError for a model that was never trained for the task.
     """
@@ -354,16 +356,17 @@ def evaluate(
         check_whole(option(name), 1 if count is None else count, 1)
     with extra("train"):
         from loftq.finetune.evaluate import evaluate as run
-    return run(
-        as_path("target", target),
-        task=dict(task) if isinstance(task, Mapping) else task,
-        data=None if data is None else as_path("data", data),
-        splits=splits,
-        adapter=None if adapter is None else Path(as_path("adapter", adapter)),
-        batch_size=batch_size,
-        max_length=max_length,
-        generation=sampling,
-    )
+    with showing(progress):
+        return run(
+            as_path("target", target),
+            task=dict(task) if isinstance(task, Mapping) else task,
+            data=None if data is None else as_path("data", data),
+            splits=splits,
+            adapter=None if adapter is None else Path(as_path("adapter", adapter)),
+            batch_size=batch_size,
+            max_length=max_length,
+            generation=sampling,
+        )
 
 
 @checks_names
@@ -388,7 +391,7 @@ def compare(
     from loftq.finetune.compare import compare as run
     from loftq.finetune.comparison import Comparison
 
-    with RunBar(shown=progress) as bar:
+    with showing(progress), RunBar(shown=progress) as bar:
         return Comparison(run(asked, bar.begin))
 
 

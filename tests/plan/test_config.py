@@ -113,7 +113,7 @@ def test_odd_architectures_give_the_base_model(tmp_path, architectures):
         ({"model_type": "t5", "num_decoder_layers": 10**7}, "num_decoder_layers is 10000000"),
         ({"text_config": {"vision": {"num_hidden_layers": 10**9}}}, "num_hidden_layers is 1000000000"),
         ({"num_attention_heads": 0}, "transformers cannot build this model: "),
-        ({"hidden_act": "evil"}, "transformers cannot build this model: "),
+        ({"hidden_act": "evil"}, "transformers cannot build this model: there is no 'evil'"),
         ({"dtype": "load"}, "transformers cannot build this model: "),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,

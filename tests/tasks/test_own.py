@@ -105,7 +105,10 @@ def test_from_the_hub():
         ({"kind": "ner"}, "task.kind: 'ner' is not one of"),
         ({"kind": "causal-lm", "row": "lines"}, "row: unknown key; did you mean rows"),
         ({"kind": "causal-lm", "max_length": 0}, "max_length: .* greater than or equal to 2, got 0"),
-        ({"kind": "text-classification", "columns": {"text": "a", "label": "b"}}, "give labels, in the order of their"),
+        (
+            {"kind": "text-classification", "columns": {"text": "a", "label": "b"}},
+            "^task: give labels, in the order of",
+        ),
         ({"kind": "text-classification", "columns": {"text": "a"}, "labels": ["x", "y"]}, "columns.label: missing"),
         (
             {

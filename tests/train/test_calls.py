@@ -10,16 +10,20 @@ from loftq.errors import UsageError
 from loftq.finetune.recipe import dump
 
 
-def test_train_evaluate_and_compare(place):
+def test_train_evaluate_and_compare(place, capfd):
     path = place / "recipe.yaml"
     path.write_text(dump(tiny.recipe(place, output=None)))
     run, few = place / "run", {"training.max_steps": 1, "quantization.bits": 2}
     result = loftq.train(path, overrides=few, output=run, progress=False)
     assert json.loads((run / "metrics.json").read_text())["metrics"] == result.metrics
-    assert loftq.evaluate(run).metrics == result.metrics
+    assert loftq.evaluate(run, progress=False).metrics == result.metrics
     arms = {"arms": [{"method": "lora"}], "seeds": [0], "learning_rates": [1e-3]}
     values = {**tiny.recipe(place, output=None).to_dict(), "compare": arms}
     rows = loftq.compare(values, overrides={"training.max_steps": 1}, output=place / "side-by-side", progress=False)
+    hidden = capfd.readouterr().err
+    assert not any(unit in hidden for unit in ("matrix/s", "step/s", "row/s", "run/s")), hidden
+    loftq.evaluate(run)
+    assert "row/s" in capfd.readouterr().err
     assert repr(rows) == "<Comparison: 1 runs of 1 arms>"
     assert "LoRA" in rows._repr_markdown_()
     assert rows == [json.loads(line) for line in (place / "side-by-side" / "rows.jsonl").read_text().splitlines()]

@@ -124,6 +124,7 @@ def test_all_mistakes_in_one_line(file):
         ("data.max_eval_samples=0", "data.max_eval_samples: wanted greater than or equal to 1"),
         ("task=7", "task: wanted a valid string, got 7"),
         ("model=", "model: wanted a valid string, got None"),
+        ("model=''", "model: String should have at least 1 character, got ''"),
         ("generation=warm", "generation.preset: wanted 'greedy' or 'paper', got 'warm'"),
         ("generation={preset: greedy, num_beams: 4}", "num_beams: given beside preset; wanted a preset, or settings"),
         ("training.disable_tqdm=true", "not to be given here; say nothing: there is one bar"),

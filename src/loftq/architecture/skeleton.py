@@ -182,7 +182,9 @@ def classes(path: Path, values: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def one_line(error: Exception) -> str:
-    """What another library says, all of it, fit for a message."""
+    """What another library says, all of it, fit for a message; of a missing key, it says nothing but the key."""
+    if isinstance(error, KeyError):
+        return f"there is no {quoted(error, 400)}"
     return quoted(" ".join(str(error).split()) or type(error).__name__, 800)
 
 

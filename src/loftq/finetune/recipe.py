@@ -171,7 +171,7 @@ class Generation(Strict):
 class Recipe(Strict):
     """One run. Sections that the method has no use for may stay: ``method=lora`` is all that a baseline changes."""
 
-    model: str
+    model: Annotated[str, Field(min_length=1)]
     task: str | dict[str, Any]
     method: Literal[METHODS]  # type: ignore[valid-type]
     data: Data = Field(default_factory=Data)
@@ -183,7 +183,7 @@ class Recipe(Strict):
     max_target_length: Count | None = None
     doc_stride: Count | None = None
     seed: Annotated[int, Field(ge=0)] = 0
-    output: str | None = None
+    output: Annotated[str, Field(min_length=1)] | None = None
     note: str | None = None
     compare: dict[str, Any] | None = None
 
@@ -296,7 +296,7 @@ def _told(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
             yield f"{'.'.join(place)}: missing"
         else:
             message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "wanted")
-            yield f"{quoted('.'.join(place))}: {message}, got {quoted(repr(problem['input']))}"
+            yield f"{quoted('.'.join(place))}: {message}, got {quoted(repr(problem['input']))}" if place else message
 
 
 def _keys(model: Any, place: list[str]) -> list[str]:

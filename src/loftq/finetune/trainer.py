@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from loftq.errors import NumericalError, UsageError, listed, quoted
 from loftq.finetune import checkpoints
+from loftq.report.bars import are_shown
 
 
 class LoftQTrainer(Seq2SeqTrainer):
@@ -176,6 +177,7 @@ class TrainingBar(TrainerCallback):
             unit="step",
             leave=False,
             dynamic_ncols=True,
+            disable=not are_shown(),
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,8 +1,26 @@
 """Progress bars, by what they show: matrices, runs of a comparison, steps of a calibration."""
 
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import Any
+
+_shown: ContextVar[bool] = ContextVar("shown", default=True)
+
+
+@contextmanager
+def showing(progress: bool) -> Iterator[None]:
+    """Whether the bars of all that is done inside are shown: those of a run are opened far below its call."""
+    token = _shown.set(progress)
+    try:
+        yield
+    finally:
+        _shown.reset(token)
+
+
+def are_shown() -> bool:
+    return _shown.get()
 
 
 class Bar(AbstractContextManager["Bar"]):

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from loftq.errors import NumericalError
 from loftq.finetune.tasks.base import Measuring, positions_of
+from loftq.report.bars import are_shown
 
 Collate = Callable[[list[dict[str, Any]]], Any]
 
@@ -86,7 +87,8 @@ def _batches(
     device = next(model.parameters()).device
     lengths = [len(ids) for ids in prepared["input_ids"]]
     order = sorted(range(len(prepared)), key=lambda row: -lengths[row])
-    with tqdm(total=len(order), desc="Evaluating", unit="row", leave=False, disable=not options.progress) as bar:
+    hidden = not (options.progress and are_shown())
+    with tqdm(total=len(order), desc="Evaluating", unit="row", leave=False, disable=hidden) as bar:
         for at in range(0, len(order), options.batch_size):
             rows = order[at : at + options.batch_size]
             batch = collate([prepared[row] for row in rows])
