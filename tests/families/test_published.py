@@ -101,7 +101,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_it_is_the_model_that_transformers_dequantizes(tmp_path, name):
     """Bit for bit: the same weights, so the same checkpoint at every width, of the same rows read at a time."""

@@ -79,7 +79,8 @@ def test_looked_up_rows_to_the_bit(kernels: Backend, spec: QuantSpec, shape: tup
         assert torch.equal(got, reference.dequantize(tensors, spec, shape[1], dtype)[chosen.long()])
 
 
-@pytest.mark.parametrize("bits", [bits if bits == 3 else pytest.param(bits, marks=pytest.mark.slow) for bits in BITS])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", BITS)
 def test_cpu_equals_the_reference_in_every_combination(bits: int) -> None:
     """Codes, scales, residual, bytes and decoded values: the full product of all properties."""
     cpu = backend("cpu")

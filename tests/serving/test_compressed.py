@@ -48,6 +48,7 @@ assert "loftq" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_transformers_computes_the_same_without_us(place):
     pytest.importorskip("compressed_tensors")
     made = loftq.export(place / "base", place / "out", to="compressed-tensors")

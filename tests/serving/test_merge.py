@@ -69,6 +69,7 @@ def same(merged, place, dtype=torch.float32):
         )
 
 
+@pytest.mark.sampled(4)
 @EACH
 def test_the_initialization_merged_is_what_peft_merges(made, name, options, tmp_path):
     checkpoint = made(name, **options)

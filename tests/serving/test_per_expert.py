@@ -32,6 +32,7 @@ def deltas(place, tensors):
     return found
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "deepseek-v3", "gpt-oss", "granite-moe", "nemotron-h"])
 def test_every_expert_has_its_own_factors_and_the_same_product(made, name, tmp_path):
     checkpoint = made(name, rank="experts=3,4", rslora=True)
