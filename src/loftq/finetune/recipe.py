@@ -238,7 +238,7 @@ def parse(values: dict[str, Any], name: str = "recipe") -> Recipe:
         problems = itertools.chain(_told(e, Recipe), problems)
     told = _together(problems)
     if told:
-        raise UsageError(f"{quoted(name)}: {told}")
+        raise UsageError(f"{quoted(name, 400)}: {told}")
     return recipe  # type: ignore[possibly-undefined]
 
 
@@ -247,7 +247,7 @@ def section(model: type[_Section], values: dict[str, Any], name: str) -> _Sectio
     try:
         return model.model_validate(values)
     except ValidationError as e:
-        raise UsageError(f"{quoted(name)}: {_together(_told(e, model))}") from e
+        raise UsageError(f"{quoted(name, 400)}: {_together(_told(e, model))}") from e
 
 
 def _together(problems: Iterable[str]) -> str:
