@@ -42,7 +42,7 @@ PERIOD = DIGITS + 1  # the columns' own mark stands after the digits, so that co
 
 
 @dataclass(frozen=True)
-class Source:
+class Portion:
     """Rows of a matrix, or of an expert of a stack, and where they lie in a tensor of the new file."""
 
     tensor: Dense
@@ -59,7 +59,7 @@ class Gathered:
     shape: tuple[int, ...]
     kind: int
     nbytes: int
-    sources: tuple[Source, ...] = ()
+    sources: tuple[Portion, ...] = ()
 
 
 def marks(ids: Int64[Tensor, " rows"], columns: int) -> Float[Tensor, "rows columns"]:
@@ -232,18 +232,18 @@ def _gathered(reader: Any, firsts: dict[str, int], base: Base, preferred: str) -
     return gathered
 
 
-def _sources(tensor: Dense, rows: Tensor, at: Tensor) -> Iterator[Source]:
+def _sources(tensor: Dense, rows: Tensor, at: Tensor) -> Iterator[Portion]:
     """Rows of a tensor, for each of its matrices."""
     if not tensor.experts:
-        yield Source(tensor, None, rows, at)
+        yield Portion(tensor, None, rows, at)
         return
     height = _rows(tensor) // tensor.experts
     for expert in (rows // height).unique().tolist():
         its = rows // height == expert
-        yield Source(tensor, expert, rows[its] % height, at[its])
+        yield Portion(tensor, expert, rows[its] % height, at[its])
 
 
-def _with_sources(copied: Gathered, sources: list[Source], preferred: str) -> Gathered:
+def _with_sources(copied: Gathered, sources: list[Portion], preferred: str) -> Gathered:
     tensors = list({source.tensor.name: source.tensor for source in sources}.values())
     blocks = {block_for(t.matrix, preferred) if t.matrix else None for t in tensors}
     if len(blocks) > 1 or (blocks == {None} and len({t.dtype for t in tensors}) > 1):
@@ -309,7 +309,7 @@ def _lora_parts(gathered: list[Gathered], adapter: Adapter) -> list[LoraPart]:
         if len(set(ranks)) > 1:
             raise InputError(f"{quoted(one.name)}: the adapter's rank is not the same for all its matrices; merge it")
 
-        def read(slices: list[list[Source]] = slices, one: Gathered = one) -> tuple[Tensor, Tensor]:
+        def read(slices: list[list[Portion]] = slices, one: Gathered = one) -> tuple[Tensor, Tensor]:
             pairs = [_product(held, adapter, one.shape[-2]) for held in slices]
             a, b = (torch.stack(factors) for factors in zip(*pairs, strict=True))
             return (a, b) if len(one.shape) > 2 else (a[0], b[0])
@@ -318,10 +318,10 @@ def _lora_parts(gathered: list[Gathered], adapter: Adapter) -> list[LoraPart]:
     return found
 
 
-def _slices(one: Gathered, sources: list[Source]) -> list[list[Source]]:
+def _slices(one: Gathered, sources: list[Portion]) -> list[list[Portion]]:
     """Of every matrix of a tensor what its rows are of."""
     rows = one.shape[-2]
-    found: list[list[Source]] = [[] for _ in range(math.prod(one.shape[:-2]))]
+    found: list[list[Portion]] = [[] for _ in range(math.prod(one.shape[:-2]))]
     for source in sources:
         for place in (source.at // rows).unique().tolist():
             its = source.at // rows == place
@@ -329,7 +329,7 @@ def _slices(one: Gathered, sources: list[Source]) -> list[list[Source]]:
     return found
 
 
-def _product(sources: list[Source], adapter: Adapter, rows: int) -> tuple[Tensor, Tensor]:
+def _product(sources: list[Portion], adapter: Adapter, rows: int) -> tuple[Tensor, Tensor]:
     """``A`` and ``B`` of matrices side by side."""
     products = [adapter.product(source.tensor.name, source.expert) for source in sources]
     b = torch.zeros(rows, sum(len(a) for _, a, _ in products))
