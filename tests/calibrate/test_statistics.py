@@ -81,6 +81,7 @@ def test_few_tokens_are_told_once(caplog):
         Group(("pooler",), moments_of(10, 5), 0),  # one vector a sample: no number of samples would be enough
     ]
     statistics = Statistics.of("full", groups, samples=5)
+    assert repr(statistics) == "Statistics(full moments of 4 matrices, from 5 samples)"
     with caplog.at_level(logging.WARNING, "loftq"):
         for module in ("a", "b", "c", "a"):
             assert statistics.moments(module) is not None

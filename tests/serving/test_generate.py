@@ -60,6 +60,17 @@ def test_a_chat_by_the_template(place):
         loftq.generate(place / "plain", messages)
 
 
+def test_a_head_that_is_not_there_is_not_made_up(place, made):
+    """An encoder, say, or a base model: its text would be drawn from random numbers."""
+    encoder = shutil.copytree(made("bert").source, place / "encoder")
+    for file in place.glob("plain/tokenizer*"):
+        shutil.copy(file, encoder)
+    with pytest.raises(
+        InputError, match=r"encoder: BertLMHeadModel writes text with cls\..*, which are not in its files"
+    ):
+        loftq.generate(encoder, "w5")
+
+
 def test_what_is_drawn_depends_on_the_seed_alone(place):
     options = {"max_new_tokens": 8, "temperature": 5.0, "top_p": 0.9}
     texts = [loftq.generate(place / "plain", "w5", seed=seed, **options) for seed in (1, 1, 2)]

@@ -108,6 +108,9 @@ class Statistics:
         self._last: Moments | None = None  # kept for the next matrix, which may be of the same group
         self._used: weakref.WeakValueDictionary[tuple[int, int], Moments] = weakref.WeakValueDictionary()
 
+    def __repr__(self) -> str:
+        return f"Statistics({self.kind} moments of {len(self._index)} matrices, from {self._samples} samples)"
+
     @classmethod
     def of(cls, kind: str, groups: Iterable[Group | StackGroup], samples: int) -> "Statistics":
         """Statistics that are in memory."""

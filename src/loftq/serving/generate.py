@@ -1,6 +1,6 @@
 """``loftq generate``: a directory and its adapter go on from a text, or answer in a chat."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from loftq.adapters.origins import refuse_other
 from loftq.architecture.loading import guarded, load_config, load_tokenizer, load_weights
 from loftq.architecture.skeleton import one_line
 from loftq.checkpoint.assemble import ADAPTER
-from loftq.errors import InputError, LoftqError, UsageError, extra, option, quoted
+from loftq.errors import InputError, LoftqError, UsageError, extra, listed, option, quoted
 from loftq.formats import strict_json
 from loftq.formats.config import MANIFEST
 from loftq.numerics.device import check_device
@@ -71,6 +71,8 @@ class Writer:
         Args:
             adapter: on ``target``; None: a quantized directory's own initialization; ``none``: no adapter.
             device: by default the accelerator, if there is one.
+
+        Raises: InputError for a model without the head that writes text, which transformers would make up.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_device(device)
@@ -82,7 +84,8 @@ class Writer:
             auto = transformers.AutoModelForSeq2SeqLM
         packed = (getattr(config, "quantization_config", None) or {}).get("quant_method") == "loftq"
         dtype: Any = torch.float32 if packed and device == "cpu" else "auto"  # 16 bits are slower there
-        model: Any = load_weights(auto, base, config, dtype=dtype)
+        model, found = load_weights(auto, base, config, dtype=dtype, output_loading_info=True)
+        _refuse_random(model, found["missing_keys"], base, place)
         self.model = (model if place is None else adapted(model, place)).to(device).eval()
         self.chats = bool(getattr(self.tokenizer, "chat_template", None))
 
@@ -162,6 +165,15 @@ def _both(target: str, adapter: str | None) -> tuple[Path, Path | None]:
     if adapter is not None:
         return base, place_of(Path(adapter))
     return base, base / ADAPTER if (base / MANIFEST).is_file() else None
+
+
+def _refuse_random(model: Any, missing: Iterable[str], base: Path, adapter: Path | None) -> None:
+    """InputError for weights that are neither in the base's files nor in the adapter's."""
+    brought = strict_json.load_object(adapter / CONFIG).get("modules_to_save") if adapter else None
+    lost = sorted(name for name in missing if not {*(brought or ())} & {*name.split(".")})
+    if lost:
+        what = f"{type(model).__name__} writes text with {listed(lost, 3)}"
+        raise InputError(f"{quoted(base, 400)}: {what}, which are not in its files; name a model that was trained to")
 
 
 def adapted(model: Any, place: Path) -> Any:
