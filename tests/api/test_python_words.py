@@ -73,7 +73,7 @@ OPTIONS = [
     ({"bit": 2}, "did you mean 'bits'?"),
     ({"step": 2}, "did you mean 'steps'?"),
     ({"something": 2}, "it has weight, bits"),
-    ({"bits": "4"}, "bits must be one of 2, 3, 4, 8, got '4'"),
+    ({"bits": "4"}, "bits must be one of 2, 3, 4, 8, or a multiple of 1/16 up to 4 for code trellis, got '4'"),
     ({"bits": 4.0}, "got 4.0"),
     ({"bits": True}, "got True"),
     ({"rank": 25}, "give rank=24 or less"),

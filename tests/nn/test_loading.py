@@ -71,7 +71,7 @@ def test_a_packed_tensor_that_is_missing_or_odd_is_named(copied, name, change, f
         (lambda c: c.update(groups=["all"]), "list of module names under 'modules'"),
         (lambda c: c.update(rotation="hadamard"), r"unknown field.*rotation"),
         (lambda c: c["groups"][0].update(rotation=1), r"unknown field.*rotation"),
-        (lambda c: c["groups"][0].update(bits=5), "bits must be one of 2, 3, 4, 8, got 5"),
+        (lambda c: c["groups"][0].update(bits=5), "bits must be one of 2, 3, 4, 8, or a multiple of .*, got 5"),
         (lambda c: c["groups"][0].update(block_size=0), "block_size must be a whole number of at least 1"),
         (lambda c: c["groups"][0].pop("bits"), "a group cannot be read: .*'bits'"),
         (lambda c: c["groups"][0].update(modules="model"), "list of module names under 'modules'"),
