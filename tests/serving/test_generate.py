@@ -71,6 +71,38 @@ def test_a_head_that_is_not_there_is_not_made_up(place, made):
         loftq.generate(encoder, "w5")
 
 
+def test_models_of_images_write_text_and_some_models_do_not(place, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = transformers.LlamaConfig(vocab_size=128, **sizes)
+    sizes |= {"image_size": 8, "patch_size": 4}
+    seeing = transformers.LlavaConfig(vision_config=transformers.CLIPVisionConfig(**sizes), text_config=text)
+    transformers.LlavaForConditionalGeneration(seeing).save_pretrained(tmp_path / "llava")
+    transformers.ViTModel(transformers.ViTConfig(**sizes)).save_pretrained(tmp_path / "vit")
+    for file in place.glob("plain/tokenizer*"):
+        shutil.copy(file, tmp_path / "llava")
+        shutil.copy(file, tmp_path / "vit")
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "llava")
+    found = loftq.generate(tmp_path / "llava", "w5 w6", max_new_tokens=5, temperature=0)
+    assert found.strip() == wanted(model, tokenizer, "w5 w6").strip()
+    with pytest.raises(InputError, match="vit: a model of type vit, which does not write text"):
+        loftq.generate(tmp_path / "vit", "w5")
+
+
+def test_an_initialization_is_not_left_out_in_silence(place, tmp_path):
+    directory = shutil.copytree(place / "plain", tmp_path / "plain")
+    (directory / "loftq_manifest.json").unlink()
+    asked = {"max_new_tokens": 5, "temperature": 0}
+    assert loftq.generate(directory, "w5 w6", **asked) == loftq.generate(place / "plain", "w5 w6", **asked)
+    (directory / "loftq_init" / "adapter_model.safetensors").unlink()
+    for call in (
+        lambda: loftq.generate(directory, "w5"),
+        lambda: loftq.load_start(AUTO.from_pretrained(directory), directory),
+    ):
+        with pytest.raises(InputError, match=r"loftq_init: adapter_model.safetensors is not there; fetch"):
+            call()
+
+
 def test_what_is_drawn_depends_on_the_seed_alone(place):
     options = {"max_new_tokens": 8, "temperature": 5.0, "top_p": 0.9}
     texts = [loftq.generate(place / "plain", "w5", seed=seed, **options) for seed in (1, 1, 2)]

@@ -21,6 +21,7 @@ from loftq.formats import fsio, strict_json
 
 PARENT = ".."
 KEY = "base_model_name_or_path"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def resolved(base: Any, place: str | os.PathLike, subfolder: str | None = None) -> Any:
@@ -92,6 +93,12 @@ def refuse_lost(base: Any, place: str | os.PathLike) -> None:
         f"{quoted(place, 400)}: its base {lost}; write where it is now into {KEY} of its adapter_config.json, or "
         "load the base, and PeftModel.from_pretrained(base, ...)"
     )
+
+
+def refuse_no_weights(adapter: str | os.PathLike) -> None:
+    """InputError for an adapter's directory without its weights: PEFT would ask the hub for a model of that name."""
+    if os.path.isdir(adapter) and not any(os.path.isfile(os.path.join(adapter, name)) for name in WEIGHTS):
+        raise InputError(f"{quoted(adapter, 400)}: {WEIGHTS[0]} is not there; fetch it again, or make it again")
 
 
 def read_config(config: Any) -> None:

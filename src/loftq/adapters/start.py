@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
+from loftq.adapters.bases import refuse_no_weights
 from loftq.adapters.origins import identity, refuse_other
 from loftq.adapters.placement import check_placed, filled_from_elsewhere
 from loftq.architecture.adapter import task_type
@@ -67,6 +68,7 @@ def load_start(
     except ValueError as e:
         where = f"{quoted(directory, 400)}/{quoted(subfolder)}"
         raise InputError(f"{where}: no adapter is there; name the directory that `loftq quantize` made") from e
+    refuse_no_weights(Path(directory) / subfolder)
     if not isinstance(config, LoraConfig):
         raise InputError(f"{quoted(directory)}/{quoted(subfolder)}: not a LoRA adapter")
     mapping: dict[str, str] | None = model.__dict__.get("_checkpoint_conversion_mapping")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from loftq.architecture.loading import load_tokenizer
+from loftq.checkpoint.assemble import ADAPTER
 from loftq.checkpoint.manifest import MANIFEST
 from loftq.errors import InputError, UsageError, option, quoted
 from loftq.finetune.inputs import read_data, splits_of, task_of
@@ -83,7 +84,8 @@ def _model(task: Task, recipe: Recipe, run: RunDirectory | None, adapter: Path |
     if adapter is not None:
         return load_adapter(model, adapter, new_modules, base), tokenizer
     refuse_untrained(new_modules, base)
-    return (add_start(model, base, 0.0) if (base / MANIFEST).is_file() else model), tokenizer
+    started = (base / MANIFEST).is_file() or (base / ADAPTER).is_dir()
+    return (add_start(model, base, 0.0) if started else model), tokenizer
 
 
 def _base(run: RunDirectory, recorded: Path) -> Path:

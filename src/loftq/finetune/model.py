@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from loftq.adapters.bases import refuse_no_weights
 from loftq.adapters.origins import refuse_other
 from loftq.adapters.start import load_start, new_adapter
 from loftq.architecture.loading import guarded, load_config, load_weights
@@ -67,6 +68,7 @@ def load_adapter(model: PreTrainedModel, directory: Path, new_modules: Iterable[
     if strict_json.load_object(file).get("megatron_config"):
         raise InputError(f"{quoted(directory)}: its megatron_config has PEFT import modules; take it out")
     refuse_other(directory, base)
+    refuse_no_weights(directory)
     try:
         with guarded():
             adapted = PeftModel.from_pretrained(model, str(directory))

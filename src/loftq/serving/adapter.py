@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from loftq.adapters.bases import WEIGHTS
 from loftq.architecture import skeleton
 from loftq.errors import InputError, UsageError, listed, option, quoted
 from loftq.formats import fsio, strict_json
@@ -24,7 +25,6 @@ from loftq.spec import scaling
 
 CONFIG = "adapter_config.json"
 HELD = 4  # tensors of an adapter's stacks in memory: two stacks of a layer, whose experts are written in turn
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 FACTORS = re.compile(r"(?P<module>.+)\.lora_(?P<part>A\.weight|B\.weight|B\.bias|embedding_A|embedding_B)")
 # Options of PEFT's LoRA that say nothing of the product, or are read here.
 KNOWN = {

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loftq.adapters.bases import WEIGHTS
 from loftq.adapters.origins import BESIDE, FIELD
 from loftq.checkpoint.produce import Files
 from loftq.errors import InputError, listed, option, quoted
@@ -16,7 +17,7 @@ from loftq.formats import fsio
 from loftq.formats.tensorfile import Entry
 from loftq.planning import Matrix, fused
 from loftq.serving import packed
-from loftq.serving.adapter import CONFIG, WEIGHTS, Adapter
+from loftq.serving.adapter import CONFIG, Adapter
 from loftq.serving.base import Base
 from loftq.serving.merge import Begin
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from loftq.adapters.bases import WEIGHTS
 from loftq.checkpoint.assemble import ADAPTER
 from loftq.checkpoint.produce import Files
 from loftq.errors import UsageError, option
 from loftq.formats import fsio
 from loftq.formats.tensorfile import Entry, encode_header, tensor_bytes
-from loftq.serving.adapter import CONFIG, WEIGHTS, Adapter, open_adapter, own_files
+from loftq.serving.adapter import CONFIG, Adapter, open_adapter, own_files
 from loftq.serving.base import Base
 from loftq.serving.merge import Begin
 from loftq.serving.output import copy

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from loftq.adapters.bases import KEY, refuse_lost, resolved
+from loftq.adapters.bases import KEY, refuse_lost, refuse_no_weights, resolved
 from loftq.adapters.origins import refuse_other
 from loftq.architecture.loading import guarded, load_config, load_tokenizer, load_weights
 from loftq.architecture.skeleton import one_line
@@ -79,9 +79,7 @@ class Writer:
         base, place = _both(target, adapter)
         self.tokenizer = load_tokenizer(base)
         config = load_config(base)
-        auto: Any = transformers.AutoModelForCausalLM
-        if getattr(config, "is_encoder_decoder", False):
-            auto = transformers.AutoModelForSeq2SeqLM
+        auto = _auto_class(config, base)
         packed = (getattr(config, "quantization_config", None) or {}).get("quant_method") == "loftq"
         dtype: Any = torch.float32 if packed and device == "cpu" else "auto"  # 16 bits are slower there
         model, found = load_weights(auto, base, config, dtype=dtype, output_loading_info=True)
@@ -164,7 +162,17 @@ def _both(target: str, adapter: str | None) -> tuple[Path, Path | None]:
         return base, None
     if adapter is not None:
         return base, place_of(Path(adapter))
-    return base, base / ADAPTER if (base / MANIFEST).is_file() else None
+    return base, base / ADAPTER if (base / MANIFEST).is_file() or (base / ADAPTER).is_dir() else None
+
+
+def _auto_class(config: Any, base: Path) -> Any:
+    """The class of transformers that loads such a model with its head for text. InputError if it has none."""
+    first = "AutoModelForSeq2SeqLM" if getattr(config, "is_encoder_decoder", False) else "AutoModelForCausalLM"
+    autos: list[Any] = [getattr(transformers, name) for name in (first, "AutoModelForImageTextToText")]
+    found = next((auto for auto in autos if type(config) in auto._model_mapping), None)
+    if found is None:
+        raise InputError(f"{quoted(base, 400)}: a model of type {config.model_type}, which does not write text")
+    return found
 
 
 def _refuse_random(model: Any, missing: Iterable[str], base: Path, adapter: Path | None) -> None:
@@ -181,6 +189,7 @@ def adapted(model: Any, place: Path) -> Any:
     from peft import PeftModel
 
     refuse_other(place, Path(model.name_or_path))
+    refuse_no_weights(place)
     if strict_json.load_object(place / CONFIG).get("megatron_config"):
         raise InputError(f"{quoted(place)}: its megatron_config has PEFT import modules; take it out")
     try:
