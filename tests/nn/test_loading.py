@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -240,6 +241,17 @@ def test_auto_config_reads_the_quantization(made):
 def test_tensor_parallel_loading_is_refused(made, asked):
     with pytest.raises(UsageError, match=r"tp_plan, tp_size, ep_size\) do not work on packed layers; load without"):
         AutoModelForCausalLM.from_pretrained(made("llama").output, **asked)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_packed_tensors_stay_in_the_mapped_file(made):
+    """So the processes of a node share one copy in the page cache."""
+    model = AutoModelForCausalLM.from_pretrained(made("llama").output)
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    mapped = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines if line[-1].endswith(WEIGHTS)]
+    stored = [tensor for layer in packed(model).values() for tensor in layer.stored]
+    assert stored
+    assert all(any(first <= tensor.data_ptr() < end for first, end in mapped) for tensor in stored)
 
 
 def test_a_directory_without_a_start_is_named(made, tmp_path):

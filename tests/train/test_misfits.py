@@ -111,6 +111,14 @@ def test_classes_are_compared_by_their_numbers():
     task.check(transformers.BertConfig(id2label=swapped, architectures=["BertModel"]))
 
 
+def test_zero3_is_refused_before_anything_is_quantized(place, monkeypatch):
+    """As set by accelerate launch or ``training.deepspeed``: what would be saved is empty."""
+    monkeypatch.setattr("loftq.finetune.arguments.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(UsageError, match=r"ZeRO-3 of DeepSpeed .*; use training\.fsdp, or"):
+        finetune(tiny.recipe(place, "loftq"))
+    assert not (place / "loftq" / "backbone").exists()
+
+
 GEMMA3 = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
 CODEGEN = {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4}
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from transformers import Seq2SeqTrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from loftq.errors import UsageError
@@ -17,7 +18,7 @@ DEFAULTS = {"logging_steps": 10, "save_total_limit": 2, "report_to": "none"}
 def training_arguments(recipe: Recipe, task: Task, checkpoints: Path) -> Seq2SeqTrainingArguments:
     """The recipe's ``training`` section with what recipe and task say elsewhere.
 
-    Raises: UsageError for values that transformers refuses, alone or together.
+    Raises: UsageError for values that transformers refuses, alone or together, and for ZeRO-3.
     """
     found = torch.accelerator.is_available()
     given = {**DEFAULTS, "use_cpu": not found, "dataloader_pin_memory": found, **recipe.training}
@@ -43,6 +44,11 @@ def training_arguments(recipe: Recipe, task: Task, checkpoints: Path) -> Seq2Seq
         )
         for callback in get_reporting_integration_callbacks(arguments.report_to):
             callback()  # refuses what is not installed
-        return arguments
     except (ValueError, ImportError, TypeError, RuntimeError) as e:
         raise UsageError(f"training: {' '.join(str(e).split())}") from e
+    if is_deepspeed_zero3_enabled():
+        raise UsageError(
+            "training: ZeRO-3 of DeepSpeed leaves no process a whole tensor to save; use training.fsdp, or ZeRO-3 in a "
+            "script with transformers' Trainer, whose save_model puts tensors together"
+        )
+    return arguments
