@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from transformers import Seq2SeqTrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from loftq.errors import UsageError
