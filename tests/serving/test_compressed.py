@@ -13,6 +13,7 @@ import loftq
 from harness import EXACT
 from loftq.adapters.origins import identity
 from loftq.errors import InputError
+from loftq.planning import fused
 from models import LLAMA
 
 AUTO = transformers.AutoModelForCausalLM
@@ -97,3 +98,52 @@ def test_what_it_cannot_hold(place, made):
     (place / "half" / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
     with pytest.raises(InputError, match="does not fit the model's type BF16"):
         loftq.export(place / "half", place / "out", to="compressed-tensors")
+
+
+MIXTURE = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "num_local_experts": 4, "head_dim": 16}
+
+
+def mixture(place, **options):
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**{**LLAMA, **MIXTURE})
+    transformers.MixtralForCausalLM(config).save_pretrained(place / "source")
+    options = {"serve": "compressed-tensors", "rank": 4, "workers": 1, "min_coverage": 0.0, **EXACT, **options}
+    loftq.quantize(place / "source", place / "base", **options)
+    return place / "base"
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")  # of its own making
+def test_transformers_loads_packed_experts(tmp_path):
+    """One layer for each expert, by the names of the source; the adapter too, as vLLM reads it."""
+    pytest.importorskip("compressed_tensors")
+    base = mixture(tmp_path, bits="experts=2,4")
+    made = loftq.export(base, tmp_path / "out", to="compressed-tensors")
+    assert made["commands"] == ["# not for vLLM, whose experts have 4 or 8 bits; transformers loads it"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    targets = {g["weights"]["num_bits"]: g["targets"] for g in config["config_groups"].values()}
+    assert targets[2][0] == r"re:model\.layers\.0\.block_sparse_moe\.experts\.\d+\..+"
+    assert config["ignore"] == ["lm_head", *(f"model.layers.{i}.block_sparse_moe.gate" for i in range(2))]
+    found, wanted = AUTO.from_pretrained(tmp_path / "out").eval(), AUTO.from_pretrained(base).dequantize().eval()
+    for name in ("gate_up_proj", "down_proj"):
+        ours, theirs = (model.model.layers[1].mlp.experts.get_parameter(name) for model in (wanted, found))
+        assert torch.equal(ours, theirs)
+    with torch.no_grad():
+        assert torch.equal(found(IDS).logits, wanted(IDS).logits)
+    tuned = [PeftModel.from_pretrained(found, tmp_path / "out" / "adapter").eval()]
+    tuned.append(PeftModel.from_pretrained(wanted, base, subfolder="loftq_init").eval())
+    with torch.no_grad():
+        torch.testing.assert_close(*(model(IDS).logits for model in tuned), rtol=1e-5, atol=1e-5)
+        with tuned[1].disable_adapter():
+            assert not torch.allclose(tuned[0](IDS).logits, tuned[1](IDS).logits, atol=1e-4)
+
+
+def test_experts_of_one_width(tmp_path):
+    base = mixture(tmp_path, bits="experts=16,4")
+    made = loftq.export(base, tmp_path / "out", to="compressed-tensors")
+    assert made["commands"][0] == "# not for transformers, which loads no dense experts beside packed layers"
+    assert "vllm serve" in made["commands"][1]
+    plan = loftq.plan(tmp_path / "source", serve="compressed-tensors", rank=4, progress=False)
+    assert [len(group) for group in fused(plan.matrices, "compressed-tensors") if "experts" in group[0]] == [4]
+    base = mixture(tmp_path / "other", bits="layers.0.mlp.experts=8,4")
+    with pytest.raises(InputError, match="experts of several widths or blocks, or dense in part"):
+        loftq.export(base, tmp_path / "other" / "out", to="compressed-tensors")

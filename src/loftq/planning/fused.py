@@ -18,6 +18,8 @@ def fused(matrices: Sequence[Matrix], serve: str | None) -> list[list[str]]:
     found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for matrix in matrices if serve in SOFTWARE else ():
         parent, _, name = matrix.module.rpartition(".")
+        if matrix.experts:  # transformers has one width for all
+            found.setdefault(("", ("experts",)), []).append(matrix.module)
         for parts in PARTS:
             if name in parts:
                 found.setdefault((parent, parts), []).append(matrix.module)

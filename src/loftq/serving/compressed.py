@@ -3,6 +3,8 @@
 By the package's format ``pack-quantized``, symmetric: see :mod:`loftq.serving.packed`.
 """
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +13,33 @@ from torch import Tensor
 
 from loftq.adapters.bases import WEIGHTS
 from loftq.adapters.origins import BESIDE, FIELD
+from loftq.architecture.experts import STACKS
 from loftq.checkpoint.produce import Files
 from loftq.errors import InputError, listed, option, quoted
 from loftq.formats import fsio
 from loftq.formats.tensorfile import Entry
 from loftq.planning import Matrix, fused
-from loftq.serving import packed
+from loftq.serving import packed, per_expert
 from loftq.serving.adapter import CONFIG, Adapter
-from loftq.serving.base import Base
+from loftq.serving.base import Base, Dense
 from loftq.serving.merge import Begin
 
 NAME = "compressed-tensors"
 
 
-def check(base: Base) -> str:
+def check(base: Base, adapter: Adapter | None) -> str:
     """The type of the scales, by safetensors' name. InputError for what the format cannot hold."""
-    packed.check(base, NAME)
+    packed.check(base, NAME, ("linear", *STACKS))
+    stacks = [tensor for tensor in base.tensors.values() if tensor.experts]
+    if len({tensor.matrix and tensor.matrix.quant for tensor in stacks}) > 1:
+        raise InputError(
+            f"{listed([tensor.name for tensor in stacks], 3)}: experts of several widths or blocks, or dense in part; "
+            f"transformers and vLLM have one for all: give them the same {option('bits')} and {option('block_size')}"
+        )
+    for tensor in stacks:
+        packed.parts(base, tensor)
+    if _has_experts(adapter):
+        per_expert.check(base, adapter)
     for matrix in base.matrices:
         if matrix.shape[1] * int(matrix.quant.bits) % packed.WORD:
             raise InputError(
@@ -57,11 +70,15 @@ def write(place: Path, base: Base, adapter: Adapter | None, scales: str, begin: 
 
 
 def _config(base: Base) -> dict[str, Any]:
-    groups: dict[tuple[int, int], list[str]] = {}
-    for matrix in base.matrices:
-        groups.setdefault((int(matrix.quant.bits), matrix.quant.block_size), []).append(matrix.module)
+    groups: dict[tuple[int, int, bool], list[str]] = {}
+    for tensor in base.tensors.values():
+        if matrix := tensor.matrix:
+            names = groups.setdefault((int(matrix.quant.bits), matrix.quant.block_size, matrix.experts > 0), [])
+            names += [name for name in _targets(base, tensor) if name not in names]
     done = {matrix.module for matrix in base.matrices}
     ignore = [n for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear) and n not in done]
+    kept = (t for t in base.tensors.values() if not t.matrix and t.kind != "embedding" and len(t.shape) == 2)
+    ignore += [name for t in kept if (name := t.name.removesuffix(".weight")) not in ignore]  # routers, dense experts
     weights = {"type": "int", "symmetric": True, "strategy": "group", "dynamic": False}
     return {
         "quant_method": NAME,
@@ -75,16 +92,32 @@ def _config(base: Base) -> dict[str, Any]:
                 "input_activations": None,
                 "output_activations": None,
             }
-            for i, ((bits, size), modules) in enumerate(groups.items())
+            for i, ((bits, size, _), modules) in enumerate(groups.items())
         },
     }
 
 
+def _targets(base: Base, tensor: Dense) -> list[str]:
+    """What ``config_groups`` calls a matrix; of a stack all experts of its layer."""
+    parts = packed.parts(base, tensor)
+    owners = [re.escape(part.matrix.module.rpartition(f".{part.expert}.")[0]) for part in parts]
+    if tensor.experts:
+        return [rf"re:{owner}\.\d+\..+" for owner in dict.fromkeys(owners)]
+    return [part.matrix.module for part in parts]
+
+
+def _has_experts(adapter: Adapter | None) -> bool:
+    return adapter is not None and any(factors.experts for factors in adapter.factors.values())
+
+
 def _adapter(place: Path, base: Base, adapter: Adapter) -> Files:
-    """The adapter as it is, but for where its base lies."""
+    """The adapter as it is, but for where its base lies; LoRA on stacks as LoRA on every expert."""
     folder = place / "adapter"
     fsio.make_dirs(folder)
     config = {**adapter.config, "base_model_name_or_path": ".."}
+    if _has_experts(adapter):
+        made = per_expert.write(folder, base, replace(adapter, config=config), lambda count: lambda: None)
+        return {f"adapter/{name}": file for name, file in made.items()}
     weights = next(name for name in WEIGHTS if (adapter.directory / name).is_file())
     return {
         f"adapter/{CONFIG}": fsio.write_json(folder / CONFIG, config),
@@ -99,6 +132,11 @@ def commands(base: Base, adapter: Adapter | None) -> list[str]:
     mixed = [group for group in fused(base.matrices, NAME) if len({quants[name] for name in group}) > 1]
     if mixed:
         return [f"# not for vLLM, where {listed(mixed[0])} are one layer of one width; transformers loads it"]
+    widths = {int(matrix.quant.bits) for matrix in base.matrices if matrix.experts}
+    if widths - {4, 8}:
+        return ["# not for vLLM, whose experts have 4 or 8 bits; transformers loads it"]
+    dense = [tensor.name for tensor in base.tensors.values() if not tensor.matrix and tensor.kind in STACKS]
+    told = ["# not for transformers, which loads no dense experts beside packed layers"] if dense else []
     if adapter is None:
-        return ["vllm serve ."]
-    return [f"vllm serve . --enable-lora --max-lora-rank {adapter.served_rank} --lora-modules tuned=./adapter"]
+        return [*told, "vllm serve ."]
+    return [*told, f"vllm serve . --enable-lora --max-lora-rank {adapter.served_rank} --lora-modules tuned=./adapter"]

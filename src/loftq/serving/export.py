@@ -75,7 +75,7 @@ def _gguf(base: Base, adapter: Adapter | None, options: ExportOptions) -> Way:
 def _compressed(base: Base, adapter: Adapter | None, options: ExportOptions) -> Way:
     from loftq.serving import compressed
 
-    scales = compressed.check(base)
+    scales = compressed.check(base, adapter)
     told = compressed.commands(base, adapter)
     return lambda place, begin: compressed.write(place, base, adapter, scales, begin), told
 

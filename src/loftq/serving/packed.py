@@ -6,7 +6,7 @@ is rounded.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,41 @@ from loftq.serving.adapter import Adapter
 from loftq.serving.base import Base, Dense
 from loftq.serving.merge import Begin
 from loftq.serving.output import small_files, write_shards
+from loftq.serving.per_expert import layers
 from loftq.spec import STORED, QuantSpec
 
 WORD = 32  # bits of what the streams are read in
 
 Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PackedPart:
+    """What is written as one matrix, by its name and shape there: a matrix of the base, or rows of an expert of it."""
+
+    matrix: Matrix
+    whole: Matrix
+    expert: int | None = None
+    rows: slice = field(default_factory=lambda: slice(None))
+
+
+def parts(base: Base, tensor: Dense) -> list[PackedPart]:
+    """Of a tensor that is quantized; of a stack of experts those that the source has. InputError if it has none."""
+    matrix = tensor.matrix
+    assert matrix is not None
+    if not matrix.experts:
+        return [PackedPart(matrix, matrix)]
+    if not matrix.sources:
+        raise InputError(
+            f"{quoted(matrix.name)}: the family's files have no layer for each expert, by which vLLM and transformers "
+            f"read them; leave them dense with {option('bits', 'experts=16,4')}, or merge"
+        )
+    made = []
+    for layer, (expert, rows) in layers(tensor, base).items():
+        shape = len(range(matrix.shape[0])[rows]), matrix.shape[1]
+        one = replace(matrix, name=f"{layer}.weight", module=layer, shape=shape, experts=0, made=())
+        made.append(PackedPart(one, matrix, expert, rows))
+    return made
 
 
 def check(base: Base, software: str, kinds: tuple[str, ...] = ("linear",)) -> None:
@@ -103,26 +133,26 @@ def write_directory(
         entries: of a matrix, by suffix, from the shapes of its words and of its scales.
         made: the same tensors, of the two results of :func:`numbers`.
     """
-    by_entry: dict[str, tuple[Entry, Dense]] = {}
+    by_entry: dict[str, tuple[Entry, PackedPart | None]] = {}
     for tensor in base.tensors.values():
-        found = [Entry(tensor.name, tensor.dtype, tensor.shape)]
-        if matrix := tensor.matrix:
-            (rows, columns), quant = matrix.shape, matrix.quant
-            stem, words = matrix.name.removesuffix("weight"), columns * int(quant.bits) // WORD
+        if not tensor.matrix:
+            by_entry[tensor.name] = Entry(tensor.name, tensor.dtype, tensor.shape), None
+        for part in parts(base, tensor) if tensor.matrix else ():
+            (rows, columns), quant = part.matrix.shape, part.matrix.quant
+            stem, words = part.matrix.name.removesuffix("weight"), columns * int(quant.bits) // WORD
             named = entries((rows, words), (rows, columns // quant.block_size))
-            found = [replace(entry, name=stem + entry.name) for entry in named]
-        by_entry |= {entry.name: (entry, tensor) for entry in found}
+            by_entry |= {stem + entry.name: (replace(entry, name=stem + entry.name), part) for entry in named}
     advance = begin(len(by_entry))
     held: list[Tensor] = []  # of one matrix, whose entries follow each other
 
     def read(entry: Entry) -> list[Tensor]:
-        _, tensor = by_entry[entry.name]
+        _, part = by_entry[entry.name]
         advance()
-        if tensor.matrix is None:
-            return [base.checkpoint.read(tensor.name)]
+        if part is None:
+            return [base.checkpoint.read(entry.name)]
         if not held:
-            stored = base.by_suffix(tensor.matrix)
-            held.extend(made(tensor.matrix, *numbers(tensor.matrix.quant, stored, tensor.matrix.shape[1])))
+            stored = {suffix: value[part.rows] for suffix, value in base.by_suffix(part.whole, part.expert).items()}
+            held.extend(made(part.matrix, *numbers(part.matrix.quant, stored, part.matrix.shape[1])))
         return [held.pop(0)]
 
     files = write_shards(place, [entry for entry, _ in by_entry.values()], read)

@@ -42,7 +42,7 @@ def write(place: Path, base: Base, adapter: Adapter, begin: Begin) -> Files:
     """The adapter's two files, and the tokenizer beside it, if there is one."""
     stacks = {name: base.tensors[name] for name, factors in adapter.factors.items() if factors.experts}
     held = {name for stack in stacks for name in (adapter.factors[stack].a, adapter.factors[stack].b)}
-    parts = {name: _layers(tensor, base) for name, tensor in stacks.items()}
+    parts = {name: layers(tensor, base) for name, tensor in stacks.items()}
     entries = [Entry(n, _dtype(adapter, n), shape) for n, shape in adapter.shapes.items() if n not in held]
     for stack in stacks:
         factors = adapter.factors[stack]
@@ -74,8 +74,8 @@ def write(place: Path, base: Base, adapter: Adapter, begin: Begin) -> Files:
     }
 
 
-def _layers(tensor: Dense, base: Base) -> Layers:
-    """InputError for a stack whose experts are no layers."""
+def layers(tensor: Dense, base: Base) -> Layers:
+    """The layers that a stack is of. InputError for a stack whose experts are no layers."""
     made = tensor.made if tensor.matrix is not None and tensor.matrix.sources else ()
     module, rows = (
         base.model.get_submodule(tensor.runtime.rpartition(".")[0]),
