@@ -54,6 +54,15 @@ def test_two_bits_are_smaller_than_sixteen(tmp_path):
     assert "smaller with --embeddings" in ended.out
 
 
+def test_no_option_is_named_for_what_none_makes_smaller(source, tmp_path):
+    """Layers that the configuration leaves out are copied as they are."""
+    shorter = shutil.copytree(source, tmp_path / "shorter")
+    config = json.loads((shorter / "config.json").read_text())
+    (shorter / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    largest = loftq.quantize(shorter, tmp_path / "out", bits=2, rank=2, workers=1)["totals"]["largest"]
+    assert (largest["what"], largest["option"]) == ("other tensors that are kept", "")
+
+
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("layout", ["loftq", "dense"])
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from loftq.planning import Plan
+from loftq.planning import NO_PARAMETER, Plan
 
 
 def totals(plan: Plan, matrices: list[dict[str, Any]], file_sizes: dict[str, int]) -> dict[str, Any]:
@@ -51,7 +51,8 @@ def totals(plan: Plan, matrices: list[dict[str, Any]], file_sizes: dict[str, int
 def _largest(plan: Plan, packed: int, adapter: int) -> dict[str, Any]:
     tables = sum(k.bytes for k in plan.kept if k.reason.startswith("an embedding ("))
     others = sum(k.bytes for k in plan.kept) - tables
-    narrow = "" if all(k.dtype not in ("F32", "F64") for k in plan.kept if len(k.shape) > 1) else "--dtype bfloat16"
+    narrowed = [k for k in plan.kept if len(k.shape) > 1 and k.reason != NO_PARAMETER]  # by the option
+    narrow = "--dtype bfloat16" if any(k.dtype in ("F32", "F64") for k in narrowed) else ""
     parts = [
         (packed, "quantized matrices", "fewer --bits"),
         (adapter, "the adapter", "a lower --rank"),
