@@ -4,7 +4,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
 
 import loftq
 from loftq.errors import UsageError
@@ -146,3 +152,18 @@ def test_on_the_meta_device_nothing_is_solved(checkpoint):
 
 def test_a_configuration_of_a_dense_model_makes_dense_layers(checkpoint):
     assert not packed(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint.source)))
+
+
+def test_a_table_under_a_head_that_is_tied_to_it(made, tmp_path):
+    """The encoder alone was quantized, its table too; a class with a head needs the table for a product."""
+    checkpoint = made("bert", embeddings=True)
+    packed = checkpoint.load().get_input_embeddings()
+    model = AutoModelForMaskedLM.from_pretrained(checkpoint.output).eval()
+    table = model.get_input_embeddings()
+    assert model.get_output_embeddings().weight is table.weight
+    assert torch.equal(table.weight, packed.dequantize(table.weight.dtype))
+    ids = torch.tensor([[1, 5, 9]])
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(AutoModelForMaskedLM.from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)
+        loftq.load_start(model, checkpoint.output)(ids)

@@ -137,10 +137,28 @@ class LoftQHfQuantizer(HfQuantizer):
                     parameter.requires_grad_(False)
                 if not module.stored[0].is_meta:
                     _check_rates(name, module)
+        _unpack_shared_tables(model)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         return unpack_model(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+
+
+def _unpack_shared_tables(model: Any) -> None:
+    """A packed table becomes dense if the class ties its head to it, whose product cannot be by packed codes.
+
+    It was packed because the class that was quantized has no such head.
+    """
+    tables = {id(m.stored[0]): name for name, m in model.named_modules() if isinstance(m, LoftQEmbedding)}
+    others = (m for m in model.modules() if not isinstance(m, Packed))
+    shared = [(m, key, tables[id(p)]) for m in others for key, p in m._parameters.items() if id(p) in tables]
+    for name in {name for *_, name in shared}:
+        table: Any = model.get_submodule(name)
+        replace_module(model, name, table.to_dense(table.compute_dtype))
+    for module, key, name in shared:
+        setattr(module, key, model.get_submodule(name).weight)
+    if shared:
+        forget_unpacked(model)
 
 
 def _check_rates(name: str, module: Packed) -> None:
@@ -361,6 +379,7 @@ def forget_unpacked(model: Any) -> None:
     quantizer.remove_quantization_config(model)
     if any(isinstance(m, Packed) for m in model.modules()):
         mark_quantized(model, bits)
+        model.hf_quantizer.new_modules = quantizer.new_modules
     else:
         _save_like_new(model)
 
