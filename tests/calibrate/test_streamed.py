@@ -79,6 +79,7 @@ def stopped(monkeypatch, run, at):
             run()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("stopped_at", [3, 9])
 def test_a_stopped_run_goes_on_at_its_block(source, tmp_path, monkeypatch, held, stopped_at):
     whole = quantized(source, tmp_path / "whole")
@@ -137,6 +138,7 @@ def test_killed_again_and_again(source, tmp_path):
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_stopped_run_has_its_fisher_information(source, tmp_path, monkeypatch):
     whole = quantized(source, tmp_path / "whole", preset="lq-lora")
     stopped(monkeypatch, lambda: quantized(source, tmp_path / "out", preset="lq-lora"), 3)
@@ -145,6 +147,7 @@ def test_a_stopped_run_has_its_fisher_information(source, tmp_path, monkeypatch)
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_what_is_needed_and_gone_is_collected_again(source, tmp_path, monkeypatch, held, caplog):
     """A matrix of a block that is done was damaged; or the file of states was."""
     quantized(source, tmp_path / "whole")
@@ -159,6 +162,7 @@ def test_what_is_needed_and_gone_is_collected_again(source, tmp_path, monkeypatc
         (tmp_path / "out").rename(tmp_path / f"done-{len(damaged)}")
 
 
+@pytest.mark.slow
 def test_a_budget_runs_the_texts_twice(source, tmp_path, held):
     spent = {"budget": 4.0}
     made = loftq.quantize(source[0], tmp_path / "out", calibrate=str(source[1]), **{**OPTIONS, **spent, "bits": None})
@@ -170,6 +174,7 @@ def test_a_budget_runs_the_texts_twice(source, tmp_path, held):
     assert made["matrices"] == again["matrices"]
 
 
+@pytest.mark.slow
 def test_into_a_store(source, tmp_path, memory):
     quantized(source, tmp_path / "made")
     quantized(source, "memory://bucket/made")
@@ -191,6 +196,7 @@ def test_states_of_any_plain_form(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_two_processes_collect_what_one_does(name, tmp_path, monkeypatch):
     """To the bit: batches are dealt out, and float64 sums of float32 products added up."""

@@ -24,10 +24,10 @@ from models import quantize as quantize_checkpoint
 
 WIDTHS = [
     {"bits": 2},
-    {"bits": 2.1875, "code": "trellis"},
     {"bits": 3, "code": "affine"},
     {"bits": 4, "double_quant": True},
     {"bits": 8},
+    {"bits": 2.1875, "code": "trellis"},
 ]
 
 

@@ -191,6 +191,7 @@ def test_bits_do_not_depend_on_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", [90])
 def test_kernels_compile(architecture: int, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = backend("compiled", TRELLIS).module

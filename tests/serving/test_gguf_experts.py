@@ -24,6 +24,7 @@ def differing(directory, tensors):
     return count
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -145,6 +146,7 @@ writer.write_tensors_to_file()
 """
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
 def test_experts_are_where_a_script_puts_them(name, tmp_path):
     """One tensor for each expert in the source; transposed and interleaved."""

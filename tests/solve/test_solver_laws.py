@@ -142,7 +142,7 @@ FITTED = [
 ]
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("kind", matrices())
 @pytest.mark.parametrize("order", ["quantize-first", "svd-first"])
 def test_with_fitted_scales_no_step_raises_the_error(kind: str, order: str) -> None:

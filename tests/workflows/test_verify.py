@@ -64,6 +64,7 @@ def test_a_flipped_bit(out, file):
     refused(cli("verify", out), 3, f"{file}: its bytes have changed")
 
 
+@pytest.mark.slow
 def test_every_bit_of_a_small_shard_counts(out):
     file = out / "loftq_init" / "adapter_config.json"
     raw = file.read_bytes()
