@@ -31,7 +31,7 @@ class Halves(TorchFunctionMode):
         self.way, self.size = way, size
         self.products = 0
         self._key: Any = None
-        self._halves: tuple[Tensor, Tensor] | None = None
+        self._halves: Any = None
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in MATMUL and not kwargs and all(isinstance(a, Tensor) and a.dim() == 2 for a in args):
@@ -50,13 +50,14 @@ class Halves(TorchFunctionMode):
                     break
         return function(*args, **(kwargs or {}))
 
-    def halves(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """A matrix in bfloat16, and what that leaves; remembered while it is the same."""
-        key = (matrix.data_ptr(), matrix._version, matrix[0].tolist())
+    def halves(self, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A matrix in bfloat16 and, for three products, what that leaves; remembered while the matrix is the same."""
+        key = (matrix.data_ptr(), matrix._version, matrix.stride(), matrix[0].tolist())
         if key != self._key:
             high = matrix.bfloat16()
-            self._key, self._halves = key, (high, (matrix - high.float()).bfloat16())
-        return self._halves  # type: ignore[return-value]
+            low = (matrix - high.float()).bfloat16() if self.way == "three products" else None
+            self._key, self._halves = key, (high, low)
+        return self._halves
 
 
 def matrices(size: int) -> dict[str, Tensor]:
