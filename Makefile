@@ -17,7 +17,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TOOLS  := .tools
 LOCKED ?=    # LOCKED=1 installs exactly requirements-ci.txt, every file compared with its hash (Python 3.11, Linux x86-64)
-WORKERS ?= 2  # tests at a time; each keeps to one thread
+export WORKERS ?= 2  # tests at a time; each keeps to one thread
 
 .PHONY: demo test check format bench docs serve gpu compat lock audit same release clean
 .DEFAULT_GOAL := test

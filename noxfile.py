@@ -4,6 +4,7 @@
 lowest version that pyproject.toml allows. An interpreter that is not on the machine is skipped, and nox says so.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -18,7 +19,8 @@ OF_OLD_RELEASES = tuple(f"-Wignore::{kind}Warning" for kind in ("Deprecation", "
 
 def quick_tests(session: nox.Session, *options: str) -> None:
     """Run the tests without the marker ``slow``, against what is installed."""
-    command = ("python", "-m", "pytest", "-n", "2", "-m", "not slow", *options, *session.posargs)
+    workers = os.environ.get("WORKERS", "2").strip()
+    command = ("python", "-m", "pytest", "-n", workers, "-m", "not slow", *options, *session.posargs)
     session.run(*command, env={"PYTHONPATH": ""})
 
 
