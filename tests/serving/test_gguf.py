@@ -213,6 +213,17 @@ def logits(fields, t, lora=None):
     return norm(x, t["output_norm.weight"], eps) @ t.get("output.weight", t["token_embd.weight"]).T
 
 
+def check_same(tuned, base, lora):
+    """What a reader computes of the files is what PEFT computes, with the adapter and without; and it tells."""
+    with torch.no_grad():
+        together = tuned(IDS).logits[0]
+        with tuned.disable_adapter():
+            alone = tuned(IDS).logits[0]
+    assert not torch.allclose(together, alone, atol=1e-2)
+    torch.testing.assert_close(logits(*base), alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(*base, lora), together, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_base_and_adapter_compute_what_transformers_does(name, tmp_path):
@@ -221,13 +232,7 @@ def test_base_and_adapter_compute_what_transformers_does(name, tmp_path):
     tuned = adapted(directory, tmp_path / "adapter", **RSLORA)
     loftq.export(directory, tmp_path / "gguf", to="gguf", adapter=tmp_path / "adapter")
     base, lora = read(tmp_path / "gguf" / "model.gguf"), read(tmp_path / "gguf" / "adapter.gguf")
-    with torch.no_grad():
-        together = tuned(IDS).logits[0]
-        with tuned.disable_adapter():
-            alone = tuned(IDS).logits[0]
-    assert not torch.allclose(together, alone, atol=1e-2)
-    torch.testing.assert_close(logits(*base), alone, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(logits(*base, lora), together, rtol=1e-4, atol=1e-4)
+    check_same(tuned, base, lora)
     assert lora[0]["general.type"] == "adapter"
     assert base[0]["tokenizer.ggml.model"] == "gpt2"
     assert base[0]["tokenizer.ggml.tokens"][5] == transformers.AutoTokenizer.from_pretrained(
@@ -359,6 +364,11 @@ def test_what_gguf_cannot_hold_is_refused(tmp_path, made):
     refused(
         cli("export", other, "-o", tmp_path / "gguf", "--to", "gguf"), 3, "how it cuts words", "--tokenizer-rule NAME"
     )
+    without = {**content, "model": {**content["model"], "merges": []}}
+    (other / "tokenizer.json").write_text(json.dumps(without))
+    with pytest.raises(InputError, match=r"no merges, and llama\.cpp loads no byte-level BPE without"):
+        loftq.export(other, tmp_path / "gguf", to="gguf", tokenizer_rule="llama-bpe")
+    (other / "tokenizer.json").write_text(json.dumps(content))
     assert not (tmp_path / "gguf").exists()
     ended = cli("export", other, "-o", tmp_path / "gguf", "--to", "gguf", "--tokenizer-rule", "llama-bpe")
     assert ended.code == 0, ended.err

@@ -84,7 +84,7 @@ class QuantizeOptions:
     format: str = default("format")
     workers: int = default("workers")  # 0: as many as CPUs, memory and device allow
     device: str = default("device")
-    max_shard_bytes: int = 1 << 30  # 0: what suits the checkpoint's size
+    max_shard_bytes: int = 10**9  # 0: what suits the checkpoint's size
     overwrite: bool = default("overwrite")
     shared: bool = default("shared")
     cluster: str | None = default("cluster")

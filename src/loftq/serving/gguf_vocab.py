@@ -49,6 +49,8 @@ def add_vocabulary(writer: Any, directory: Path, rows: int, rule: str | None) ->
     tokens, types = _tokens(path, content, model, rows)
     by_bytes = "ByteLevel" in _kinds(content.get("pre_tokenizer"))
     writer.add_tokenizer_model("gpt2" if by_bytes else "llama")
+    if by_bytes and not model.get("merges"):
+        raise InputError(f"{shown(path)}: no merges, and llama.cpp loads no byte-level BPE without; train it with some")
     if by_bytes:
         writer.add_tokenizer_pre(rule or _rule(path, content))
     else:
