@@ -23,13 +23,19 @@ RATES = {"learning_rates": [1.0e-3, 4.0e-3], "further_rates": [2.5e-4, 1.6e-2]}
 
 
 def recipe(
-    given: argparse.Namespace, task: str, widths: Sequence[float | str] = WIDTHS, *, trellis: bool = True
+    given: argparse.Namespace,
+    task: str,
+    widths: Sequence[float | str] = WIDTHS,
+    *,
+    batch_size: int = 8,
+    trellis: bool = True,
 ) -> study.Recipe:
     small = given.size == "small"
     training: dict[str, Any] = {"warmup_steps": 0.1, "lr_scheduler_type": "cosine", "weight_decay": 0.0}
     if task == "wikitext2":
         files, length = WIKITEXT, 256
-        training |= {"max_steps": 120 if small else 600, "per_device_train_batch_size": 8, "eval_on_start": True}
+        training |= {"max_steps": 120 if small else 600, "per_device_train_batch_size": batch_size}
+        training["eval_on_start"] = True
     else:
         files, length = GSM8K, 512
         training |= {"max_steps": 1000, "per_device_train_batch_size": 16}
