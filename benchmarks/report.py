@@ -24,6 +24,12 @@ SCRIPTS = {  # in the order of the page: title, and what limits the result
         "Every worker solves one matrix at a time, so a checkpoint takes the time of its matrices. A step holds three "
         "copies of the matrix in float32, and its codes.",
     ),
+    "one_pass": (
+        "Calibrating and solving in one pass",
+        "On disk are the moments of one block, fit and held out, `8 in²` bytes for each different input, and the "
+        "hidden states of all windows. In memory, a worker holds about five float64 matrices of `in²`; the widest is "
+        "11,008. The time of a step grows with `out in²`.",
+    ),
     "shared": (
         "Processes that share",
         "Every process plans for itself, and reads every matrix back from the file that keeps it until its shard "

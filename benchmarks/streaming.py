@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,24 +22,15 @@ from harness import Bench, save_shards
 
 BITS, RANK, STEPS = 2, 64, 5
 HIDDEN, MLP, VOCABULARY = 4096, 11008, 32000
-LAYER = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (HIDDEN, HIDDEN),
-    "self_attn.v_proj": (HIDDEN, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (MLP, HIDDEN),
-    "mlp.up_proj": (MLP, HIDDEN),
-    "mlp.down_proj": (HIDDEN, MLP),
-}
 IMPORTS = "import loftq.checkpoint.quantize, transformers, peft"
 PEAK = "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])"
 
 
-def write_checkpoint(directory: Path, layers: int) -> int:
+def write_checkpoint(directory: Path, layers: int, hidden: int = HIDDEN, mlp: int = MLP) -> int:
     """One shard a layer, one for the rest, an index and a config; bytes on disk."""
     config = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=MLP,
+        hidden_size=hidden,
+        intermediate_size=mlp,
         num_hidden_layers=layers,
         num_attention_heads=32,
         vocab_size=VOCABULARY,
@@ -52,17 +43,19 @@ def write_checkpoint(directory: Path, layers: int) -> int:
         return (torch.randn(shape, generator=generator) * 0.02).bfloat16()
 
     def shards() -> Iterator[dict[str, torch.Tensor]]:
-        tables = {f"{name}.weight": random(VOCABULARY, HIDDEN) for name in ("model.embed_tokens", "lm_head")}
-        yield {**tables, "model.norm.weight": torch.ones(HIDDEN).bfloat16()}
-        yield from (_layer(i, random) for i in range(layers))
+        tables = {f"{name}.weight": random(VOCABULARY, hidden) for name in ("model.embed_tokens", "lm_head")}
+        yield {**tables, "model.norm.weight": torch.ones(hidden).bfloat16()}
+        yield from (_layer(i, hidden, mlp, random) for i in range(layers))
 
     return save_shards(directory, shards(), layers + 1)
 
 
-def _layer(i: int, random) -> dict[str, torch.Tensor]:
-    shard = {f"model.layers.{i}.{name}.weight": random(*shape) for name, shape in LAYER.items()}
+def _layer(i: int, hidden: int, mlp: int, random: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
+    shapes = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
+    shapes |= {"mlp.gate_proj": (mlp, hidden), "mlp.up_proj": (mlp, hidden), "mlp.down_proj": (hidden, mlp)}
+    shard = {f"model.layers.{i}.{name}.weight": random(*shape) for name, shape in shapes.items()}
     for norm in ("input_layernorm", "post_attention_layernorm"):
-        shard[f"model.layers.{i}.{norm}.weight"] = torch.ones(HIDDEN).bfloat16()
+        shard[f"model.layers.{i}.{norm}.weight"] = torch.ones(hidden).bfloat16()
     return shard
 
 
