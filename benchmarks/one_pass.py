@@ -4,7 +4,8 @@ Peer: none; beside it, by the sizes of its files, what `loftq calibrate` keeps o
 
 Goal: with 8 windows of 512 tokens and `descent`, 2 bits, rank 64, at most 3 GB of statistics on disk at any time. All
 files in the run's directory of moments count, unfinished ones and hidden states too; it is looked at fifty times a
-second. Every layer has the same shapes, so two show what 32 repeat (`--layers`). Weights and texts are random.
+second. Every layer has the same shapes, so two show what 32 repeat (`--layers`), and every step takes the same memory
+(`--steps`, of which the preset has 6). Weights and texts are random.
 """
 
 import json
@@ -74,8 +75,8 @@ def write_texts(directory: Path) -> Path:
 
 
 def main() -> None:
-    bench = Bench(__file__, __doc__, layers=2)
-    layers, workers = bench.options["layers"], bench.threads
+    bench = Bench(__file__, __doc__, layers=2, steps=6)
+    (layers, steps), workers = bench.options.values(), bench.threads
     hidden, mlp = (256, 688) if bench.quick else (HIDDEN, MLP)
     watch = Watch()
     with tempfile.TemporaryDirectory() as work:
@@ -85,7 +86,7 @@ def main() -> None:
         texts = write_texts(source)
         quantize = (
             f"import loftq; loftq.quantize({str(source)!r}, {str(output)!r}, bits={BITS}, rank={RANK}, "
-            f"calibrate={str(texts)!r}, calibration_samples={WINDOWS}, workers={workers})"
+            f"calibrate={str(texts)!r}, calibration_samples={WINDOWS}, steps={steps}, workers={workers})"
         )
         began, spent = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         with ThreadPoolExecutor(1) as pool:
@@ -97,7 +98,7 @@ def main() -> None:
     assert options["solve"]["rounding"] == "descent", options
     cpu = used.ru_utime + used.ru_stime - spent.ru_utime - spent.ru_stime
     moments = [size for size, _, _ in watch.blocks.values()]
-    case = f"{layers} layers of Llama-2-7B, {WINDOWS} windows of {TOKENS}, descent, {BITS} bits, {workers} workers"
+    case = f"{layers} layers of Llama-2-7B, {WINDOWS} windows, descent, {steps} steps, {BITS} bits, {workers} workers"
     bench.record(case, "most statistics on disk at a time", [watch.most], "B", at_most=3e9)
     bench.record(case, "moments of a block", moments, "B")
     bench.record(case, "peak resident memory", [peak / 2**30], "GiB")
@@ -106,7 +107,7 @@ def main() -> None:
     bench.record(case, "wall time", [seconds / 60], "min")
     bench.record(case, "CPU time", [cpu / 60], "min")
     bench.record(case, "checkpoint", [size], "B")
-    bench.record(case, f"CPU hours of all {LAYERS} layers, extrapolated", [cpu / layers * LAYERS / 3600], "h")
+    bench.record(case, f"CPU time of all {LAYERS} layers, extrapolated", [cpu / layers * LAYERS / 3600], "h")
     bench.record(case, f"moments of all {LAYERS} layers, if they were kept", [LAYERS * max(moments)], "B")
     bench.finish()
 
