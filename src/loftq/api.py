@@ -14,6 +14,7 @@ from loftq.adapters.convert import convert
 from loftq.checkpoint.quantize import quantize as _quantize
 from loftq.checkpoint.quantize import quantize_options
 from loftq.errors import UsageError, checks_names, listed
+from loftq.formats.regular import check_not_empty
 from loftq.formats.statistics import Statistics
 from loftq.frozen.replace import replace
 from loftq.numerics import Moments
@@ -273,8 +274,9 @@ def statistics_from(calibration: Statistics | str | Path | None, original: Path 
 
 def as_path(what: str, value: Any) -> str:
     """A path as it was written: a hub id looks like one, and ``./org/name`` is none."""
+    if isinstance(value, nn.Module):
+        raise UsageError(f"{what}: wanted a path, got {type(value).__name__} in memory; this call reads files")
     if not isinstance(value, (str, os.PathLike)):
         raise UsageError(f"{what}: wanted a path, got {type(value).__name__}")
-    if not os.fspath(value):
-        raise UsageError(f"{what}: wanted a path, got an empty text")
+    check_not_empty(what, os.fspath(value))
     return os.fspath(value)

@@ -148,6 +148,17 @@ def test_other_calls(tmp_path):
     assert "did you mean 'weights'?" in refused(lambda: loftq.replace_lora_weights(model, weight="x"))
     assert "PeftModel" in refused(lambda: loftq.replace_lora_weights(model, tmp_path / "source", progress=False))
     assert "did you mean 'kind'?" in refused(lambda: loftq.calibrate(model, ["a"], kin="full"))
+    for call in (loftq.plan, loftq.inspect, loftq.verify, loftq.status, loftq.evaluate):
+        assert "wanted a path, got LlamaForCausalLM in memory" in refused(lambda call=call: call(model))
+        assert "wanted a path, got an empty text" in refused(lambda call=call: call(" "))
+    packed = loftq.get_peft_model(models.tiny("llama"), rank=4, steps=0, preset="loftq", progress=False)
+    for odd in (packed, packed.get_base_model()):
+        assert "has an adapter already" in refused(lambda odd=odd: loftq.calibrate(odd, ["a"], progress=False))
+    for odd, word in (
+        (packed.unload(), "quantized already (loftq); load"),
+        (models.tiny("llama").to("meta"), "shapes"),
+    ):
+        assert word in refused(lambda odd=odd: loftq.calibrate(odd, ["a"], progress=False))
     assert "got Linear" in refused(lambda: loftq.calibrate(nn.Linear(2, 2), ["a"], progress=False))
     assert "samples must be" in refused(lambda: loftq.calibrate(model, ["a"], samples="4", progress=False))
     assert "got int" in refused(lambda: loftq.calibrate(model, 3, progress=False))

@@ -130,6 +130,7 @@ def test_a_complete_output_of_the_same_command(source, output):
     again = cli("quantize", source, "-o", output, *FLAGS)
     assert first.code == again.code == 0
     assert ["already done" in ended.out for ended in (first, again)] == [False, True]
+    assert f"`loftq verify {output}` compares their bytes" in again.out
     assert tree(output) == before
     assert {p: p.stat().st_mtime_ns for p in output.rglob("*")} == times
     assert set(os.listdir(output.parent)) == {"out"}
@@ -185,6 +186,19 @@ def test_a_damaged_output_is_not_taken_for_done(source, output, damage):
     refused(cli("quantize", source, "-o", output, *FLAGS), 5, "damaged", "--overwrite")
     assert cli("quantize", source, "-o", output, *FLAGS, "--overwrite").code == 0
     assert tree(output) == good
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "loftq_init/adapter_model.bin"])
+def test_a_file_that_a_loader_may_take_was_added(source, output, name):
+    run(source, output)
+    for note in ("notes.md", "mine/rows.jsonl", "checkpoint-3/model.safetensors"):  # these harm nobody
+        (output / note).parent.mkdir(exist_ok=True)
+        (output / note).write_text("mine")
+    assert "already done" in cli("quantize", source, "-o", output, *FLAGS).out
+    (output / name).write_text("mine")
+    for flags in ((), ("--overwrite",)):
+        refused(cli("quantize", source, "-o", output, *FLAGS, *flags), 5, f"since then {name} was added", "move that")
+    assert (output / name).read_text() == "mine"
 
 
 # Where it stands

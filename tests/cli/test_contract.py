@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import loftq.cli
 from harness import FLAGS, cli, refused, start_cli, tiny_source, tree
+from loftq.errors import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -442,6 +443,25 @@ def test_a_url_is_refused(tmp_path, monkeypatch, command, url):
     ended = cli(*(part.format(**names) for part in command.split()))
     refused(ended, 2, url, "a URL, and only paths of this machine are read and written")
     assert tree(tmp_path) == before
+
+
+def test_nothing_is_no_path(tmp_path, monkeypatch):
+    """Of every verb: an empty argument or option is refused, and never taken for the current directory."""
+    monkeypatch.chdir(tmp_path)
+    for command in typer.main.get_command(loftq.cli.app).commands.values():
+        for parameter in command.params:
+            if parameter.name in ("prompt", "system") or getattr(parameter, "is_flag", False):
+                continue
+            flags = [parameter.opts[0]] if parameter.opts[0].startswith("--") else []
+            for nothing in ("", " "):
+                with pytest.raises(UsageError, match="wanted a value, got an empty text"):
+                    command.main([*flags, nothing], standalone_mode=False)
+    source, recipe = tiny_source(tmp_path / "source"), tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(model=source, output=tmp_path / "run", data=tmp_path))
+    for key in ("output", "model", "data"):
+        refused(cli("train", recipe, f"{key}=' '"), 2, "got an empty text")
+    refused(cli("quantize", source, "--output="), 2, "--output: wanted a value, got an empty text")
+    assert {p.name for p in tmp_path.iterdir()} == {"source", "recipe.yaml"}
 
 
 @pytest.mark.parametrize("command", ["quantize {source} -o {name}", "start {source} --weights {source} -o {name}"])

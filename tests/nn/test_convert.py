@@ -194,6 +194,21 @@ def test_what_is_no_dense_transformers_model_is_refused(made):
         converted(wrapped, bits=2, rank=2)
 
 
+def test_hooks_stay_with_their_layers():
+    """Also that of gradient checkpointing, without which no adapter gets a gradient."""
+    model, seen = tiny("llama"), []
+    model.enable_input_require_grads()
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    handle = layer.register_forward_hook(lambda *args: seen.append(type(args[0]).__name__))
+    wrapped = converted(model, rank=4, steps=0, embeddings=True)
+    with torch.no_grad():
+        wrapped(**inputs(model))
+    assert model.get_input_embeddings()(torch.tensor([1])).requires_grad
+    handle.remove()
+    wrapped.get_base_model().dequantize()(**inputs(model))
+    assert seen == ["LoftQLinear"]
+
+
 def test_experts_may_stay_dense():
     with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.experts\.\w+_proj \(left dense by"):
         converted(tiny("mixtral"), bits="experts=16,2", rank=4)

@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 from loftq import planning
-from loftq.adapters.start import refuse_adapted, wrap
+from loftq.adapters.start import refuse_not_dense, wrap
 from loftq.architecture import skeleton
 from loftq.architecture.adapter import adapter_config, adapter_tensors, stacked_adapter
-from loftq.errors import UsageError, command, listed, naming, option, quoted
+from loftq.errors import UsageError, command, listed, naming, option
 from loftq.formats.statistics import Statistics
 from loftq.formats.tensorfile import dtype_name
 from loftq.nn.experts import pack_experts
 from loftq.nn.hf import mark_quantized
-from loftq.nn.layers import Packed, pack_like, replace_module
+from loftq.nn.layers import pack_like, replace_module
 from loftq.numerics import encode, oriented
 from loftq.planning import Matrix, Plan, Policy
 from loftq.solver import Solution, check_finite, ordered_map, solve, workers_for
@@ -81,20 +81,8 @@ def convert(
 
 
 def _check_model(model: nn.Module) -> None:
-    from transformers import PreTrainedModel
-
-    if isinstance(model, nn.Module):
-        refuse_adapted(model)
-    if not isinstance(model, PreTrainedModel):
-        raise UsageError(
-            f"wanted a model of transformers, got {type(model).__name__}; load one with from_pretrained first"
-        )
-    method = getattr(model, "quantization_method", None)
-    if method is not None or any(isinstance(module, Packed) for module in model.modules()):
-        raise UsageError(
-            f"the model is quantized already ({quoted(method or 'loftq')}); load it in full precision, or give "
-            "this one an adapter by loftq.replace_lora_weights or loftq.load_start"
-        )
+    instead = ", or give this one an adapter by loftq.replace_lora_weights or loftq.load_start"
+    refuse_not_dense(model, instead)
     away = [name for name, p in model.named_parameters() if p.device.type == "meta"]
     if away:
         raise UsageError(

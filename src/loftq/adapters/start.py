@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_mod
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from loftq.adapters.bases import refuse_no_weights
 from loftq.adapters.origins import identity, refuse_other
@@ -82,6 +83,24 @@ def refuse_adapted(model: nn.Module) -> None:
     """UsageError for a model with an adapter of PEFT, which transformers may have loaded with it."""
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise UsageError("the model has an adapter already; merge or unload it first, and give the model under it")
+
+
+def refuse_not_dense(model: Any, instead: str = "") -> None:
+    """UsageError for what is no model of transformers in full precision, as it was loaded.
+
+    Args:
+        instead: what else may be done with one that is quantized.
+    """
+    if isinstance(model, nn.Module):
+        refuse_adapted(model)
+    if not isinstance(model, PreTrainedModel):
+        raise UsageError(
+            f"wanted a model of transformers, got {type(model).__name__}; load one with from_pretrained first"
+        )
+    method: Any = getattr(model, "quantization_method", None)
+    if method is not None or any(isinstance(module, Packed) for module in model.modules()):
+        method = quoted(getattr(method, "value", method) or "loftq")
+        raise UsageError(f"the model is quantized already ({method}); load it in full precision{instead}")
 
 
 def wrap(model: Any, config: LoraConfig, factors: dict[str, Tensor]) -> PeftModel:

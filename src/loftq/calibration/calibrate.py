@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from loftq.adapters.start import refuse_not_dense
 from loftq.architecture.loading import load_tokenizer
 from loftq.calibration import texts
 from loftq.calibration.blocks import load, load_offloaded
@@ -195,10 +196,10 @@ def calibrate_loaded(
         tokenizer: for all but batches; for ``fisher`` of a masked language model, for these too.
         options: ``data`` in it is not looked at.
     """
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
-        raise UsageError(f"wanted a model of transformers, got {type(model).__name__}; give it before PEFT wraps it")
+    refuse_not_dense(model)
+    empty = [name for name, p in model.named_parameters() if p.is_meta]
+    if empty and getattr(model, "hf_device_map", None) is None:  # else accelerate has them on disk
+        raise UsageError(f"the model has no weights, only shapes ({listed(empty, 3)}); load it with from_pretrained")
     length = length_for(model, tokenizer, options.max_length)
     if isinstance(data, (str, Path)):
         _, rows = _rows(replace(options, data=str(data)), _given(tokenizer), length)

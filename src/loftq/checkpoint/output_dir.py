@@ -2,13 +2,14 @@
 
 import errno
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
 from loftq.checkpoint.manifest import MANIFEST, checked
 from loftq.checkpoint.shards import Workspace
-from loftq.errors import ConflictError, InputError, LoftqError, StorageError, UsageError, listed, option
+from loftq.errors import ConflictError, InputError, LoftqError, StorageError, UsageError, listed, option, quoted
 from loftq.formats import fsio, hashed_json, strict_json
 from loftq.formats.regular import shown, url_of
 
@@ -16,6 +17,8 @@ PLACE = "source_directory"  # in the identity of a workspace alone: no output ho
 SHARED = "shared"  # the same: whether it is made by processes that share it
 OF_SOURCE = ("source.", "base.", "plan:", "statistics.")  # of an identity: the sources, and what follows from them
 MACHINE = "machine"  # of an identity: what may change bits, and makes no other result of what is done
+NOTES = {"", ".md", ".png", ".pdf", ".svg"}  # endings of files that no loader reads: people may add them
+TRAINED = re.compile(r"checkpoint-\d+")  # what a Trainer puts beside the model that it trains
 _TAKEN = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
 
 
@@ -39,6 +42,8 @@ def already_done(
 ) -> dict[str, Any] | None:
     """What is written last of an output that this very command made earlier; ConflictError for anything else there.
 
+    Sizes are compared and names, no bytes: reading all of a large output takes as long as copying it.
+
     Args:
         overwrite: None if the command has no such option.
         mark: the name of that file.
@@ -58,12 +63,24 @@ def already_done(
         changed, damaged = "", str(e)
     else:
         if not changed and not damaged:
+            _refuse_added(output, {*found["files"], mark})
             return found
     if overwrite:
         return None
     problem = f"made by another command ({changed})" if changed else f"damaged ({damaged})"
     cure = "remove it" if overwrite is None else option("overwrite", True)
     raise ConflictError(f"{shown(output)}: {problem}; choose another {option('output')}, or {cure}")
+
+
+def _refuse_added(output: Path, named: Collection[str]) -> None:
+    """ConflictError for a file beside those of a result, where a loader may take it for a part of it."""
+    places = {PurePath(name).parent for name in named}
+    added = listed(quoted(name) for name, _ in strangers(output, named) if PurePath(name).parent in places)
+    if added:
+        raise ConflictError(
+            f"{shown(output)}: finished, and since then {added} was added, which a loader may take for a part of it; "
+            "move that to another place"
+        )
 
 
 def is_ours(work: Workspace, identity: dict[str, Any]) -> bool:
@@ -143,6 +160,40 @@ def put_back(work: Workspace, output: Path) -> None:
 def was_taken(error: LoftqError) -> bool:
     """Whether files vanished or appeared under our hands: where locks only pretend, another process did it."""
     return isinstance(error.__cause__, OSError) and error.__cause__.errno in _TAKEN
+
+
+def strangers(directory: Path, named: Collection[str]) -> Iterator[tuple[str, str]]:
+    """What lies in a result, at any depth, and does not belong there: its name, and what is wrong with it.
+
+    Files that the manifest does not name, of which a loader may take one for a part of the checkpoint; links to
+    directories or out of it; pipes and devices. Hidden names are no loader's business.
+
+    Args:
+        named: the files that belong there.
+    """
+    left = [directory]
+    while left:
+        with os.scandir(left.pop()) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+        for entry in found:
+            path = Path(entry.path)
+            name = path.relative_to(directory).as_posix()
+            if entry.name.startswith(".") or (TRAINED.fullmatch(name) and entry.is_dir(follow_symlinks=False)):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                left.append(path)
+            elif name not in named:
+                if not entry.is_file(follow_symlinks=False):
+                    yield name, f"{kind(path)}, and not in the manifest"
+                elif path.suffix not in NOTES:
+                    yield name, "not in the manifest"
+
+
+def kind(path: Path) -> str:
+    """What a path is, in words."""
+    if path.is_symlink():
+        return "a link"
+    return "a directory" if path.is_dir() else "a file" if path.is_file() else "a pipe, device or socket"
 
 
 def _left(work: Workspace) -> tuple[dict[str, Any], Any, bool]:

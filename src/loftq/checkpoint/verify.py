@@ -1,8 +1,7 @@
 """``loftq verify`` and the reading side of ``loftq inspect``: a checkpoint examined without loading the model."""
 
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from loftq.architecture.adapter import adapter_shapes
 from loftq.checkpoint.assemble import ADAPTER
 from loftq.checkpoint.manifest import MANIFEST, kept, planned, read_manifest
+from loftq.checkpoint.output_dir import kind, strangers
 from loftq.errors import InputError, LoftqError, UsageError, listed, quoted
 from loftq.formats import fsio, layouts, strict_json
 from loftq.formats.layouts import Layout
@@ -18,9 +18,6 @@ from loftq.formats.source import check_link
 from loftq.formats.tensorfile import TensorFile, read_header, read_tensor
 from loftq.numerics.machine import cpus
 from loftq.planning import NO_PARAMETER, Matrix
-
-NOTES = {"", ".md", ".png", ".pdf", ".svg"}  # endings of files that no loader reads: people may add them
-TRAINED = re.compile(r"checkpoint-\d+")  # what a Trainer puts beside the model that it trains
 
 
 def verify(directory: Path) -> dict[str, Any]:
@@ -33,8 +30,8 @@ def verify(directory: Path) -> dict[str, Any]:
 def _verified(directory: Path, manifest: dict[str, Any], pool: ThreadPoolExecutor) -> dict[str, Any]:
     found = pool.map(lambda item: _file_problems(directory, *item), manifest["files"].items())
     problems = [p for of_file in found for p in of_file]
-    strangers = list(_strangers(directory, manifest["files"]))
-    problems += strangers
+    added = [f"{quoted(name)}: {problem}" for name, problem in strangers(directory, {*manifest["files"], MANIFEST})]
+    problems += added
     if not problems:
         files = [read_header(directory / name) for name in manifest["files"] if name.endswith(".safetensors")]
         tensors = {t.name: (t.dtype, t.shape) for f in files for t in f.tensors.values()}
@@ -43,8 +40,7 @@ def _verified(directory: Path, manifest: dict[str, Any], pool: ThreadPoolExecuto
         limits = {name for name, reason in kept(manifest, directory / MANIFEST).items() if reason == NO_PARAMETER}
         problems += [p for of_file in pool.map(lambda f: _values_problems(f, limits), files) for p in of_file]
     if problems:
-        added = problems == strangers
-        cure = "move what was added to another place" if added else "make it again, or download it again"
+        cure = "move what was added to another place" if problems == added else "make it again, or download it again"
         raise InputError(f"{shown(directory)}: {listed(problems)}; {cure}")
     _check_config(directory, manifest)
     return manifest
@@ -58,36 +54,6 @@ def layout_of(directory: Path, manifest: dict[str, Any]) -> Layout:
         raise InputError(f"{shown(directory / MANIFEST)}: {e}; import the package that registers it") from e
 
 
-def _strangers(directory: Path, named: Mapping[str, Any]) -> Iterator[str]:
-    """What lies in the directory, at any depth, and does not belong there: files that the manifest does not name, of
-    which a loader may take one for a part of the checkpoint; links to directories or out of it; pipes and devices.
-
-    Hidden names are no loader's business.
-    """
-    left = [directory]
-    while left:
-        with os.scandir(left.pop()) as entries:
-            found = sorted(entries, key=lambda entry: entry.name)
-        for entry in found:
-            path = Path(entry.path)
-            name = path.relative_to(directory).as_posix()
-            if entry.name.startswith(".") or (TRAINED.fullmatch(name) and entry.is_dir(follow_symlinks=False)):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                left.append(path)
-            elif name not in named and name != MANIFEST:
-                if not entry.is_file(follow_symlinks=False):
-                    yield f"{quoted(name)}: {_kind(path)}, and not in the manifest"
-                elif path.suffix not in NOTES:
-                    yield f"{quoted(name)}: not in the manifest"
-
-
-def _kind(path: Path) -> str:
-    if path.is_symlink():
-        return "a link"
-    return "a directory" if path.is_dir() else "a file" if path.is_file() else "a pipe, device or socket"
-
-
 def _file_problems(directory: Path, name: str, wanted: Mapping[str, Any]) -> list[str]:
     path = directory / name
     if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -97,7 +63,7 @@ def _file_problems(directory: Path, name: str, wanted: Mapping[str, Any]) -> lis
     try:
         check_link(path, directory)
         if not path.is_file():
-            return [f"{quoted(name)}: {_kind(path)} where a file should be"]
+            return [f"{quoted(name)}: {kind(path)} where a file should be"]
         if path.stat().st_size != wanted["size"]:
             return [f"{quoted(name)}: {path.stat().st_size} bytes, the manifest says {wanted['size']}"]
         same = fsio.sha256_file(path).sha256 == wanted["sha256"]

@@ -1,12 +1,42 @@
 """The application that the verbs register with."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
+from loftq.formats.regular import check_not_empty
 from loftq.version import __version__
 
-app = typer.Typer(
+TEXTS = ("prompt", "system")  # options that may be empty: what is said to a model
+
+
+class Verb(typer.core.TyperCommand):
+    """A command no argument or option of which may be empty: typer makes the current directory of an empty path."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given, *_ = self.make_parser(ctx).parse_args(args=list(args))
+        for parameter in self.params:
+            value = given.get(parameter.name)
+            what = (
+                parameter.opts[0]
+                if parameter.opts[0].startswith("-")
+                else parameter.metavar or parameter.opts[0].upper()
+            )
+            if isinstance(value, (str, list)) and parameter.name not in TEXTS:
+                for one in [value] if isinstance(value, str) else value:
+                    check_not_empty(what, one, "a value")
+        return super().parse_args(ctx, args)
+
+
+class _App(typer.Typer):
+    """An application whose commands are verbs."""
+
+    def command(self, *args: Any, **options: Any) -> Any:
+        return super().command(*args, cls=Verb, **options)
+
+
+app = _App(
     name="loftq",
     help="LoftQ: quantize a Hugging Face model to 2, 3, 4 or 8 bits, with a LoRA initialization that makes up for it.",
     no_args_is_help=True,

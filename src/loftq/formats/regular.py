@@ -55,8 +55,10 @@ def local_path(what: str, given: str | Path) -> Path:
     Args:
         what: the option that it came with.
 
-    Raises: UsageError for another URL, which would be taken for a relative path, and for what no file can be called.
+    Raises: UsageError for an empty one, which would be the current directory; for another URL, which would be taken
+        for a relative path; and for what no file can be called.
     """
+    check_not_empty(what, given)
     given = re.sub("^file:/+", "/", str(given))
     if URL.match(given):
         raise UsageError(
@@ -66,6 +68,12 @@ def local_path(what: str, given: str | Path) -> Path:
     path = Path(given).expanduser()
     _check_name(what, path)
     return path
+
+
+def check_not_empty(what: str, given: object, wanted: str = "a path") -> None:
+    """UsageError for an empty text, or for blanks: as a path they would be the current directory."""
+    if not str(given).strip():
+        raise UsageError(f"{what}: wanted {wanted}, got an empty text")
 
 
 def output_path(given: str | Path) -> Path:

@@ -23,6 +23,11 @@ TORCH_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
+# What torch keeps of the hooks around a module's forward and backward.
+HOOKS = (
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs"),
+    *("_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook"),
+)
 
 
 class Packed(nn.Module):
@@ -235,9 +240,12 @@ def pack_like(module: nn.Module, spec: QuantSpec, device: torch.device | str | N
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` in the place of the submodule ``name``, in the same mode (train or eval)."""
+    """Put ``new`` in the place of the submodule ``name``, in the same mode (train or eval) and with its hooks."""
     parent, _, leaf = name.rpartition(".")
-    new.train(model.get_submodule(name).training)
+    old = model.get_submodule(name)
+    new.train(old.training)
+    for hooks in HOOKS:  # not copied: their handles remove them still
+        setattr(new, hooks, getattr(old, hooks))
     setattr(model.get_submodule(parent), leaf, new)
 
 

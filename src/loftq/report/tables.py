@@ -156,7 +156,8 @@ def print_summary(output: Path, manifest: dict[str, Any], made: bool) -> None:
     """What ``loftq quantize`` made, and what to do with it."""
     out, place = console(), shown(output)
     if not made:
-        out.print(f"{place}: already done by an earlier run of this command.")
+        checked = f"Names and sizes of its files are right; `loftq verify {place}` compares their bytes."
+        out.print(f"{place}: already done by an earlier run of this command. {checked}")
     out.print(_totals(manifest["totals"]))
     lines = warnings(manifest["matrices"])
     if lines:
