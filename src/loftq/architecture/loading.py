@@ -61,9 +61,9 @@ def load_config(directory: Path, **options: Any) -> Any:
             config = config_class.from_dict(values, **options)
             text = config.get_text_config()
     except Exception as e:  # whatever transformers raises for values that it cannot take
-        raise InputError(f"{quoted(path, 400)}: no configuration that can be read: {skeleton.one_line(e)}") from e
+        raise InputError(f"{quoted(path)}: no configuration that can be read: {skeleton.one_line(e)}") from e
     if isinstance(text, dict):
-        raise InputError(f"{quoted(path, 400)}: its text_config is none that model_type {config.model_type} has")
+        raise InputError(f"{quoted(path)}: its text_config is none that model_type {config.model_type} has")
     return config
 
 
@@ -99,13 +99,13 @@ def load_tokenizer(directory: Path) -> Any:
             if there
             else "no file of one is there; fetch its files, or save one into the directory"
         )
-        raise InputError(f"{quoted(directory, 400)}: no tokenizer that can be read: {why}") from e
+        raise InputError(f"{quoted(directory)}: no tokenizer that can be read: {why}") from e
     if not isinstance(found, transformers.PreTrainedTokenizerBase):
-        raise InputError(f"{quoted(directory, 400)}: its tokenizer_class {type(found).__name__} is no tokenizer")
+        raise InputError(f"{quoted(directory)}: its tokenizer_class {type(found).__name__} is no tokenizer")
     named = {*found.vocab_files_names.values()}
     if named and not any(f.name in named or _is_vocabulary(f) for f in directory.iterdir()):
         raise InputError(
-            f"{quoted(directory, 400)}: no tokenizer that can be read: none of {listed(sorted(named))} is there; fetch "
+            f"{quoted(directory)}: no tokenizer that can be read: none of {listed(sorted(named))} is there; fetch "
             "the tokenizer's files, transformers would make one up"
         )
     return found
@@ -131,8 +131,8 @@ def load_weights(model_class: Any, directory: Path, config: Any, **options: Any)
     except LoftqError:
         raise
     except ImportError as e:
-        raise UsageError(f"{quoted(directory, 400)}: {skeleton.one_line(e)}") from e
+        raise UsageError(f"{quoted(directory)}: {skeleton.one_line(e)}") from e
     except Exception as e:  # whatever transformers and the quantizers raise for files that they cannot take
         name = model_class.__name__
         line = skeleton.one_line(e)
-        raise InputError(f"{quoted(directory, 400)}: transformers cannot load this model as {name}: {line}") from e
+        raise InputError(f"{quoted(directory)}: transformers cannot load this model as {name}: {line}") from e

@@ -233,7 +233,7 @@ def open_statistics(directory: Path) -> Statistics:
     """The statistics that ``loftq calibrate`` left in a directory. InputError for anything else."""
     path = directory / STATISTICS
     if not path.is_file():
-        raise InputError(f"{quoted(path, 400)}: missing; not a directory that `loftq calibrate` finished")
+        raise InputError(f"{quoted(path)}: missing; not a directory that `loftq calibrate` finished")
     return Statistics.stored(directory, hashed_json.load(path))
 
 
@@ -269,7 +269,7 @@ def check_model(statistics: Statistics, directory: Path, model: Path) -> None:
     changed = listed(differences(theirs, sample(model, open_checkpoint(model))), 3)
     if changed:
         raise ConflictError(
-            f"{quoted(directory, 400)}: statistics of another model than {quoted(model, 400)} ({changed}); "
+            f"{quoted(directory)}: statistics of another model than {quoted(model)} ({changed}); "
             "collect them for this one"
         )
 

@@ -16,7 +16,7 @@ from loftq.formats import fsio, hashed_json, strict_json
 from loftq.formats.belongings import belongings, licence
 from loftq.formats.layouts import Layout
 from loftq.formats.regular import shown
-from loftq.formats.tensorfile import encode_header, read_chunks, read_header
+from loftq.formats.tensorfile import encode_header, index_of, read_chunks, read_header
 from loftq.report.card import model_card
 from loftq.report.totals import totals
 from loftq.sources.checkpoint import Source
@@ -116,11 +116,7 @@ def check_unchanged(job: Job) -> None:
 
 
 def _write_index(job: Job, work: Workspace) -> fsio.FileDigest:
-    placed = [(entry, unit.file_name) for unit in job.units for entry in unit.entries(job.layout)]
-    index = {
-        "metadata": {"total_size": sum(entry.nbytes for entry, _ in placed)},
-        "weight_map": {entry.name: file_name for entry, file_name in placed},
-    }
+    index = index_of({unit.file_name: unit.entries(job.layout) for unit in job.units})
     return fsio.write_json(work.output / "model.safetensors.index.json", index)
 
 

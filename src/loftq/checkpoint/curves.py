@@ -173,7 +173,7 @@ def _kept(keep: Path, identity: dict[str, Any], machine: dict[str, str], total: 
     changed = listed(differences(begun.get("machine"), machine))
     if curves and len(curves) < total and changed:
         raise ConflictError(
-            f"{quoted(keep, 400)}: begun on another machine ({changed}), whose errors differ in their bits; finish it "
+            f"{quoted(keep)}: begun on another machine ({changed}), whose errors differ in their bits; finish it "
             f"there, or choose another {option('curves')}"
         )
     return curves
@@ -189,4 +189,4 @@ def _ours(keep: Path) -> None:
     except LoftqError:
         ours = False
     if not ours:
-        raise ConflictError(f"{quoted(keep, 400)}: exists and holds no {KIND}; choose another {option('curves')}")
+        raise ConflictError(f"{quoted(keep)}: exists and holds no {KIND}; choose another {option('curves')}")

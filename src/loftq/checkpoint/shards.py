@@ -25,7 +25,7 @@ from loftq.formats import fsio, hashed_json
 from loftq.formats.layouts import Layout
 from loftq.formats.regular import PARTIAL
 from loftq.formats.source import Checkpoint
-from loftq.formats.tensorfile import DTYPES, Entry, encode_header, tensor_bytes
+from loftq.formats.tensorfile import DTYPES, Entry, encode_header, in_shards, tensor_bytes
 from loftq.numerics import Metric, Moments, frobenius, oriented
 from loftq.planning import NO_PARAMETER, Kept, Matrix, Plan
 from loftq.solver import check_finite, solve
@@ -86,19 +86,10 @@ def adapter_entries(matrix: Matrix) -> list[Entry]:
 def split(plan: Plan, layout: Layout, max_shard_bytes: int, order: list[str]) -> list[Unit]:
     """Fill shards with tensors in the given order, each up to ``max_shard_bytes`` (a larger tensor has its own)."""
     by_name = {t.name: t for t in (*plan.matrices, *plan.kept)}
-    shards: list[list[Matrix | Kept]] = [[]]
-    filled = 0
-    for name in order:
-        size = sum(e.nbytes for e in entries(by_name[name], layout))
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(by_name[name])
-        filled += size
-    if len(shards) == 1:
-        return [Unit(0, "model.safetensors", tuple(shards[0]))]
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    return [Unit(i, name, tuple(s)) for i, (name, s) in enumerate(zip(names, shards, strict=True))]
+    shards = in_shards(
+        (by_name[name] for name in order), lambda t: sum(e.nbytes for e in entries(t, layout)), max_shard_bytes
+    )
+    return [Unit(i, name, tuple(shard)) for i, (name, shard) in enumerate(shards.items())]
 
 
 def suitable(plan: Plan) -> int:

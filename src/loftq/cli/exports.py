@@ -7,7 +7,6 @@ import typer
 from loftq.cli.app import app
 from loftq.cli.options import Directory, Output, quiet_transformers
 from loftq.errors import UsageError, quoted
-from loftq.report.bars import Bar
 
 AdapterOf = Annotated[
     str | None,
@@ -33,21 +32,13 @@ def merge(
     overwrite: Overwrite = False,
 ) -> None:
     """Make a plain dense checkpoint of the quantized weights and an adapter, one matrix in memory at a time."""
+    from loftq import verbs
     from loftq.planning import parse_size
-    from loftq.serving.merge import MergeOptions
-    from loftq.serving.merge import merge as run
 
     quiet_transformers()
-    options = MergeOptions(
-        adapter=adapter,
-        dtype=dtype,
-        max_shard_bytes=parse_size("--max-shard-size", max_shard_size),
-        overwrite=overwrite,
-    )
-    with Bar("merge", "tensor") as bar:
-        made = run(directory, output, options, bar.begin)
-    size = sum(f["size"] for f in made["files"].values()) / 1e6
-    print(f"{quoted(output, 400)}: {len(made['files'])} files, {size:.1f} MB, {dtype}")
+    largest = parse_size("--max-shard-size", max_shard_size)
+    made = verbs.merge(directory, output, adapter=adapter, dtype=dtype, max_shard_bytes=largest, overwrite=overwrite)
+    print(f"{quoted(output)}: {made.line}")
 
 
 @app.command()
@@ -78,22 +69,12 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a quantized directory in other software's files, with exactly its codes, and the adapter apart."""
-    from loftq.serving.export import ExportOptions
-    from loftq.serving.export import export as run
+    from loftq import verbs
 
     quiet_transformers()
-    options = ExportOptions(
-        to=to,
-        adapter=adapter,
-        tokenizer_rule=tokenizer_rule,
-        converter=converter,
-        block_type=block_type,
-        overwrite=overwrite,
-    )
-    with Bar("export", "tensor") as bar:
-        made = run(directory, output, options, bar.begin)
-    size = sum(f["size"] for f in made["files"].values()) / 1e6
-    print(f"{quoted(output, 400)}: {len(made['files'])} files, {size:.1f} MB. In it:")
+    told = {"tokenizer_rule": tokenizer_rule, "converter": converter, "block_type": block_type}
+    made = verbs.export(directory, output, to=to, adapter=adapter, overwrite=overwrite, **told)
+    print(f"{quoted(output)}: {made.line}. In it:")
     for command in made["commands"]:
         print(f"  {command}")
 

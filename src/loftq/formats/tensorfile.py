@@ -10,10 +10,10 @@ import hashlib
 import json
 import math
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -43,6 +43,8 @@ MAX_TENSORS = 300_000
 MAX_RANK = 8
 MAX_DIM = 1 << 40
 MAX_NAME_BYTES = 1024
+
+T = TypeVar("T")
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _FIELDS = {"dtype", "shape", "data_offsets"}
@@ -97,6 +99,32 @@ class Entry:
     def nbytes(self) -> int:
         """Length of the tensor's bytes."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+def in_shards(items: Iterable[T], size: Callable[[T], int], largest: int) -> dict[str, list[T]]:
+    """Names of the files of a checkpoint, and the items in each: filled in the given order, up to ``largest`` bytes.
+
+    An item that is larger has a file of its own.
+    """
+    shards: list[list[T]] = [[]]
+    filled = 0
+    for item in items:
+        if shards[-1] and filled + size(item) > largest:
+            shards.append([])
+            filled = 0
+        shards[-1].append(item)
+        filled += size(item)
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def index_of(shards: Mapping[str, Sequence[Entry]]) -> dict[str, Any]:
+    """``model.safetensors.index.json`` for files and their tensors."""
+    return {
+        "metadata": {"total_size": sum(entry.nbytes for shard in shards.values() for entry in shard)},
+        "weight_map": {entry.name: name for name, shard in shards.items() for entry in shard},
+    }
 
 
 def read_header(path: Path, max_header_bytes: int = MAX_HEADER_BYTES) -> TensorFile:

@@ -28,7 +28,7 @@ def summary(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def print_statistics(output: Path, made: dict[str, Any], began: bool) -> None:
     """The figures of :func:`summary`, and where they lie."""
-    out, place = console(), quoted(output, 400)
+    out, place = console(), quoted(output)
     if not began:
         out.print(f"{place}: already done by an earlier run of this command.")
     table = plain_table(("", "left"), ("", "right"))

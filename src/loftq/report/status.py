@@ -25,7 +25,7 @@ def line(found: dict[str, Any]) -> str:
 def print_status(directory: Path, found: dict[str, Any]) -> None:
     """The line, and a row for every process that took part."""
     out = console()
-    out.print(f"{quoted(directory, 400)}: {line(found)}")
+    out.print(f"{quoted(directory)}: {line(found)}")
     if not found["workers"]:
         return
     headings = (("host", "left"), ("pid", "right"), ("since", "left"), ("state", "left"), ("units", "right"))

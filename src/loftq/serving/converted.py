@@ -140,7 +140,7 @@ def _write_marked(place: Path, base: Base, adapter: Adapter | None) -> dict[str,
         firsts[tensor.name] = next_
         next_ += _rows(tensor)
     if next_ > BASE**DIGITS:
-        raise InputError(f"{quoted(base.directory, 400)}: more than {BASE**DIGITS} rows; only fewer can be marked")
+        raise InputError(f"{quoted(base.directory)}: more than {BASE**DIGITS} rows; only fewer can be marked")
 
     def value(tensor: Dense, expert: int | None) -> Tensor:
         if tensor.name not in firsts:

@@ -76,7 +76,7 @@ def write(place: Path, base: Base, adapter: Adapter | None, begin: Begin) -> Fil
             part, inputs = _inputs(model)
             made: Any = OnnxExporter().export(part, inputs, config=OnnxConfig(dynamic=True))
     except Exception as e:  # whatever torch's and transformers' exporters raise for a model that they cannot trace
-        raise InputError(f"{quoted(base.directory, 400)}: cannot be traced: {one_line(e)}") from e
+        raise InputError(f"{quoted(base.directory)}: cannot be traced: {one_line(e)}") from e
     made.save_pretrained(place)
     advance()
     written = [path for path in sorted(place.iterdir()) if path.is_file()]

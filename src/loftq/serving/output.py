@@ -8,7 +8,7 @@ from torch import Tensor
 from loftq.checkpoint.produce import Files
 from loftq.formats import fsio
 from loftq.formats.belongings import belongings
-from loftq.formats.tensorfile import Entry, encode_header, tensor_bytes
+from loftq.formats.tensorfile import Entry, encode_header, in_shards, index_of, tensor_bytes
 from loftq.serving.adapter import Adapter, own_files
 from loftq.serving.base import Base
 
@@ -39,25 +39,15 @@ def write_shards(
     Args:
         read: gives a tensor, or the slices of its first axis, one after the other.
     """
-    shards: list[list[Entry]] = [[]]
-    for entry in entries:
-        if shards[-1] and sum(e.nbytes for e in shards[-1]) + entry.nbytes > max_bytes:
-            shards.append([])
-        shards[-1].append(entry)
-    count = len(shards)
-    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    names = names if count > 1 else ["model.safetensors"]
+    shards = in_shards(entries, lambda entry: entry.nbytes, max_bytes)
 
     def contents(shard: list[Entry]) -> Iterator[bytes | memoryview]:
         yield encode_header(shard, {"format": "pt"})
         for entry in shard:
             yield from map(tensor_bytes, read(entry))
 
-    made = {n: fsio.write_atomic(directory / n, contents(shard)) for n, shard in zip(names, shards, strict=True)}
-    if count > 1:
-        index = {
-            "metadata": {"total_size": sum(entry.nbytes for entry in entries)},
-            "weight_map": {e.name: name for name, shard in zip(names, shards, strict=True) for e in shard},
-        }
-        made["model.safetensors.index.json"] = fsio.write_json(directory / "model.safetensors.index.json", index)
+    made = {name: fsio.write_atomic(directory / name, contents(shard)) for name, shard in shards.items()}
+    if len(shards) > 1:
+        index = "model.safetensors.index.json"
+        made[index] = fsio.write_json(directory / index, index_of(shards))
     return made

@@ -101,7 +101,7 @@ def scale_dtype(base: Base) -> str:
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     if dtype not in STORED:
         raise InputError(
-            f"{quoted(base.directory, 400)}: config.json has dtype {quoted(dtype)}; wanted one of {listed(STORED)}"
+            f"{quoted(base.directory)}: config.json has dtype {quoted(dtype)}; wanted one of {listed(STORED)}"
         )
     return STORED[dtype]
 

@@ -41,7 +41,7 @@ def check_file(path: Path, kind: str) -> None:
         return
     depth = 0
     for number, line in enumerate(_lines(path, kind), 1):
-        where = f"{quoted(path, 400)}: line {number}"
+        where = f"{quoted(path)}: line {number}"
         try:
             line.decode()
         except UnicodeDecodeError as e:
@@ -97,7 +97,7 @@ def _lines(path: Path, kind: str) -> Iterator[bytes]:
             yield b"".join(held)
             held, number = [other], number + 1
         if sum(map(len, held)) > longest:
-            raise InputError(f"{quoted(path, 400)}: line {number} has more than {longest} bytes; split it into several")
+            raise InputError(f"{quoted(path)}: line {number} has more than {longest} bytes; split it into several")
     yield b"".join(held)
 
 
@@ -112,7 +112,7 @@ def _pieces(path: Path) -> Iterator[bytes]:
                 total += len(piece)
                 if total > most:
                     raise InputError(
-                        f"{quoted(path, 400)}: {opened.stamp.size} bytes expand to more than {most}; "
+                        f"{quoted(path)}: {opened.stamp.size} bytes expand to more than {most}; "
                         "unpack it yourself if that is meant"
                     )
                 yield piece
@@ -152,6 +152,6 @@ def _check_parquet(path: Path) -> None:
         size = head.row_group(i).total_byte_size
         if not 0 <= size <= MAX_GROUP:
             raise InputError(
-                f"{quoted(path, 400)}: row group {i} holds {size} bytes, at most {MAX_GROUP} are read at a time; "
+                f"{quoted(path)}: row group {i} holds {size} bytes, at most {MAX_GROUP} are read at a time; "
                 "write smaller row groups"
             )

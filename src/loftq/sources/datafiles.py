@@ -32,9 +32,7 @@ def in_directory(directory: Path, splits: Mapping[str, tuple[str, ...]]) -> dict
         splits: split -> other names it goes by; ``valid``, ``val`` and ``dev`` stand for ``validation`` anyway.
     """
     if not directory.is_dir():
-        raise InputError(
-            f"{quoted(directory, 400)}: not a directory; give one with files named train, validation or test"
-        )
+        raise InputError(f"{quoted(directory)}: not a directory; give one with files named train, validation or test")
     files = sorted(p for p in directory.iterdir() if p.is_file() and _kind(p))
     found = {}
     for split, others in splits.items():
@@ -44,14 +42,14 @@ def in_directory(directory: Path, splits: Mapping[str, tuple[str, ...]]) -> dict
         mine = [p for p in files if pattern.fullmatch(_stem(p))]
         if len({_suffix(p) for p in mine}) > 1:
             raise InputError(
-                f"{quoted(directory, 400)}: split {split} could be any of {listed(p.name for p in mine)}; "
+                f"{quoted(directory)}: split {split} could be any of {listed(p.name for p in mine)}; "
                 f"name the one that is meant: data: {{{split}: FILE}}"
             )
         if mine:
             found[split] = mine
     if not found:
         raise InputError(
-            f"{quoted(directory, 400)}: no file is named after a split ({listed(splits)}, then .jsonl, .csv, .parquet "
+            f"{quoted(directory)}: no file is named after a split ({listed(splits)}, then .jsonl, .csv, .parquet "
             f"or .txt, with or without .gz); it has {listed(sorted(p.name for p in directory.iterdir())) or 'nothing'}"
         )
     return found
@@ -68,7 +66,7 @@ def expanded(split: str, patterns: str | Sequence[str]) -> list[Path]:
         paths |= dict.fromkeys(matches)
     for path in paths:
         if not path.is_file() or not _kind(path):
-            raise UsageError(f"{quoted(path, 400)}, for split {split}: not a file of data; {WANTED}")
+            raise UsageError(f"{quoted(path)}, for split {split}: not a file of data; {WANTED}")
     return list(paths)
 
 
@@ -82,14 +80,14 @@ def read(path: Path) -> "Dataset":
 
     kind = _kind(path)
     if not kind:
-        raise UsageError(f"{quoted(path, 400)}: not a file of data; {WANTED}")
+        raise UsageError(f"{quoted(path)}: not a file of data; {WANTED}")
     try:
         if not path.stat().st_size:
-            raise InputError(f"{quoted(path, 400)}: {EMPTY}")
+            raise InputError(f"{quoted(path)}: {EMPTY}")
         try:
             databounds.check_file(path, kind)
         except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-            raise InputError(f"{quoted(path, 400)}: not a whole gzip file ({e}); fetch it again") from e
+            raise InputError(f"{quoted(path)}: not a whole gzip file ({e}); fetch it again") from e
         options = _csv_options(path) if kind == "csv" else {}
         with no_bars(), _uncounted():
             return datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)  # type: ignore[return-value]
@@ -98,10 +96,8 @@ def read(path: Path) -> "Dataset":
     except Exception as e:
         cause = _cause(e)
         if isinstance(cause, OSError) and cause.errno is not None:  # of the disk, not of what stands in the file
-            raise StorageError(f"{quoted(path, 400)}: {cause.strerror}") from e
-        raise InputError(
-            f"{quoted(path, 400)}: {_problem(path, kind) or f'cannot be read: {first_line(cause)}'}"
-        ) from e
+            raise StorageError(f"{quoted(path)}: {cause.strerror}") from e
+        raise InputError(f"{quoted(path)}: {_problem(path, kind) or f'cannot be read: {first_line(cause)}'}") from e
 
 
 @contextlib.contextmanager
@@ -138,7 +134,7 @@ def _csv_options(path: Path) -> dict[str, Any]:
 
     problem = _problem(path, "csv")
     if problem:
-        raise InputError(f"{quoted(path, 400)}: {problem}")
+        raise InputError(f"{quoted(path)}: {problem}")
     with _open(path) as file:
         names = enumerate(next(csv.reader(file)))
     header = [name or f"Unnamed: {i}" for i, name in names]  # as pandas calls the index that it wrote

@@ -100,7 +100,7 @@ def _names(task: Task) -> dict[str, tuple[str, ...]]:
 
 
 def _read_files(task: Task, paths: list[Path]) -> Dataset:
-    return _joined([canonical(datafiles.read(path), task, quoted(path, 400)) for path in paths])
+    return _joined([canonical(datafiles.read(path), task, quoted(path)) for path in paths])
 
 
 def _read_hub(task: Task, hub: Hub, split: str) -> Dataset:
