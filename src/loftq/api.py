@@ -37,7 +37,7 @@ def quantize_weight(
     moments: Moments | Tensor | np.ndarray | None = None,
     **options: Unpack[OneMatrix],
 ) -> Solution:
-    """LoftQ of one matrix ``(out, in)``: ``weight ≈ solution.dequantize() + solution.b @ solution.a``.
+    """LoftQ for one matrix ``(out, in)``: ``weight ≈ solution.dequantize() + solution.b @ solution.a``.
 
     >>> solution = quantize_weight(torch.randn(256, 512), bits=2, rank=16)
     >>> solution.error < solution.errors[0]
@@ -47,12 +47,13 @@ def quantize_weight(
         weight: ``(out_features, in_features)``, of any floating-point type; a numpy array is copied.
         bits: 2, 3, 4 or 8.
         rank: of the adapter.
-        moments: of the matrix's inputs, for presets that are calibrated: what ``statistics.moments(name)`` gives, or
-            second moments of your own, ``H = E[x xᵀ]`` of shape ``(in, in)``, as :meth:`Moments.of` takes them.
+        moments: second moments of the matrix's inputs, for calibrated presets: the result of
+            ``statistics.moments(name)``, or your own ``H = E[x xᵀ]`` of shape ``(in, in)``, as :meth:`Moments.of`
+            takes it.
         options: of the code, and of the solver.
 
-    Raises: UsageError for options that do not fit, or what is no matrix of floating-point numbers; NumericalError for
-        values that are not finite.
+    Raises: UsageError for options that do not fit, or if ``weight`` is no matrix of floating-point numbers;
+        NumericalError for values that are not finite.
     """
     weight = checked(_tensor(weight), rank)
     moments = _moments(moments, weight.shape[1])
@@ -98,15 +99,15 @@ def get_peft_model(
     progress: bool = True,
     **options: Unpack[Plans],
 ) -> nn.Module:
-    """A loaded full-precision model becomes a ``PeftModel`` with packed layers and the LoftQ initialization.
+    """Turn a loaded full-precision model into a ``PeftModel`` with packed layers and the LoftQ initialization.
 
-    The model is changed in place, layer by layer, so that little more memory is needed than it has already.
+    The model is changed in place, layer by layer, so little memory is needed beside its own.
 
     Args:
         model: a transformers model, its weights in memory.
-        calibration: what :func:`calibrate` found out about this model, or the directory where `loftq calibrate` put it;
-            only names and shapes tell whether it is of this model.
-        workers: matrices solved at a time; default as many as CPUs and memory allow, on a GPU one.
+        calibration: statistics of this model, made by :func:`calibrate`, or their directory. Only names and shapes are
+            compared with the model.
+        workers: number of matrices solved at a time; by default as many as CPUs and memory allow, on a GPU one.
         options: of the plan, and of the solver.
 
     Example:
@@ -140,16 +141,18 @@ def calibrate(
     progress: bool = True,
     **options: Unpack[Collecting],
 ) -> Statistics:
-    """Statistics of what a model's matrices are given: of a loaded model in memory, of a checkpoint in a directory.
+    """Run texts through a model, and collect statistics of the inputs of its matrices.
+
+    Statistics of a loaded model are kept in memory, those of a checkpoint in a directory.
 
     Args:
-        model: a transformers model in full precision; or, as the other verbs take it, a local directory or a hub id,
-            of which one block after the other is in memory.
+        model: a transformers model in full precision; or the local directory or hub id of a checkpoint, of which one
+            block at a time is loaded.
         data: a file or data set as ``loftq calibrate --data`` takes it. For a loaded model also texts; or batches with
             ``input_ids`` and, if there is padding, ``attention_mask``, as a ``DataLoader`` gives them.
-        tokenizer: for texts and a loaded model; batches need none, a checkpoint has its own.
-        output: of a checkpoint: the directory to be made. Statistics that the same call made earlier are left alone.
-        options: of the collection; ``device`` and ``revision`` of a checkpoint alone.
+        tokenizer: for texts and a loaded model. Batches need none; a checkpoint has its own.
+        output: only for a checkpoint: the directory to create. Statistics that the same call made earlier are kept.
+        options: of the collection; ``device`` and ``revision`` only for a checkpoint.
 
     Example:
         >>> statistics = loftq.calibrate(model, "notes.txt", tokenizer, samples=64)
@@ -189,15 +192,19 @@ def quantize(
     progress: bool = True,
     **options: Unpack[Quantizing],
 ) -> Report:
-    """What ``loftq quantize`` does: stream a checkpoint from disk into a LoftQ checkpoint; its manifest.
+    """Quantize a checkpoint and initialize its LoRA adapter, one matrix in memory at a time.
+
+    The same call continues a stopped run.
 
     Args:
         model: a local directory, a hub id, or a URL that fsspec opens, such as ``s3://bucket/name``.
-        output: the directory to be made, or its URL.
-        max_shard_bytes: of the largest file of the backbone; 0: by the size of the model.
-        statistics: where those that are collected go; by default each block's are dropped when it is solved.
+        output: the directory to create, or its URL.
+        max_shard_bytes: size of the largest file of the backbone; 0: by the size of the model.
+        statistics: directory to keep collected statistics in; by default each block's are dropped when it is solved.
         progress: whether to show bars.
         options: of the plan, the solver and the run.
+
+    Returns: the manifest of the checkpoint.
     """
     if isinstance(model, nn.Module):
         raise UsageError(
@@ -227,27 +234,28 @@ def replace_lora_weights(
     revision: str | None = None,
     progress: bool = True,
 ) -> Report:
-    """Give the LoRA layers of a ``PeftModel`` over any frozen base LoftQ's initialization for its quantization.
+    """Initialize the LoRA layers of a ``PeftModel`` to cancel the quantization error of its frozen base.
 
-    Each layer's ``B`` and ``A`` become the best low-rank term between the original weight and what the frozen layer
-    multiplies with, whatever quantized it, with the layer's scaling divided out; what they held before is lost. The
-    original is read one matrix at a time. All layers are replaced, or none if an error is raised.
+    For each layer, ``s · B @ A`` becomes the best rank-r approximation of ``W - Q``: ``W`` is the original weight,
+    ``Q`` what the frozen layer multiplies with, and ``s`` the layer's scaling. Earlier values of ``B`` and ``A`` are
+    lost. The original is read one matrix at a time. All layers are replaced, or none if an error is raised.
 
     Args:
         model: made by ``peft.get_peft_model`` over a model that is quantized, or rounded, or pruned: by bitsandbytes,
-            HQQ, GPTQ, AWQ, ``loftq`` or others whose layers run on the device that they are on.
+            HQQ, GPTQ, AWQ, ``loftq`` or others whose layers run on their present device.
         weights: the full-precision checkpoint, a local directory or a hub id.
-        adapter_name: the adapter to fill; others keep their values.
-        calibration: what :func:`calibrate` found out about the original model, or the directory where it is; without
-            it, or where it has nothing, the weights' own norm is used.
+        adapter_name: the adapter to initialize; others keep their values.
+        calibration: statistics of the original model, made by :func:`calibrate`, or their directory. Matrices without
+            statistics are solved by the error of their weights.
         svd: ``auto``, ``exact`` or ``randomized``.
-        seed: of the randomized SVD, together with each tensor's name.
+        seed: of the randomized SVD; each tensor's name is mixed into it.
         revision: branch, tag or commit of a hub id.
         progress: whether to show a bar.
 
     Returns: ``layers``, for each one ``name``, ``tensor``, ``shape``, ``rank``, ``scaling``, ``norm``, ``errors``
         (before and after, relative, with the values that the adapter now holds), ``kept`` (0 where B is zero, with a
-        ``reason``); ``skipped``, modules that kept their adapter, and why; ``error_before`` and ``error``, of all.
+        ``reason``); ``skipped``, modules that kept their adapter, and why; ``error_before`` and ``error`` of all layers
+        together.
 
     Raises: UsageError for a model without plain LoRA layers; InputError if the weights are not the model's original.
 

@@ -61,24 +61,26 @@ class Widths(TypedDict, total=False):
     bits: Annotated[
         Text,
         Option("4"),
-        "2, 3, 4 or 8; an average between 2.0 and 4.0 (first layers 4 bits, the rest 2, as in the paper: 2.25, "
-        "2.5, 3.0); a trellis's sixteenths below 2, such as 1.5, or with its code up to 4; or patterns with a default, "
-        "'layers.0-3=4,2'. 16 leaves a module dense.",
+        "2, 3, 4 or 8; or an average from 2.0 to 4.0, the paper's mix (first layers 4 bits, the rest 2: 2.25, 2.5, "
+        "3.0); or below 2, such as 1.5, a multiple of 1/16 for code trellis, which takes them up to 4; or patterns "
+        "with a default, 'layers.0-3=4,2'. 16 leaves a module dense.",
     ]
     budget: Annotated[
         Text,
         Option("", open="budget"),
-        "What to spend: 2.5 (average stored bits of a quantized weight, scales included) or 300MB (all tensors, "
-        "with the adapter). Bits and block of every matrix are chosen for the least error in all, which is "
-        "measured first, on the weights. Of --bits only patterns count.",
+        "Limit: 2.5 (average stored bits of a quantized weight, scales included) or 300MB (all tensors and the "
+        "adapter). The bits and block size of every matrix are chosen for the least total error, which is measured "
+        "on the weights first. Of --bits only patterns count.",
     ]
     budget_ranks: Annotated[
         Text | list[int] | tuple[int, ...],
         Option("", open="budget"),
-        "Ranks that a budget may choose too, beside --rank: 8,32.",
+        "Ranks that a budget may choose for a matrix, besides --rank: 8,32.",
     ]
     budget_solver: Annotated[
-        str, Option("greedy", choices=("greedy", "milp"), open="budget"), "greedy, or milp: the optimum, by SciPy."
+        str,
+        Option("greedy", choices=("greedy", "milp"), open="budget"),
+        "How a budget is spent: greedy, or milp (the optimum, by SciPy).",
     ]
 
 
@@ -88,30 +90,34 @@ class Codes(TypedDict, total=False):
     code: Annotated[
         str,
         Option("auto"),
-        "nf, lloyd (2 to 4 bits), uniform, uniform-tensor, fp4 (4 bits), affine, int, iq4nl (4 bits), trellis (any "
-        "sixteenth of a bit up to 4); auto: nf, at 2 bits with fitted scales lloyd, for widths that only it has "
-        "trellis.",
+        "Quantization data type: nf, lloyd (2 to 4 bits), uniform, uniform-tensor, fp4 (4 bits), affine, int, iq4nl "
+        "(4 bits), trellis (multiples of 1/16 bit, up to 4); auto: lloyd at 2 bits with fitted scales, trellis for "
+        "widths that no other has, otherwise nf.",
     ]
-    block_size: Annotated[int, Option(64, bounds={"ge": 1}), "Weights of a row that share a scale."]
+    block_size: Annotated[
+        int, Option(64, bounds={"ge": 1}), "Number of consecutive weights of a row that share a scale."
+    ]
     scale_dtype: Annotated[
         str | None,
         Option("bfloat16", choices=SCALE_DTYPES, open="format"),
-        "bfloat16, float16 or float32. Default: bfloat16; bnb: float32.",
+        "Dtype of the scales: bfloat16, float16 or float32. Default: bfloat16; format bnb: float32.",
     ]
     double_quant: Annotated[bool, Option(False), "Quantize the scales too, as bitsandbytes does."]
     window: Annotated[
         int,
         Option(10, choices=(8, 10, 12)),
-        "Of code trellis: bits that choose a level: 8 is quicker than 10, 12 better.",
+        "For code trellis: bits that select a level, 8, 10 or 12. Fewer are faster, more have less error.",
     ]
 
 
 class Coverage(TypedDict, total=False):
     """Which matrices are quantized."""
 
-    embeddings: Annotated[bool, Option(False), "Embedding tables too."]
+    embeddings: Annotated[bool, Option(False), "Quantize embedding tables, too."]
     min_coverage: Annotated[
-        float, Option(0.5, bounds={"ge": 0, "le": 1}), "Refuse to work on less than this share of the layers' weights."
+        float,
+        Option(0.5, bounds={"ge": 0, "le": 1}),
+        "Refuse a model if less than this share of its layers' weights would be quantized.",
     ]
 
 
@@ -121,8 +127,8 @@ class Storage(Widths, Codes, Coverage, total=False):
     serve: Annotated[
         str | None,
         Option(None, choices=("gguf", "compressed-tensors", "mlx", "onnx")),
-        "Choose code, block and scales that other software holds exactly: gguf (llama.cpp, Ollama), "
-        "compressed-tensors (vLLM), mlx or onnx. Matrices that it cannot hold stay dense. `loftq export` then writes "
+        "Choose code, block size and scales that other software stores exactly: gguf (llama.cpp, Ollama), "
+        "compressed-tensors (vLLM), mlx or onnx. Matrices that it cannot store stay dense. `loftq export` then writes "
         "its files.",
     ]
 
@@ -134,11 +140,13 @@ class Ranks(TypedDict, total=False):
     alpha: Annotated[
         float | None,
         Option(None, bounds={"gt": 0}),
-        "lora_alpha; the rank if not given. The initialization does not depend on it.",
+        "lora_alpha. Default: the rank. The initialization's error does not depend on it.",
     ]
-    rslora: Annotated[bool, Option(False), "Scale by alpha / sqrt(rank)."]
+    rslora: Annotated[bool, Option(False), "Scale by alpha / sqrt(rank) instead of alpha / rank."]
     rank_policy: Annotated[
-        str, Option("refuse", choices=("refuse", "clamp")), "A rank too large for a matrix: refuse or clamp."
+        str,
+        Option("refuse", choices=("refuse", "clamp")),
+        "What to do with a rank that is larger than a matrix allows: refuse or clamp.",
     ]
 
 
@@ -148,10 +156,11 @@ class Dtypes(TypedDict, total=False):
     dtype: Annotated[
         str,
         Option("auto", choices=("auto", "source", "bfloat16", "float16")),
-        "Of what is not packed: auto (16 bits where the source has 32: bfloat16), bfloat16, float16, or source.",
+        "Dtype of matrices that are not quantized: auto (bfloat16 if the source has 32 bits), bfloat16, float16, or "
+        "source.",
     ]
     adapter_dtype: Annotated[
-        str, Option("bfloat16", choices=SCALE_DTYPES), "Of the adapter's files: bfloat16, float16 or float32."
+        str, Option("bfloat16", choices=SCALE_DTYPES), "Dtype of the adapter's file: bfloat16, float16 or float32."
     ]
 
 
@@ -161,9 +170,8 @@ class Preset(TypedDict, total=False):
     preset: Annotated[
         str | None,
         Option(None, flags=("--preset", "--method")),
-        "loftq (the paper's), fitted, descent, svd (one step), qlora (quantize, zero initialization); with "
-        "--calibrate also qera-diag, qera-full, eora, cloq, projq, srr, lq-lora. Default: fitted; "
-        "with --calibrate descent.",
+        "Method: loftq (the paper's), fitted, descent, svd (one step), qlora (B = 0); with --calibrate also "
+        "qera-diag, qera-full, eora, cloq, projq, srr, lq-lora. Default: fitted; with --calibrate descent.",
     ]
 
 
@@ -173,26 +181,32 @@ class Steps(TypedDict, total=False):
     steps: Annotated[
         int | None,
         Option(5, bounds={"ge": 0}, open="preset"),
-        "Alternations T; the best step is kept. Default: the preset's, 5 for fitted and loftq, 6 for descent.",
+        "Number T of alternations; the best is kept. Default: the preset's, 5 for fitted and loftq, 6 for descent.",
     ]
     order: Annotated[
         str | None,
         Option("quantize-first", choices=("quantize-first", "svd-first"), open="preset"),
-        "quantize-first, or svd-first (the paper's ablation). Default: the preset's.",
+        "Order of an alternation: quantize-first, or svd-first (the paper's ablation). Default: the preset's.",
     ]
     scales: Annotated[
         str | None,
         Option("formula", choices=SCALES, open="preset"),
-        "By the code's formula (absmax), or fitted to the least error at the same bytes. Default: the preset's; "
-        "fitted for fitted and descent.",
+        "Scales: formula (the code's own, such as absmax), or fitted (least squared error, same bytes). Default: the "
+        "preset's; fitted for fitted and descent.",
     ]
 
 
 class Decomposition(TypedDict, total=False):
     """How a low-rank term is computed."""
 
-    svd: Annotated[str, Option("auto", choices=("auto", "exact", "randomized")), "auto, exact or randomized."]
-    seed: Annotated[int, Option(0, bounds={"ge": 0}), "Of all random numbers, together with each tensor's name."]
+    svd: Annotated[
+        str,
+        Option("auto", choices=("auto", "exact", "randomized")),
+        "Singular value decomposition: auto, exact or randomized.",
+    ]
+    seed: Annotated[
+        int, Option(0, bounds={"ge": 0}), "Seed of all random numbers; each tensor's name is mixed into it."
+    ]
 
 
 class Solver(Preset, Steps, Decomposition, total=False):
@@ -205,17 +219,17 @@ class Variant(TypedDict, total=False):
     metric: Annotated[
         str | None,
         Option("weights", choices=("weights", "diagonal", "full", "fisher"), open="preset"),
-        "What the error is measured in. Default: the preset's.",
+        "Norm of the error: weights, diagonal, full or fisher. Default: the preset's.",
     ]
     rounding: Annotated[
         str | None,
         Option("nearest", choices=("nearest", "feedback", "shaped", "descent"), open="preset"),
-        "How codes are chosen. Default: the preset's.",
+        "How codes are chosen: nearest, feedback, shaped or descent. Default: the preset's.",
     ]
     start: Annotated[
         str | None,
         Option("zero", choices=("zero", "preserved"), open="preset"),
-        "The adapter before the first step. Default: the preset's.",
+        "Adapter before the first step: zero or preserved. Default: the preset's.",
     ]
 
 
@@ -225,12 +239,13 @@ class Calibration(TypedDict, total=False):
     calibrate: Annotated[
         Place | None,
         Option(None, metavar="DIR|FILE|DATASET"),
-        "Statistics made by `loftq calibrate`, or texts to make them from: a file, or ORG/NAME of the hub.",
+        "Minimize the error of the outputs: a directory of `loftq calibrate`, or texts (a file, or ORG/NAME on the "
+        "hub).",
     ]
     calibration_samples: Annotated[
         int | None,
         Option(128, bounds={"ge": 4}, open="calibrate", flags=("--samples",)),
-        "Rows of text, of --calibrate FILE or DATASET. Default: 128.",
+        "Number of rows of text, with --calibrate FILE or DATASET. Default: 128.",
     ]
 
 
@@ -238,48 +253,54 @@ class Collection(TypedDict, total=False):
     """What statistics of the inputs are collected."""
 
     samples: Annotated[
-        int, Option(128, bounds={"ge": 4}), "Rows of text, evenly from the whole; one in four is held out."
+        int,
+        Option(128, bounds={"ge": 4}),
+        "Number of rows of text, taken evenly from the whole data; one in four is held out.",
     ]
-    max_length: Annotated[int, Option(0, bounds={"ge": 0}), "Tokens of a row. Default: 512, or what the model takes."]
+    max_length: Annotated[
+        int, Option(0, bounds={"ge": 0}), "Tokens per row. Default: 512, or less if the model takes less."
+    ]
     kind: Annotated[
         str,
         Option("full", choices=("full", "diagonal", "fisher")),
-        "full: second moments of inputs; diagonal: of every feature alone, with little memory; fisher: squared "
-        "gradients of the loss, with the whole model in memory.",
+        "Statistics: full (second moments of the inputs), diagonal (their diagonal, with little memory), or fisher "
+        "(squared gradients of the loss, with the whole model in memory).",
     ]
     column: Annotated[
         str | None,
         Option(None),
-        "Column of the texts (text, if not given), or two, 'a,b', tokenized as a pair.",
+        "Column with the texts, or two, 'a,b', that are tokenized as a pair. Default: text.",
     ]
 
 
 class Machine(TypedDict, total=False):
     """Of which version of a model, and where it is computed."""
 
-    device: Annotated[str, Option("cpu"), "Where to compute: cpu, cuda, cuda:1, …"]
-    revision: Annotated[str | None, Option(None), "Branch, tag or commit of a hub id."]
+    device: Annotated[str, Option("cpu"), "Device to compute on: cpu, cuda, cuda:1, …"]
+    revision: Annotated[str | None, Option(None), "Branch, tag or commit of the model on the hub."]
 
 
 class Made(Machine, total=False):
     """Of what is made."""
 
-    task_type: Annotated[str | None, Option(None), "PEFT task type to write into the adapter."]
+    task_type: Annotated[str | None, Option(None), "PEFT task type to write into the adapter's configuration."]
 
 
 class Work(Made, total=False):
     """How a checkpoint is made."""
 
-    format: Annotated[str, Option("loftq"), "loftq (packed), bnb (bitsandbytes NF4), or dense (dequantized)."]
+    format: Annotated[
+        str, Option("loftq"), "Output format: loftq (packed), bnb (bitsandbytes NF4), or dense (dequantized)."
+    ]
     curves: Annotated[
         Place | None,
         Option(None),
-        "JSON file of the errors measured for a budget; what it has of the same model is used again.",
+        "JSON file for the errors that a budget measures; errors of the same model in it are used again.",
     ]
     workers: Annotated[
         int,
         Option(0, bounds={"ge": 0}),
-        "Matrices worked on at a time. Default: as many as CPUs and memory allow; on a GPU one.",
+        "Number of matrices solved at a time. Default: as many as CPUs and memory allow; on a GPU one.",
     ]
     overwrite: Annotated[bool, Option(False), "Replace an earlier output of loftq."]
     shared: Annotated[
@@ -290,12 +311,12 @@ class Work(Made, total=False):
     cluster: Annotated[
         str | None,
         Option(None, metavar="auto|ray://HOST:PORT"),
-        "Let the workers of a Ray cluster do the work, on a directory that they all see.",
+        "Let the workers of a Ray cluster do the work. All of them must see the output directory.",
     ]
     push_to_hub: Annotated[
-        str | None, Option(None, metavar="ORG/NAME"), "Put the result on the Hugging Face hub too, in one commit."
+        str | None, Option(None, metavar="ORG/NAME"), "Also upload the result to the Hugging Face hub, in one commit."
     ]
-    private: Annotated[bool, Option(False), "Of --push-to-hub: make the repository private, if it is a new one."]
+    private: Annotated[bool, Option(False), "With --push-to-hub: make a new repository private."]
 
 
 class Training(TypedDict, total=False):

@@ -54,20 +54,20 @@ def plan(
     progress: bool = True,
     **options: Unpack[Plans],
 ) -> Plan:
-    """How every tensor of a checkpoint would be quantized, or why not. Reads no weights, except with a budget.
+    """Say how every tensor of a checkpoint would be quantized, or why not. Reads no weights, except with a budget.
 
     Args:
         model: a local directory, a hub id, or a URL such as ``s3://bucket/name``.
-        calibration: with a budget: statistics of the model, or their directory; its error is then that of the outputs.
-        curves: with a budget: a JSON file of measured errors; what it has of the same model is used again.
-        estimate: also what quantizing and training would take, as the plan's ``estimate``.
-        tokens: with an estimate: of a training batch, all sequences together.
-        workers: with a budget: matrices measured at a time; with an estimate: those it is for. 0: as many as CPUs and
-            memory allow.
+        calibration: with a budget: statistics of the model, or their directory. Errors are then those of the outputs.
+        curves: with a budget: a JSON file of measured errors; errors of the same model in it are used again.
+        estimate: also forecast time and memory of quantizing and training, as the plan's ``estimate``.
+        tokens: with an estimate: number of tokens of a training batch, all sequences together.
+        workers: with a budget: number of matrices measured at a time; with an estimate: number to forecast for. 0: as
+            many as CPUs and memory allow.
         revision: branch, tag or commit of a hub id.
         options: of the plan, and of the solver.
 
-    Raises: UsageError for options that do not fit; InputError for what is no full-precision checkpoint.
+    Raises: UsageError for options that do not fit; InputError if ``model`` is no full-precision checkpoint.
 
     Example:
         >>> plan = loftq.plan("org/model", bits=2, rank=8)
@@ -94,8 +94,9 @@ def plan(
 
 @checks_names
 def inspect(directory: str | Path) -> Report:
-    """What is in a LoftQ checkpoint: ``matrices`` (shape, bits, rank, bytes, errors, the step kept), ``totals`` and
-    ``warnings``. The directory may be given by its URL.
+    """Describe a LoftQ checkpoint: ``matrices`` (shape, bits, rank, bytes, errors, step), ``totals``, ``warnings``.
+
+    The directory may be given by its URL.
 
     Raises: InputError for a directory that `loftq quantize` did not finish.
     """
@@ -104,11 +105,13 @@ def inspect(directory: str | Path) -> Report:
 
 @checks_names
 def verify(directory: str | Path) -> Report:
-    """Check hashes, shapes and finiteness of every file of a LoftQ checkpoint, without loading the model; its manifest.
+    """Check a LoftQ checkpoint: the hashes of all files, the shapes of all tensors, and that all values are finite.
 
-    The directory may be given by its URL; everything in it is then read once or twice.
+    The directory may be given by its URL; every file is then read once or twice.
 
-    Raises: InputError that lists all that is wrong.
+    Returns: its manifest.
+
+    Raises: InputError that lists everything that is wrong.
     """
     manifest = _verify(directory_of("the directory", as_path("directory", directory)))
     return of_checkpoint(manifest, f"{len(manifest['files'])} files, all good")
@@ -116,15 +119,15 @@ def verify(directory: str | Path) -> Report:
 
 @checks_names
 def status(directory: str | Path) -> Report:
-    """How far a run of :func:`quantize` is that other processes make, or that was stopped.
+    """Show the progress of a run of :func:`quantize` that other processes work on, or that was stopped.
 
     Args:
-        directory: its output.
+        directory: the run's output.
 
     Returns: ``state``, ``units`` and ``matrices`` (``done`` of ``all``), ``workers`` (``host``, ``pid``, ``state``, …)
-        and ``seconds_left``. Where processes share the work, it takes some seconds to see who is alive.
+        and ``seconds_left``. If processes share the work, the call takes some seconds, to see which are alive.
 
-    Raises: InputError for a directory that nobody works on.
+    Raises: InputError for a directory without a run.
     """
     found = _status(Path(as_path("directory", directory)))
     return Report(found, status_line(found))
@@ -142,19 +145,19 @@ def start(
     progress: bool = True,
     **options: Unpack[Starting],
 ) -> Report:
-    """LoftQ's initialization for a model that is quantized already, as an adapter directory.
+    """Initialize a LoRA adapter for a base that is quantized already, to cancel its quantization error.
 
     For a model in memory see :func:`replace_lora_weights`.
 
     Args:
         base: the quantized model, a directory or a hub id: by bitsandbytes, GPTQ, AWQ, HQQ, loftq, …
-        weights: the full-precision model that it was made from, a directory or a hub id.
-        output: the adapter's directory, to be made.
-        calibration: statistics of the original, or their directory: least error of the outputs.
-        base_revision: branch, tag or commit of ``base``, where it is a hub id; ``revision`` is of ``weights``.
+        weights: the full-precision model that ``base`` was made from, a directory or a hub id.
+        output: the directory to create, for the adapter.
+        calibration: statistics of the original, or their directory, to minimize the error of the outputs.
+        base_revision: branch, tag or commit of ``base``, if it is a hub id; ``revision`` is that of ``weights``.
         options: of the adapter, and of the run.
 
-    Returns: ``layers``, with the errors of each one before and after, and ``error_before`` and ``error`` of all.
+    Returns: ``layers``, with the errors of each one before and after; ``error_before`` and ``error`` of all together.
 
     Raises: ConflictError if ``output`` is taken; InputError if ``weights`` is not the original of ``base``.
     """
@@ -179,23 +182,23 @@ def merge(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Report:
-    """A plain dense checkpoint of a quantized directory and an adapter: ``decode(Q) + s · B @ A``, streamed.
+    """Merge an adapter into the quantized weights, as a plain dense checkpoint of ``Q + s · B @ A``.
 
-    The adapter is added to the quantized weights, which it was trained on. One matrix is in memory at a time.
+    One matrix is in memory at a time.
 
     Args:
         directory: made by :func:`quantize`, in any format.
-        output: the directory to be made.
-        adapter: what PEFT wrote, or a run of :func:`train`; None: the directory's own initialization; ``"none"``: no
-            adapter, the quantized weights alone.
-        dtype: of the matrices: ``bfloat16``, ``float16`` or ``float32``. Vectors stay as they are.
-        max_shard_bytes: of a file.
+        output: the directory to create.
+        adapter: a directory that PEFT wrote, or a run of :func:`train`; None: the directory's own initialization;
+            ``"none"``: no adapter, the quantized weights alone.
+        dtype: of the matrices: ``bfloat16``, ``float16`` or ``float32``. Vectors keep theirs.
+        max_shard_bytes: size of the largest file.
         overwrite: replace an earlier output.
 
     Returns: ``files``, with sizes and hashes, and ``identity``: what they were made of.
 
-    Raises: InputError for an adapter of another model, or that is more than LoRA; NumericalError for a value beyond
-        ``dtype``; ConflictError if ``output`` is taken.
+    Raises: InputError for an adapter of another model, or one that is more than LoRA; NumericalError for a value
+        beyond ``dtype``; ConflictError if ``output`` is taken.
     """
     options = MergeOptions(
         adapter=None if adapter is None else as_path("adapter", adapter),
@@ -222,24 +225,24 @@ def export(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Report:
-    """A quantized directory in the files of other software, with exactly its codes, and the adapter apart.
+    """Write the files of other software with exactly the directory's codes, and the adapter in a file of its own.
 
     Args:
-        directory: made by :func:`quantize`, with codes that the files hold: ``code="int"`` or ``"iq4nl"``.
-        output: the directory to be made.
+        directory: made by :func:`quantize` with ``serve``, which chooses codes that the files store exactly.
+        output: the directory to create.
         to: ``gguf``, for llama.cpp and Ollama; ``compressed-tensors``, for vLLM and transformers; ``mlx``, for mlx-lm;
-            ``onnx``, for ONNX Runtime; ``lora-for-original``: what training added, as an adapter of the original;
-            ``per-expert``, of a mixture the adapter alone, with LoRA on each expert, as vLLM and SGLang read it.
+            ``onnx``, for ONNX Runtime; ``lora-for-original``: what training added, as an adapter of the original
+            model; ``per-expert``: the adapter alone, with LoRA on each expert, as vLLM and SGLang read it.
         adapter: as :func:`merge` takes it.
-        tokenizer_rule: of ``gguf``: llama.cpp's name of how the tokenizer cuts words, if it is not known here.
-        converter: of ``gguf``: llama.cpp's ``convert_hf_to_gguf.py``, for a family that is not known here.
-        block_type: of ``gguf``: for 2 bits in blocks of 256 ``TQ2_0``, which is smaller, or ``Q2_K``, which GPUs have
-            kernels for.
+        tokenizer_rule: with ``gguf``: llama.cpp's name of the tokenizer's pre-tokenization, if it is not recognized.
+        converter: with ``gguf``: path of llama.cpp's ``convert_hf_to_gguf.py``, for families without support here.
+        block_type: with ``gguf``, for 2 bits in blocks of 256: ``TQ2_0``, which is smaller, or ``Q2_K``, for which GPUs
+            have kernels.
         overwrite: replace an earlier output.
 
-    Returns: ``files``, ``identity``, and the ``commands`` that run it, from inside the directory.
+    Returns: ``files``, ``identity``, and the ``commands`` that run the files, from inside the directory.
 
-    Raises: InputError for a code, a model family or an adapter that the files do not hold exactly.
+    Raises: InputError for a code, a model family or an adapter that the files cannot store exactly.
     """
     from loftq.serving.export import ExportOptions
     from loftq.serving.export import export as run
@@ -272,17 +275,17 @@ def generate(
     device: str | None = None,
     told: Callable[[str], object] | None = None,
 ) -> str:
-    """What a model writes after a text, or answers to a chat.
+    """Generate the continuation of a text, or the answer to a chat.
 
     Args:
         target: a quantized directory, a run of :func:`train`, a trained adapter, or a dense model.
-        prompt: a text to go on from; or messages, ``{"role": "user", "content": "…"}``, by the tokenizer's template.
+        prompt: a text to continue; or the messages of a chat, ``{"role": "user", "content": "…"}``.
         adapter: as :func:`merge` takes it.
-        max_new_tokens: at most; less where the model's positions end.
-        temperature: 0 is greedy; None is what ``generation_config.json`` says, as for ``top_p``.
-        seed: of what is drawn.
+        max_new_tokens: largest number of tokens; fewer if the model's positions end.
+        temperature: 0 is greedy; None is the value in ``generation_config.json``, as for ``top_p``.
+        seed: of the sampling.
         device: by default the GPU, if there is one.
-        told: called with every piece of the text as it comes.
+        told: called with every piece of the text as it is generated.
 
     Raises: UsageError for a chat without a template; InputError for an adapter of another base.
     """
@@ -302,18 +305,18 @@ def train(
     restart: bool = False,
     progress: bool = True,
 ) -> "RunResult":
-    """Fine-tune as a recipe says, and evaluate; quantizes first where the method wants it. Continues if stopped.
+    """Quantize if the recipe's method needs it, fine-tune, and evaluate. The same call continues a stopped run.
 
     Args:
-        recipe: a YAML file, or what would stand in it.
-        overrides: instead of what the recipe says, by dotted key: ``{"seed": 1, "lora.rank": 8}``.
+        recipe: a YAML file, or its content as a mapping.
+        overrides: values that replace the recipe's, by dotted key: ``{"seed": 1, "lora.rank": 8}``.
         output: directory of the run, instead of the recipe's.
         restart: begin again instead of continuing.
 
     Returns: metrics, losses, time and bytes, as in ``metrics.json``.
 
-    Raises: UsageError and InputError for what does not fit, before anything is trained; ConflictError if the output is
-        another recipe's; NumericalError when the loss is not finite.
+    Raises: UsageError and InputError for what does not fit, before anything is trained; ConflictError if the output
+        belongs to another recipe; NumericalError if the loss is not finite.
     """
     asked = _recipe(recipe, overrides, output)
     from loftq.finetune.train import finetune
@@ -377,7 +380,7 @@ def compare(
     output: str | Path | None = None,
     progress: bool = True,
 ) -> "Comparison":
-    """Fine-tune every arm of a recipe's section ``compare``. Continues if stopped.
+    """Fine-tune every arm of a recipe's section ``compare``. The same call continues a stopped comparison.
 
     Args:
         recipe, overrides: as :func:`train` takes them.

@@ -38,7 +38,7 @@ class _App(typer.Typer):
 
 app = _App(
     name="loftq",
-    help="LoftQ: quantize a Hugging Face model to 2, 3, 4 or 8 bits, with a LoRA initialization that makes up for it.",
+    help="LoftQ: quantize a Hugging Face model to 2, 3, 4 or 8 bits, and initialize LoRA to cancel the error.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -21,7 +21,7 @@ def calibrate(
     data: Annotated[
         str,
         typer.Option(
-            help="Texts: .txt, .jsonl, .json, .csv or .parquet, also with .gz; or a data set of the hub: "
+            help="Texts: a file (.txt, .jsonl, .json, .csv, .parquet, also with .gz), or a data set on the hub: "
             "ORG/NAME[:CONFIG].",
             show_default=False,
         ),
@@ -29,7 +29,7 @@ def calibrate(
     as_json: Json = False,
     **given: Any,
 ) -> None:
-    """Run texts through a model, block by block, and keep statistics of what its matrices are given."""
+    """Run texts through a model, block by block, and store statistics of the inputs of its matrices."""
     with extra("train"):
         from loftq.calibration.calibrate import CalibrateOptions
         from loftq.calibration.calibrate import calibrate as run

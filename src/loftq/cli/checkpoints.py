@@ -19,11 +19,11 @@ def quantize(
     model: ModelOrUrl,
     output: OutputOrUrl,
     max_shard_size: Annotated[
-        str, typer.Option(help="Largest file of the backbone: 500MB, 2GB; auto: by the size of the model.")
+        str, typer.Option(help="Size of the largest file of the backbone: 500MB, 2GB; auto: by the model's size.")
     ] = "1GB",
     **given: Any,
 ) -> None:
-    """Make a LoftQ checkpoint: packed backbone, LoRA initialization, manifest, card. Continues where it was stopped."""
+    """Quantize a model and initialize its LoRA adapter. The same command continues a stopped run."""
     from loftq.checkpoint.quantize import quantize as run
     from loftq.checkpoint.quantize import quantize_options
     from loftq.planning import parse_size
@@ -51,10 +51,10 @@ def _prepare_texts(calibrate: str | None, samples: int | None) -> None:
 
 @app.command()
 def status(
-    directory: Annotated[Path, typer.Argument(help="The --output of a `loftq quantize`.", show_default=False)],
+    directory: Annotated[Path, typer.Argument(help="The --output of `loftq quantize`.", show_default=False)],
     as_json: Json = False,
 ) -> None:
-    """Show how far a run is: what is done, by whom, what is in work, how long the rest takes."""
+    """Show the progress of a `loftq quantize`: what is done, by which processes, and how long the rest takes."""
     from loftq.checkpoint.status import status as run
     from loftq.report.status import print_status
 
@@ -69,9 +69,9 @@ def status(
 def inspect(
     directory: DirectoryOrUrl,
     as_json: Json = False,
-    plot: Annotated[Path | None, typer.Option(help="Save a picture of the errors: errors.png.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Save a plot of the errors: errors.png.")] = None,
 ) -> None:
-    """Show, per matrix, bits, rank, bytes, error per step and the step kept; and what the whole costs."""
+    """Show bits, rank, bytes and errors of every matrix, and the totals."""
     from loftq.checkpoint.manifest import read_manifest
     from loftq.formats.remote import directory_of
     from loftq.report.figures import check_place
@@ -92,7 +92,7 @@ def inspect(
 
 @app.command()
 def verify(directory: DirectoryOrUrl) -> None:
-    """Check hashes, shapes and finiteness of every file, without loading the model."""
+    """Check the hashes of all files, the shapes of all tensors, and that all values are finite."""
     from loftq.checkpoint.verify import verify as run
     from loftq.formats.regular import shown
     from loftq.formats.remote import directory_of

@@ -26,12 +26,12 @@ def merge(
     output: Output,
     adapter: AdapterOf = None,
     dtype: Annotated[
-        str, typer.Option(help="Of the matrices: bfloat16, float16 or float32. Vectors stay as they are.")
+        str, typer.Option(help="Dtype of the matrices: bfloat16, float16 or float32. Vectors keep theirs.")
     ] = "bfloat16",
-    max_shard_size: Annotated[str, typer.Option(help="Largest file: 500MB, 2GB.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Size of the largest file: 500MB, 2GB.")] = "5GB",
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a plain dense checkpoint of the quantized weights and an adapter, one matrix in memory at a time."""
+    """Merge an adapter into the quantized weights, as a plain dense checkpoint; one matrix is in memory at a time."""
     from loftq import verbs
     from loftq.planning import parse_size
 
@@ -48,27 +48,27 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="gguf (llama.cpp, Ollama), compressed-tensors (vLLM), mlx, onnx, lora-for-original; per-expert: of a "
-            "mixture, the adapter alone.",
+            help="Target: gguf (llama.cpp, Ollama), compressed-tensors (vLLM), mlx, onnx; or an adapter alone: "
+            "lora-for-original (for the original model), per-expert (for a dense mixture of experts).",
             show_default=False,
         ),
     ],
     adapter: AdapterOf = None,
     tokenizer_rule: Annotated[
         str | None,
-        typer.Option(help="Of gguf: llama.cpp's name of how the tokenizer cuts words, if it is not known here."),
+        typer.Option(help="With gguf: llama.cpp's name of the tokenizer's pre-tokenization, if it is not recognized."),
     ] = None,
     converter: Annotated[
         str | None,
-        typer.Option(help="Of gguf: llama.cpp's convert_hf_to_gguf.py, for a family that is not known here."),
+        typer.Option(help="With gguf: path of llama.cpp's convert_hf_to_gguf.py, for families without support here."),
     ] = None,
     block_type: Annotated[
         str | None,
-        typer.Option(help="Of gguf, for 2 bits in blocks of 256: TQ2_0 or Q2_K. Default: TQ2_0."),
+        typer.Option(help="With gguf, for 2 bits in blocks of 256: TQ2_0 or Q2_K. Default: TQ2_0."),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a quantized directory in other software's files, with exactly its codes, and the adapter apart."""
+    """Write the files of other software with exactly the directory's codes, and the adapter in a file of its own."""
     from loftq import verbs
 
     quiet_transformers()
@@ -87,19 +87,21 @@ def generate(
     ],
     adapter: AdapterOf = None,
     prompt: Annotated[
-        str | None, typer.Option(help="What to answer or go on from. Default: standard input; in a terminal, a chat.")
+        str | None, typer.Option(help="Text to answer or to continue. Default: standard input; in a terminal, a chat.")
     ] = None,
-    system: Annotated[str | None, typer.Option(help="The first message of a chat.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Go on from the text, also if there is a chat template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+    system: Annotated[str | None, typer.Option(help="System message of a chat.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text, even if there is a chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Largest number of tokens of an answer.")] = 256,
     temperature: Annotated[
-        float | None, typer.Option(help="0 is greedy. Default: what generation_config.json says.")
+        float | None, typer.Option(help="Sampling temperature; 0 is greedy. Default: as in generation_config.json.")
     ] = None,
-    top_p: Annotated[float | None, typer.Option(help="Default: what generation_config.json says.")] = None,
-    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    top_p: Annotated[
+        float | None, typer.Option(help="Nucleus sampling. Default: as in generation_config.json.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: the GPU if there is one.")] = None,
 ) -> None:
-    """Answer a prompt, or chat, by the tokenizer's template; without one, go on from a text."""
+    """Answer a prompt, or chat, with the tokenizer's chat template; without a template, continue a text."""
     import sys
 
     from loftq.serving.generate import GenerateOptions, Writer

@@ -16,21 +16,24 @@ def start(
     base: Annotated[
         str,
         typer.Argument(
-            help="The quantized model, a directory or a hub id: by bitsandbytes, GPTQ, AWQ, HQQ, loftq, …",
+            help="The quantized base, a directory or a hub id: by bitsandbytes, GPTQ, AWQ, HQQ, loftq, …",
             show_default=False,
         ),
     ],
     weights: Annotated[
-        str, typer.Option(help="The full-precision model that it was made from, a directory or a hub id.")
+        str, typer.Option(help="The full-precision model that the base was made from, a directory or a hub id.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Adapter directory to make.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory to create, for the adapter.", show_default=False)
+    ],
     calibrate: Annotated[
-        Path | None, typer.Option(help="Statistics of the original, by `loftq calibrate`: least error of the outputs.")
+        Path | None,
+        typer.Option(help="Minimize the error of the outputs: a directory of `loftq calibrate`, of the original."),
     ] = None,
-    base_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of BASE, if a hub id.")] = None,
+    base_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base on the hub.")] = None,
     **given: Any,
 ) -> None:
-    """Make the adapter that makes up for the quantization of a model that is quantized already, by whatever method."""
+    """Initialize a LoRA adapter for a base that is quantized already, to cancel its quantization error."""
     from loftq import verbs
     from loftq.report.tables import print_start
 

@@ -22,19 +22,22 @@ ModelOrUrl = Annotated[
 ]
 Directory = Annotated[Path, typer.Argument(help="A directory made by `loftq quantize`.", show_default=False)]
 DirectoryOrUrl = Annotated[
-    Path, typer.Argument(metavar="DIRECTORY", help="Made by `loftq quantize`, or the URL of one.", show_default=False)
+    Path,
+    typer.Argument(metavar="DIRECTORY", help="A directory made by `loftq quantize`, or its URL.", show_default=False),
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Directory to make.", show_default=False)]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Directory to create.", show_default=False)]
 OutputOrUrl = Annotated[
     Path,
-    typer.Option("--output", "-o", help="Directory to make, or its URL, such as s3://bucket/name.", show_default=False),
+    typer.Option(
+        "--output", "-o", help="Directory to create, or its URL, such as s3://bucket/name.", show_default=False
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="A recipe.", show_default=False)]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="A recipe file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...", help="Instead of what the recipe says: seed=1 lora.rank=8.", show_default=False
+        metavar="[KEY=VALUE]...", help="Values that replace the recipe's: seed=1 lora.rank=8.", show_default=False
     ),
 ]
 

@@ -18,17 +18,20 @@ def plan(
     model: ModelOrUrl,
     calibrate: Annotated[
         Path | None,
-        typer.Option(help="Directory made by `loftq calibrate`: a budget then goes by outputs.", show_default=False),
+        typer.Option(
+            help="With --budget: a directory of `loftq calibrate`; errors are then those of the outputs.",
+            show_default=False,
+        ),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Save a picture of error against bytes: budget.png.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="With --budget: save a plot of error against bytes.")] = None,
     estimate: Annotated[
-        bool, typer.Option("--estimate", help="Say what it would take: CPU time, memory, disk; memory of training.")
+        bool, typer.Option("--estimate", help="Estimate CPU time, memory and disk, and the memory of training.")
     ] = False,
     tokens: Annotated[int, typer.Option(help="With --estimate: tokens of a training batch.", min=1)] = 2048,
     as_json: Json = False,
     **given: Any,
 ) -> None:
-    """Show, for every tensor, how it would be quantized or why not. Reads no weights, except with --budget."""
+    """Show how every tensor would be quantized, or why not. Reads no weights, except with --budget."""
     from loftq import verbs
     from loftq.report.budget import plot as draw
     from loftq.report.budget import print_budget

@@ -24,7 +24,7 @@ def train(
     restart: Annotated[bool, typer.Option("--restart", help="Begin again instead of continuing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune as a recipe says, and evaluate; quantizes first where the method wants it. Continues if stopped."""
+    """Quantize if the recipe's method needs it, fine-tune, and evaluate. The same command continues a stopped run."""
     with extra("train"):
         from loftq.finetune.recipe import read
         from loftq.finetune.train import finetune
@@ -50,17 +50,20 @@ def evaluate(
         typer.Argument(help="A run of `loftq train`, a dense model, or a quantized directory.", show_default=False),
     ],
     task: Annotated[
-        str | None, typer.Option(help="Name of a task, or a recipe with one of your own. Default: the run's.")
+        str | None, typer.Option(help="Name of a task, or a recipe file with your own task. Default: the run's.")
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Directory with files named by split. Default: the run's or the task's data.")
     ] = None,
-    split: Annotated[list[str] | None, typer.Option(help="A split to report on; may be repeated.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="A trained adapter to put on the model.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows at a time. Default: the run's, or 32.")] = 0,
-    max_length: Annotated[int, typer.Option(help="Tokens of an input. Default: the run's or the task's.")] = 0,
+    split: Annotated[list[str] | None, typer.Option(help="Split to report on; may be repeated.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Trained adapter to load on the model.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows per batch. Default: the run's, or 32.")] = 0,
+    max_length: Annotated[
+        int, typer.Option(help="Largest number of tokens of an input. Default: the run's or the task's.")
+    ] = 0,
     sampling: Annotated[
-        str | None, typer.Option(help="How answers are written: greedy, or paper (GSM8K's sampling). Default: greedy.")
+        str | None,
+        typer.Option(help="How answers are generated: greedy, or paper (GSM8K's sampling). Default: greedy."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -105,7 +108,7 @@ def compare(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune every arm of a recipe's section compare, and show them side by side. Continues if stopped."""
+    """Fine-tune every arm of a recipe's section `compare`, and show a table. The same command continues."""
     with extra("train"):
         from loftq.finetune.compare import compare as run
         from loftq.finetune.comparison import print_comparison
