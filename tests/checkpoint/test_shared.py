@@ -131,6 +131,26 @@ def test_killed_anywhere(source, golden, tmp_path):
             path.rmdir() if path.is_dir() else path.unlink()
 
 
+def full_disk(is_full: Callable[[Path], bool]) -> Callable[[str, Path], None]:
+    def step(op: str, path: Path) -> None:
+        if op == "write" and is_full(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    return step
+
+
+@pytest.mark.parametrize("names", [".00000.*.safetensors.*", ".00000.json.*"])
+def test_a_full_disk_gets_no_fuller(names, source, golden, tmp_path):
+    """However often the command is run again: a shard whose record cannot be written is removed."""
+    units = Workspace(tmp_path / "out").units
+    full = full_disk(lambda path: path.parent == units and path.match(names))
+    with hooked(full), pytest.raises(StorageError, match="no space left"):
+        run(source, tmp_path / "out", shared=True)
+    assert not list(units.glob("00000.*.s*"))
+    run(source, tmp_path / "out", shared=True)
+    assert tree(tmp_path) == {f"out/{name}": raw for name, raw in golden.items()}
+
+
 def solved_slowly(seconds: float, first: Callable[[], None] = plain) -> None:
     solve = shared.solve_matrix
 
@@ -221,7 +241,7 @@ def test_what_sharing_refuses(source, golden, tmp_path):
     with pytest.raises(UsageError, match="remove the old output"):
         run(source, tmp_path / "out", shared=True, overwrite=True)
     policy = dataclasses.replace(POLICY, solve=loftq.SolveSpec(steps=2, metric="full"))
-    with pytest.raises(UsageError, match="take statistics that are there"):
+    with pytest.raises(UsageError, match=r"take finished statistics.* with torchrun .*loftq\.calibrate"):
         run(source, tmp_path / "out", shared=True, policy=policy, calibrate="notes.txt")
     stopped_run(source, tmp_path / "out", shared=True)
 
@@ -304,6 +324,13 @@ def test_a_claim_is_taken_over_when_its_file_stops_growing(tmp_path):
         time.sleep(claims.STALE + 0.5)
         assert mine.take(tmp_path / "x")
         assert not living.take(tmp_path / "x")
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"{}"])
+def test_a_damaged_claim_holds_nobody_up(raw, tmp_path):
+    (tmp_path / "x.claim.0").write_bytes(raw)
+    with Crew(tmp_path) as mine:
+        assert mine.take(tmp_path / "x")
 
 
 def test_one_that_leaves_is_gone_at_once(tmp_path):
@@ -434,6 +461,33 @@ def test_status(source, golden, tmp_path):
     assert f"0 of {MATRICES} matrices, 1 process at work" in printed.out
     run(source, output, shared=True)
     assert repr(loftq.status(output)) == "<Report: done; keys: state, units, matrices, workers, seconds_left>"
+
+
+def test_status_at_the_end(source, golden, tmp_path, monkeypatch):
+    """The result counts as soon as it is there: while the work for it is removed, and when it was just removed."""
+    output, listed = tmp_path / "out", team.names_in
+
+    def killed(op: str, path: Path) -> None:
+        if op == "rmtree" and path == Workspace(output).root:
+            os._exit(9)
+
+    def work() -> None:
+        with hooked(killed):
+            run(source, output, shared=True)
+
+    assert Child(work).ended().code == 9
+    assert Workspace(output).identity.exists()
+    assert loftq.status(output)["state"] == "done"
+    stopped_run(source, tmp_path / "late", shared=True)
+
+    def names_in(directory: Path) -> set[str]:
+        monkeypatch.setattr(team, "names_in", listed)
+        run(source, tmp_path / "late", shared=True)
+        return listed(directory)
+
+    monkeypatch.setattr(team, "names_in", names_in)
+    assert loftq.status(tmp_path / "late")["state"] == "done"
+    assert team.names_in is listed
 
 
 def test_status_of_a_plain_run(source, golden, tmp_path):

@@ -25,6 +25,7 @@ from loftq.formats.regular import open_regular, shown
 BEAT = 5.0  # seconds between two beats
 STALE = 60.0  # seconds without one, seen by another process, after which a worker is dead
 CLAIM = ".claim."  # in the name of a claim: what is claimed, and how many had it before
+DAMAGED = "?"  # no worker's name
 
 
 @dataclass(frozen=True)
@@ -147,12 +148,12 @@ class Crew(AbstractContextManager["Crew"]):
         return self.watch.directory / self.me.id
 
     def _holder(self, claim: Path) -> str:
-        """The worker that a claim names; nothing if it is gone."""
+        """The worker that a claim names; nothing if it is gone. One that is damaged names nobody who is alive."""
         if claim not in self._holders:
             try:
                 self._holders[claim] = str(strict_json.load_object(claim).get("id"))
             except LoftqError:
-                return ""
+                return DAMAGED if claim.exists() else ""
         return self._holders[claim]
 
     def _beat(self) -> None:

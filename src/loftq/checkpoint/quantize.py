@@ -166,9 +166,8 @@ def quantize(
         return manifest
     if options.push_to_hub or options.is_shared:
         what = option("push_to_hub") if options.push_to_hub else option("shared" if options.shared else "cluster")
-        raise UsageError(
-            f"{what} needs a directory of this machine; choose another {option('output')}, or leave it out"
-        )
+        place = "of this machine" if options.push_to_hub else "that all processes see, no URL"
+        raise UsageError(f"{what} needs a directory {place}; choose another {option('output')}, or leave {what} out")
     work = RemoteWorkspace(store(option("output"), output))
     with work.held():
         manifest = _quantize(model, work, options, begin, begin_calibration)
@@ -293,8 +292,9 @@ def _statistics(
         return None
     if options.is_shared and not Path(options.calibrate).is_dir():
         raise UsageError(
-            f"processes that share the work take statistics that are there, and {quoted(options.calibrate)} are texts; "
-            f"collect them first: {command('calibrate', 'MODEL', data=options.calibrate, output='STATS')}"
+            f"processes that share the work take finished statistics, and {quoted(options.calibrate)} is no directory "
+            "of them; collect them from texts first, with torchrun in several processes: "
+            f"{command('calibrate', 'MODEL', data=options.calibrate, output='STATS')}"
         )
     asked = CalibrateOptions(
         data=options.calibrate,

@@ -281,17 +281,29 @@ class Workspace:
             for entry in unit.adapter_entries():
                 yield tensor_bytes(adapter.pop(entry.name))
 
-        shard = fsio.write_atomic(self.shard(unit), contents())
-        piece = fsio.write_atomic(self.piece(unit), adapter_contents())
-        record = {"shard": asdict(shard), "piece": asdict(piece), "matrices": reports}
-        record |= {"host": socket.gethostname(), "pid": os.getpid(), "seconds": time.monotonic() - began}
-        if self.maker:
-            record["maker"] = self.maker
-            hashed_json.create(self.record(unit), record)
-        else:
-            record = hashed_json.write(self.record(unit), record)
+        try:
+            shard = fsio.write_atomic(self.shard(unit), contents())
+            piece = fsio.write_atomic(self.piece(unit), adapter_contents())
+            record = {"shard": asdict(shard), "piece": asdict(piece), "matrices": reports}
+            record |= {"host": socket.gethostname(), "pid": os.getpid(), "seconds": time.monotonic() - began}
+            if self.maker:
+                record["maker"] = self.maker
+                hashed_json.create(self.record(unit), record)
+            else:
+                record = hashed_json.write(self.record(unit), record)
+        finally:
+            if self.maker and not self._counts(unit):
+                fsio.remove(self.shard(unit))
+                fsio.remove(self.piece(unit))
         fsio.remove_tree(self.solved(unit))
         return record
+
+    def _counts(self, unit: Unit) -> bool:
+        """Whether the record of a unit is of the files of this maker; they only take space if it is another's."""
+        try:
+            return hashed_json.load(self.record(unit))["maker"] == self.maker
+        except InputError:
+            return self.record(unit).exists()
 
 
 def _written(

@@ -10,7 +10,7 @@ from typing import Any
 from loftq.checkpoint import claims, team
 from loftq.checkpoint.claims import Watch, Worker
 from loftq.checkpoint.manifest import MANIFEST
-from loftq.checkpoint.output_dir import SHARED
+from loftq.checkpoint.output_dir import SHARED, is_ours
 from loftq.checkpoint.shards import Workspace
 from loftq.errors import InputError, LoftqError, command
 from loftq.formats import hashed_json, strict_json
@@ -32,10 +32,26 @@ def status(directory: Path) -> dict[str, Any]:
     Raises: InputError where there is neither an output of ours nor work for one.
     """
     work = Workspace(local_path("the directory", directory).resolve())
+    if not _is_done(work):
+        try:
+            return _unfinished(work)
+        except InputError:
+            if not _is_done(work):  # else its last process has just ended
+                raise
+    return {"state": "done", "units": None, "matrices": None, "workers": [], "seconds_left": 0.0}
+
+
+def _is_done(work: Workspace) -> bool:
+    """Whether the output is there, and what is left of the work for it waits to be removed."""
+    manifest, identity = work.target / MANIFEST, {}
+    with contextlib.suppress(LoftqError):
+        identity = hashed_json.load(manifest).get("identity", {})
+    return manifest.is_file() and is_ours(work, identity)
+
+
+def _unfinished(work: Workspace) -> dict[str, Any]:
     if not work.identity.exists():
-        if (work.target / MANIFEST).is_file():
-            return {"state": "done", "units": None, "matrices": None, "workers": [], "seconds_left": 0.0}
-        begin = command("quantize", "MODEL", output=str(directory))
+        begin = command("quantize", "MODEL", output=str(work.target))
         raise InputError(f"{shown(work.target)}: no output of loftq, and no work for one; begin it: {begin}")
     files, units, matrices, left = [], None, None, None
     records = {path.stem: _record(path) for path in sorted(work.units.glob("?????.json"))}
