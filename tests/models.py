@@ -16,6 +16,7 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 import loftq
 from loftq.formats.config import read_groups
@@ -334,6 +335,7 @@ def written(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
     stored, factors = tensors(directory), tensors(directory / "loftq_init")
     plan = json.loads((directory / "loftq_manifest.json").read_text())["plan"]
     names = {m["module"]: m["name"] for m in plan["matrices"]}  # in the files, where transformers renames them
+    hidden = {m["module"] for m in plan["matrices"] if m["kind"] == "experts-reversed"}
     result = {}
     for group in read_groups(config):
         for module in group.modules:
@@ -353,14 +355,14 @@ def written(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
             last = f"{stack.rpartition('.')[0]}.down_proj"
             inside = stack != last and any(last in g.parameters for g in read_groups(config))
             parts = {n.removeprefix(names[stack]): t for n, t in stored.items() if n.startswith(names[stack])}
-            result[stack] = _stack(stack, inside, group.quant, parts, factors, adapter_config)
+            result[stack] = _stack(stack, inside, group.quant, parts, factors, adapter_config, stack in hidden)
     return result
 
 
-def _stack(name: str, inside: bool, quant: Any, parts: dict[str, Tensor], factors: dict, config: Any) -> tuple:
+def _stack(name: str, inside: bool, quant: Any, parts: dict, factors: dict, config: Any, is_reversed: bool) -> tuple:
     """Q and s·BA of all experts, ``(experts, out, in)``, of what is stored by suffix.
 
-    PEFT's layer on the last stack lies outside the other's.
+    PEFT's layer on the last stack lies outside the other's. Of a reversed stack it has ``(s·BA).T``.
     """
     root = f"base_model.model.{name.rpartition('.')[0]}{'.base_layer' if inside else ''}"
     a, b, count = factors[f"{root}.lora_A.weight"], factors[f"{root}.lora_B.weight"], len(parts[""])
@@ -369,7 +371,8 @@ def _stack(name: str, inside: bool, quant: Any, parts: dict[str, Tensor], factor
     a, b = a.view(count, rank, -1), b.view(len(b), rank, count)
     product = torch.stack([s * b[:, :, e] @ a[e] for e in range(count)])
     one = [{f"weight{part}": t[e] for part, t in parts.items() if not part.endswith("_bias")} for e in range(count)]
-    return torch.stack([decode(tensors, quant, a.shape[2]) for tensors in one]), product
+    product = product.transpose(1, 2) if is_reversed else product
+    return torch.stack([decode(tensors, quant, product.shape[2]) for tensors in one]), product
 
 
 def substituted(dense: Any, values: dict[str, Tensor]) -> Any:
@@ -380,9 +383,8 @@ def substituted(dense: Any, values: dict[str, Tensor]) -> Any:
             owner, _, leaf = module.rpartition(".")
             parent: Any = model.get_submodule(owner)
             if leaf in parent._parameters:
-                parent._parameters[leaf].copy_(
-                    value.transpose(1, 2) if getattr(parent, "is_transposed", False) else value
-                )
+                turned = getattr(parent, "is_transposed", isinstance(parent, Llama4TextExperts))
+                parent._parameters[leaf].copy_(value.transpose(1, 2) if turned else value)
                 continue
             target = model.get_submodule(module)
             transposed = not isinstance(target, (nn.Linear, nn.Embedding))

@@ -99,7 +99,8 @@ def backbone(stored: dict[str, np.ndarray], module: str, group: dict[str, Any], 
 
 def matrices(directory: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """module -> Q and s·BA, both ``(out, in)``, of a packed checkpoint with Linear layers."""
-    config = json.loads((directory / "config.json").read_text())["quantization_config"]
+    model = json.loads((directory / "config.json").read_text())
+    config = model["quantization_config"]
     adapter = json.loads((directory / "loftq_init" / "adapter_config.json").read_text())
     stored, factors = tensors(directory), tensors(directory / "loftq_init")
     found = {}
@@ -116,7 +117,8 @@ def matrices(directory: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         for stack in group.get("parameters", []):
             last = f"{stack.rsplit('.', 1)[0]}.down_proj"
             inside = stack != last and any(last in g.get("parameters", []) for g in config["groups"])
-            found |= experts(stored, factors, adapter, stack, inside, group)
+            is_llama4 = model["model_type"].startswith("llama4")
+            found |= experts(stored, factors, adapter, stack, inside, group, is_llama4)
     return found
 
 
@@ -127,6 +129,7 @@ def experts(
     stack: str,
     inside: bool,
     group: Any,
+    is_llama4: bool,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """``stack.e`` -> Q and s·BA of expert e; A is stored expert after expert, B rank after rank."""
     root = f"base_model.model.{stack.rsplit('.', 1)[0]}{'.base_layer' if inside else ''}"
@@ -138,5 +141,6 @@ def experts(
     for e in range(count):
         one = {f"m.weight{s}": stored[stack + s][e] for s in suffixes if stack + s in stored}
         product = scaling * b.reshape(len(b), rank, count)[:, :, e] @ a[e * rank : (e + 1) * rank]
-        found[f"{stack}.{e}"] = backbone(one, "m", group, a.shape[1]), product
+        product = product.T if is_llama4 else product  # whose class hides that it has (in, out)
+        found[f"{stack}.{e}"] = backbone(one, "m", group, product.shape[1]), product
     return found

@@ -7,9 +7,11 @@ import pytest
 import small
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 import loftq
 import models
+from loftq.architecture import experts
 from loftq.architecture.experts import LAST
 from loftq.calibration import collect as collecting
 from loftq.calibration.blocks import load_offloaded
@@ -32,18 +34,27 @@ def inputs_of_experts(model, rows):
     found = {}
     with torch.no_grad():
         for name, module in model.named_modules():
-            if not hasattr(module, "is_transposed"):
+            is_llama4 = isinstance(module, Llama4TextExperts)
+            if not hasattr(module, "is_transposed") and not is_llama4:
                 continue
-            first = "gate_up_proj" if module.has_gate else "up_proj"
+            first = "gate_up_proj" if is_llama4 or module.has_gate else "up_proj"
             given = []
             hook = module.register_forward_pre_hook(lambda _, args, given=given: given.append(args))
             for row in rows:
                 model(input_ids=torch.tensor([row["input_ids"]]))
             hook.remove()
-            x, index = (torch.cat(parts) for parts in list(zip(*given, strict=True))[:2])
-            outer = [x[(index == e).any(1)] for e in range(len(getattr(module, first)))]
-            inner = []
+            count, inner = len(getattr(module, first)), []
+            if is_llama4:  # all tokens for every expert, zeros where they are not sent to it
+                x = torch.cat([one.unflatten(0, (count, -1)) for (one,) in given], 1)
+                outer = [one[one.any(1)] for one in x]
+            else:
+                x, index = (torch.cat(parts) for parts in list(zip(*given, strict=True))[:2])
+                outer = [x[(index == e).any(1)] for e in range(count)]
             for e, mine in enumerate(outer):
+                if is_llama4:
+                    gate, up = (mine @ module.gate_up_proj[e]).chunk(2, -1)
+                    inner.append(up * module.act_fn(gate))
+                    continue
                 weight = getattr(module, first)[e]
                 y = mine @ (weight if module.is_transposed else weight.T)
                 y = y + getattr(module, f"{first}_bias")[e] if module.has_bias else y
@@ -53,14 +64,15 @@ def inputs_of_experts(model, rows):
 
 
 @pytest.mark.sampled(2)
-@pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "nemotron-h"])
-def test_each_expert_has_the_moments_of_its_tokens(name, tmp_path):
+@pytest.mark.parametrize("name", ["mixtral", "llama4", "gpt-oss", "nemotron-h"])
+def test_each_expert_has_the_moments_of_its_tokens(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(experts, "_tried", {})  # so that the module that is tried is first offloaded, with hooks
     model = small.tiny(name)
     model.save_pretrained(tmp_path / "model")
     wanted = inputs_of_experts(model, small.fitted(ROWS))
     classes = [type(m) for m in model.modules()]
     offloaded = load_offloaded(tmp_path / "model", tmp_path / "offload")
-    for found in (groups_of(model), groups_of(offloaded)):
+    for found in (groups_of(offloaded), groups_of(model)):
         assert set(found) == set(wanted)
         for stack, group in found.items():
             assert group.tokens["fit"] == [len(x) for x in wanted[stack]]

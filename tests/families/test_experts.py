@@ -159,8 +159,9 @@ def test_the_start_in_every_way_that_there_is(made, name):
         )
 
 
-def test_a_reader_of_the_documentation_alone_gets_the_same(made):
-    checkpoint = made("mixtral", bits=3, code="affine", rslora=True)
+@pytest.mark.parametrize("name", ["mixtral", "llama4"])
+def test_a_reader_of_the_documentation_alone_gets_the_same(made, name):
+    checkpoint = made(name, bits=3, code="affine", rslora=True)
     for stack, (q, product) in written(checkpoint.output).items():
         theirs = reader.matrices(checkpoint.output)
         for e in range(len(q)) if q.ndim == 3 else ():
@@ -274,8 +275,8 @@ def test_rows_of_zeros_are_left_out_of_batches(monkeypatch):
     dense, draw = dense_of(packed, module), torch.Generator().manual_seed(0)
     x = torch.randn(4, 3, 72, generator=draw)
     x[1], x[2, 1:] = 0, 0
-    counted, product = [], cpu.linear_grad_input
-    monkeypatch.setattr(cpu, "linear_grad_input", lambda x, *args: counted.append(len(x)) or product(x, *args))
+    counted, product = [], cpu.linear
+    monkeypatch.setattr(cpu, "linear", lambda x, *args: counted.append(len(x)) or product(x, *args))
     mine, theirs = x.flatten(0, 1).requires_grad_(), x.flatten(0, 1).clone().requires_grad_()
     found, wanted = packed(mine), dense(theirs)
     assert counted == [3, 1, 3, 3, 1, 3]  # of three experts, in two stacks
@@ -299,7 +300,7 @@ def packed_of(module: torch.nn.Module, bits: int = 3) -> PackedExperts:
         spec, dense = QuantSpec(bits=bits, scale_dtype="float32"), module.get_parameter(name).detach()
         pack_experts(packed, name, spec)
         for e, weight in enumerate(dense):
-            oriented = (weight.T if getattr(module, "is_transposed", False) else weight).contiguous()
+            oriented = (weight.T if packed.banks[name].transposed else weight).contiguous()
             packed.load_expert(name, e, encode(quantize(oriented, spec), spec))
     return packed
 

@@ -45,18 +45,22 @@ class ParamWrapper(lora.ParamWrapper):
         return self.base_layer(x, *args, lora={**(lora or {}), self.parameter_name: mine}, **kwargs)
 
     def _factors(self, adapter: str) -> StackFactors:
-        """A lies expert after expert, B rank after rank."""
+        """A lies expert after expert, B rank after rank; of reversed stacks they are our B.T and A.T."""
         factors: Any = self.lora_A[adapter], self.lora_B[adapter]
         a, b = (linear.weight for linear in factors)
+        a = a.reshape(self.num_experts, -1, a.shape[1])
         b = b.reshape(len(b), -1, self.num_experts).permute(2, 0, 1)
-        return StackFactors(a.reshape(self.num_experts, -1, a.shape[1]), b, self.scaling[adapter])
+        experts: Any = self.get_base_layer()
+        a, b = (b.transpose(1, 2), a.transpose(1, 2)) if experts.is_reversed else (a, b)
+        return StackFactors(a, b, self.scaling[adapter])
 
     def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
-        if not isinstance(self.get_base_layer(), PackedExperts):
+        experts: Any = self.get_base_layer()
+        if not isinstance(experts, PackedExperts):
             return super().get_delta_weight(adapter_name, *args, **kwargs)
         a, b, s = self._factors(adapter_name)
         delta = s * b @ a
-        return delta if self._did_swap_in_out_features else delta.transpose(1, 2)
+        return delta.transpose(1, 2) if experts.banks[self.parameter_name].transposed else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """PEFT's, into dense stacks that take the places of all packed ones; :meth:`unmerge` puts these back."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from loftq.errors import InputError, UsageError, listed, option, quoted
+from loftq.numerics import SWAPPED
 from loftq.planning import Matrix, Plan, target_suffixes
 
 # What PEFT's model of a task hands on by name, whether the user gave it or not, and the class must know.
@@ -135,20 +136,17 @@ def adapter_names(matrix: Matrix) -> tuple[str, str]:
 
 
 def adapter_shapes(matrix: Matrix) -> dict[str, tuple[int, int]]:
-    """Tensors of a matrix's adapter: name -> shape. An embedding's are transposed: see :func:`adapter_tensors`."""
+    """Tensors of a matrix's adapter: name -> shape. Some are transposed: see :func:`adapter_tensors`."""
     a, b = adapter_names(matrix)
-    rows, columns = matrix.shape
-    if matrix.experts:
-        return {a: (matrix.experts * matrix.rank, columns), b: (rows, matrix.rank * matrix.experts)}
-    if matrix.kind == "embedding":
-        return {a: (matrix.rank, rows), b: (columns, matrix.rank)}
-    return {a: (matrix.rank, columns), b: (rows, matrix.rank)}
+    rows, columns = reversed(matrix.shape) if matrix.kind in SWAPPED else matrix.shape
+    ranks = max(1, matrix.experts) * matrix.rank
+    return {a: (ranks, columns), b: (rows, ranks)}
 
 
 def adapter_tensors(matrix: Matrix, b: Tensor, a: Tensor) -> dict[str, Tensor]:
-    """Factors as PEFT stores them. An embedding adds ``(B_e @ A_e).T`` to its table, so ``A_e = B.T, B_e = A.T``."""
+    """Factors as PEFT stores them. To :data:`SWAPPED` it adds ``(B_e @ A_e).T``, so ``A_e = B.T, B_e = A.T``."""
     name_a, name_b = adapter_names(matrix)
-    if matrix.kind == "embedding":
+    if matrix.kind in SWAPPED:
         return {name_a: b.T.contiguous(), name_b: a.T.contiguous()}
     return {name_a: a.contiguous(), name_b: b.contiguous()}
 
@@ -165,4 +163,4 @@ def adapter_product(matrix: Matrix, tensors: dict[str, Tensor]) -> Tensor:
     """``B @ A`` in float32, in the orientation of the matrix, from the tensors of the adapter file."""
     name_a, name_b = adapter_names(matrix)
     product = tensors[name_b].float() @ tensors[name_a].float()
-    return product.T if matrix.kind == "embedding" else product
+    return product.T if matrix.kind in SWAPPED else product

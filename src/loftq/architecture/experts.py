@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from loftq.planning import Made
 
 FIRST, LAST = ("gate_up_proj", "up_proj"), "down_proj"  # the stacks of a module of experts, as it computes
-# Stored as (experts, out, in); as (experts, in, out); so too, in a class that does not say it: PEFT then takes it for
-# the first, and so do we, since the adapter has to be PEFT's.
+# A Parameter (experts, out, in); (experts, in, out); so too, in a class that does not say it: PEFT then takes it for
+# the first, and its A and B are our B.T and A.T.
 KIND, TURNED, REVERSED = "experts", "experts-transposed", "experts-reversed"
 STACKS = (KIND, TURNED, REVERSED)
 
@@ -142,11 +142,13 @@ def _agrees(module: nn.Module, trial: Any) -> bool:
 
 
 def _twin(module: nn.Module, little: dict[int, int]) -> Any:
-    """A copy with small sizes in the places of its own, and random numbers."""
+    """A copy with small sizes in the places of its own, random numbers, and the class's ``forward`` without hooks."""
     draw = torch.Generator().manual_seed(0)
     twin: Any = copy.copy(module)
     values = {k: little.get(v, v) if type(v) is int else v for k, v in vars(module).items()}
     twin.__dict__.update(values)
+    twin.__dict__.update({name: type(held)() for name, held in values.items() if name.endswith("_hooks")})
+    twin.__dict__.pop("forward", None)  # accelerate's, which fetches the weights of the module itself
     twin._parameters = {
         name: nn.Parameter(torch.randn([little[n] for n in p.shape], generator=draw, dtype=torch.float64))
         for name, p in module._parameters.items()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from loftq.architecture import skeleton
-from loftq.architecture.experts import FIRST, REVERSED, packable_stacks, way_of
+from loftq.architecture.experts import FIRST, packable_stacks
 from loftq.calibration.blocks import Blocks, Call, Output, Records, Stopped, stack_of, tensors_in
 from loftq.calibration.processes import Processes
 from loftq.errors import UsageError, quoted
@@ -246,13 +246,11 @@ def matrices(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def stacks(model: nn.Module) -> dict[str, list[str]]:
-    """Modules of experts -> those of their stacks whose inputs count: those that meet its columns."""
+    """Modules of experts -> their stacks."""
     found: dict[str, list[str]] = {}
     for stack in sorted(packable_stacks(model)):
         owner, _, name = stack.rpartition(".")
-        way = way_of(model.get_submodule(owner))
-        if way is not None and way.kind != REVERSED:
-            found.setdefault(owner, []).append(name)
+        found.setdefault(owner, []).append(name)
     return found
 
 

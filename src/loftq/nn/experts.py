@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from loftq.architecture.experts import FIRST, LAST, TURNED, way_of
+from loftq.architecture.experts import FIRST, LAST, REVERSED, TURNED, way_of
 from loftq.errors import InputError
 from loftq.nn import ops
 from loftq.nn.layers import Packed
@@ -26,7 +26,7 @@ HOOKED = "_old_forward"  # what accelerate's hook calls, with the weights in mem
 
 @dataclass(frozen=True)
 class Bank:
-    """A stack of experts' matrices, each stored as ``(rows, columns)``, which is ``(out, in)`` unless it is reversed.
+    """A stack of experts' matrices, each stored as ``(out, in)``, which is ``(rows, columns)``.
 
     Attributes:
         transposed: the dense Parameter is ``(experts, in, out)``.
@@ -64,7 +64,7 @@ class PackedExperts(Packed):
     """A module of experts some of whose stacks are packed. Its class is made by :func:`pack_experts`."""
 
     banks: dict[str, Bank]
-    is_reversed = False  # whether its stacks are
+    is_reversed = False  # whether its dense stacks are ``(experts, in, out)``, and PEFT does not know
 
     @property
     def weight_count(self) -> int:  # type: ignore[override]
@@ -144,18 +144,15 @@ class PackedExperts(Packed):
         """``x_i @ (W_e + s · B_e A_e).T + bias_e``, rows of ``x`` being grouped by their experts ``e``."""
         if name in self.banks:
             bank = self.banks[name]
-            args = ops.spec_key(bank.spec), bank.rows, bank.columns
-            product = ops.experts_grad_input if self.is_reversed else ops.experts
-            y = product(x, ends, self.stored_of(name), *args)
+            y = ops.experts(x, ends, self.stored_of(name), ops.spec_key(bank.spec), bank.rows, bank.columns)
         else:
             weight: Any = getattr(self, name)
             weight = weight if self.is_reversed or self.is_transposed else weight.transpose(1, 2)
             y = ops.grouped_mm(x, weight.to(x.dtype), ends)
         for a, b, s in lora:
             dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else a.dtype
-            first, second = (b, a) if self.is_reversed else (a.transpose(1, 2), b.transpose(1, 2))
-            inner = ops.grouped_mm(x.to(dtype), first.to(dtype), ends)
-            y = y + (ops.grouped_mm(inner, second.to(dtype), ends) * s).to(y.dtype)
+            inner = ops.grouped_mm(x.to(dtype), a.transpose(1, 2).to(dtype), ends)
+            y = y + (ops.grouped_mm(inner, b.transpose(1, 2).to(dtype), ends) * s).to(y.dtype)
         bias = getattr(self, f"{name}_bias", None)
         return y if bias is None else y + bias[experts].to(y.dtype)
 
@@ -233,7 +230,7 @@ def pack_experts(
         packed.banks, packed._stored_dtypes = {}, {}
         packed._like_model(device, dense.dtype)
     experts, rows, columns = dense.shape
-    transposed = packed._kind == TURNED
+    transposed = packed._kind in (TURNED, REVERSED)
     rows, columns = (columns, rows) if transposed else (rows, columns)
     bank = packed.banks[name] = Bank(spec, experts, rows, columns, transposed)
     layout, before = bank.layout(name), list(packed._parameters)

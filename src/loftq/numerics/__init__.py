@@ -26,5 +26,5 @@ from loftq.numerics.metric import (
     towards_diagonal,
 )
 from loftq.numerics.norms import frobenius, product_square
-from loftq.numerics.orientation import oriented, oriented_shape
+from loftq.numerics.orientation import SWAPPED, oriented, oriented_shape
 from loftq.numerics.packing import pack, packed_shape, unpack

@@ -6,7 +6,8 @@ Kinds are those of :class:`loftq.planning.Role`. Both functions are their own in
 
 from torch import Tensor
 
-TRANSPOSED = ("conv1d", "experts-transposed")
+TRANSPOSED = ("conv1d", "experts-transposed", "experts-reversed")
+SWAPPED = ("embedding", "experts-reversed")  # to whose ``(out, in)`` PEFT adds ``(B @ A).T``
 
 
 def oriented(kind: str, weight: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from loftq.formats import fsio, strict_json
 from loftq.formats.picklefile import read_pickle_tensors
 from loftq.formats.regular import local_path, shown
 from loftq.formats.tensorfile import read_header, read_tensor
-from loftq.numerics import oriented_shape
+from loftq.numerics import SWAPPED, oriented_shape
 from loftq.serving.base import Base, Dense
 from loftq.spec import scaling
 
@@ -43,16 +43,16 @@ PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "loftq")
 class Factors:
     """Of one module: ``s · B @ A`` is added to its weight ``(out, in)``, ``s · bias`` to its bias.
 
-    ``a`` and ``b`` are names of the adapter's tensors. An embedding's are the other way round: its table gets
-    ``s · (B @ A).T``. Those of a stack hold the factors of all ``experts``: ``A (experts·rank, in)`` expert after
-    expert, ``B (out, rank·experts)`` rank after rank.
+    ``a`` and ``b`` are names of the adapter's tensors. Those that are ``swapped`` are the other way round: an
+    embedding's table gets ``s · (B @ A).T``. Those of a stack hold the factors of all ``experts``:
+    ``A (experts·rank, in)`` expert after expert, ``B (out, rank·experts)`` rank after rank.
     """
 
     a: str
     b: str
     rank: int
     scaling: float
-    embedding: bool = False
+    swapped: bool = False
     bias: str = ""
     experts: int = 0
 
@@ -94,14 +94,16 @@ class Adapter:
         if factors.experts:
             assert expert is not None
             a, b = self.part(factors.a), self.part(factors.b)
-            b = b.reshape(len(b), -1, factors.experts)[:, :, expert]
-            return b.float(), a.reshape(factors.experts, -1, a.shape[1])[expert].float(), factors.scaling
-        a, b = self.read(factors.a).float(), self.read(factors.b).float()
-        return (a.T, b.T, factors.scaling) if factors.embedding else (b, a, factors.scaling)
+            a, b = a.unflatten(0, (factors.experts, -1))[expert], b.unflatten(1, (-1, factors.experts))[..., expert]
+        else:
+            a, b = self.read(factors.a), self.read(factors.b)
+        b, a = (a.T, b.T) if factors.swapped else (b, a)
+        return b.float(), a.float(), factors.scaling
 
     def refuse_more_than_linear(self, form: str, converter: str, experts: bool = False) -> None:
         """InputError if it is more than LoRA of linear layers, and of ``experts``, which is all that ``form`` holds."""
-        others = [n for n, factors in self.factors.items() if factors.embedding or (factors.experts and not experts)]
+        linear = [n for n, factors in self.factors.items() if (experts if factors.experts else not factors.swapped)]
+        others = [n for n in self.factors if n not in linear]
         more = [*self.replaced, *self.new, *self.biases, *others]
         if more:
             raise InputError(
@@ -228,12 +230,13 @@ def _place_factors(adapter: Adapter, base: Base, module: str, held: dict[str, st
     _refuse_tied(adapter, found)
     a, b = (adapter.shapes.get(name, ()) for name in (ours, theirs))
     rows, columns = oriented_shape(found.kind, found.shape[-2:])
-    many = max(1, found.experts)
+    many, swapped = max(1, found.experts), found.kind in SWAPPED
     rank = a[0] // many if a else 0
-    if (a, b) != (((rank, rows), (columns, rank)) if embedding else ((many * rank, columns), (rows, many * rank))):
+    inner, outer = (rows, columns) if swapped else (columns, rows)
+    if (a, b) != ((many * rank, inner), (outer, many * rank)):
         raise InputError(f"{where}: A {a} and B {b} do not fit a weight of {rows}x{columns}; of another model?")
     s = _scaling(adapter, stack or module, rank)
-    factors = Factors(ours, theirs, rank, s, embedding, held.get("B.bias", ""), found.experts)
+    factors = Factors(ours, theirs, rank, s, swapped, held.get("B.bias", ""), found.experts)
     adapter.factors[found.name] = factors
     if factors.bias:
         bias = base.parameter(f"{module}.bias")
