@@ -53,12 +53,12 @@ def test_serve_takes_stacks_where_the_software_has_them(tmp_path):
     config = transformers.MixtralConfig(**SIZES, num_local_experts=4)
     transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
     given = {"bits": 2, "rank": 4, "min_coverage": 0.0, "progress": False}
-    plans = {serve: loftq.plan(tmp_path, serve=serve, **given) for serve in ("gguf", "mlx")}
+    plans = {serve: loftq.plan(tmp_path, serve=serve, **given) for serve in ("gguf", "mlx", "onnx")}
     stacks = {serve: {m.name for m in plan.matrices if m.experts} for serve, plan in plans.items()}
-    assert len(stacks["gguf"]) == 4
-    assert not stacks["mlx"]
-    reasons = {k.reason for k in plans["mlx"].kept if "experts" in k.name}
-    assert reasons == {"a stack of experts, which cannot be exported to mlx yet"}
+    assert len(stacks["gguf"]) == len(stacks["mlx"]) == 4
+    assert not stacks["onnx"]
+    reasons = {k.reason for k in plans["onnx"].kept if "experts" in k.name}
+    assert reasons == {"a stack of experts, which cannot be exported to onnx yet"}
 
 
 @pytest.mark.parametrize("bits", ["experts=16,4", "layers.0=16,4"])

@@ -4,7 +4,7 @@ from loftq.errors import UsageError, option, quoted
 from loftq.planning.policy import Policy
 from loftq.spec import QuantSpec
 
-STACKS = ("gguf", "compressed-tensors")  # what holds stacks of experts
+STACKS = ("gguf", "compressed-tensors", "mlx")  # what holds stacks of experts
 SCALES = {"gguf": "float16"}  # others have the policy's
 # Software -> code, bits and block that it has; of two for the same width the first is the better.
 CONTAINERS = {

@@ -65,7 +65,7 @@ def write(place: Path, base: Base, adapter: Adapter | None, scales: str, begin: 
         return [stream.view(torch.int32), packed.narrow(matrix, d, scales), shape]
 
     settings = {"quantization_config": _config(base)}
-    files = packed.write_directory(place, base, adapter, settings, entries, made, begin)
+    files = packed.write_directory(place, base, adapter, settings, packed.Form(entries, made), begin)
     return files if adapter is None else files | _adapter(place, base, adapter)
 
 

@@ -1,33 +1,54 @@
 """``loftq export --to mlx``: a directory that mlx-lm loads on Apple's machines, with exactly our codes.
 
 MLX's affine mode has ``q * scale + bias``: the scale is ``d`` of :mod:`loftq.serving.packed`, the bias the power of two
-``-2**(bits - 1)`` times it, which rounds nothing. The adapter becomes one of mlx-lm's.
+``-2**(bits - 1)`` times it, which rounds nothing. A stack of experts is one tensor there too, of gate, of up and of
+down. The adapter becomes one of mlx-lm's.
 """
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from loftq.architecture.experts import KIND, parts_of
 from loftq.checkpoint.produce import Files
-from loftq.errors import InputError, listed
+from loftq.errors import InputError, listed, option, quoted
 from loftq.formats import fsio
 from loftq.formats.tensorfile import Entry, encode_header, tensor_bytes
+from loftq.numerics import oriented_shape
 from loftq.planning import Matrix
 from loftq.serving import packed
 from loftq.serving.adapter import Adapter
-from loftq.serving.base import Base
+from loftq.serving.base import Base, Dense
 from loftq.serving.merge import Begin
 
 NAME = "mlx"
-# Classes of transformers whose modules mlx-lm has by the same names.
-FAMILIES = (
-    *("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
-    *("GemmaForCausalLM", "Phi3ForCausalLM"),
-)
+# Classes of transformers whose modules mlx-lm has by the same names; of mixtures, what it calls ``mlp``.
+FAMILIES = {
+    **dict.fromkeys(("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"), "mlp"),
+    **dict.fromkeys(("GemmaForCausalLM", "Phi3ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"), "mlp"),
+    "OlmoeForCausalLM": "mlp",
+    "MixtralForCausalLM": "block_sparse_moe",
+}
+# What mlx-lm takes for granted, whatever the configuration says.
+GRANTED: dict[str, dict[str, Any]] = {
+    "Qwen2MoeForCausalLM": {
+        "hidden_act": "silu",
+        "use_sliding_window": False,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "qkv_bias": True,
+        "tie_word_embeddings": False,
+    },
+    "Qwen3MoeForCausalLM": {"hidden_act": "silu", "use_sliding_window": False, "attention_bias": False},
+    "OlmoeForCausalLM": {"hidden_act": "silu", "clip_qkv": None},
+    "MixtralForCausalLM": {"hidden_act": "silu", "sliding_window": None},
+}
 
 
 def check(base: Base, adapter: Adapter | None) -> str:
@@ -38,9 +59,20 @@ def check(base: Base, adapter: Adapter | None) -> str:
             f"{architecture}: mlx-lm's names of it are not known here, but those of {listed(FAMILIES)}; merge it, and "
             "convert the result with mlx_lm.convert"
         )
-    packed.check(base, NAME)
+    for key, value in GRANTED.get(architecture, {}).items():
+        if (found := getattr(base.model.config, key, value)) != value:
+            raise InputError(
+                f"{quoted(base.directory, 400)}: {key} is {quoted(repr(found))}, and mlx-lm computes {architecture} "
+                f"only with {value!r}; merge it, and run the result with other software"
+            )
+    packed.check(base, NAME, ("linear", KIND))
+    if dense := [tensor.runtime for tensor in base.as_model if tensor.experts and not tensor.matrix]:
+        raise InputError(
+            f"{listed(dense, 3)}: dense, and stacks are written that are quantized; quantize them too, with "
+            f"{option('serve', NAME)}, or merge, and convert that with mlx_lm.convert"
+        )
     if adapter is not None:
-        adapter.refuse_more_than_linear("an adapter of mlx-lm", "mlx_lm.convert")
+        adapter.refuse_more_than_linear("an adapter of mlx-lm", "mlx_lm.convert", experts=True)
     return packed.scale_dtype(base)
 
 
@@ -58,22 +90,61 @@ def write(place: Path, base: Base, adapter: Adapter | None, scales: str, begin: 
         bias = -(2.0 ** (int(matrix.quant.bits) - 1)) * d
         return [stream.view(torch.uint32), *(packed.narrow(matrix, values, scales) for values in (d, bias))]
 
-    of_most, _ = Counter((m.quant.block_size, int(m.quant.bits)) for m in base.matrices).most_common(1)[0]
-    forms = {m.module: (m.quant.block_size, int(m.quant.bits)) for m in base.matrices}
+    written = [part.matrix for tensor in base.tensors.values() if tensor.matrix for part in _parts(base, tensor)]
+    forms = {m.module: (m.quant.block_size, int(m.quant.bits)) for m in written}
+    of_most, _ = Counter(forms.values()).most_common(1)[0]
     quantization: dict[str, Any] = {**_form(of_most), "mode": "affine"}
     quantization |= {module: _form(own) for module, own in forms.items() if own != of_most}
-    settings = {"quantization": quantization, "quantization_config": quantization, **_rope(base)}
-    files = packed.write_directory(place, base, adapter, settings, entries, made, begin)
+    settings = {"quantization": quantization, "quantization_config": quantization, **_aliases(base)}
+    form = packed.Form(entries, made, _parts, lambda base, tensor: _name(base, tensor.runtime))
+    files = packed.write_directory(place, base, adapter, settings, form, begin)
     return files if adapter is None else files | _adapter(place, base, adapter)
 
 
-def _rope(base: Base) -> dict[str, Any]:
-    """The rotary embedding where mlx-lm looks for it; transformers 5 has it under ``rope_parameters`` alone."""
-    rope = getattr(base.model.config, "rope_parameters", None) or {}
+def _name(base: Base, parameter: str) -> str:
+    """What mlx-lm calls a Parameter."""
+    return parameter.replace(".mlp.", f".{FAMILIES[type(base.model).__name__]}.")
+
+
+def _parts(base: Base, tensor: Dense) -> list[packed.PackedPart]:
+    """What is written of a matrix, or of a stack, by mlx-lm's names."""
+    matrix = tensor.matrix
+    assert matrix is not None
+    return [
+        packed.PackedPart(
+            replace(
+                matrix, name=f"{module}.weight", module=module, shape=(len(range(rows.stop)[rows]), matrix.shape[1])
+            ),
+            matrix,
+            rows=rows,
+        )
+        for module, rows in _modules(base, tensor).items()
+    ]
+
+
+def _modules(base: Base, tensor: Dense) -> dict[str, slice]:
+    """The modules that a weight is of, with their rows of it, or of every expert's."""
+    rows = oriented_shape(tensor.kind, tensor.shape[-2:])[0]
+    if not tensor.experts:
+        return {_name(base, tensor.runtime).removesuffix(".weight"): slice(0, rows)}
+    owner = tensor.runtime.rpartition(".")[0]
+    stem = _name(base, owner.removesuffix("experts")) + "switch_mlp"
+    parts = parts_of(tensor.runtime, rows, base.model.get_submodule(owner))
+    return {f"{stem}.{name}": part for name, part in parts.items()}
+
+
+def _aliases(base: Base) -> dict[str, Any]:
+    """The configuration under names that mlx-lm looks for, and transformers 5 may have replaced.
+
+    It writes ``num_experts`` of a Qwen3-MoE as ``num_local_experts``, the rotary embedding under ``rope_parameters``.
+    """
+    config = base.model.config
+    renamed = {alias: getattr(config, alias) for alias, name in config.attribute_map.items() if hasattr(config, name)}
+    rope = getattr(config, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
     scaled = {} if kind == "default" else {"rope_scaling": {**rope, "type": kind}}
     moved = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if rope.get(name) is not None}
-    return {**moved, **scaled}
+    return {**renamed, **moved, **scaled}
 
 
 def _form(form: tuple[int, int]) -> dict[str, int]:
@@ -81,29 +152,49 @@ def _form(form: tuple[int, int]) -> dict[str, int]:
 
 
 def _adapter(place: Path, base: Base, adapter: Adapter) -> Files:
-    """In mlx-lm's form: ``x @ lora_a @ lora_b``, one rank for all, smaller ones filled up with zeros."""
+    """In mlx-lm's form: ``x @ lora_a @ lora_b``, one rank for all, smaller ones filled up with zeros.
+
+    Those of a stack are ``(experts, rank, in)`` and ``(experts, out, rank)``.
+    """
     folder = place / "adapter"
     fsio.make_dirs(folder)
     rank = max(factors.rank for factors in adapter.factors.values())
-    modules = {name: base.tensors[name].runtime.removesuffix(".weight") for name in adapter.factors}
+    modules = {name: _modules(base, base.tensors[name]) for name in adapter.factors}
     entries: list[Entry] = []
-    for name, module in modules.items():
-        rows, columns = base.tensors[name].shape
-        entries += [Entry(f"{module}.lora_a", "F32", (columns, rank)), Entry(f"{module}.lora_b", "F32", (rank, rows))]
+    for name, parts in modules.items():
+        experts, columns = base.tensors[name].experts, base.tensors[name].shape[-1]
+        for module, part in parts.items():
+            rows = len(range(part.stop)[part])
+            shapes = ((experts, rank, columns), (experts, rows, rank)) if experts else ((columns, rank), (rank, rows))
+            entries += [Entry(f"{module}.lora_{x}", "F32", shape) for x, shape in zip("ab", shapes, strict=True)]
+
+    def wide(factor: Tensor, axis: int) -> Tensor:
+        missing = rank - factor.shape[axis]
+        return torch.nn.functional.pad(factor, (0, 0, 0, missing) if axis == 0 else (0, missing)).contiguous()
 
     def contents() -> Iterator[bytes | memoryview]:
         yield encode_header(entries, {"format": "mlx"})
-        for name in modules:
-            b, a, s = adapter.product(name)
-            for factor, long in ((a.T, 1), (s * b.T, 0)):
-                whole = factor.new_zeros((factor.shape[0], rank) if long else (rank, factor.shape[1]))
-                whole[: factor.shape[0], : factor.shape[1]] = factor
-                yield tensor_bytes(whole)
+        for name, parts in modules.items():
+            experts = base.tensors[name].experts
+            if not experts:
+                b, a, s = adapter.product(name)
+                yield from map(tensor_bytes, (wide(a.T, 1), wide(s * b.T, 0)))
+            for part in parts.values() if experts else ():
+                for e in range(experts):
+                    yield tensor_bytes(wide(adapter.product(name, e)[1], 0))
+                for e in range(experts):
+                    b, _, s = adapter.product(name, e)
+                    yield tensor_bytes(wide(s * b[part], 1))
 
     config = {
         "fine_tune_type": "lora",
         "num_layers": base.model.config.num_hidden_layers,
-        "lora_parameters": {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": list(modules.values())},
+        "lora_parameters": {
+            "rank": rank,
+            "scale": 1.0,
+            "dropout": 0.0,
+            "keys": [module for parts in modules.values() for module in parts],
+        },
     }
     return {
         "adapter/adapter_config.json": fsio.write_json(folder / "adapter_config.json", config),

@@ -5,7 +5,7 @@ A weight is there ``(q - 2**(bits - 1)) * d`` with unsigned ``q``, the ``q`` of 
 is rounded.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class PackedPart:
-    """What is written as one matrix, by its name and shape there: a matrix of the base, or rows of an expert of it."""
+    """What is written as one tensor: a matrix of the base, or rows of an expert of it, or of all its experts.
+
+    Attributes:
+        matrix: by its name and shape there; with experts if all of them are its first axis.
+    """
 
     matrix: Matrix
     whole: Matrix
@@ -117,43 +121,60 @@ def narrow(matrix: Matrix, values: Tensor, dtype: str) -> Tensor:
     return found
 
 
+@dataclass(frozen=True)
+class Form:
+    """How software has a checkpoint.
+
+    Attributes:
+        entries: of a matrix, by suffix, from the shapes of its words and of its scales.
+        made: the same tensors, of the two results of :func:`numbers`.
+        parts: what is written of a tensor that is quantized.
+        name: of one that is not.
+    """
+
+    entries: Callable[[Shape, Shape], list[Entry]]
+    made: Callable[[Matrix, Tensor, Tensor], list[Tensor]]
+    parts: Callable[[Base, Dense], list[PackedPart]] = parts
+    name: Callable[[Base, Dense], str] = lambda base, tensor: tensor.name
+
+
 def write_directory(
-    place: Path,
-    base: Base,
-    adapter: Adapter | None,
-    settings: dict[str, Any],
-    entries: Callable[[Shape, Shape], list[Entry]],
-    made: Callable[[Matrix, Tensor, Tensor], list[Tensor]],
-    begin: Begin,
+    place: Path, base: Base, adapter: Adapter | None, settings: dict[str, Any], form: Form, begin: Begin
 ) -> Files:
-    """The checkpoint: what is quantized by ``made``, the rest as it is. One matrix is in memory at a time.
+    """The checkpoint: what is quantized by ``form``, the rest as it is. One matrix is in memory at a time.
 
     Args:
         settings: into ``config.json``.
-        entries: of a matrix, by suffix, from the shapes of its words and of its scales.
-        made: the same tensors, of the two results of :func:`numbers`.
     """
-    by_entry: dict[str, tuple[Entry, PackedPart | None]] = {}
+    by_entry: dict[str, tuple[Entry, PackedPart | Dense]] = {}
     for tensor in base.tensors.values():
         if not tensor.matrix:
-            by_entry[tensor.name] = Entry(tensor.name, tensor.dtype, tensor.shape), None
-        for part in parts(base, tensor) if tensor.matrix else ():
+            name = form.name(base, tensor)
+            by_entry[name] = Entry(name, tensor.dtype, tensor.shape), tensor
+        for part in form.parts(base, tensor) if tensor.matrix else ():
             (rows, columns), quant = part.matrix.shape, part.matrix.quant
             stem, words = part.matrix.name.removesuffix("weight"), columns * int(quant.bits) // WORD
-            named = entries((rows, words), (rows, columns // quant.block_size))
+            stack = (part.matrix.experts,) if part.matrix.experts else ()
+            named = form.entries((*stack, rows, words), (*stack, rows, columns // quant.block_size))
             by_entry |= {stem + entry.name: (replace(entry, name=stem + entry.name), part) for entry in named}
     advance = begin(len(by_entry))
-    held: list[Tensor] = []  # of one matrix, whose entries follow each other
+    held: list[list[Tensor]] = []  # of one matrix, whose entries follow each other; of a stack expert after expert
 
-    def read(entry: Entry) -> list[Tensor]:
+    def first(part: PackedPart) -> Iterator[Tensor]:
+        rest = []
+        for expert in range(part.matrix.experts) if part.matrix.experts else (part.expert,):
+            stored = {suffix: value[part.rows] for suffix, value in base.by_suffix(part.whole, expert).items()}
+            one, *others = form.made(part.matrix, *numbers(part.matrix.quant, stored, part.matrix.shape[1]))
+            yield one
+            rest.append(others)
+        held.extend(map(list, zip(*rest, strict=True)))
+
+    def read(entry: Entry) -> Iterable[Tensor]:
         _, part = by_entry[entry.name]
         advance()
-        if part is None:
-            return [base.checkpoint.read(entry.name)]
-        if not held:
-            stored = {suffix: value[part.rows] for suffix, value in base.by_suffix(part.whole, part.expert).items()}
-            held.extend(made(part.matrix, *numbers(part.matrix.quant, stored, part.matrix.shape[1])))
-        return [held.pop(0)]
+        if isinstance(part, Dense):
+            return [base.checkpoint.read(part.name)]
+        return held.pop(0) if held else first(part)
 
     files = write_shards(place, [entry for entry, _ in by_entry.values()], read)
     files["config.json"] = fsio.write_json(place / "config.json", strict_json.tagged({**base.config, **settings}))
