@@ -8,6 +8,8 @@ LoftQ, expert by expert. Memory is the peak of a process of its own, weights and
 
 Goal: at most 0.145 of the bfloat16 bytes; 1.5 times the time of either for 1 and 16 tokens, 1.3 times for 512; with
 LoRA, forward and backward, faster than PEFT's and in 0.3 of its memory; 12 GB of files in 12 minutes and 1.5 GiB.
+
+With ``--layers 10`` these 12 GB are quantized, and not extrapolated to. Needs 16 GB of disk in TMPDIR.
 """
 
 import gc
@@ -34,6 +36,7 @@ from streaming import IMPORTS, peak_of
 
 BITS, RANK, LAYERS = 2, 16, 48
 PACKED, EAGER, GROUPED, PEFT = "packed, 2 bits", "dense, eager", "dense, grouped_mm", "PEFT's ParamWrapper"
+SLICE = 12e9  # bytes of the files that the goal is for
 TOKENS = {1: 1 / 1.5, 16: 1 / 1.5, 512: 1 / 1.3}
 SPEC = QuantSpec(bits=BITS, code="lloyd")
 CASE = "128 experts of Qwen3-30B-A3B, 3 x 768 x 2048"
@@ -237,11 +240,12 @@ def quantizing(bench: Bench) -> None:
     bench.record(case, "checkpoint", [size], "B")
     bench.record(case, "peak resident memory", [peak / 2**30], "GiB", at_most=1.5)
     bench.record(case, "of it, importing the libraries", [peak_of(IMPORTS) / 2**30], "GiB")
-    bench.record(case, "wall time", [seconds / 60], "min")
+    whole = size >= SLICE
+    bench.record(case, "wall time", [seconds / 60], "min", at_most=12 if whole else None)
     bench.record(case, "CPU time", [cpu / 60], "min")
-    bench.record(
-        case, "CPU time of each of two cores, extrapolated to 12 GB", [cpu / 120 * 12e9 / size], "min", at_most=12
-    )
+    if not whole:
+        half = [cpu / 120 * SLICE / size]
+        bench.record(case, "CPU time of each of two cores, extrapolated to 12 GB", half, "min", at_most=12)
     bench.record(
         case, "CPU time of each of two cores, extrapolated to all layers", [cpu / 120 * LAYERS / layers], "min"
     )
