@@ -1,11 +1,11 @@
 """Codes: what the small integer of a weight stands for, and how the scale of a block is chosen.
 
-Every code decodes by one formula, ``value = (levels[code] - zero) * scale`` (docs/format.md). A code is one object: its
-widths, its levels, its rule for the scales, and what it stores beside them. Everything else asks the object, and knows
-no code by its name. To add one, write a subclass of :class:`Code` and give it to :func:`register_code`, which refuses
-one that is not complete.
+Every code decodes by one formula, ``value = (levels[code] - zero) * scale`` (docs/format.md). A code is one object,
+with its widths, its levels, its rule for the scales, and what it stores beside them. All other modules ask the object,
+and compare no names. To add a code, write a subclass of :class:`Code` and give it to :func:`register_code`, which
+refuses an incomplete one.
 
-Tables are made once a process, so they must not depend on who asks first: models are often built under another
+Tables are made once per process. They must not depend on the first caller: models are often built under another
 default dtype, on the meta device, or in inference mode.
 """
 
@@ -31,17 +31,17 @@ Stored = Callable[[Tensor], Tensor]  # a scale -> the scale as a reader of the f
 
 
 class Code(ABC):
-    """One code.
+    """A quantization data type: its levels, and its rule for the scale of a block.
 
     Attributes:
-        name: as options, recipes and files spell it.
+        name: the code's name in options, recipes and files.
         widths: the numbers of bits that it has, ascending.
-        per_tensor: whether one scale serves the whole matrix, instead of one for every block of a row.
+        per_tensor: whether the whole matrix has one scale, instead of one for every block of a row.
         zero: safetensors dtype of its zero points: ``U8`` for whole numbers, ``F32`` for any (per tensor only), or None
             if it has none.
-        clips: whether its rule leaves the largest weights of a block beyond the outer levels.
-        form: how codes are laid out: ``blocks`` of a row, each with a scale, or ``trellis``.
-        fields: those of :class:`loftq.spec.QuantSpec` that it has, beside its name and bits.
+        clips: whether its rule clips the largest weights of a block to the outer levels.
+        form: layout of the codes: ``blocks`` of a row, each with a scale, or ``trellis``.
+        fields: the fields of :class:`loftq.spec.QuantSpec` that it has, besides name and bits.
     """
 
     form: ClassVar[str] = "blocks"
@@ -53,14 +53,14 @@ class Code(ABC):
     clips: ClassVar[bool] = False
 
     def tables(self, width: int) -> dict[str, str]:
-        """What ``config.json`` carries of it, for readers that do not know its levels; nothing for codes in blocks."""
+        """Tables of levels for ``config.json``, for readers that do not have them; none for codes in blocks."""
         return {}
 
     @abstractmethod
     def levels(self, bits: int) -> Float[Tensor, " levels"]:
-        """The ``2**bits`` levels in float32 on the CPU, ascending. Zero may be there twice, as in floating point.
+        """The ``2**bits`` levels in float32 on the CPU, ascending. Zero may occur twice, as in floating point.
 
-        A trellis has a table for every width of its windows instead, in no order.
+        A trellis has one unordered table for every width of its windows instead.
         """
 
     @abstractmethod
@@ -70,25 +70,25 @@ class Code(ABC):
         """Scale and zero point of every block, in float32.
 
         Args:
-            values: the weights, a block along the last axis; all of the matrix in ``(1, 1, size)`` if per tensor.
-            stored: gives a scale as the file will hold it, for a zero point that belongs to the stored scale.
+            values: the weights, with blocks along the last axis; the whole matrix as ``(1, 1, size)`` if per tensor.
+            stored: rounds a scale as the file stores it, for a zero point that depends on the stored scale.
         """
 
     def lopsided(self, bits: int) -> bool:
-        """Whether a negative scale gives other values than a positive one. A zero point makes that of no use."""
+        """Whether the levels are asymmetric, so that a negative scale gives other values. Not with a zero point."""
         table = levels(self.name, bits)
         return self.zero is None and not torch.equal(table, -table.flip(0))
 
 
 class Absmax(Code):
-    """A code whose scale takes the largest magnitude of a block to the largest level."""
+    """A code whose scale maps the largest magnitude of a block to the largest level."""
 
     def scale(self, values: Tensor, bits: int, stored: Stored) -> tuple[Tensor, None]:
         return values.abs().amax(-1) / levels(self.name, bits)[-1].item(), None
 
 
 class SignedMaximum(Code):
-    """A code whose levels reach further on one side: the weight of largest magnitude, with its sign, meets the end."""
+    """A code whose levels reach further on one side: the scale maps the weight of largest magnitude to that end."""
 
     def scale(self, values: Tensor, bits: int, stored: Stored) -> tuple[Tensor, None]:
         table = levels(self.name, bits)
@@ -103,7 +103,7 @@ C = TypeVar("C", bound=Code)
 
 
 def register_code(kind: type[C]) -> type[C]:
-    """Make a code known to every option, file and kernel; a decorator of its class.
+    """Register a code for every option, file and kernel of this process. A class decorator.
 
     Example:
         >>> @loftq.register_code
@@ -114,7 +114,7 @@ def register_code(kind: type[C]) -> type[C]:
         ...     def scale(self, values, bits, stored):
         ...         return values.abs().mean(-1), None
 
-    Raises: UsageError if the name is taken, or if levels or scales are not what :class:`Code` promises.
+    Raises: UsageError if the name is taken, or if levels or scales are not as :class:`Code` describes them.
     """
     code = kind()  # abstract methods that are missing are told by Python
     if not re.fullmatch(r"[a-z][a-z0-9-]*", code.name) or code.name == "auto":

@@ -37,20 +37,20 @@ def load_start(
     modules_to_save: list[str] | None = None,
     subfolder: str = "loftq_init",
 ) -> PeftModel:
-    """``PeftModel.from_pretrained(model, directory, subfolder="loftq_init", is_trainable=True)``, whatever the class.
+    """Put the LoftQ adapter on a packed model of any class, and make a new head trainable.
 
-    PEFT's own call needs a model of the class that was quantized: it asks a classifier for the parts of a causal
-    language model, and the initialization for the tensors of a head that it does not have.
+    It does what ``PeftModel.from_pretrained(model, directory, subfolder="loftq_init", is_trainable=True)`` does for the
+    class that was quantized. PEFT's call fails for other classes, such as a classifier on a causal language model.
 
     Args:
         model: a packed model.
-        directory: of the LoftQ checkpoint, or its hub id.
+        directory: the LoftQ checkpoint, or its hub id.
         lora_dropout: for training; the initialization has none.
-        modules_to_save: modules that are trained and saved with the adapter. By default the head of a classifier or
-            of question answering, all of it, and whatever else the checkpoint had no weights for.
+        modules_to_save: modules that are trained and saved with the adapter. By default the whole head of a classifier
+            or of question answering, and all modules that the checkpoint has no weights for.
 
     Raises: UsageError for a model without packed layers, with an adapter already, or offloaded; InputError if a packed
-        layer has no start, or the directory is of another model.
+        layer has no initialization, or the directory is of another model.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"wanted a packed model, got {type(model).__name__}; load it with from_pretrained first")

@@ -49,19 +49,21 @@ class MatrixLike(Protocol):
 
 
 class Layout(ABC):
-    """One way of writing a quantized matrix, and all that others must know of it.
+    """An output format: how a quantized matrix is written and read back.
 
     Attributes:
-        name: of ``--format``.
-        fills: options of a policy that it needs, for those that are left open (None or ``auto``).
-        widths: numbers of bits that it has; any if none is named.
-        imports: lines of Python that its reader needs before ``from_pretrained``, each with its end.
-        packages: what must be installed to read it, beside transformers and PEFT.
-        packed: whether this package's layers hold it, as training on the quantized weights wants it.
+        name: its name in ``--format``.
+        fills: its values for options that the caller left open (None or ``auto``).
+        widths: numbers of bits that it has; empty for all.
+        imports: lines of Python that its reader needs before ``from_pretrained``, each with a line end.
+        packages: packages that are needed to read it, besides transformers and PEFT.
+        packed: whether this package's layers load it, so that it can be trained on.
         budgeted: whether it takes the bytes that a budget counts, :attr:`loftq.planning.Matrix.bytes`.
-        rounds: whether what it writes is rounded to the matrix's dtype, and is not the solver's Q to the last digits.
-        stacks: whether it takes stacks of experts: entries then have a leading axis of them, and each is encoded alone.
-        restores: whether it writes the source's own tensors, where a matrix, or each expert of a stack, is all of some.
+        rounds: whether it rounds to the matrix's dtype, so that a reader's Q may differ from the solver's.
+        stacks: whether it stores stacks of experts: entries then have a leading axis for the experts, and each expert
+            is encoded alone.
+        restores: whether it writes the source's own tensors, if a matrix, or each expert of a stack, is made of whole
+            ones.
         keeps_conv1d: whether the model that is loaded from it has a Conv1D where the source has one.
     """
 
@@ -78,32 +80,35 @@ class Layout(ABC):
     keeps_conv1d: ClassVar[bool] = True
 
     def filled(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """A policy's options, and what they leave open as this layout needs it."""
+        """A policy's options, with this layout's values for those that are left open."""
         return {**options, **{name: v for name, v in self.fills.items() if options.get(name) in (None, "auto")}}
 
     @abstractmethod
     def entries(self, matrix: MatrixLike) -> list[Entry]:
-        """The tensors to be written, in order. UsageError for a matrix that it cannot hold."""
+        """Names, dtypes and shapes of a matrix's tensors, in order. UsageError for a matrix that it cannot store."""
 
     @abstractmethod
     def encode(self, matrix: MatrixLike, quantized: Quantized) -> list[Tensor]:
-        """Their contents."""
+        """The values of the tensors of :meth:`entries`."""
 
     @abstractmethod
     def decode(self, matrix: MatrixLike, tensors: list[Tensor]) -> Tensor:
-        """The float32 matrix ``(out, in)`` that a reader gets from them."""
+        """The float32 matrix ``(out, in)`` that a reader gets from the tensors of :meth:`encode`."""
 
     def quantization_config(self, modules: Specs, bits: float, kept: list[str], stacks: Specs = ()) -> dict | None:
-        """The object for ``config.json``; None for a dense model.
+        """The ``quantization_config`` for ``config.json``; None for a dense model.
 
         Args:
-            modules, stacks: what is quantized, by the names of modules, and of the Parameters that stack experts.
-            kept: modules that an adapter could wrap and that are not quantized.
+            modules, stacks: names and specs of quantized modules, and of Parameters that are stacks of experts.
+            kept: modules that an adapter could wrap, but that are not quantized.
         """
         return None
 
     def modules_in(self, config: Any) -> set[tuple[str, QuantSpec]] | None:
-        """The modules that such an object names, with their specs; None if it does not. InputError if it is none."""
+        """The modules that a ``quantization_config`` names, with their specs; None if it names none.
+
+        Raises: InputError for an object that this layout did not write.
+        """
         return None
 
 
@@ -112,7 +117,7 @@ L = TypeVar("L", bound=Layout)
 
 
 def register_format(kind: type[L]) -> type[L]:
-    """Make an output format known to ``format``, budgets, cards and ``loftq verify``; a decorator of its class.
+    """Register an output format for every call and command of this process. A class decorator.
 
     Example:
         >>> @loftq.register_format

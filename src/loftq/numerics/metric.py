@@ -119,12 +119,12 @@ class Metric:
 
 @dataclass(frozen=True)
 class Moments:
-    """What calibration found out about the inputs of one matrix.
+    """Second moments of the inputs of one matrix, from a calibration.
 
     Attributes:
-        fit: the metric that an initialization is made for; shrunk where tokens were few.
-        held: the same of tokens that were kept out of it, and of which a step has to lower the error; not shrunk.
-        tokens: how many ``fit`` is of; 0 if that is not known.
+        fit: the metric that the initialization minimizes; shrunk towards its diagonal if there were few tokens.
+        held: the metric of the held-out tokens, which judges the steps; not shrunk.
+        tokens: number of tokens behind ``fit``; 0 if it is not known.
     """
 
     fit: Metric
@@ -133,12 +133,12 @@ class Moments:
 
     @classmethod
     def of(cls, h: Tensor) -> "Moments":
-        """Second moments ``H = E[x xᵀ]``, ``(in, in)``, from elsewhere, or any multiple of them.
+        """Moments from your own ``H = E[x xᵀ]``, of shape ``(in, in)``, or any multiple of it.
 
-        Nothing is held out. They are taken as they are. Where tokens were few, shrink them: ``(1 - a) H + a diag(H)``.
+        H is used unchanged, and no tokens are held out. If it is of few tokens, shrink it: ``(1 - a) H + a diag(H)``.
 
-        Raises: UsageError for what is no square matrix of real numbers, finite, symmetric and positive semidefinite up
-            to rounding.
+        Raises: UsageError unless H is a square matrix of real numbers that is finite, symmetric and positive
+            semidefinite up to rounding.
         """
         metric = Metric(_second_moments(h))
         try:

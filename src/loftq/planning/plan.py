@@ -137,9 +137,7 @@ def _member(stack: Matrix, number: int, pieces: tuple[Piece, ...]) -> Matrix:
 
 @dataclass(frozen=True)
 class Kept:
-    """A tensor that is copied, in the ``dtype`` that it is to have. ``missed``: a matrix of a layer that one would want
-    quantized.
-    """
+    """A tensor that is copied, in ``dtype``. ``missed``: a matrix of a layer, which lowers the coverage."""
 
     name: str
     dtype: str
@@ -157,15 +155,16 @@ class Kept:
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """Every decision about a checkpoint, in the order of the model's layers.
+    """What is done with every tensor of a checkpoint, in the order of the model's layers.
 
     Attributes:
-        matrices: those that are quantized, each with ``name``, ``shape``, ``quant``, ``rank`` and ``bytes``.
+        matrices: the tensors that are quantized, each with ``name``, ``shape``, ``quant``, ``rank`` and ``bytes``.
         kept: all other tensors, each with the ``reason``.
-        rank: the adapter's default rank; matrices that differ are in its ``rank_pattern``.
-        coverage: share of the layers' matrices, in weights, that is quantized.
-        budget: how the budget compares that chose it, :func:`loftq.checkpoint.budget.within_budget`; None without one.
-        estimate: what it would take, :func:`loftq.checkpoint.estimate.estimate`; None if that was not asked for.
+        rank: the adapter's default rank; matrices with another rank are in its ``rank_pattern``.
+        coverage: share of the weights in the layers' matrices that is quantized.
+        budget: with a budget: the choice and what it is compared with, of
+            :func:`loftq.checkpoint.budget.within_budget`; else None.
+        estimate: forecast of time and memory, :func:`loftq.checkpoint.estimate.estimate`; None if not asked for.
     """
 
     matrices: tuple[Matrix, ...]

@@ -4,14 +4,15 @@
         Q_t      = quantize(W - B_{t-1} A_{t-1})          B_0 A_0 = 0
         B_t, A_t = best rank-r factors of W - Q_t
 
-T = 0 is QLoRA's initialization, T = 1 one SVD of the quantization error. The paper returns step T; with absmax scales
-the error is not monotone in t at 2 bits, so the step with the smallest error is returned instead, with the whole trace.
+T = 0 is QLoRA's initialization, T = 1 is one SVD of the quantization error. The paper returns step T. With absmax
+scales the error is not monotone in t at 2 bits, so the step with the smallest error is returned instead, with the
+errors of all steps.
 
-With fitted scales it is monotone: the scales of Q_{t-1} are among those that Q_t chooses from, so that neither half of
-a step leaves more of W than the other half did.
+With fitted scales the error is monotone: the scales of Q_{t-1} are among the candidates for Q_t, so neither half of a
+step raises the error.
 
-The methods that came after it are the same alternation, in another metric (:class:`loftq.numerics.Metric`) and with
-another rounding (:class:`loftq.solver.rounding.Rounding`).
+Later methods are the same alternation, in another metric (:class:`loftq.numerics.Metric`) and with another rounding
+(:class:`loftq.solver.rounding.Rounding`).
 """
 
 import hashlib
@@ -44,21 +45,20 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, repr=False)
 class Solution:
-    """A quantized backbone Q and scale-free factors: ``W ≈ Q + B A``.
+    """A quantized matrix Q and low-rank factors, without LoRA's scaling: ``W ≈ Q + B A``.
 
-    :meth:`reconstruct` is the right side, the sum of :meth:`dequantize` and :meth:`product`.
+    :meth:`reconstruct` gives the sum of :meth:`dequantize` and :meth:`product`.
 
     Attributes:
         quantized: codes and scales of Q, as they are stored.
-        quant: how Q is stored: bits, code, block size, type of the scales.
-        b, a: the factors.
-        errors: ``||W - Q_t - B_t A_t||_F / ||W||_F``; ``errors[0]`` is quantization alone, with
-            these scales and this rounding: QLoRA's error where both are QLoRA's.
-        kept: the step that is returned: the one with the smallest error; with moments, that of the outputs. Without
-            them 0 only when ``steps`` is 0.
-        output_errors: the same in the metric of the tokens that were held out: relative error of the outputs; empty
-            without moments.
-        output_norm: the weight's norm in that metric, to which they are relative.
+        quant: how Q is stored: bits, code, block size, dtype of the scales.
+        b, a: the factors, ``(out, rank)`` and ``(rank, in)``.
+        errors: ``||W - Q_t - B_t A_t||_F / ||W||_F`` for every step t; ``errors[0]`` is quantization alone, with the
+            scales and the rounding of the preset.
+        kept: the step that is returned: the one with the smallest error, or with moments, with the smallest output
+            error. Without moments it is 0 only if ``steps`` is 0.
+        output_errors: relative errors of the outputs, on the held-out tokens; empty without moments.
+        output_norm: the weight's norm in that metric, to which ``output_errors`` are relative.
     """
 
     quantized: Quantized
@@ -72,7 +72,7 @@ class Solution:
 
     @property
     def error(self) -> float:
-        """``||W - Q - B A||_F / ||W||_F`` of what is returned: ``errors[kept]``."""
+        """``||W - Q - B A||_F / ||W||_F`` of the returned step: ``errors[kept]``."""
         return self.errors[self.kept]
 
     @property
@@ -85,11 +85,11 @@ class Solution:
         return dequantize(self.quantized, self.quant)
 
     def product(self) -> Float[Tensor, "out in"]:
-        """``B @ A``, which an adapter adds, its scaling included."""
+        """``B @ A``, which the adapter adds to Q: ``s`` times the product of :meth:`factors`."""
         return self.b @ self.a
 
     def reconstruct(self) -> Float[Tensor, "out in"]:
-        """``Q + B @ A`` in float32: what stands for W."""
+        """``Q + B @ A`` in float32, the approximation of W."""
         return torch.addmm(self.dequantize(), self.b, self.a)
 
     def __repr__(self) -> str:
@@ -101,9 +101,9 @@ class Solution:
         return f"Solution({stored}, {errors}, step {self.kept} of {len(self.errors) - 1})"
 
     def factors(self, s: float) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
-        """``B / sqrt(s)``, ``A / sqrt(s)``: what an adapter stores whose forward multiplies by ``s``.
+        """``B / sqrt(s)`` and ``A / sqrt(s)``: the factors of a LoRA layer, whose forward multiplies by ``s``.
 
-        A zero initialization has nothing to rescale, and keeps LoRA's distribution of A.
+        With a zero initialization (``B = 0``) A is not rescaled, and keeps LoRA's distribution.
         """
         root = math.sqrt(s) if self.kept else 1.0
         return self.b / root, self.a / root
@@ -117,17 +117,17 @@ def solve(
     name: str = "",
     moments: Moments | None = None,
 ) -> Solution:
-    """Quantized backbone and low-rank factors of one matrix.
+    """Find the quantized matrix and the low-rank factors of one weight.
 
     Args:
         weight: the pretrained matrix, ``(out_features, in_features)``, any float dtype; solved in float32.
-        quant: how the backbone is stored.
+        quant: how the quantized matrix is stored.
         rank: at most ``min(out, in)``.
         spec: steps, order, SVD, scales, metric, rounding; the defaults are the paper's T = 5, quantization first,
             scales by formula.
-        name: goes into the seed, so that a matrix has the same result in any order of work.
-        moments: of the matrix's inputs. Those held out decide which step is kept. A matrix without them is solved in
-            the metric of its weights, whatever ``spec`` says.
+        name: is mixed into the seed, so that the result does not depend on the order of work.
+        moments: of the matrix's inputs. The held-out ones decide which step is best. Without moments the error of the
+            weights is minimized, whatever ``spec`` says.
 
     Raises: UsageError for a rank or scales that do not fit; NumericalError for values that are not finite.
     """
