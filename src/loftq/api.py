@@ -167,9 +167,7 @@ def calibrate(
     if loaded and (
         odd := [name for name in ("output", "revision", "device") if {"output": output, **options}.get(name)]
     ):
-        raise UsageError(
-            f"{listed(odd)}: of a checkpoint, and the model is in memory and runs where it is; leave it out"
-        )
+        raise UsageError(f"{listed(odd)}: only for a checkpoint on disk, and this model is in memory; leave it out")
     if not loaded and (output is None or tokenizer is not None):
         raise UsageError(f"{model} is a checkpoint: give output=DIR for its statistics, and no tokenizer")
     chosen = CalibrateOptions(data="" if loaded else as_path("data", data), **fields_of(CalibrateOptions, options))
@@ -288,3 +286,8 @@ def as_path(what: str, value: Any) -> str:
         raise UsageError(f"{what}: wanted a path, got {type(value).__name__}")
     check_not_empty(what, os.fspath(value))
     return os.fspath(value)
+
+
+def optional(what: str, value: Any) -> str | None:
+    """:func:`as_path` for a path that may be left out."""
+    return None if value is None else as_path(what, value)

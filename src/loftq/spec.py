@@ -178,7 +178,7 @@ def register_preset(name: str, **options: Unpack[OwnPreset]) -> SolveSpec:
     if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9-]*", name):
         raise UsageError(f"a preset's name has small letters, digits and dashes, got {quoted(repr(name))}")
     if {"svd", "seed"} & {*fields}:
-        raise UsageError("svd and seed are a run's, and no part of a preset; leave them out")
+        raise UsageError("svd and seed are options of a run, not of a preset; leave them out")
     if PRESETS.get(name, fields) != fields:
         raise UsageError(f"a preset {name} is there already; choose another name")
     PRESETS[name] = fields

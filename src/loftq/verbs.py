@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
-from loftq.api import as_path, statistics_from
+from loftq.api import as_path, optional, statistics_from
 from loftq.checkpoint.budget import check_budget, within_budget
 from loftq.checkpoint.estimate import estimate as estimated
 from loftq.checkpoint.manifest import read_manifest
@@ -87,7 +87,7 @@ def plan(
         with MatrixBar("measuring", shown=progress) as bar:
             source = within_budget(source, policy, keep, statistics, workers=workers, begin=bar.begin)
     elif curves is not None or calibration is not None:
-        raise UsageError(f"calibration and curves are of a budget here; give one: {option('budget', 2.5)}")
+        raise UsageError(f"calibration and curves need a budget here; give one: {option('budget', 2.5)}")
     forecast = estimated(source, tokens, workers, statistics is not None) if estimate else None
     return replace(source.plan, estimate=forecast)
 
@@ -201,7 +201,7 @@ def merge(
         beyond ``dtype``; ConflictError if ``output`` is taken.
     """
     options = MergeOptions(
-        adapter=None if adapter is None else as_path("adapter", adapter),
+        adapter=optional("adapter", adapter),
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
@@ -247,12 +247,11 @@ def export(
     from loftq.serving.export import ExportOptions
     from loftq.serving.export import export as run
 
-    given = None if adapter is None else as_path("adapter", adapter)
     options = ExportOptions(
         to=to,
-        adapter=given,
+        adapter=optional("adapter", adapter),
         tokenizer_rule=tokenizer_rule,
-        converter=None if converter is None else as_path("converter", converter),
+        converter=optional("converter", converter),
         block_type=block_type,
         overwrite=overwrite,
     )
@@ -292,7 +291,7 @@ def generate(
     from loftq.serving.generate import GenerateOptions, Writer
 
     options = GenerateOptions(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    writer = Writer(as_path("target", target), None if adapter is None else as_path("adapter", adapter), device)
+    writer = Writer(as_path("target", target), optional("adapter", adapter), device)
     return writer.write(prompt if isinstance(prompt, str) else [dict(m) for m in prompt], options, told)
 
 
@@ -363,7 +362,7 @@ def evaluate(
         return run(
             as_path("target", target),
             task=dict(task) if isinstance(task, Mapping) else task,
-            data=None if data is None else as_path("data", data),
+            data=optional("data", data),
             splits=splits,
             adapter=None if adapter is None else Path(as_path("adapter", adapter)),
             batch_size=batch_size,

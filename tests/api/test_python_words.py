@@ -165,7 +165,7 @@ def test_other_calls(tmp_path):
     assert "got list" in refused(lambda: loftq.calibrate(model, [[1, 2]], progress=False))
     for option in ({"output": "x"}, {"revision": "main"}, {"device": "cuda"}):
         told = refused(lambda option=option: loftq.calibrate(model, ["a"], progress=False, **option))
-        assert f"{next(iter(option))}: of a checkpoint, and the model is in memory" in told
+        assert f"{next(iter(option))}: only for a checkpoint on disk, and this model is in memory" in told
     assert "give output=DIR" in refused(lambda: loftq.calibrate("org/model", "notes.txt"))
     assert "data: wanted a path, got list" in refused(
         lambda: loftq.calibrate("org/model", ["a"], output=tmp_path / "s")

@@ -78,7 +78,7 @@ def test_what_is_refused(own):
         (lambda: loftq.register_preset("Own", steps=3), "small letters"),
         (lambda: loftq.register_preset("own", step=3), "did you mean 'steps'"),
         (lambda: loftq.register_preset("own", metric="all"), "metric must be one of"),
-        (lambda: loftq.register_preset("own", seed=3), "svd and seed are a run's"),
+        (lambda: loftq.register_preset("own", seed=3), "svd and seed are options of a run"),
         (lambda: loftq.register_code(Thirds), "there already"),
     ):
         with pytest.raises(UsageError, match=word):

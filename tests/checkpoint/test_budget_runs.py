@@ -250,7 +250,7 @@ def test_moments_weigh(source):
         ({"format": "dense"}, UsageError, "budget counts bytes of format='loftq'"),
         ({"policy": dataclasses.replace(BUDGET, budget="2")}, UsageError, "budget 2 is too small"),
         ({"policy": dataclasses.replace(BUDGET, budget="1KB")}, UsageError, "budget 1KB is too small"),
-        ({"policy": POLICY, "curves": "c.json"}, UsageError, "curves is of a budget"),
+        ({"policy": POLICY, "curves": "c.json"}, UsageError, "curves needs a budget"),
         ({"curves": "no/where.json"}, StorageError, "its directory does not exist"),
         ({"curves": "letter.txt"}, ConflictError, "holds no error curves of loftq; choose another curves"),
         ({"curves": "other.json"}, ConflictError, "holds no error curves"),
@@ -282,7 +282,7 @@ def test_weights_that_are_not_finite_are_named(source, tmp_path):
 
 
 def test_a_loaded_model_has_no_budget():
-    with pytest.raises(UsageError, match="a budget is spent on checkpoints"):
+    with pytest.raises(UsageError, match="a budget works on checkpoints"):
         loftq.get_peft_model(tiny("llama"), budget=2.5, rank=4)
 
 
@@ -317,7 +317,7 @@ def test_a_picture_that_cannot_be_saved_is_refused_first(source, tmp_path):
     asked = ("plan", source, "--budget", "3.1", "--rank", "4", "--plot")
     assert "measuring" not in refused(cli(*asked, tmp_path / "budget.nonsense"), 2, "--plot")
     refused(cli(*asked, tmp_path / "no" / "budget.png"), 4, "--plot")
-    refused(cli("plan", source, "--rank", "4", "--plot", tmp_path / "b.png"), 2, "--plot and --curves are of a budget")
+    refused(cli("plan", source, "--rank", "4", "--plot", tmp_path / "b.png"), 2, "--plot and --curves need a budget")
 
 
 def test_a_measurement_that_stops_goes_on(source, tmp_path, counted):

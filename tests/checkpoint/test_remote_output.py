@@ -263,7 +263,7 @@ def test_the_command(memory, local, tmp_path):
     ended = cli("quantize", "memory://bucket/model", "-o", URL, *flags)
     assert ended.code == 0, ended.err
     assert f"Saved to {URL}. Its README.md" in ended.out
-    with pytest.raises(UsageError, match="private=True is of push_to_hub"):
+    with pytest.raises(UsageError, match="private=True needs push_to_hub"):
         loftq.quantize(source, URL, private=True)
     with pytest.raises(UsageError, match="push_to_hub needs a directory of this machine"):
         loftq.quantize(source, URL, push_to_hub="a/b")

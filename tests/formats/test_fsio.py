@@ -274,7 +274,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path, make):
     """Root could put a file in the place of a device."""
     make(tmp_path / "f")
     before = os.lstat(tmp_path / "f")
-    with pytest.raises(StorageError, match=r"f: a (link|device, pipe or socket), which no file is put in the place of"):
+    with pytest.raises(StorageError, match=r"f: a (link|device, pipe or socket), which is not replaced by a file"):
         fsio.write_atomic(tmp_path / "f", [NEW])
     assert os.lstat(tmp_path / "f") == before
     assert os.listdir(tmp_path) == ["f"]

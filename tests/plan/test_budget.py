@@ -274,8 +274,8 @@ def test_without_a_budget_nothing_is_new():
         ({"budget_ranks": "8,,16"}, "budget_ranks: 8,,16 is not a list"),
         ({"budget_ranks": "0"}, "budget_ranks: 0 is not a list"),
         ({"budget_solver": "gurobi"}, "budget_solver must be one of greedy, milp"),
-        ({"budget": "", "budget_ranks": "8"}, "say how a budget is spent"),
-        ({"budget": "", "budget_solver": "milp"}, "say how a budget is spent"),
+        ({"budget": "", "budget_ranks": "8"}, "need a budget"),
+        ({"budget": "", "budget_solver": "milp"}, "need a budget"),
     ],
 )
 def test_refusals(options, message):

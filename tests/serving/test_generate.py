@@ -85,7 +85,7 @@ def test_models_of_images_write_text_and_some_models_do_not(place, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "llava")
     found = loftq.generate(tmp_path / "llava", "w5 w6", max_new_tokens=5, temperature=0)
     assert found.strip() == wanted(model, tokenizer, "w5 w6").strip()
-    with pytest.raises(InputError, match="vit: a model of type vit, which does not write text"):
+    with pytest.raises(InputError, match="vit: a model of type vit, which does not generate text"):
         loftq.generate(tmp_path / "vit", "w5")
 
 

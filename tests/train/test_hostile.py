@@ -157,7 +157,7 @@ def test_no_tokenizer_is_made_up(place):
     shutil.copytree(place / "model", model)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model / name).unlink()
-    with pytest.raises(InputError, match=r"none of .*tokenizer\.json.* is there; fetch the tokenizer's files"):
+    with pytest.raises(InputError, match=r"none of .*tokenizer\.json.* exists; fetch the tokenizer's files"):
         load_tokenizer(model)
 
 

@@ -317,7 +317,7 @@ def test_what_cannot_be_evaluated(place):
         (
             {"training.load_best_model_at_end": True},
             UsageError,
-            "training.load_best_model_at_end: wants training.eval_strategy too",
+            "training.load_best_model_at_end: needs training.eval_strategy",
         ),
     ],
 )
@@ -360,7 +360,7 @@ def test_a_quantized_model_wants_its_own_method(place):
     finetune(tiny.recipe(place, "loftq", **packed))
     for method, changes, wanted in (
         ("qlora", packed, "method: qlora, but the initialization in .* was made by loftq"),
-        ("lora", packed, "method lora wants a dense one"),
+        ("lora", packed, "method lora needs a dense model"),
         ("loftq", {"model": str(place / "packed")}, "leave out the section quantization"),
         ("loftq", {"model": str(place / "dense"), "quantization": None}, "has format='dense'"),
     ):

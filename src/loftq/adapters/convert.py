@@ -45,14 +45,16 @@ def convert(
         policy.solve, statistics and statistics.kind, "calibration=loftq.calibrate(model, texts, tokenizer)"
     )
     if policy.budget:
-        raise UsageError("a budget is spent on checkpoints: use loftq.quantize, and load what it makes")
+        raise UsageError(
+            "a budget works on checkpoints, not on models in memory: use loftq.quantize, and load its output"
+        )
     if (policy.dtype, policy.adapter_dtype) != (Policy.dtype, Policy.adapter_dtype):
-        raise UsageError("dtype and adapter_dtype are of files: a model in memory keeps what it was loaded with")
+        raise UsageError("dtype and adapter_dtype are for files: a model in memory keeps its dtype")
     roles = skeleton.parameter_roles(model)
     parameters = {name: model.get_parameter(name) for name in roles}
     plan = planning.make({n: (dtype_name(p.dtype), tuple(p.shape)) for n, p in parameters.items()}, roles, policy)
     if statistics and not {m.module for m in plan.matrices} & {*statistics.modules, *statistics.routed}:
-        raise UsageError("the statistics are of another model: they know none of this one's matrices")
+        raise UsageError("the statistics are of another model: they have none of this model's matrices")
     for matrix in plan.matrices:
         with naming(matrix.name, matrix.shape):
             check_finite(parameters[matrix.name].detach())

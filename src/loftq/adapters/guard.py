@@ -135,8 +135,8 @@ def _refuse_parameters(config: Any, model: nn.Module) -> None:
                 continue
             if own in stacks and config.lora_dropout:
                 raise UsageError(
-                    f"lora_dropout is {config.lora_dropout}: PEFT has none for stacks of experts, such as {parameter}; "
-                    "set it to 0"
+                    f"lora_dropout is {config.lora_dropout}: PEFT has no dropout for stacks of experts, such "
+                    f"as {parameter}; set it to 0"
                 )
             if own not in stacks and not own.endswith("_bias"):
                 raise UsageError(f"target_parameters names {parameter}, and its layer is packed; use target_modules")

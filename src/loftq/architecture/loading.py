@@ -105,7 +105,7 @@ def load_tokenizer(directory: Path) -> Any:
     named = {*found.vocab_files_names.values()}
     if named and not any(f.name in named or _is_vocabulary(f) for f in directory.iterdir()):
         raise InputError(
-            f"{quoted(directory)}: no tokenizer that can be read: none of {listed(sorted(named))} is there; fetch "
+            f"{quoted(directory)}: no tokenizer that can be read: none of {listed(sorted(named))} exists; fetch "
             "the tokenizer's files, transformers would make one up"
         )
     return found

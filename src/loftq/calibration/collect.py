@@ -415,7 +415,10 @@ def _surveyed(model: nn.Module, blocks: Blocks, batch: Batch) -> tuple[_Survey, 
     if strays:
         whole = frozenset(strays)
         if _strays(blocks, batch, survey, whole):
-            raise UsageError(f"{type(model).__name__} cannot be run block by block: {quoted(strays[0])} is no chain")
+            raise UsageError(
+                f"{type(model).__name__} cannot be run block by block: the blocks of {quoted(strays[0])} do not follow "
+                "one another"
+            )
     return survey, whole
 
 

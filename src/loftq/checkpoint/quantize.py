@@ -110,9 +110,7 @@ class QuantizeOptions:
             wanted = "neither auto nor an address like ray://HOST:10001"
             raise UsageError(f"{option('cluster')}: {quoted(self.cluster)} is {wanted}")
         if self.private and not self.push_to_hub:
-            raise UsageError(
-                f"{option('private', True)} is of {option('push_to_hub')}; give it a name, or leave it out"
-            )
+            raise UsageError(f"{option('private', True)} needs {option('push_to_hub')}; give a name, or leave it out")
 
     @property
     def is_shared(self) -> bool:
@@ -230,7 +228,7 @@ def prepared(
     if options.policy.budget:
         check_budget(source, options.policy, options.curves, layout.name)
     elif options.curves:
-        raise UsageError(f"{option('curves')} is of a budget; give one: {option('budget', 2.5)}")
+        raise UsageError(f"{option('curves')} needs a budget; give one: {option('budget', 2.5)}")
     already_done(output, {}, overwrite=True)  # refuses what is no result of ours, before the texts are run
     statistics = _statistics(model, output, options, begin_calibration)
     if isinstance(statistics, Statistics):

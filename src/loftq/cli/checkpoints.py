@@ -43,7 +43,7 @@ def _prepare_texts(calibrate: str | None, samples: int | None) -> None:
     """What reading texts needs is there, if they are read; and ``--samples`` is of them."""
     from_texts = calibrate is not None and not Path(calibrate).is_dir()
     if samples is not None and not from_texts:
-        raise UsageError("--samples is of texts; give some with --calibrate, or leave it out")
+        raise UsageError("--samples needs texts in --calibrate; give some, or leave it out")
     if from_texts:
         with extra("train"):
             quiet()

@@ -111,7 +111,7 @@ def generate(
     writer = Writer(target, adapter, device)
     chats = writer.chats and not raw
     if system is not None and not chats:
-        raise UsageError("--system is of a chat, and there is no template for one; leave it out")
+        raise UsageError("--system needs a chat, and the tokenizer has no chat template; leave it out")
     messages = [] if system is None else [{"role": "system", "content": system}]
     talking = prompt is None and sys.stdin.isatty()
     while True:

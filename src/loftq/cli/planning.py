@@ -41,7 +41,7 @@ def plan(
     from loftq.sources.checkpoint import plan_table
 
     if not given["budget"] and (plot or given["curves"] or calibrate):
-        raise UsageError("--plot and --curves are of a budget, and so is --calibrate here; give one: --budget 2.5")
+        raise UsageError("--plot and --curves need a budget, and here --calibrate does too; give one: --budget 2.5")
     if plot:
         check_place(plot)
     planned = verbs.plan(model, calibration=calibrate, estimate=estimate, tokens=tokens, **given)

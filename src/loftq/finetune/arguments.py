@@ -23,7 +23,7 @@ def training_arguments(recipe: Recipe, task: Task, checkpoints: Path) -> Seq2Seq
     found = torch.accelerator.is_available()
     given = {**DEFAULTS, "use_cpu": not found, "dataloader_pin_memory": found, **recipe.training}
     if given.get("load_best_model_at_end") and given.get("eval_strategy", "no") == "no":
-        raise UsageError("training.load_best_model_at_end: wants training.eval_strategy too, steps or epoch")
+        raise UsageError("training.load_best_model_at_end: needs training.eval_strategy, steps or epoch")
     if given.get("load_best_model_at_end") and "metric_for_best_model" not in given:
         given["metric_for_best_model"] = task.best_metric
         given["greater_is_better"] = task.best_is_greater

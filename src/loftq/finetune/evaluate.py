@@ -71,7 +71,7 @@ def _model(task: Task, recipe: Recipe, run: RunDirectory | None, adapter: Path |
     """The model and its tokenizer."""
     if run is not None:
         if adapter is not None:
-            raise UsageError(f"{option('adapter')} is for a model; a run has its own")
+            raise UsageError(f"{option('adapter')} is for a model; a run has its own adapter")
         trained, result = run.trained, run.result()
         assert result is not None
         base = trained if trained == run.model else _base(run, Path(result.base))

@@ -88,7 +88,7 @@ def check_recipe(recipe: Recipe) -> None:
     quantized = (source / MANIFEST).is_file()
     if recipe.method not in ("qlora", "loftq"):
         if quantized:
-            raise UsageError(f"model: {quoted(source)} is quantized; method {recipe.method} wants a dense one")
+            raise UsageError(f"model: {quoted(source)} is quantized; method {recipe.method} needs a dense model")
     elif quantized:
         _check_quantized(recipe, source)
     if recipe.method != "full" and not quantized:

@@ -166,7 +166,7 @@ def check_replaceable(path: Path) -> None:
         return
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         what = "a link" if stat.S_ISLNK(mode) else "a device, pipe or socket"
-        raise StorageError(f"{shown(path)}: {what}, which no file is put in the place of; choose another name")
+        raise StorageError(f"{shown(path)}: {what}, which is not replaced by a file; choose another name")
 
 
 def append(path: Path, raw: bytes) -> None:

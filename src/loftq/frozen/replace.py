@@ -183,7 +183,7 @@ def fit(layer: Layer, checkpoint: Checkpoint, spec: SolveSpec, statistics: Stati
             weight, base, layer.rank, moments=moments, svd=spec.svd, seed=spec.seed, name=original.tensor
         )
         if start.errors[0] >= 1:
-            raise InputError(f"the base differs from {original.tensor} by more than all of it; is it another model's?")
+            raise InputError(f"the base is farther from {original.tensor} than zero is; is it another model's?")
         b, a = (factor.to(layer.dtype) for factor in start.factors(layer.s))
         if not (b.isfinite().all() and a.isfinite().all()):
             raise NumericalError(f"the initialization does not fit the adapter's {layer.dtype}; use float32 adapters")

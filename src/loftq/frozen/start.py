@@ -161,7 +161,9 @@ def _unfused(source: Source, model: Any) -> tuple[Source, dict[str, str]]:
             matrices += found
             experts |= {m.name: f"{matrix.module}.{layers[m.module][0]}" for m in found}
     if not matrices:
-        raise InputError(f"{source.directory}: all that could be corrected are stacks of experts")
+        raise InputError(
+            f"{source.directory}: no layer to initialize but stacks of experts, which this verb does not support"
+        )
     return replace(source, plan=replace(source.plan, matrices=tuple(matrices))), experts
 
 

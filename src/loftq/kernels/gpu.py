@@ -22,21 +22,12 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from triton import knobs  # pyright: ignore[reportMissingImports]
 
-from loftq.kernels.reference import descend, feedback, pack, quantize_residual
+from loftq.kernels.reference import descend as descend
+from loftq.kernels.reference import feedback as feedback
+from loftq.kernels.reference import pack as pack
+from loftq.kernels.reference import quantize_residual as quantize_residual
 from loftq.numerics import dynamic_8bit, levels
 from loftq.spec import NESTED_BLOCK, QuantSpec
-
-__all__ = [
-    "NAME",
-    "dequantize",
-    "descend",
-    "embedding",
-    "feedback",
-    "linear",
-    "linear_grad_input",
-    "pack",
-    "quantize_residual",
-]
 
 NAME = "cuda"
 FEW_TOKENS = 64  # up to here a product reads the packed weight itself. Not yet measured

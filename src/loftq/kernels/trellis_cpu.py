@@ -17,18 +17,6 @@ from loftq.numerics import Quantized, trellis_rounding
 from loftq.numerics.trellis import better_scales, first_scales
 from loftq.spec import QuantSpec, trellis_groups
 
-__all__ = [
-    "NAME",
-    "best_windows",
-    "decode_into",
-    "dequantize",
-    "descend",
-    "feedback",
-    "linear",
-    "linear_grad_input",
-    "quantize_residual",
-]
-
 NAME = "cpu"
 
 

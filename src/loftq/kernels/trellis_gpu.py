@@ -22,17 +22,6 @@ from loftq.kernels.gpu import DIRECT, PROGRAMS, _ceil, _few, _on
 from loftq.numerics import Quantized, trellis, trellis_rounding
 from loftq.spec import QuantSpec, trellis_groups
 
-__all__ = [
-    "NAME",
-    "best_windows",
-    "dequantize",
-    "descend",
-    "feedback",
-    "linear",
-    "linear_grad_input",
-    "quantize_residual",
-]
-
 NAME = "cuda"
 ROWS, COLUMNS, WARPS = 64, 64, 4  # of the tile that a program decodes at a time. Not yet measured
 SEARCH_WARPS = 4  # of a program that searches a sequence. Not yet measured

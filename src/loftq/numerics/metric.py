@@ -269,6 +269,6 @@ def cholesky(h: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
             if not failed:
                 return factor
     raise NumericalError(
-        "the second moments of the inputs are no such: not finite, or far from positive; calibrate on more texts, or "
-        f"with {option('kind', 'diagonal')}"
+        "the second moments of the inputs are not finite, or far from positive semidefinite; calibrate on more texts, "
+        f"or with {option('kind', 'diagonal')}"
     )

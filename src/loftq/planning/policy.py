@@ -87,7 +87,7 @@ def _check_budget(policy: Policy) -> None:
     if not policy.budget:
         if policy.budget_ranks or policy.budget_solver != default("budget_solver"):
             raise UsageError(
-                f"{option('budget_ranks')} and {option('budget_solver')} say how a budget is spent; give one: "
+                f"{option('budget_ranks')} and {option('budget_solver')} need a budget; give one: "
                 f"{option('budget', 2.5)}"
             )
         return

@@ -18,7 +18,7 @@ def pyplot() -> Any:
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
     except ImportError as e:
-        raise UsageError("a picture needs matplotlib: pip install 'loftq[plot]'") from e
+        raise UsageError("a plot needs matplotlib: pip install 'loftq[plot]'") from e
     return plt
 
 
@@ -30,7 +30,7 @@ def check_place(file: Path) -> None:
 
     ending = file.suffix[1:] or "png"
     if ending not in FigureCanvasBase.get_supported_filetypes():
-        raise UsageError(f"--plot {file}: {ending!r} is no format of a picture; use .png, .pdf or .svg")
+        raise UsageError(f"--plot {file}: {ending!r} is no image format; use .png, .pdf or .svg")
     if not file.parent.is_dir():
         raise StorageError(f"--plot {file}: its directory does not exist; create it and run again")
     if os.path.lexists(file) and not file.is_file():

@@ -104,7 +104,7 @@ class Writer:
         room = options.max_new_tokens if config.is_encoder_decoder else min(options.max_new_tokens, most - length)
         if not length or room < 1:
             raise UsageError(
-                f"the prompt has {length} tokens; wanted 1 to {most - 1}, what the model has positions for"
+                f"the prompt has {length} tokens; wanted 1 to {most - 1}, the positions that the model has"
             )
         pad = self.tokenizer.pad_token_id
         settings: dict[str, Any] = {**options.sampling(), "max_new_tokens": room}
@@ -120,7 +120,7 @@ class Writer:
         if isinstance(prompt, str):
             return self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         if not self.chats:
-            raise UsageError("the tokenizer has no chat template; give a text to go on from")
+            raise UsageError("the tokenizer has no chat template; give a text to continue")
         with extra("train"):
             import jinja2  # what templates are written in
         try:
@@ -171,7 +171,7 @@ def _auto_class(config: Any, base: Path) -> Any:
     autos: list[Any] = [getattr(transformers, name) for name in (first, "AutoModelForImageTextToText")]
     found = next((auto for auto in autos if type(config) in auto._model_mapping), None)
     if found is None:
-        raise InputError(f"{quoted(base, 400)}: a model of type {config.model_type}, which does not write text")
+        raise InputError(f"{quoted(base, 400)}: a model of type {config.model_type}, which does not generate text")
     return found
 
 

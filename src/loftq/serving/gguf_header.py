@@ -107,7 +107,7 @@ def family_of(model: Any) -> Family:
     config, architecture = model.config, type(model).__name__
     if architecture not in FAMILIES:
         raise InputError(
-            f"{architecture}: no GGUF is made of this family here, but of {listed(FAMILIES)}; name llama.cpp's "
+            f"{architecture}: GGUF is written here only for {listed(FAMILIES)}; give llama.cpp's "
             f"convert_hf_to_gguf.py with {option('converter', 'PATH')}"
         )
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")

@@ -55,7 +55,9 @@ def add_vocabulary(writer: Any, directory: Path, rows: int, rule: str | None) ->
         writer.add_tokenizer_pre(rule or _rule(path, content))
     else:
         if not model.get("byte_fallback"):
-            raise InputError(f"{shown(path)}: neither byte-level nor with byte_fallback; llama.cpp has no such")
+            raise InputError(
+                f"{shown(path)}: neither byte-level nor with byte_fallback; llama.cpp has no such tokenizer"
+            )
         writer.add_tokenizer_pre(rule or "default")
         writer.add_token_scores(_scores(tokens, model))
         writer.add_add_space_prefix(bool({"Prepend", "Metaspace"} & _kinds(content)) and not _never_prepends(content))
@@ -104,7 +106,8 @@ def _rule(path: Path, content: dict[str, Any]) -> str:
     rule = RULES.get("".join(cut))
     if rule is None or {step.get("type") for step in steps} - {"Split", "ByteLevel"}:
         raise InputError(
-            f"{shown(path)}: how it cuts words has no name here; give llama.cpp's: {option('tokenizer_rule', 'NAME')}"
+            f"{shown(path)}: its pre-tokenization is not recognized; give llama.cpp's name of it: "
+            f"{option('tokenizer_rule', 'NAME')}"
         )
     return rule
 

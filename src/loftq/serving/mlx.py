@@ -56,7 +56,7 @@ def check(base: Base, adapter: Adapter | None) -> str:
     architecture = type(base.model).__name__
     if architecture not in FAMILIES:
         raise InputError(
-            f"{architecture}: mlx-lm's names of it are not known here, but those of {listed(FAMILIES)}; merge it, and "
+            f"{architecture}: the export to MLX supports only {listed(FAMILIES)}; merge it, and "
             "convert the result with mlx_lm.convert"
         )
     for key, value in GRANTED.get(architecture, {}).items():

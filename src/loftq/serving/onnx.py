@@ -56,8 +56,8 @@ def check(base: Base) -> None:
     """InputError for what has no such node, or a model that is not of texts."""
     if base.model.main_input_name != "input_ids" or base.model.config.is_encoder_decoder:
         raise InputError(
-            f"{type(base.model).__name__}: graphs are made of encoders and decoders of texts; merge it, and export the "
-            "result with transformers.exporters"
+            f"{type(base.model).__name__}: the export to ONNX supports only text encoders and decoders; merge it, and "
+            "export the result with transformers.exporters"
         )
     packed.check(base, NAME, ("linear", "conv1d"))
 

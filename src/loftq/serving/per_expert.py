@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loftq.adapters.origins import BESIDE, FIELD
 from loftq.architecture.experts import layers_of
-from loftq.errors import InputError, listed, quoted
+from loftq.errors import InputError, listed, option, quoted
 from loftq.formats import fsio
 from loftq.formats.regular import shown
 from loftq.formats.tensorfile import Entry, dtype_name, encode_header, tensor_bytes
@@ -29,9 +29,9 @@ Layers = dict[str, tuple[int, slice]]  # of a stack: name -> expert, and rows of
 def check(base: Base, adapter: Adapter | None) -> Adapter:
     """The adapter. InputError for one without stacks of experts, or with more than LoRA."""
     if adapter is None:
-        raise InputError("per-expert is a form of an adapter; name one")
+        raise InputError(f"per-expert exports an adapter; give {option('adapter', 'RUN')}")
     if not any(factors.experts for factors in adapter.factors.values()):
-        raise InputError(f"{shown(adapter.directory)}: has no factors of stacks of experts; take it as it is")
+        raise InputError(f"{shown(adapter.directory)}: has no LoRA on experts; use the adapter as it is")
     whole = [*adapter.replaced, *adapter.new, *adapter.biases]
     if whole:
         raise InputError(f"{shown(adapter.directory)}: {listed(whole, 3)}: more than LoRA, which servers do not read")

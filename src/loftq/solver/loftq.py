@@ -160,9 +160,7 @@ def solve(
 def fitting(metric: Metric, weight: Tensor) -> Metric:
     """A metric on the weight's device; UsageError if it is of other matrices."""
     if not metric.fits(weight.shape):
-        raise UsageError(
-            f"the statistics do not fit a matrix of shape {tuple(weight.shape)}; calibrate on the very model"
-        )
+        raise UsageError(f"the statistics do not fit a matrix of shape {tuple(weight.shape)}; calibrate on this model")
     return metric.to(weight.device)
 
 
@@ -194,7 +192,9 @@ class _Measure:
         self.errors.append(_ratio(distance, self._norm))
         trace, t = self.output_errors or self.errors, len(self.errors) - 1
         if not math.isfinite(trace[t]) or not math.isfinite(self.errors[t]):
-            raise NumericalError(f"the error trace is not finite: {trace}; the weights' range is too wide for float32")
+            raise NumericalError(
+                f"the errors of the steps are not finite: {trace}; the weights' range is too wide for float32"
+            )
         better = trace[t] < trace[self.kept] or (t == 1 and self._held is None)
         self.kept = t if better else self.kept
         return better

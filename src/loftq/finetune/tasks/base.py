@@ -109,9 +109,9 @@ class Task(ABC):
             raise UsageError(f"task {quoted(self.name)} needs {self.auto_class}; there is none of {config.model_type}")
         check_positions(self.limits, config)
 
-    @abstractmethod
     def model_options(self) -> dict[str, Any]:
-        """What ``from_pretrained`` must be told about the head."""
+        """Options of ``from_pretrained`` for the head."""
+        return {}
 
     @abstractmethod
     def prepare(self, dataset: Dataset, tokenizer: Any, *, train: bool) -> Dataset:

@@ -30,9 +30,6 @@ class NextToken(Task):
                 f"{config.model_type} sees the tokens that it should predict"
             )
 
-    def model_options(self) -> dict[str, Any]:
-        return {}
-
     def collator(self, tokenizer: Any, model: Any = None) -> Any:
         return batches.pad_sequences(batches.padding(tokenizer, "right"), model)
 

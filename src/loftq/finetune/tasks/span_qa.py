@@ -37,9 +37,6 @@ class SpanQA(Task):
     def main_metric(self) -> str:
         return "f1"
 
-    def model_options(self) -> dict[str, Any]:
-        return {}
-
     def prepare(self, dataset: Dataset, tokenizer: Any, *, train: bool) -> Dataset:
         """Pieces with the positions of the first answer; for evaluation also each piece's row and its offsets."""
         batches.check_tokenizer(self.limits, tokenizer)

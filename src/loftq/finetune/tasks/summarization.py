@@ -33,9 +33,6 @@ class Summarization(Task):
     def main_metric(self) -> str:
         return "rouge2"
 
-    def model_options(self) -> dict[str, Any]:
-        return {}
-
     def generation_options(self, choice: Any = None) -> dict[str, Any]:
         return {"max_new_tokens": self.limits.max_target_length, **super().generation_options(choice)}
 
