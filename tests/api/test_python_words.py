@@ -134,7 +134,7 @@ def test_what_get_peft_model_cannot_take(model):
     assert "loftq.quantize(MODEL, output=DIR)" in refused(lambda: loftq.get_peft_model(model.to("meta")))
 
 
-def test_other_calls(tmp_path):
+def test_every_call_refuses_bad_input_in_pythons_words(tmp_path):
     model = models.tiny("llama")
     model.save_pretrained(tmp_path / "source")
     quantize = lambda *args, **options: lambda: loftq.quantize(*args, **options)  # noqa: E731

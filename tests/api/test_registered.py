@@ -55,7 +55,7 @@ def test_in_every_call(own, tmp_path):
     assert torch.equal(loaded.model.layers[0].mlp.up_proj.dequantize(), theirs.dequantize())
 
 
-def test_in_recipes():
+def test_recipes_know_codes_and_presets_registered_later():
     """In a process of its own, after recipes were imported and read."""
     base = {"model": "m", "task": "sst2", "method": "loftq"}
 

@@ -19,7 +19,7 @@ def made(source):
     return loftq.quantize(source, source.parent / "out", bits=2, rank=4, workers=1)
 
 
-def test_plan(source):
+def test_a_plan_describes_itself_and_keeps_to_a_budget(source):
     plan = loftq.plan(source, bits="layer.0=4,2", rank=4)
     assert isinstance(plan, loftq.Plan)
     assert {m.quant.bits for m in plan.matrices} == {2, 4}

@@ -54,7 +54,7 @@ def test_the_same_command_again(place, made):
     assert tree(place / "made") == before
 
 
-def test_json(place, made):
+def test_json_has_tokens_matrices_and_bytes(place, made):
     ended = cli(*made[0], "--json")
     assert ended.code == 0
     told = json.loads(ended.out)
@@ -63,7 +63,7 @@ def test_json(place, made):
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "fisher"])
-def test_other_kinds(place, kind, tmp_path):
+def test_diagonal_and_fisher_statistics_have_vectors(place, kind, tmp_path):
     out = tmp_path / "out"
     ended = cli(
         "calibrate", place / "llama", "-o", out, "--data", place / "text.txt", "--max-length", "10", "--kind", kind

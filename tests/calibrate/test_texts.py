@@ -63,7 +63,7 @@ def test_samples_are_spread_over_the_whole(tmp_path):
 
 
 @pytest.mark.parametrize(("count", "wanted"), [(10, 3), (3, 10), (7, 7), (1000, 128)])
-def test_spread(count, wanted):
+def test_samples_are_evenly_spaced(count, wanted):
     found = texts.spread(count, wanted)
     assert len(found) == min(count, wanted)
     assert found == sorted(set(found))
@@ -86,7 +86,7 @@ def test_a_long_row_is_cut_and_its_rest_kept(tmp_path):
     assert [len(row["input_ids"]) for row in found] == [10, 10, 6] * 4
 
 
-def test_pairs(tmp_path):
+def test_two_columns_are_tokenized_as_a_pair(tmp_path):
     items = [{"a": words(1, 2), "b": words(3, i)} for i in range(5)]
     found = rows(write(tmp_path / "a.jsonl", items), column="a,b")
     assert found[1]["input_ids"] == small.tokenizer()(words(1, 2), words(3, 1))["input_ids"]

@@ -41,7 +41,7 @@ def stored(directory):
     return {n: t.view(torch.uint8).numpy().tobytes() for f in files for n, t in load_file(f).items() if t.numel()}
 
 
-def test_workers(source, tmp_path):
+def test_any_number_of_workers_writes_the_same_bytes(source, tmp_path):
     first = made(source, tmp_path / "out", workers=1)
     assert all(made(source, tmp_path / "out", workers=n) == first for n in (1, 2, 4, 0))
 
@@ -92,7 +92,7 @@ def test_global_random_state(source, tmp_path):
     assert made(source, tmp_path / "out") == first
 
 
-def test_environment(source, tmp_path):
+def test_another_environment_writes_the_same_bytes(source, tmp_path):
     """Another process: other hash seed, locale, time zone, no home, no terminal."""
     first = made(source, tmp_path / "out")
     environment = {
@@ -112,7 +112,7 @@ def test_environment(source, tmp_path):
     assert tree(tmp_path / "out") == first
 
 
-def test_places(source, tmp_path, monkeypatch):
+def test_no_file_depends_on_paths(source, tmp_path, monkeypatch):
     """Neither the output's path and name nor the source's are in any file."""
     first = made(source, tmp_path / "out")
     (tmp_path / "elsewhere").symlink_to(source)

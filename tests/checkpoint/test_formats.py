@@ -87,7 +87,7 @@ assert "loftq" not in sys.modules
 
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("bits", [2, 3])
-def test_dense(source, tmp_path, bits):
+def test_transformers_load_the_dense_format_alone(source, tmp_path, bits):
     """Plain transformers load it; Conv1D keeps its orientation."""
     run(source, tmp_path / "packed", policy=policy(bits))
     run(source, tmp_path / "dense", policy=policy(bits), format="dense")

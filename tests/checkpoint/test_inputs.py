@@ -326,7 +326,7 @@ def test_a_pipe_does_not_hang(source, file):
     ],
     ids=["missing", "torn", "unknown type", "text", "many layers", "huge", "another shape"],
 )
-def test_config(source, change, words):
+def test_a_bad_config_is_refused(source, change, words):
     config = source / "config.json"
     if change is None:
         config.unlink()

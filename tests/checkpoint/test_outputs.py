@@ -102,7 +102,7 @@ def stopped(source, output, matrices, **changes):
 # What stands there
 
 
-def test_a_file(source, output):
+def test_a_file_at_the_output_is_left_alone(source, output):
     output.write_text("mine")
     refused(cli("quantize", source, "-o", output, *FLAGS), 5, "not a directory", "--output")
     refused(cli("quantize", source, "-o", output, *FLAGS, "--overwrite"), 5)

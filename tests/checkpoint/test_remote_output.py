@@ -256,7 +256,7 @@ def test_an_output_in_its_source(memory, local):
             module.quantize("memory://bucket/model", url, OPTIONS)
 
 
-def test_the_command(memory, local, tmp_path):
+def test_the_command_takes_urls(memory, local, tmp_path):
     source, _ = local
     memory.put(str(source), "/bucket/model", recursive=True)
     flags = ("--bits", "2", "--rank", "4", "--steps", "1", "--workers", "1")

@@ -48,7 +48,7 @@ def same_but_for_the_place(found, golden):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal(slow, output, number):
+def test_a_signal_stops_a_run_that_then_continues(slow, output, number):
     source, golden, seconds = slow
     child = start_cli("quantize", source, "-o", output, *SLOW)
     while not (output.parent / PARTIAL).exists() and not child.has_ended():

@@ -186,7 +186,7 @@ def test_workers_shards_and_a_run_that_was_stopped(tmp_path):
     assert tree(tmp_path / "a") == tree(tmp_path / "b") == tree(tmp_path / "c")
 
 
-def test_a_budget(tmp_path):
+def test_a_budget_chooses_sixteenths_of_a_bit(tmp_path):
     """Sixteenths of a bit to choose from, no blocks; a matrix that no trellis holds has the scalar widths."""
     source = tiny_source(tmp_path / "source")
     plan = loftq.plan(source, budget=2.2, code="trellis", window=8, rank=4, preset="qlora", workers=1, block_size=32)

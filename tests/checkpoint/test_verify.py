@@ -343,7 +343,7 @@ def test_a_hostile_quantization_config(out, value):
     refused(cli("verify", out), 3, "config.json", "quantization_config")
 
 
-def test_a_seal(tmp_path):
+def test_a_changed_hashed_json_is_refused(tmp_path):
     hashed_json.write(tmp_path / "x.json", {"a": [1, 2.5, None, "ü"]})
     assert hashed_json.load(tmp_path / "x.json")["a"] == [1, 2.5, None, "ü"]
     (tmp_path / "x.json").write_text((tmp_path / "x.json").read_text().replace("2.5", "2.50001"))

@@ -224,7 +224,7 @@ def test_not_enough_memory(source, tmp_path):
 # What is printed
 
 
-def test_plan(source):
+def test_plan_prints_every_matrix(source):
     ended = cli("plan", source, "--bits", "2", "--rank", "4")
     assert ended.code == 0
     assert ended.err == ""
@@ -391,7 +391,7 @@ def test_alpha_does_not_change_the_error(source, tmp_path):
     assert errors == pytest.approx([errors[0]] * 3, rel=1e-5)
 
 
-def test_embeddings(tmp_path):
+def test_embeddings_adds_the_tables(tmp_path):
     import models
 
     models.tiny("bert").save_pretrained(tmp_path / "source")

@@ -296,7 +296,7 @@ def test_constant_answers(source):
         ({"pearson": 10.0, "spearman": float("nan")}, "pearson", 0.0, False),
     ],
 )
-def test_the_rule(metrics, judged, constant, converged):
+def test_what_counts_as_converged(metrics, judged, constant, converged):
     assert (failure(metrics, judged, constant) is None) == converged
 
 

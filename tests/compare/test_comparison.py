@@ -51,7 +51,7 @@ ROWS = [
 ]
 
 
-def test_table():
+def test_the_table_has_medians_and_spreads():
     headings, body = table(ROWS)
     assert headings == ["method", "bits", "accuracy", "learning rate", "seeds", "backbone MB", "adapter MB"]
     assert body == [
@@ -137,7 +137,7 @@ def test_starts_of_loftq_show_what_else_differs():
 @pytest.mark.parametrize(
     ("value", "text"), [(None, ""), (math.inf, "N.A."), (5.236, "5.24"), (87.34, "87.3"), (1203.4, "1203")]
 )
-def test_numbers(value, text):
+def test_numbers_have_three_digits(value, text):
     assert number(value) == text
 
 

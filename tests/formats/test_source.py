@@ -59,7 +59,7 @@ def test_single_file(tmp_path):
     assert b"".join(checkpoint.chunks("a")) == bytes(range(16))
 
 
-def test_sharded(sharded, caplog):
+def test_a_sharded_checkpoint_is_read(sharded, caplog):
     checkpoint = open_checkpoint(sharded)
     assert list(checkpoint.tensors) == ["a", "b", "c"]
     assert [f.name for f in checkpoint.files] == [FIRST, SECOND]

@@ -64,7 +64,7 @@ def test_bitsandbytes_int8_without_the_rounding_of_inputs(source):
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("spec", [QuantSpec(bits=2), QuantSpec(bits=3, code="affine", double_quant=True)])
-def test_ours(spec):
+def test_a_packed_layer_multiplies_by_what_it_decodes(spec):
     dense = nn.Linear(40, 24)
     layer = pack_like(dense, spec)
     layer.load_stored(encode(quantize(dense.weight.detach(), spec), spec))
@@ -74,7 +74,7 @@ def test_ours(spec):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dense(dtype):
+def test_dense_layers_give_their_own_weight(dtype):
     linear, conv, table = nn.Linear(6, 4).to(dtype), Conv1D(4, 6).to(dtype), nn.Embedding(9, 5).to(dtype)
     assert torch.equal(dequantized(linear), linear.weight.float())
     assert torch.equal(dequantized(conv), conv.weight.float().T)

@@ -160,7 +160,7 @@ def rounded(model):
     return model
 
 
-def test_conv1d(tmp_path):
+def test_conv1d_layers_are_initialized(tmp_path):
     dense = models.tiny("gpt2")
     dense.save_pretrained(tmp_path)
     model = rounded(AutoModelForCausalLM.from_pretrained(tmp_path))

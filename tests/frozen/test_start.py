@@ -87,7 +87,7 @@ def test_the_outputs_are_those_of_base_and_term(packed, source, tmp_path):
     assert models.close(started, models.outputs(models.substituted(make_llama(), whole)), 1e-4)
 
 
-def test_conv1d(tmp_path):
+def test_conv1d_bases_are_initialized_dense_and_packed(tmp_path):
     """As a dense directory (Conv1D) and packed, the adapter fits both ways around."""
     dense = models.tiny("gpt2")
     dense.save_pretrained(tmp_path / "source")
@@ -148,7 +148,7 @@ def test_a_base_with_a_part_missing(source, tmp_path):
     refused(start(tmp_path / "base", source, tmp_path / "out"), 3, "no weights for", "layers.1.mlp.up_proj")
 
 
-def test_options(packed, source, tmp_path):
+def test_bad_options_are_refused(packed, source, tmp_path):
     refused(start(packed, source, tmp_path / "out", "--rank", "64"), 2, "rank")
     refused(start(packed, source, tmp_path / "out", "--svd", "quick"), 2, "svd")
     refused(start(packed, source, tmp_path / "out", "--task-type", "POETRY"), 2, "--task-type")

@@ -78,7 +78,7 @@ def test_more_columns_than_are_decoded_at_a_time() -> None:
 @pytest.mark.parametrize("columns_have_rates", [False, True])
 @pytest.mark.parametrize("tokens", [1, 3, 70])
 @pytest.mark.parametrize("product", ["linear", "linear_grad_input"])
-def test_products(
+def test_products_are_as_accurate_as_dense_ones(
     kernels: Backend, product: str, tokens: int, columns_have_rates: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As accurate as dense ones, summed in float32; on a CPU with the weight decoded in parts of one group."""

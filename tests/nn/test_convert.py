@@ -110,7 +110,7 @@ def test_a_pattern_of_ranks_reaches_the_adapter():
     assert {r for n, r in ranks.items() if n.startswith("0.mlp")} == {5}
 
 
-def test_it_trains():
+def test_the_loss_falls_and_only_adapters_train():
     model = converted(tiny("gpt2"), bits=2, rank=4)
     words = inputs(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)

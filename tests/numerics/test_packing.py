@@ -59,7 +59,7 @@ def test_round_trip(data: st.DataObject, bits: int, rows: int, columns: int) -> 
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_shapes(bits: int) -> None:
+def test_packed_shapes_by_width(bits: int) -> None:
     shape = pack(torch.zeros(5, 33, dtype=torch.uint8), bits).shape
     assert shape == {2: (5, 9), 3: (5, 13), 4: (5, 17), 8: (5, 1, 33)}[bits]
 

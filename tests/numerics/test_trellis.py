@@ -125,7 +125,7 @@ def test_a_golden_string() -> None:
         (4096, (32, 128)),
     ],
 )
-def test_groups(rows: int, wanted: tuple[int, int]) -> None:
+def test_groups_of_rows_by_the_rule_of_the_format(rows: int, wanted: tuple[int, int]) -> None:
     assert trellis_groups(rows) == wanted
 
 
@@ -222,7 +222,7 @@ def test_tables_are_of_the_promised_form() -> None:
         assert table.unique().numel() > 0.8 * len(table)
 
 
-def test_specs() -> None:
+def test_a_spec_keeps_the_fields_of_its_code() -> None:
     assert QuantSpec(bits=2.0, code="trellis", block_size=32).to_dict() == {
         "bits": 2,
         "code": "trellis",
@@ -265,7 +265,7 @@ def test_what_a_trellis_cannot_hold() -> None:
         quantize_weight(torch.randn(31, 64), bits=1.5, rank=4)
 
 
-def test_one_matrix() -> None:
+def test_no_step_of_the_trellis_raises_the_error() -> None:
     """The alternation falls at every step, and what is stored is what was solved."""
     w = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
     solution = quantize_weight(w, bits=2.1875, code="trellis", rank=8, window=8)

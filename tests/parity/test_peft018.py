@@ -62,7 +62,7 @@ def ours(bits: int, code: str = "nf") -> QuantSpec:
 @pytest.mark.parametrize("kind", ["normal", "cubed"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize(("code", "method"), [("nf", "normal"), ("uniform", "uniform")])
-def test_quantizer(theirs, code: str, method: str, bits: int, kind: str) -> None:
+def test_the_quantizer_is_peft_018s(theirs, code: str, method: str, bits: int, kind: str) -> None:
     """The same levels, scales, packed bytes and values."""
     w = weight(kind)
     quantizer = theirs.NFQuantizer(num_bits=bits, device="cpu", method=method, block_size=64)
@@ -83,7 +83,7 @@ def test_quantizer(theirs, code: str, method: str, bits: int, kind: str) -> None
 @pytest.mark.parametrize("kind", ["normal", "cubed"])
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("bits", [2, 4])
-def test_start(theirs, bits: int, steps: int, kind: str) -> None:
+def test_the_initialization_is_peft_018s(theirs, bits: int, steps: int, kind: str) -> None:
     """Its last step is our step T: the same error and, where T is the best step, the same start."""
     w = weight(kind)
     backbone, a, b = theirs.loftq_init(w, num_bits=bits, reduced_rank=16, num_iter=steps)

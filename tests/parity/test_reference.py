@@ -27,7 +27,7 @@ def spec(code: str, bits: int) -> QuantSpec:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_levels(bits: int) -> None:
+def test_levels_are_the_papers(bits: int) -> None:
     torch.testing.assert_close(
         levels("nf", bits), torch.tensor(reference.normal_float_levels(bits)).float(), rtol=0, atol=5e-7
     )
@@ -37,7 +37,7 @@ def test_levels(bits: int) -> None:
 @pytest.mark.parametrize("kind", ["normal", "heavy", "shifted"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("code", QUANTIZERS)
-def test_quantizer(code: str, bits: int, kind: str) -> None:
+def test_the_quantizer_is_the_papers(code: str, bits: int, kind: str) -> None:
     """float64 against our float32: the same level everywhere, except within rounding of a midpoint."""
     w = weight(kind)
     theirs = QUANTIZERS[code](bits)(w.double().numpy())

@@ -283,5 +283,5 @@ def test_refusals(options, message):
         policy(**options)
 
 
-def test_sizes():
+def test_sizes_are_parsed():
     assert [parse_size("--budget", text) for text in ("1KB", "2.5mb", "3GB")] == [1000, 2_500_000, 3 * 10**9]

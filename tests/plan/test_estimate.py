@@ -94,7 +94,7 @@ def test_each_worker_takes_the_next():
     assert _wall([1.0], 8) == 1
 
 
-def test_laws():
+def test_time_grows_with_the_weights_or_with_in_squared():
     plain, descent = SolveSpec(steps=5), SolveSpec(steps=5, rounding="descent", metric="weights")
     assert seconds(64, 128, plain) == pytest.approx(5 * 64 * 128 * constants()["seconds_per_weight"])
     narrow, wide = (seconds(64, columns, descent, calibrated=True) for columns in (128, 256))

@@ -82,7 +82,7 @@ def test_layers_are_quantized_and_all_else_is_kept_with_its_reason():
         (Role("a.types", "embedding", True), (2, 64), "an embedding smaller than the rank"),
     ],
 )
-def test_reasons(role, shape, reason):
+def test_a_kept_tensor_has_its_reason(role, shape, reason):
     tensors, roles = model()
     tensors["odd"], roles["odd"] = ("F32", shape), role
     plan = make(tensors, roles, policy(embeddings=role.kind == "embedding", min_coverage=0.0))

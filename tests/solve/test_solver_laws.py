@@ -61,7 +61,7 @@ def error64(w: Tensor, solution: Solution, quant: QuantSpec) -> float:
 @quants
 @pytest.mark.parametrize("order", ["quantize-first", "svd-first"])
 @pytest.mark.parametrize("steps", [0, 1, 5, 10])
-def test_trace(quant: QuantSpec, order: str, steps: int) -> None:
+def test_errors_are_those_of_the_steps_and_the_best_is_kept(quant: QuantSpec, order: str, steps: int) -> None:
     w = weight()
     solution = solve(w, quant, 8, SolveSpec(steps=steps, order=order))
     errors, kept = solution.errors, solution.kept

@@ -44,13 +44,13 @@ def one_line(error):
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet", "jsonl.gz", "json.gz", "csv.gz"])
-def test_formats(suffix, tmp_path):
+def test_every_file_format_gives_the_same_rows(suffix, tmp_path):
     path = write(tmp_path / f"rows.{suffix}", SST2)
     assert load_data(get_task("sst2"), {"train": str(path)})["train"].to_list() == LOADED
 
 
 @pytest.mark.parametrize("suffix", ["txt", "txt.gz"])
-def test_text(suffix, tmp_path):
+def test_lines_of_a_text_file_are_rows(suffix, tmp_path):
     rows = [{"text": " = Cats = "}, {"text": ""}, {"text": "The cat sat."}]
     path = write(tmp_path / f"rows.{suffix}", rows)
     assert load_data(get_task("wikitext2"), {"train": str(path)})["train"].to_list() == rows

@@ -43,13 +43,13 @@ def tokenizer_of(task, words, letters):
     return words if task.auto_class != "AutoModelForCausalLM" else letters
 
 
-def test_the_names():
+def test_every_named_task_is_tested():
     assert loftq.finetune.tasks.names() == tuple(sorted(ROWS))
     assert set(REPORTED) == set(ROWS)
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_figures(name, tmp_path, words, letters):
+def test_every_task_reports_its_metrics(name, tmp_path, words, letters):
     task, rows = loaded(name, tmp_path)
     model = tiny_models.model(task.kind, **task.model_options())
     generation = {"max_new_tokens": 4}
@@ -95,7 +95,7 @@ def test_labels_of_the_models(words):
     assert get_task("squad").model_options() == get_task("xsum").model_options() == {}
 
 
-def test_splits():
+def test_which_splits_are_reported_and_watched():
     mnli, anli, gsm8k = (get_task(name) for name in ("mnli", "anli", "gsm8k"))
     matched = ("validation_matched", "validation_mismatched")
     assert mnli.eval_splits(["train", *matched]) == matched

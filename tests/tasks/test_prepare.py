@@ -97,7 +97,7 @@ def test_summaries_are_cut_and_padded_with_ignored_labels(words):
     assert batch["attention_mask"][1].tolist() == [1] * 4 + [0] * 4
 
 
-def test_a_prefix(words):
+def test_a_prefix_comes_before_the_document(words):
     task = own("summarization", {"document": "d", "summary": "s"}, prefix="sum:", max_length=32)
     prepared = task.prepare(Dataset.from_dict({"document": ["x"], "summary": ["y"]}), words, train=True)
     assert words.decode(prepared["input_ids"][0], skip_special_tokens=True) == "s u m : x"

@@ -60,7 +60,7 @@ def test_every_row_is_usable(name, real):
 
 
 @pytest.mark.parametrize(("name", "split"), CLASSES)
-def test_classes(name, split, real):
+def test_classes_of_the_real_data(name, split, real):
     assert Counter(real(name)[split]["label"]) == CLASSES[name, split]
 
 

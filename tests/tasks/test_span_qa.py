@@ -23,7 +23,7 @@ def task_and_rows(*answers, max_length=30, doc_stride=10):
     return get_task("squad", max_length=max_length, doc_stride=doc_stride), Dataset.from_list(rows)
 
 
-def test_pieces(words):
+def test_pieces_overlap_by_the_stride(words):
     """[CLS] w h y [SEP], then 24 letters of which 10 are those of the piece before, then [SEP]."""
     task, rows = task_and_rows((20, 25))
     prepared = task.prepare(rows, words, train=False)
@@ -41,7 +41,7 @@ def covered_of(offsets):
     return slice(inside[0][0], inside[-1][1])
 
 
-def test_positions(words):
+def test_only_a_piece_with_the_whole_answer_has_its_position(words):
     """Only a piece with the whole answer has its tokens; the others point at their first token."""
     task, rows = task_and_rows((20, 25), (0, 1), (59, 60), (10, 40))
     prepared = task.prepare(rows, words, train=True)

@@ -45,7 +45,7 @@ def test_plain_trainer(place, monkeypatch, capsys):
     assert "classifier" in trained.peft_config["default"].modules_to_save
 
 
-def test_trl(tmp_path, monkeypatch, capsys):
+def test_the_example_of_trl_trains_the_adapter(tmp_path, monkeypatch, capsys):
     models.tiny("llama").save_pretrained(tmp_path / "dense")
     tokenizer = tiny.tokenizer()
     tokenizer.eos_token = "[SEP]"

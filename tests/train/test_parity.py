@@ -51,14 +51,14 @@ def by_hand(place, config=None):
     return model, losses(trainer.state.log_history)
 
 
-def test_full(place):
+def test_full_fine_tuning_is_that_of_a_plain_loop(place):
     model, wanted = by_hand(place)
     result = finetune(tiny.recipe(place, "full"))
     assert losses(result.history) == wanted
     assert models.same(load_file(place / "full" / "model" / "model.safetensors"), model.state_dict())
 
 
-def test_lora(place):
+def test_lora_is_that_of_a_plain_loop(place):
     config = LoraConfig(
         r=4,
         lora_alpha=4,
