@@ -108,7 +108,7 @@ def test_every_preset_from_text_to_files(small_llama, statistics, tmp_path, pres
         assert m["output_errors"][m["kept"]] == min(m["output_errors"])
     shown = cli("inspect", tmp_path / "out")
     assert "outputs" in shown.out
-    assert "relative error of the outputs, tokens held out" in shown.out
+    assert "relative output error of Q + s·BA (held-out)" in shown.out
     assert cli("verify", tmp_path / "out").code == 0
 
 

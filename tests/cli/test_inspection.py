@@ -58,7 +58,7 @@ def test_no_number_is_cut(monkeypatch, width, calibrated):
 def test_at_80_columns_names_are_whole(monkeypatch):
     text = shown(monkeypatch, 80)
     assert "model.layers.0.self_attn.q_proj.weight" in text
-    assert "Left out, for the terminal is narrow: error per step" in text
+    assert "Left out, because the terminal is narrow: error per step" in text
 
 
 def test_a_pipe_is_as_wide_as_it_needs():

@@ -40,8 +40,8 @@ def print_budget(report: dict[str, Any]) -> None:
     out.print()
     out.print(table)
     out.print(
-        "MB of all tensors, with adapter and what is kept; bits per quantized weight; error relative to each matrix, "
-        "root of the mean of squares, after one step."
+        "MB: all tensors, with the adapter and dense weights. Stored bits: per quantized weight. Expected error: "
+        "relative to each matrix, root mean square over the matrices, after one step."
     )
 
 

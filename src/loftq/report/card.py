@@ -108,12 +108,12 @@ def merged_card(manifest: dict[str, Any], identity: dict[str, Any], licence: dic
     )
 
 
-_EXACT = "The weights are those of a LoftQ checkpoint, to the last bit. The adapter was made for them; it is apart."
-_ADDED = "It adds to the original what training added to the initialization of a LoftQ checkpoint of it."
-_APART = "It is exactly the adapter that was trained on stacks of experts. It was made for the dequantized weights."
+_EXACT = "The weights are exactly those of a LoftQ checkpoint. The adapter, in a file of its own, was trained on them."
+_ADDED = "It is the difference between a trained adapter and its LoftQ initialization, for the original model."
+_APART = "It is exactly the adapter that was trained on stacks of experts. Its base are the dequantized weights."
 ADAPTERS = {  # exports that are no models
     "lora-for-original": ("# An adapter of the original model", "", _ADDED),
-    "per-expert": ("# An adapter with LoRA on every expert for itself", "", _APART),
+    "per-expert": ("# An adapter with separate LoRA factors for every expert", "", _APART),
 }
 
 

@@ -5,18 +5,18 @@ from typing import Any
 from loftq.report.tables import console, plain_table, spell_time
 
 PARTS = {
-    "weights": "weights, packed",
+    "weights": "packed weights",
     "scales": "scales",
-    "kept": "what is kept",
+    "kept": "dense weights",
     "adapter": "adapter",
     "gradients": "its gradients",
-    "optimizer": "its optimizer (AdamW)",
+    "optimizer": "its optimizer state (AdamW)",
     "decoding": "one decoded matrix",
     "logits": "logits",
     "activations": "activations",
     "activations_with_checkpointing": "activations with checkpointing",
-    "total": "in all",
-    "total_with_checkpointing": "in all with checkpointing",
+    "total": "total",
+    "total_with_checkpointing": "total with checkpointing",
 }
 
 
@@ -40,7 +40,7 @@ def print_estimate(estimate: dict[str, Any]) -> None:
         table.add_row(name, _size(train[part]))
     console().print(table)
     console().print(
-        f"By constants that benchmarks/constants.py measured on {estimate['measured'].get('cpu', 'a CPU')}."
+        f"With the constants that benchmarks/constants.py measured on {estimate['measured'].get('cpu', 'a CPU')}."
     )
 
 

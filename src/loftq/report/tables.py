@@ -94,8 +94,8 @@ def print_cost(shapes: list[tuple[int, int]], spec: SolveSpec) -> None:
     each, plain = [seconds(*s, spec, calibrated=True) for s in shapes], SolveSpec(**PRESETS["fitted"])
     fitted = spell_time(sum(seconds(*s, plain) for s in shapes))
     console().print(
-        f"{preset_of(spec)} takes out·in² for a matrix if it is calibrated, about {spell_time(sum(each))} of CPU time "
-        f"in all and {spell_time(max(each))} for the largest; fitted about {fitted} in all."
+        f"With a calibration, {preset_of(spec)} takes about {spell_time(sum(each))} of CPU time, of that "
+        f"{spell_time(max(each))} for the largest matrix: time grows as out·in². fitted takes about {fitted}."
     )
 
 
@@ -111,7 +111,7 @@ def print_inspection(inspected: dict[str, Any]) -> None:
     out = console()
     columns = _inspected(inspected["matrices"])
     left_out, named = [], min(NAME, max((len(m["name"]) for m in inspected["matrices"]), default=0))
-    for name in ("error per step", "step", "bytes", "shape", "outputs alone", "outputs"):
+    for name in ("error per step", "step", "bytes", "shape", "outputs Q", "outputs"):
         width = sum(2 + max(map(len, (heading, *cells))) for heading, cells in columns.items())
         if width + named <= out.width:
             break
@@ -125,7 +125,7 @@ def print_inspection(inspected: dict[str, Any]) -> None:
         table.add_row(matrix["name"], *cells)
     out.print(table)
     if left_out:
-        out.print(Text(f"Left out, for the terminal is narrow: {', '.join(left_out)}; --json has them.", "dim"))
+        out.print(Text(f"Left out, because the terminal is narrow: {', '.join(left_out)}; --json has them.", "dim"))
     out.print()
     out.print(_totals(inspected["totals"]))
     for line in inspected["warnings"]:
@@ -139,12 +139,12 @@ def _inspected(matrices: list[dict[str, Any]]) -> dict[str, list[str]]:
         "bits": [str(m["bits"]) for m in matrices],
         "rank": [str(m["rank"]) for m in matrices],
         "bytes": [f"{m['bytes']:,}" for m in matrices],
-        "alone": [f"{m['qlora_error']:.4f}" for m in matrices],
-        "started": [f"{m['errors'][m['kept']]:.4f}" for m in matrices],
+        "error Q": [f"{m['qlora_error']:.4f}" for m in matrices],
+        "Q + BA": [f"{m['errors'][m['kept']]:.4f}" for m in matrices],
     }
     if any("output_errors" in m for m in matrices):
         pairs = [[f"{e:.4f}" for e in judged(m)[1::-1]] if "output_errors" in m else ["", ""] for m in matrices]
-        columns |= {"outputs alone": [pair[0] for pair in pairs], "outputs": [pair[1] for pair in pairs]}
+        columns |= {"outputs Q": [pair[0] for pair in pairs], "outputs": [pair[1] for pair in pairs]}
     columns["step"] = [f"{m['kept']}/{len(m['errors']) - 1}" for m in matrices]
     columns["error per step"] = [
         " ".join(f"{e:.4f}" for e in m.get("output_errors", m["errors"])[1:]) for m in matrices
@@ -156,7 +156,7 @@ def print_summary(output: Path, manifest: dict[str, Any], made: bool) -> None:
     """What ``loftq quantize`` made, and what to do with it."""
     out, place = console(), shown(output)
     if not made:
-        checked = f"Names and sizes of its files are right; `loftq verify {place}` compares their bytes."
+        checked = f"The names and sizes of its files are right; `loftq verify {place}` checks their bytes."
         out.print(f"{place}: already done by an earlier run of this command. {checked}")
     out.print(_totals(manifest["totals"]))
     lines = warnings(manifest["matrices"])
@@ -179,7 +179,7 @@ def print_start(output: Path, report: dict[str, Any]) -> None:
     out = console()
     out.print(table)
     layers = {"error": f"\nrelative error of {len(report['layers'])} layers"}
-    for key, what in {**layers, "output_error": "relative error of their outputs, tokens held out"}.items():
+    for key, what in {**layers, "output_error": "relative error of their outputs, held-out tokens"}.items():
         if key in report:
             before, after = report[f"{key}_before"], report[key]
             change = _change(1 - after / before if before else 0.0)
@@ -210,16 +210,16 @@ def _totals(t: dict[str, Any]) -> Table:
         "quantized": f"{t['matrices']} matrices, {t['quantized_weights']:,} of {t['parameters']:,} parameters",
         "stored bits per quantized weight": f"{t['bits_per_weight']:.3f}",
         "on disk, all files": f"{t['disk_bytes'] / 1e6:,.1f} MB ({t['adapter_bytes'] / 1e6:,.1f} MB of it the adapter)",
-        "compression of all that against 16 bits": f"{t['compression']:.2f}x",
+        "compression against 16 bits, all files": f"{t['compression']:.2f}x",
         **_largest(t),
         "trainable": f"{t['trainable_share']:.2%}",
-        "relative error, quantized alone": f"{t['qlora_error']:.4f}",
-        "relative error, as written": f"{t['error']:.4f} ({_change(gained)})",
+        "relative error of Q": f"{t['qlora_error']:.4f}",
+        "relative error of Q + s·BA": f"{t['error']:.4f} ({_change(gained)})",
     }
     if "output_error" in t:
         less = 1 - t["output_error"] / t["qlora_output_error"] if t["qlora_output_error"] else 0.0
-        rows["relative error of the outputs, quantized alone"] = f"{t['qlora_output_error']:.4f}"
-        rows["relative error of the outputs, tokens held out"] = f"{t['output_error']:.4f} ({_change(less)})"
+        rows["relative output error of Q (held-out)"] = f"{t['qlora_output_error']:.4f}"
+        rows["relative output error of Q + s·BA (held-out)"] = f"{t['output_error']:.4f} ({_change(less)})"
     for name, value in rows.items():
         table.add_row(name, value)
     return table
@@ -230,4 +230,4 @@ def _largest(t: dict[str, Any]) -> dict[str, str]:
     if part is None:
         return {}
     share = f"{quoted(part['what'])}, {part['bytes'] / 1e6:,.1f} MB ({part['bytes'] / t['disk_bytes']:.0%})"
-    return {"of it, the largest part": share + (f"; smaller with {quoted(part['option'])}" if part["option"] else "")}
+    return {"largest part on disk": share + (f"; smaller with {quoted(part['option'])}" if part["option"] else "")}
