@@ -12,12 +12,12 @@ import json
 import os
 import posixpath
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from loftq.errors import InputError, StorageError, quoted, warn
 from loftq.formats import fsio, strict_json
+from loftq.patching import patches
 
 PARENT = ".."
 KEY = "base_model_name_or_path"
@@ -107,26 +107,20 @@ def read_config(config: Any) -> None:
     Args:
         config: the module ``peft.config``, as :func:`write_config` takes it.
     """
-    config_class = config.PeftConfigMixin
-    read = config_class.from_pretrained.__func__
 
-    @functools.wraps(read)
-    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):  # type: ignore[no-untyped-def]
+    @patches(config.PeftConfigMixin, "from_pretrained")
+    def from_pretrained(read, cls, pretrained_model_name_or_path, subfolder=None, **kwargs):  # type: ignore[no-untyped-def]
         config = read(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         base = getattr(config, KEY, None)
         setattr(config, KEY, resolved(base, pretrained_model_name_or_path, subfolder))
         return config
 
-    config_class.from_pretrained = classmethod(from_pretrained)
-
 
 def write_config(config: Any) -> None:
     """Let ``PeftConfig.save_pretrained`` write the whole name of a packed base that was given by a relative one."""
-    config_class = config.PeftConfigMixin
-    save = config_class.save_pretrained
 
-    @functools.wraps(save)
-    def save_pretrained(self, save_directory, **kwargs):  # type: ignore[no-untyped-def]
+    @patches(config.PeftConfigMixin, "save_pretrained")
+    def save_pretrained(save, self, save_directory, **kwargs):  # type: ignore[no-untyped-def]
         base: Any = getattr(self, KEY, None)
         if isinstance(base, str) and _is_packed(base) and not _is_packed(os.path.join(save_directory, base)):
             setattr(self, KEY, os.path.abspath(base))
@@ -134,8 +128,6 @@ def write_config(config: Any) -> None:
             save(self, save_directory, **kwargs)
         finally:
             setattr(self, KEY, base)
-
-    config_class.save_pretrained = save_pretrained
 
 
 def load_from_subfolder(auto: Any) -> None:
@@ -146,19 +138,15 @@ def load_from_subfolder(auto: Any) -> None:
     Args:
         auto: the module ``peft.auto``.
     """
-    auto_class = auto._BaseAutoPeftModel
-    load = auto_class.from_pretrained.__func__
 
-    @functools.wraps(load)
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, subfolder=None, **kwargs):  # type: ignore[no-untyped-def]
+    @patches(auto._BaseAutoPeftModel, "from_pretrained")
+    def from_pretrained(load, cls, pretrained_model_name_or_path, *args, subfolder=None, **kwargs):  # type: ignore[no-untyped-def]
         place = pretrained_model_name_or_path
         if subfolder:
             place = _below(place, subfolder, kwargs)
             subfolder = None if place != pretrained_model_name_or_path else subfolder
         options = {"subfolder": subfolder} if subfolder else {}
         return load(cls, place, *args, **options, **kwargs)
-
-    auto_class.from_pretrained = classmethod(from_pretrained)
 
 
 def _below(place: str | os.PathLike, subfolder: str, kwargs: dict[str, Any]) -> str | os.PathLike:
@@ -183,12 +171,11 @@ def find_config(finder: Any) -> None:
     Args:
         finder: a module of transformers that has this function, or imported it.
     """
-    find: Callable[..., str | None] = finder.find_adapter_config_file
-    if getattr(find, "_names_bases", False):
+    if getattr(finder.find_adapter_config_file, "_names_bases", False):
         return
 
-    @functools.wraps(find)
-    def found(model_id: Any, *args: Any, **kwargs: Any) -> str | None:
+    @patches(finder, "find_adapter_config_file")
+    def found(find: Any, model_id: Any, *args: Any, **kwargs: Any) -> str | None:
         path = find(model_id, *args, **kwargs)
         if path is None:
             return None
@@ -199,8 +186,7 @@ def find_config(finder: Any) -> None:
         except (InputError, StorageError):
             return path  # whoever reads it says what is wrong
 
-    found._names_bases = True  # type: ignore[attr-defined]
-    finder.find_adapter_config_file = found
+    finder.find_adapter_config_file._names_bases = True
 
 
 def _copy(config: dict[str, Any]) -> str:

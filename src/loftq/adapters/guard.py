@@ -8,7 +8,6 @@ and gradients of the two must be equal.
 
 import contextlib
 import copy
-import functools
 import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from loftq.errors import LoftqError, UsageError, quoted
 from loftq.nn.experts import PackedExperts
 from loftq.nn.layers import LoftQEmbedding, LoftQLinear, Packed, PackedWeight
+from loftq.patching import patches
 
 NOT_TRIED = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")
 TOLERANCE = 1e-3  # of the largest value; codes in the place of weights are off by more than 1, rounding by 1e-6
@@ -44,10 +44,9 @@ def settled() -> Iterator[None]:
 
 def install() -> None:
     """Let every tuner of PEFT be tried before it changes a model: a new one, and one that gets another adapter."""
-    make, inject = BaseTuner.__init__, BaseTuner.inject_adapter
 
-    @functools.wraps(make)
-    def checked(self, model, peft_config, adapter_name, *args, **kwargs):  # type: ignore[no-untyped-def]
+    @patches(BaseTuner, "__init__")
+    def checked(make, self, model, peft_config, adapter_name, *args, **kwargs):  # type: ignore[no-untyped-def]
         if not _settled.get():
             config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
             nn.Module.__init__(self)
@@ -56,13 +55,11 @@ def install() -> None:
         with settled():
             make(self, model, peft_config, adapter_name, *args, **kwargs)
 
-    @functools.wraps(inject)
-    def inject_adapter(self, model, adapter_name, *args, **kwargs):  # type: ignore[no-untyped-def]
+    @patches(BaseTuner, "inject_adapter")
+    def inject_adapter(inject, self, model, adapter_name, *args, **kwargs):  # type: ignore[no-untyped-def]
         if not _settled.get():
             check_tuner(self, self.peft_config[adapter_name], model)
         inject(self, model, adapter_name, *args, **kwargs)
-
-    BaseTuner.__init__, BaseTuner.inject_adapter = checked, inject_adapter
 
 
 def check_tuner(tuner: BaseTuner, config: Any, model: nn.Module) -> None:

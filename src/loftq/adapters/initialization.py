@@ -5,7 +5,6 @@ divided by the ratio of the two scalings, so that ``s · B @ A`` is what was sol
 """
 
 import copy
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from loftq.adapters.placement import is_filled_from_elsewhere, module_of
 from loftq.errors import InputError, UsageError, listed, option, quoted, warn
 from loftq.nn.experts import PackedExperts
 from loftq.nn.layers import Packed, PackedWeight
+from loftq.patching import patches
 
 FOLDER = "loftq_init"
 
@@ -176,10 +176,9 @@ def install(lora_model: Any) -> None:
     Args:
         lora_model: PEFT's ``LoraModel``.
     """
-    inject, check = lora_model.inject_adapter, LoraConfig.__post_init__
 
-    @functools.wraps(inject)
-    def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    @patches(lora_model, "inject_adapter")
+    def inject_adapter(inject: Any, self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         if getattr(config, "init_lora_weights", None) != "loftq" or type(self) is not lora_model:
             return inject(self, model, adapter_name, *args, **kwargs)
@@ -201,16 +200,13 @@ def install(lora_model: Any) -> None:
             start.fill(model, adapter_name)
         return None
 
-    @functools.wraps(check)
-    def check_without_quantizer(self: LoraConfig) -> None:
+    @patches(LoraConfig, "__post_init__")
+    def check_without_quantizer(check: Any, self: LoraConfig) -> None:
         """PEFT asks for the options of its own quantizer, which a packed model has no use for."""
         start = self.init_lora_weights == "loftq" and not self.loftq_config
         self.init_lora_weights = True if start else self.init_lora_weights
         check(self)
         self.init_lora_weights = "loftq" if start else self.init_lora_weights
-
-    lora_model.inject_adapter = inject_adapter
-    LoraConfig.__post_init__ = check_without_quantizer
 
 
 def warn_of_unused_starts(peft_model: Any) -> None:
@@ -219,11 +215,9 @@ def warn_of_unused_starts(peft_model: Any) -> None:
     Args:
         peft_model: the module ``peft.peft_model``.
     """
-    model_class = peft_model.PeftModel
-    make = model_class.__init__
 
-    @functools.wraps(make)
-    def warning(self: Any, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+    @patches(peft_model.PeftModel, "__init__")
+    def warning(make: Any, self: Any, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
         lora = isinstance(peft_config, LoraConfig) and peft_config.init_lora_weights != "loftq"
         unused = lora and not is_filled_from_elsewhere() and _is_packed(model) and has_start(model)
         make(self, model, peft_config, *args, **kwargs)
@@ -233,5 +227,3 @@ def warn_of_unused_starts(peft_model: Any) -> None:
                 "on weights whose quantization error nothing makes up for. Give LoraConfig(init_lora_weights='loftq'), "
                 "or use loftq.load_start(model, directory)"
             )
-
-    model_class.__init__ = warning

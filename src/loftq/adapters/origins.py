@@ -6,7 +6,6 @@ above all, it adds that error. PEFT's ``save_pretrained`` therefore leaves ``lof
 initialization in a quantized directory needs none: its base is the directory that it lies in.
 """
 
-import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from loftq.errors import InputError, LoftqError, quoted, warn
 from loftq.formats import fsio, strict_json
 from loftq.formats.config import EXPORTED, MANIFEST
 from loftq.nn.layers import PackedWeight
+from loftq.patching import patches
 
 BESIDE = "loftq_base.json"
 FIELD = "manifest_sha256"
@@ -90,17 +90,15 @@ def write_with_config(configs: Any) -> None:
     Args:
         configs: the module ``peft.config``.
     """
-    config_class = configs.PeftConfigMixin
-    save, read = config_class.save_pretrained, config_class.from_pretrained.__func__
 
-    @functools.wraps(read)
-    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):  # type: ignore[no-untyped-def]
+    @patches(configs.PeftConfigMixin, "from_pretrained")
+    def from_pretrained(read, cls, pretrained_model_name_or_path, subfolder=None, **kwargs):  # type: ignore[no-untyped-def]
         config = read(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config._loftq_base = recorded(os.path.join(pretrained_model_name_or_path, subfolder or ""))
         return config
 
-    @functools.wraps(save)
-    def save_pretrained(self, save_directory, **kwargs):  # type: ignore[no-untyped-def]
+    @patches(configs.PeftConfigMixin, "save_pretrained")
+    def save_pretrained(save, self, save_directory, **kwargs):  # type: ignore[no-untyped-def]
         save(self, save_directory, **kwargs)
         base = resolved(getattr(self, KEY, None), save_directory)
         local = isinstance(base, str) and os.path.isdir(base)
@@ -111,8 +109,6 @@ def write_with_config(configs: Any) -> None:
         elif beside.is_file():
             fsio.remove(beside)  # of an adapter that was here before
 
-    config_class.from_pretrained, config_class.save_pretrained = classmethod(from_pretrained), save_pretrained
-
 
 def refuse_lost_base(auto: Any) -> None:
     """Let ``AutoPeftModel`` say what to do where the base of an adapter that knows it is gone; PEFT asks the hub.
@@ -120,18 +116,14 @@ def refuse_lost_base(auto: Any) -> None:
     Args:
         auto: the module ``peft.auto``.
     """
-    auto_class = auto._BaseAutoPeftModel
-    load = auto_class.from_pretrained.__func__
 
-    @functools.wraps(load)
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):  # type: ignore[no-untyped-def]
+    @patches(auto._BaseAutoPeftModel, "from_pretrained")
+    def from_pretrained(load, cls, pretrained_model_name_or_path, *args, **kwargs):  # type: ignore[no-untyped-def]
         place = Path(pretrained_model_name_or_path)
         base = resolved(_read(place / "adapter_config.json").get(KEY), place)
         if recorded(place) is not None or is_relative(base):
             refuse_lost(base, place)
         return load(cls, pretrained_model_name_or_path, *args, **kwargs)
-
-    auto_class.from_pretrained = classmethod(from_pretrained)
 
 
 def warn_on_loading(models: Any) -> None:
@@ -141,10 +133,9 @@ def warn_on_loading(models: Any) -> None:
         models: the module ``peft.peft_model`` or ``transformers.integrations.peft``.
     """
     model_class = getattr(models, "PeftAdapterMixin", None) or models.PeftModel
-    load = model_class.load_adapter
 
-    @functools.wraps(load)
-    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+    @patches(model_class, "load_adapter")
+    def load_adapter(load: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         result = load(self, *args, **kwargs)
         place = args[0] if args else kwargs.get("model_id", kwargs.get("peft_model_id"))
         subfolder = kwargs.get("subfolder") or (kwargs.get("adapter_kwargs") or {}).get("subfolder")
@@ -152,5 +143,3 @@ def warn_on_loading(models: Any) -> None:
             base: Any = self.get_base_model() if hasattr(self, "get_base_model") else self
             warn_of_other(base, place, subfolder)
         return result
-
-    model_class.load_adapter = load_adapter

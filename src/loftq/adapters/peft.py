@@ -4,7 +4,6 @@ PEFT wraps our layers by its ordinary dispatch (they are Linears and Embeddings)
 ours: the merged weight is dense, so it replaces the packed one until it is unmerged.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ from loftq.errors import UsageError
 from loftq.nn.experts import PackedExperts
 from loftq.nn.hf import forget_unpacked
 from loftq.nn.layers import LoftQEmbedding, LoftQLinear, Packed, PackedWeight
+from loftq.patching import patches
 
 READ_NO_WEIGHT = (True, False, "gaussian", "eva")  # initialisations that need no dense weight
 
@@ -117,45 +117,36 @@ def _refuse_merging(tuner: BaseTuner) -> None:
 
 def install(_: Any = None) -> None:
     """Let PEFT's LoRA make our layers, refuse what cannot work on them, and forget merged ones."""
-    replace, create = LoraModel._create_and_replace, LoraModel._create_new_module
-    unload, check = BaseTuner._unload_and_optionally_merge, BaseTuner._check_merge_allowed
-    tied = BaseTuner._get_module_names_tied_with_embedding
     guard.install()
     initialization.install(LoraModel)
     take_ranks_of_stacks(LoraModel)
 
-    @functools.wraps(replace)
-    def create_and_replace(self, lora_config, adapter_name, target, *args, **kwargs):  # type: ignore[no-untyped-def]
+    @patches(LoraModel, "_create_and_replace")
+    def create_and_replace(replace, self, lora_config, adapter_name, target, *args, **kwargs):  # type: ignore[no-untyped-def]
         _refuse(lora_config, target)
         replace(self, lora_config, adapter_name, target, *args, **kwargs)
 
-    @functools.wraps(create)
-    def create_new_module(lora_config, adapter_name, target, **kwargs):  # type: ignore[no-untyped-def]
+    @patches(LoraModel, "_create_new_module")
+    def create_new_module(create, lora_config, adapter_name, target, **kwargs):  # type: ignore[no-untyped-def]
         ours = _new_layer(lora_config, adapter_name, target, **kwargs)
         return create(lora_config, adapter_name, target, **kwargs) if ours is None else ours
 
-    @functools.wraps(unload)
-    def unload_and_optionally_merge(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+    @patches(BaseTuner, "_unload_and_optionally_merge")
+    def unload_and_optionally_merge(unload, self, *args, **kwargs):  # type: ignore[no-untyped-def]
         model = unload(self, *args, **kwargs)
         forget_unpacked(model)
         return model
 
-    @functools.wraps(check)
-    def check_merge_allowed(self):  # type: ignore[no-untyped-def]
+    @patches(BaseTuner, "_check_merge_allowed")
+    def check_merge_allowed(check, self):  # type: ignore[no-untyped-def]
         _refuse_merging(self)
         check(self)
 
-    @functools.wraps(tied)
-    def names_tied_with_embedding(self):  # type: ignore[no-untyped-def]
+    @patches(BaseTuner, "_get_module_names_tied_with_embedding")
+    def names_tied_with_embedding(tied, self):  # type: ignore[no-untyped-def]
         try:
             return tied(self)
         except NotImplementedError:  # transformers knows no table of words in this class: nothing is tied to one
             if not any(isinstance(module, Packed) for module in self.model.modules()):
                 raise
             return []
-
-    LoraModel._create_and_replace = create_and_replace
-    LoraModel._create_new_module = staticmethod(create_new_module)
-    BaseTuner._unload_and_optionally_merge = unload_and_optionally_merge
-    BaseTuner._check_merge_allowed = check_merge_allowed
-    BaseTuner._get_module_names_tied_with_embedding = names_tied_with_embedding

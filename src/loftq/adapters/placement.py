@@ -1,7 +1,6 @@
 """Where an adapter sits: on every module that it was made for, or an error."""
 
 import contextlib
-import functools
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -10,6 +9,7 @@ from torch import nn
 
 from loftq.errors import InputError, listed, quoted
 from loftq.nn.layers import Packed
+from loftq.patching import patches
 
 _filled: ContextVar[bool] = ContextVar("filled", default=False)
 
@@ -24,10 +24,9 @@ def keep_real_targets(conversion: Any) -> None:
     Args:
         conversion: the module ``peft.utils.transformers_weight_conversion``.
     """
-    convert = conversion.convert_peft_config_for_transformers
 
-    @functools.wraps(convert)
-    def convert_the_others(peft_config: Any, model: nn.Module, conversions: Any) -> None:
+    @patches(conversion, "convert_peft_config_for_transformers")
+    def convert_the_others(convert: Any, peft_config: Any, model: nn.Module, conversions: Any) -> None:
         targets: Any = getattr(peft_config, "target_modules", None)
         real = set() if targets is None or isinstance(targets, str) else _real(targets, model)
         if not real:
@@ -37,7 +36,6 @@ def keep_real_targets(conversion: Any) -> None:
         others: Any = peft_config.target_modules
         peft_config.target_modules = real | set(others)
 
-    conversion.convert_peft_config_for_transformers = convert_the_others
     _keep_placed_keys(conversion)
 
 
@@ -49,19 +47,15 @@ def _keep_placed_keys(conversion: Any) -> None:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    convert = conversion.convert_peft_adapter_state_dict_for_transformers
-
-    @functools.wraps(convert)
+    @patches(conversion, "convert_peft_adapter_state_dict_for_transformers")
     def convert_the_others(
-        model: Any, peft_config: Any, adapter_state_dict: dict[str, Any], *args: Any, **kwargs: Any
+        convert: Any, model: Any, peft_config: Any, adapter_state_dict: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         layers = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
         bare = {name.removeprefix("base_model.model.") for name in layers}
         placed = {key: value for key, value in adapter_state_dict.items() if module_of(key) in bare}
         others = {key: value for key, value in adapter_state_dict.items() if key not in placed}
         return placed | convert(model, peft_config, others, *args, **kwargs)
-
-    conversion.convert_peft_adapter_state_dict_for_transformers = convert_the_others
 
 
 def _real(targets: Iterable[str], model: nn.Module) -> set[str]:
@@ -98,22 +92,18 @@ def check_loading(peft_model: Any) -> None:
         peft_model: the module ``peft.peft_model``.
     """
     model_class = peft_model.PeftModel
-    from_pretrained, load_adapter = model_class.from_pretrained.__func__, model_class.load_adapter
 
-    @functools.wraps(from_pretrained)
-    def from_pretrained_in_full(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    @patches(model_class, "from_pretrained")
+    def from_pretrained_in_full(from_pretrained: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
         with filled_from_elsewhere():
             return from_pretrained(cls, *args, **kwargs)
 
-    @functools.wraps(load_adapter)
-    def load_adapter_in_full(self: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+    @patches(model_class, "load_adapter")
+    def load_adapter_in_full(load_adapter: Any, self: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
         with filled_from_elsewhere():
             result = load_adapter(self, model_id, *args, **kwargs)
         check_placed(self.get_base_model(), model_id, result.missing_keys, result.unexpected_keys)
         return result
-
-    model_class.from_pretrained = classmethod(from_pretrained_in_full)
-    model_class.load_adapter = load_adapter_in_full
 
 
 def check_loading_into(integration: Any) -> None:
@@ -122,17 +112,13 @@ def check_loading_into(integration: Any) -> None:
     Args:
         integration: the module ``transformers.integrations.peft``.
     """
-    mixin = integration.PeftAdapterMixin
-    load = mixin.load_adapter
 
-    @functools.wraps(load)
-    def load_adapter(self: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
+    @patches(integration.PeftAdapterMixin, "load_adapter")
+    def load_adapter(load: Any, self: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
         found = load(self, peft_model_id, *args, **kwargs)
         if found is not None:
             check_placed(self, peft_model_id or "the adapter", found.missing_keys, found.unexpected_keys)
         return found
-
-    mixin.load_adapter = load_adapter
 
 
 def check_placed(model: nn.Module, source: object, missing: Iterable[str], unexpected: Iterable[str]) -> None:

@@ -72,8 +72,16 @@ def export(
     from loftq import verbs
 
     quiet_transformers()
-    told = {"tokenizer_rule": tokenizer_rule, "converter": converter, "block_type": block_type}
-    made = verbs.export(directory, output, to=to, adapter=adapter, overwrite=overwrite, **told)
+    made = verbs.export(
+        directory,
+        output,
+        to=to,
+        adapter=adapter,
+        tokenizer_rule=tokenizer_rule,
+        converter=converter,
+        block_type=block_type,
+        overwrite=overwrite,
+    )
     print(f"{quoted(output)}: {made.line}. In it:")
     for command in made["commands"]:
         print(f"  {command}")

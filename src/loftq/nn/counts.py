@@ -1,12 +1,11 @@
 """Parameter counts of a model with packed layers: of the weights that these stand for, not of the bytes they hold."""
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from loftq.nn.layers import LoftQEmbedding, Packed
+from loftq.patching import patches
 
 
 def surplus(model: nn.Module, *, exclude_embeddings: bool = False) -> int:
@@ -31,14 +30,13 @@ def count_weights(modeling: Any) -> None:
     Args:
         modeling: the module ``transformers.modeling_utils``.
     """
-    count = modeling.PreTrainedModel.num_parameters
 
-    @functools.wraps(count)
-    def num_parameters(self: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    @patches(modeling.PreTrainedModel, "num_parameters")
+    def num_parameters(
+        count: Any, self: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False
+    ) -> int:
         counted = count(self, only_trainable, exclude_embeddings)
         return counted if only_trainable else counted + surplus(self, exclude_embeddings=exclude_embeddings)
-
-    modeling.PreTrainedModel.num_parameters = num_parameters
 
 
 def count_weights_under(peft_models: Any) -> None:
@@ -48,11 +46,8 @@ def count_weights_under(peft_models: Any) -> None:
         peft_models: the module ``peft.peft_model`` or ``peft.mixed_model``.
     """
     model_class = getattr(peft_models, "PeftMixedModel", None) or peft_models.PeftModel
-    count: Callable[[Any], tuple[int, int]] = model_class.get_nb_trainable_parameters
 
-    @functools.wraps(count)
-    def get_nb_trainable_parameters(self: Any) -> tuple[int, int]:
+    @patches(model_class, "get_nb_trainable_parameters")
+    def get_nb_trainable_parameters(count: Any, self: Any) -> tuple[int, int]:
         trainable, everything = count(self)
         return trainable, everything + surplus(self)
-
-    model_class.get_nb_trainable_parameters = get_nb_trainable_parameters

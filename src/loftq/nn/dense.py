@@ -1,7 +1,6 @@
 """Where a dense weight is needed for good: what is trained whole, a table that is resized, tokens that are trained."""
 
 import copy
-import functools
 from typing import Any
 
 from torch import nn
@@ -9,6 +8,7 @@ from torch import nn
 from loftq.errors import UsageError
 from loftq.nn.hf import forget_unpacked, unpack_model
 from loftq.nn.layers import LoftQEmbedding, LoftQLinear, Packed, PackedWeight, replace_module
+from loftq.patching import patches
 
 
 def train_dense_copies(other: Any) -> None:
@@ -17,17 +17,15 @@ def train_dense_copies(other: Any) -> None:
     Args:
         other: the module ``peft.utils.other``.
     """
-    wrapper = other.ModulesToSaveWrapper
-    update = wrapper.update
 
-    @functools.wraps(update)
-    def update_with_dense_copy(self: Any, adapter_name: str, tied_module: Any = None, **kwargs: Any) -> None:
+    @patches(other.ModulesToSaveWrapper, "update")
+    def update_with_dense_copy(
+        update: Any, self: Any, adapter_name: str, tied_module: Any = None, **kwargs: Any
+    ) -> None:
         original = self.original_module
         if tied_module is None and adapter_name not in self.modules_to_save and _holds_packed(original):
             self.modules_to_save[adapter_name] = _dense_copy(original)
         update(self, adapter_name, tied_module=tied_module, **kwargs)
-
-    wrapper.update = update_with_dense_copy
 
 
 def train_tokens_of_dense_tables(layer: Any) -> None:
@@ -36,18 +34,15 @@ def train_tokens_of_dense_tables(layer: Any) -> None:
     Args:
         layer: the module ``peft.tuners.trainable_tokens.layer``.
     """
-    make = layer.TrainableTokensLayer.__init__
 
-    @functools.wraps(make)
-    def over_dense(self: Any, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+    @patches(layer.TrainableTokensLayer, "__init__")
+    def over_dense(make: Any, self: Any, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         under: Any = getattr(base_layer, "base_layer", None)  # LoRA on the same table
         if isinstance(under, PackedWeight):
             base_layer.base_layer = _dense_copy(under)
         elif isinstance(base_layer, PackedWeight):
             base_layer = _dense_copy(base_layer)
         make(self, base_layer, *args, **kwargs)
-
-    layer.TrainableTokensLayer.__init__ = over_dense
 
 
 def resize_dense_tables(modeling: Any) -> None:
@@ -56,17 +51,19 @@ def resize_dense_tables(modeling: Any) -> None:
     Args:
         modeling: the module ``transformers.modeling_utils``.
     """
-    resize = modeling.PreTrainedModel.resize_token_embeddings
 
-    @functools.wraps(resize)
+    @patches(modeling.PreTrainedModel, "resize_token_embeddings")
     def resize_token_embeddings(
-        self: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+        resize: Any,
+        self: Any,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         if new_num_tokens is not None or pad_to_multiple_of is not None:
             _unpack_tables(self)
         return resize(self, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
-
-    modeling.PreTrainedModel.resize_token_embeddings = resize_token_embeddings
 
 
 def _unpack_tables(model: Any) -> None:

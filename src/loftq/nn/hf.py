@@ -38,6 +38,7 @@ from loftq.nn.layers import (
 )
 from loftq.numerics import encode, oriented
 from loftq.numerics.trellis import check_rates
+from loftq.patching import patches
 from loftq.planning import natural
 from loftq.spec import SUFFIXES, QuantSpec
 
@@ -267,10 +268,9 @@ def save_by_names_that_are_read(modeling: Any) -> None:
     Args:
         modeling: the module ``transformers.modeling_utils``.
     """
-    revert = modeling.revert_weight_conversion
 
-    @functools.wraps(revert)
-    def reverted(model: Any, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    @patches(modeling, "revert_weight_conversion")
+    def reverted(revert: Any, model: Any, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         holders = ((name, module) for name, module in model.named_modules() if isinstance(module, Packed))
         stored = {f"{name}.{leaf}" for name, module in holders for leaf in module._stored_dtypes}
         packed = [name for name in state_dict if name in stored]
@@ -287,8 +287,6 @@ def save_by_names_that_are_read(modeling: Any) -> None:
             model._weight_conversions = used
         return dict(sorted(result.items(), key=lambda item: natural(item[0])))
 
-    modeling.revert_weight_conversion = reverted
-
 
 def pack_from_config(modeling: Any) -> None:
     """``from_config`` of a packed configuration gives packed layers: their codes are those of the random weights.
@@ -297,19 +295,18 @@ def pack_from_config(modeling: Any) -> None:
         modeling: the module ``transformers.modeling_utils``.
     """
     model_class = modeling.PreTrainedModel
-    make, load = model_class._from_config.__func__, model_class.from_pretrained.__func__
     inside = ContextVar("inside", default=False)  # a part of a model that is packed as a whole, or by its quantizer
 
-    @functools.wraps(load)
-    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    @patches(model_class, "from_pretrained")
+    def from_pretrained(load: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
         token = inside.set(True)
         try:
             return load(cls, *args, **kwargs)
         finally:
             inside.reset(token)
 
-    @functools.wraps(make)
-    def from_config(cls: Any, config: Any, **kwargs: Any) -> Any:
+    @patches(model_class, "_from_config")
+    def from_config(make: Any, cls: Any, config: Any, **kwargs: Any) -> Any:
         part = inside.get()
         token = inside.set(True)
         try:
@@ -321,8 +318,6 @@ def pack_from_config(modeling: Any) -> None:
         if not part and values.get("quant_method") == "loftq":
             _pack_random(model, LoftQQuantizationConfig(**values))
         return model
-
-    model_class._from_config, model_class.from_pretrained = classmethod(from_config), classmethod(from_pretrained)
 
 
 def _pack_random(model: Any, config: Any) -> None:
