@@ -1,4 +1,4 @@
-"""The calls for people in Python; the command line makes the same ones."""
+"""Python calls: one matrix, models in memory, ``quantize``, ``calibrate``. Other verbs are in ``loftq.verbs``."""
 
 import os
 from collections.abc import Iterable, Mapping

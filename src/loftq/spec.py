@@ -1,4 +1,4 @@
-"""How one matrix is stored and how the solver runs: frozen values, refused at birth, strict when read back."""
+"""How one matrix is stored and how the solver runs: immutable values, checked when made and when read back."""
 
 import dataclasses
 import re
@@ -75,7 +75,7 @@ class QuantSpec:
 
     @property
     def detail(self) -> tuple[str, int]:
-        """What tells a reader more than the code's name: ``("block_size", 64)``, or a trellis's ``("window", 10)``."""
+        """The code's main parameter: ``("block_size", 64)``, or of a trellis ``("window", 10)``."""
         name = "block_size" if "block_size" in self.codebook.fields else "window"
         return name, getattr(self, name)
 
@@ -161,7 +161,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @keywords
 def register_preset(name: str, **options: Unpack[OwnPreset]) -> SolveSpec:
-    """Make a method known under a name, to every call, command and recipe of this process; its spec.
+    """Register a preset under a name, for every call, command and recipe of this process; returns its spec.
 
     Args:
         name: small letters, digits and dashes.
@@ -186,12 +186,12 @@ def register_preset(name: str, **options: Unpack[OwnPreset]) -> SolveSpec:
 
 
 def default_preset(calibrated: bool) -> str:
-    """The best initialization for what there is: the weights alone, or a calibration."""
+    """The default preset: ``fitted``, or with a calibration ``descent``."""
     return "descent" if calibrated else "fitted"
 
 
 def solve_spec(preset: str | None = None, *, calibrated: bool = False, code: str = "auto", **given: Any) -> SolveSpec:
-    """The solver's spec of a preset, with other values where ``given`` ones are not None.
+    """The solver's spec of a preset; ``given`` values that are not None replace the preset's.
 
     Args:
         preset: None for :func:`default_preset`, without fitted scales for a code that cannot have them.

@@ -1,1 +1,1 @@
-"""LoRA on packed layers: the initialization that is loaded, and what PEFT may and may not do."""
+"""LoRA on packed layers: loading the initialization, and which PEFT methods work."""

@@ -1,4 +1,4 @@
-"""Adapters that name their base by where it lies from them, so that both can be moved and uploaded together.
+"""Adapters that name their base by a relative path, so that both can be moved and uploaded together.
 
 The initialization in ``loftq_init`` says ``base_model_name_or_path: ".."``. PEFT and transformers would take that for a
 place seen from the current directory; here they are given the directory that holds the adapter's, or the hub's
@@ -25,7 +25,7 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def resolved(base: Any, place: str | os.PathLike, subfolder: str | None = None) -> Any:
-    """Where the base of an adapter is; ``base`` itself if it is no place seen from the adapter.
+    """The path of an adapter's base; ``base`` itself unless it is a path relative to the adapter.
 
     Any ``..`` at the beginning counts, unless it leads to a directory from the current one, as PEFT writes such names.
 
@@ -79,12 +79,12 @@ def _is_packed(directory: str) -> bool:
 
 
 def is_relative(base: Any) -> bool:
-    """Whether ``base`` is a place seen from the adapter."""
+    """Whether ``base`` is a path relative to the adapter."""
     return isinstance(base, str) and (base == PARENT or (base.startswith("../") and not os.path.isdir(base)))
 
 
 def refuse_lost(base: Any, place: str | os.PathLike) -> None:
-    """InputError if the base of an adapter, as :func:`resolved` gives it, is a place of this machine and not there."""
+    """InputError if the base of an adapter, as :func:`resolved` gives it, is a local path that does not exist."""
     gone = is_relative(base) or (isinstance(base, str) and os.path.isabs(base) and not os.path.isdir(base))
     if not gone or not os.path.isdir(place):
         return
@@ -102,7 +102,7 @@ def refuse_no_weights(adapter: str | os.PathLike) -> None:
 
 
 def read_config(config: Any) -> None:
-    """Let ``PeftConfig.from_pretrained`` give whole names of bases; what is trained then keeps one that is found.
+    """Let ``PeftConfig.from_pretrained`` give absolute paths of bases, so that trained adapters keep one that exists.
 
     Args:
         config: the module ``peft.config``, as :func:`write_config` takes it.
@@ -117,7 +117,7 @@ def read_config(config: Any) -> None:
 
 
 def write_config(config: Any) -> None:
-    """Let ``PeftConfig.save_pretrained`` write the whole name of a packed base that was given by a relative one."""
+    """Let ``PeftConfig.save_pretrained`` write the absolute path of a packed base that was given by a relative one."""
 
     @patches(config.PeftConfigMixin, "save_pretrained")
     def save_pretrained(save, self, save_directory, **kwargs):  # type: ignore[no-untyped-def]
@@ -164,7 +164,7 @@ def _below(place: str | os.PathLike, subfolder: str, kwargs: dict[str, Any]) -> 
 
 
 def find_config(finder: Any) -> None:
-    """Let ``find_adapter_config_file`` give a file in which the base has a whole name.
+    """Let ``find_adapter_config_file`` return a file with the absolute path of the base.
 
     ``AutoModel`` and ``pipeline`` read the base's name from that file, and nothing else.
 

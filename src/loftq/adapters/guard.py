@@ -1,4 +1,4 @@
-"""Whether an adapter works over packed layers: tried on a few of them before anything of the model changes.
+"""Try an adapter on a few packed layers, to see whether it works, before the model is changed.
 
 PEFT has some forty tuners, and more with every release. Many only add to what a layer computes, and do not care how it
 holds its weight; others read the weight, or train a copy, and would take codes for weights. Which is which is not
@@ -34,7 +34,7 @@ Result = dict[str, Tensor]  # outputs, gradients by parameter, and what the tune
 
 @contextlib.contextmanager
 def settled() -> Iterator[None]:
-    """While tuners are made that are not to be tried: a trial's own, and one that was tried."""
+    """Context in which new tuners are not tried: those of a trial, and one that was tried already."""
     token = _settled.set(True)
     try:
         yield
@@ -43,7 +43,7 @@ def settled() -> Iterator[None]:
 
 
 def install() -> None:
-    """Let every tuner of PEFT be tried before it changes a model: a new one, and one that gets another adapter."""
+    """Try every tuner of PEFT before it changes a model: when it is made, and when it gets another adapter."""
 
     @patches(BaseTuner, "__init__")
     def checked(make, self, model, peft_config, adapter_name, *args, **kwargs):  # type: ignore[no-untyped-def]

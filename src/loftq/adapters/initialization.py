@@ -35,12 +35,12 @@ class Start:
         return len(self.factors[module][1]) // self.experts.get(module, 1)
 
     def scaling(self, module: str) -> float:
-        """``s`` of the product that was solved for."""
+        """LoRA's scaling ``s`` that the factors were stored for."""
         rank = self.rank(module)
         return self.config.lora_alpha / (rank**0.5 if self.config.use_rslora else rank)
 
     def complete(self, config: LoraConfig) -> LoraConfig:
-        """A copy of ``config`` that PEFT initialises as usual; with our modules and ranks where it names none."""
+        """A copy of ``config`` for PEFT's usual initialization, with our modules and ranks where it names none."""
         config = copy.copy(config)
         config.init_lora_weights, config.loftq_config = True, {}
         if config.target_modules is None:
@@ -152,7 +152,7 @@ def _pairs(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def has_start(model: Any) -> bool:
-    """Whether the place that ``model`` came from has an initialization, as far as can be told without the network."""
+    """Whether the directory of ``model`` has an initialization, as far as this is known without the network."""
     name = str(getattr(model, "name_or_path", ""))
     if not name or Path(name).exists():
         return bool(name) and (Path(name) / FOLDER / "adapter_config.json").is_file()
@@ -171,7 +171,7 @@ def _is_packed(model: nn.Module) -> bool:
 
 
 def install(lora_model: Any) -> None:
-    """Let PEFT's LoRA take the initialization of a packed model.
+    """Let PEFT's LoRA use the initialization that belongs to a packed model.
 
     Args:
         lora_model: PEFT's ``LoraModel``.
@@ -210,7 +210,7 @@ def install(lora_model: Any) -> None:
 
 
 def warn_of_unused_starts(peft_model: Any) -> None:
-    """Let ``PeftModel`` say, once for each, that a new LoRA adapter on a packed model begins without LoftQ's.
+    """Let ``PeftModel`` warn, once for each, of a new LoRA adapter on a packed model without LoftQ's initialization.
 
     Args:
         peft_model: the module ``peft.peft_model``.

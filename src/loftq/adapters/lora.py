@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers of a model: which of an adapter's can be given an initialization, and how it gets into them."""
+"""PEFT's LoRA layers of a model: which ones can get an initialization, and how it is written into them."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ NO_MATRIX = (MultiheadAttention, ParamWrapper, _ConvNd)  # LoRA on what is no Li
 
 
 def lora_layers(model: Any, adapter: str) -> tuple[dict[str, LoraLayer], dict[str, str]]:
-    """The layers of ``adapter`` by their names in the model under PEFT, and those that are left alone, with the reason.
+    """The LoRA layers of ``adapter`` by their names in the base model, and the skipped ones with the reason.
 
     Raises: UsageError for what is no LoRA adapter, or one whose product is not ``s · B @ A`` on an unmerged base.
     """

@@ -1,4 +1,4 @@
-"""Which base an adapter belongs to: the hash of its manifest travels with the adapter.
+"""Which base an adapter belongs to: the hash of the base's manifest is saved with the adapter.
 
 An adapter with a LoftQ initialization makes up for the error of one quantized model. On another one, the original
 above all, it adds that error. PEFT's ``save_pretrained`` therefore leaves ``loftq_base.json`` beside
@@ -35,7 +35,7 @@ def identity(directory: str | os.PathLike) -> str | None:
 
 
 def beside(adapter: str | os.PathLike) -> str | None:
-    """The hash that lies beside an adapter; None if there is none."""
+    """The hash in the file beside an adapter; None if there is none."""
     found = _read(Path(adapter) / BESIDE).get(FIELD)
     return found if isinstance(found, str) else None
 
@@ -85,7 +85,7 @@ def _told(wanted: str, found: str | None, name: str) -> str:
 
 
 def write_with_config(configs: Any) -> None:
-    """Let ``PeftConfig.save_pretrained`` leave the hash of the base beside the configuration.
+    """Let ``PeftConfig.save_pretrained`` write the hash of the base beside the configuration.
 
     Args:
         configs: the module ``peft.config``.
@@ -111,7 +111,7 @@ def write_with_config(configs: Any) -> None:
 
 
 def refuse_lost_base(auto: Any) -> None:
-    """Let ``AutoPeftModel`` say what to do where the base of an adapter that knows it is gone; PEFT asks the hub.
+    """Let ``AutoPeftModel`` say what to do if the recorded base of an adapter is gone; PEFT would ask the hub.
 
     Args:
         auto: the module ``peft.auto``.

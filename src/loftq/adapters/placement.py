@@ -1,4 +1,4 @@
-"""Where an adapter sits: on every module that it was made for, or an error."""
+"""Check that an adapter is placed on every module that it was made for."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -40,7 +40,7 @@ def keep_real_targets(conversion: Any) -> None:
 
 
 def _keep_placed_keys(conversion: Any) -> None:
-    """Let PEFT rename only weights of an adapter that have no layer under the name which they have.
+    """Let PEFT rename an adapter's weights only if no layer has their present name.
 
     PEFT takes transformers' patterns for checkpoints of old, and they fit names of today too: ``mlp.shared_expert.``,
     where the dot is any letter, makes ``mlp.shared_experts..up_proj`` of ``mlp.shared_experts.up_proj``.
@@ -71,7 +71,7 @@ def _real(targets: Iterable[str], model: nn.Module) -> set[str]:
 
 @contextlib.contextmanager
 def filled_from_elsewhere() -> Iterator[None]:
-    """While an adapter is made whose values come from a file, or from the solver: it needs no start of its own."""
+    """Context in which a new adapter needs no initialization: its values come from a file or from the solver."""
     token = _filled.set(True)
     try:
         yield
@@ -122,7 +122,7 @@ def check_loading_into(integration: Any) -> None:
 
 
 def check_placed(model: nn.Module, source: object, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """InputError if LoRA layers of a packed model got no weights, or weights of modules that it has got no layer.
+    """InputError if LoRA layers of a packed model got no weights, or weights of its modules got no layer.
 
     Weights of modules that the model does not have are no error: those of a head that this class lacks.
     """

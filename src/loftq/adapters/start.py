@@ -1,4 +1,4 @@
-"""The LoftQ initialization put on a model of any class, also one whose head is new and is to be trained beside it."""
+"""Load the LoftQ initialization on a model of any class, also one with a new head that is trained too."""
 
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -80,13 +80,13 @@ def load_start(
 
 
 def refuse_adapted(model: nn.Module) -> None:
-    """UsageError for a model with an adapter of PEFT, which transformers may have loaded with it."""
+    """UsageError for a model that has a PEFT adapter already; transformers may have loaded it."""
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise UsageError("the model has an adapter already; merge or unload it first, and give the model under it")
 
 
 def refuse_not_dense(model: Any, instead: str = "") -> None:
-    """UsageError for what is no model of transformers in full precision, as it was loaded.
+    """UsageError unless ``model`` is a transformers model in full precision.
 
     Args:
         instead: what else may be done with one that is quantized.

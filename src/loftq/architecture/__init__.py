@@ -1,1 +1,1 @@
-"""What a model's classes and configuration say of its weights, found on the meta device."""
+"""What a model's classes and configuration say about its weights, found on the meta device."""

@@ -1,4 +1,4 @@
-"""What a configuration may ask for before a model is made of it: no more than its checkpoint could fill.
+"""Limits for a configuration before a model is built from it: no more than its checkpoint could fill.
 
 A model on the meta device has no weights, but its modules, and the lists that transformers makes of some numbers, take
 time and memory: a file of a hundred bytes could ask for days of it.

@@ -1,4 +1,4 @@
-"""What kind of layer a module is: it decides what an adapter does to it, and which way round its weight lies."""
+"""The kind of a layer, which decides how LoRA is applied and how its weight is oriented."""
 
 from torch import nn
 

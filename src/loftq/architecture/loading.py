@@ -1,4 +1,4 @@
-"""A checkpoint's files as transformers and PEFT are given them: no code of theirs runs, nothing is fetched for them.
+"""Loading a checkpoint's files with transformers and PEFT: none of their code runs, and nothing is downloaded.
 
 Models get the configuration that went through :func:`loftq.architecture.skeleton.read_config`, never the file itself.
 """

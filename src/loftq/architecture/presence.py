@@ -1,4 +1,4 @@
-"""Whether a checkpoint has the weights that the model of ``config.json`` wants, each in its shape.
+"""Check that a checkpoint has all weights of the model of ``config.json``, each in its shape.
 
 transformers answers: it loads tensors without storage, of the names and shapes of the headers, into a model on the meta
 device, with all that it does on loading: renaming, fusing and splitting, ties, and what a class says may be missing.

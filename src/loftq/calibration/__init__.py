@@ -1,1 +1,1 @@
-"""Statistics of what every matrix is given, block by block."""
+"""Statistics of the inputs of every matrix, block by block."""

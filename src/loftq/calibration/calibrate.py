@@ -1,4 +1,4 @@
-"""``loftq calibrate``: run texts through a model once, and keep the statistics of what its matrices were given.
+"""``loftq calibrate``: run texts through a model once, and keep statistics of the inputs of its matrices.
 
 ``OUTPUT`` gets a file for each block, and at last ``statistics.json``: without it, a directory is no statistics. A run
 that was stopped leaves files that the next one removes.
@@ -72,7 +72,7 @@ class CalibrateOptions:
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to be collected, all texts read and all refusals made.
+    """What is to be collected, after all texts are read and checked.
 
     Attributes:
         identity: what the statistics depend on.
@@ -189,7 +189,7 @@ def _sealed(output: Path, asked: Asked, made: Any) -> dict[str, Any]:
 def calibrate_loaded(
     model: Any, data: Any, tokenizer: Any, options: CalibrateOptions, begin: Begin | None = None
 ) -> Statistics:
-    """Statistics of a model that is in memory, in memory.
+    """Collect statistics of a model in memory; they are kept in memory.
 
     Args:
         data: a file or data set, texts, or batches.

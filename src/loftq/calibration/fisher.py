@@ -1,4 +1,4 @@
-"""What the loss makes of every weight: squared gradients, their means over rows and over columns of each matrix.
+"""Squared gradients of the loss for every weight: their means over the rows and the columns of each matrix.
 
 LQ-LoRA (arXiv 2311.12023) weighs the error of a weight by ``F = E[(dL/dw)²]``. With one factor for each column and one
 for each row, that is a metric with a closed form. Squares are of the gradients of single samples, so a batch is one

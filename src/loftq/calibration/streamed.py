@@ -1,4 +1,4 @@
-"""Moments of block after block, of which only those of the block in work are kept, on disk.
+"""Second moments collected block by block; only those of the block in work are kept, on disk.
 
 Nothing depends on the order: a block is given what the dense model gives it, whatever was quantized before. In the
 directory are the block's moments, what the last finished block handed on to the next, and ``state.json``, written
@@ -171,7 +171,7 @@ def waves(
 
 
 def reached(matrices: Sequence[M], statistics: Statistics) -> tuple[list[M], list[M]]:
-    """Those of whose inputs something is known, and the others."""
+    """Matrices with statistics of their inputs, and those without."""
     there = set(statistics.modules)
     known = [not there.isdisjoint(_modules([m])) for m in matrices]
     yes, no = ([m for m, is_known in zip(matrices, known, strict=True) if is_known is side] for side in (True, False))

@@ -1,4 +1,4 @@
-"""The rows that a model is calibrated with: texts of a file or data set as tokens, evenly and without chance."""
+"""The rows that a model is calibrated with: tokens of texts, sampled evenly and without randomness."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -128,7 +128,7 @@ def checked(rows: Sequence[Row], place: str) -> list[Row]:
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """``wanted`` of the numbers below ``count``, evenly; all if there are no more."""
+    """``wanted`` evenly spaced numbers below ``count``; all if there are no more."""
     return [i * count // wanted for i in range(wanted)] if count > wanted else list(range(count))
 
 

@@ -1,4 +1,4 @@
-"""From a recipe to Hugging Face's training arguments."""
+"""Hugging Face's training arguments from a recipe."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ DEFAULTS = {"logging_steps": 10, "save_total_limit": 2, "report_to": "none"}
 
 
 def training_arguments(recipe: Recipe, task: Task, checkpoints: Path) -> Seq2SeqTrainingArguments:
-    """The recipe's ``training`` section with what recipe and task say elsewhere.
+    """The recipe's ``training`` section, with values from the rest of the recipe and from the task.
 
     Raises: UsageError for values that transformers refuses, alone or together, and for ZeRO-3.
     """

@@ -1,4 +1,4 @@
-"""The trainer's checkpoints as far as a run that continues has to know them: which are whole, and what they leave out.
+"""The trainer's checkpoints: which are whole, and what has to be added to continue a run.
 
 The trainer writes ``trainer_state.json`` last. Into it go, under :data:`KEPT`, the other files of the checkpoint and
 the losses that are not logged yet.
@@ -41,7 +41,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def kept(state: dict[str, Any]) -> dict[str, Any]:
-    """What is ours in the state of a checkpoint; empty if another trainer wrote it."""
+    """Our part of the state of a checkpoint; empty if another trainer wrote it."""
     return state.get("stateful_callbacks", {}).get(KEPT, {})
 
 

@@ -234,7 +234,7 @@ def _row(run: Run, place: Path, backbones: Path) -> Row:
 
 
 def settings(recipe: Recipe, source: Path) -> dict[str, Any]:
-    """What distinguishes the arms of a comparison, as its table names it. Dense weights count as they are stored.
+    """The settings that distinguish the arms of a comparison, for its table. Dense weights count as stored.
 
     Args:
         source: the directory of the recipe's model.

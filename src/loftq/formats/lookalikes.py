@@ -1,4 +1,4 @@
-"""Directories that hold something else than a checkpoint of transformers: what it is, and what to do about it."""
+"""Directories without a checkpoint of transformers: what they hold, and what to do."""
 
 import os
 import re

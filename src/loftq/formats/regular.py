@@ -45,7 +45,7 @@ def url_of(path: PurePath | str) -> str | None:
 
 
 def shown(path: PurePath) -> str:
-    """``path`` as it stands at the head of a message: long enough to keep the file's own name."""
+    """``path`` for the head of a message: long enough to keep the file's own name."""
     return quoted(url_of(path) or path, 400)
 
 

@@ -1,4 +1,4 @@
-"""Tensors of a source from rows of what they became: the reverse of :meth:`loftq.formats.source.Checkpoint.read`."""
+"""Put source tensors together from rows of converted ones: the reverse of ``Checkpoint.read``."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace

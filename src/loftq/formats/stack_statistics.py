@@ -1,4 +1,4 @@
-"""Statistics of a stack of experts: each expert is given other tokens, and some are given hardly any.
+"""Statistics of a stack of experts: each expert gets its own tokens, and some get very few.
 
 Of every expert there are its own second moments, whole or their diagonal, and of all together their mean. What the
 solver gets of an expert that t tokens were routed to, of n input features, is
@@ -92,7 +92,7 @@ def tensors_wanted(row: Mapping[str, Any], kind: str, found: Mapping[str, tuple[
 
 
 def moments(row: Mapping[str, Any], kind: str, read: Read, expert: int) -> Moments:
-    """What the solver gets of one expert."""
+    """The moments of one expert, blended with the layer's mean, for the solver."""
     tokens = row["experts"]["tokens"]
     fit = _metric(row, kind, read, "fit", expert)
     held = _metric(row, kind, read, "held", expert) if row["held_tokens"] else fit

@@ -1,4 +1,4 @@
-"""Calibration statistics: what is known of the inputs of every matrix, in memory or in a directory.
+"""Calibration statistics: second moments of the inputs of every matrix, in memory or in a directory.
 
 A directory holds one safetensors file for each block of the model and ``statistics.json``, which is written last:
 without it a directory is no statistics. Matrices that get the same input (query, key and value; gate and up) share a
@@ -186,7 +186,7 @@ class Statistics:
 
 
 def warn_if_few(kind: str, rows: Sequence[Mapping[str, Any]], samples: int) -> None:
-    """Say so if whole second moments are of so few tokens that some are shrunk."""
+    """Warn if full second moments are of so few tokens that they are shrunk."""
     few = [row for row in rows if kind == "full" and _wants_more(row, samples)]
     if few:
         logger.warning(

@@ -1,4 +1,4 @@
-"""Text files that somebody else may have written: what is read of them is bounded, in every reader alike.
+"""Reading untrusted text files, with the same limits in every reader.
 
 ``strict_json`` and ``strict_yaml`` read through here. A small file can hang its reader or fill the memory: by what it
 nests, by what it refers to again and again, by numbers of thousands of digits, or by being no file at all.

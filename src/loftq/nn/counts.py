@@ -1,4 +1,4 @@
-"""Parameter counts of a model with packed layers: of the weights that these stand for, not of the bytes they hold."""
+"""Parameter counts of a model with packed layers: weights count, not stored bytes."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from loftq.patching import patches
 
 
 def surplus(model: nn.Module, *, exclude_embeddings: bool = False) -> int:
-    """What a count of all stored elements lacks: rows times columns of every packed layer, less what it stores.
+    """The weights of all packed layers minus their stored elements: what a plain count has to be corrected by.
 
     Args:
         exclude_embeddings: the count left out ``weight`` of every embedding, so its scales are all that is too much.
@@ -25,7 +25,7 @@ def surplus(model: nn.Module, *, exclude_embeddings: bool = False) -> int:
 
 
 def count_weights(modeling: Any) -> None:
-    """``num_parameters`` of transformers' models, which Trainer takes its FLOPs from.
+    """Correct ``num_parameters`` of transformers' models, from which Trainer computes FLOPs.
 
     Args:
         modeling: the module ``transformers.modeling_utils``.
@@ -40,7 +40,7 @@ def count_weights(modeling: Any) -> None:
 
 
 def count_weights_under(peft_models: Any) -> None:
-    """``get_nb_trainable_parameters`` of PEFT's models, which they print and report.
+    """Correct ``get_nb_trainable_parameters`` of PEFT's models, which they print.
 
     Args:
         peft_models: the module ``peft.peft_model`` or ``peft.mixed_model``.

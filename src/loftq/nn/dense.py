@@ -1,4 +1,4 @@
-"""Where a dense weight is needed for good: what is trained whole, a table that is resized, tokens that are trained."""
+"""Where a packed weight has to become dense: modules that are fully trained, resized tables, trained tokens."""
 
 import copy
 from typing import Any
@@ -12,7 +12,7 @@ from loftq.patching import patches
 
 
 def train_dense_copies(other: Any) -> None:
-    """``modules_to_save`` trains a dense copy of what is packed.
+    """Let ``modules_to_save`` train a dense copy of packed layers.
 
     Args:
         other: the module ``peft.utils.other``.
@@ -29,7 +29,7 @@ def train_dense_copies(other: Any) -> None:
 
 
 def train_tokens_of_dense_tables(layer: Any) -> None:
-    """A table some of whose tokens are trained becomes dense: PEFT writes their rows into the weight on every call.
+    """Make a table dense if some of its tokens are trained: PEFT writes their rows into the weight on every call.
 
     Args:
         layer: the module ``peft.tuners.trainable_tokens.layer``.
@@ -46,7 +46,7 @@ def train_tokens_of_dense_tables(layer: Any) -> None:
 
 
 def resize_dense_tables(modeling: Any) -> None:
-    """``resize_token_embeddings`` of a model whose table or head is packed makes it dense first.
+    """Let ``resize_token_embeddings`` make a packed table or head dense first.
 
     Args:
         modeling: the module ``transformers.modeling_utils``.

@@ -206,7 +206,7 @@ def _dtypes_to_load(model: Any, scales: Collection[str]) -> dict[str, torch.dtyp
 
 @functools.cache
 def report_model_dtype() -> None:
-    """``model.dtype`` becomes that of the dense parameters.
+    """Let ``model.dtype`` be that of the dense parameters.
 
     transformers takes the first float parameter's; with packed embeddings that is a scale. ``save_pretrained`` writes
     the answer into ``config.json``, so that a float32 model would come back in the dtype of its scales.
@@ -366,7 +366,7 @@ def _save_like_new(model: Any) -> None:
 
 
 def forget_unpacked(model: Any) -> None:
-    """``model``'s quantization_config lists what is packed still, or is gone if nothing is."""
+    """Update ``model``'s quantization_config to the layers that are still packed; remove it if there are none."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None or quantizer.quantization_config.quant_method != "loftq":
         return

@@ -31,7 +31,7 @@ HOOKS = (
 
 
 class Packed(nn.Module):
-    """A module with stored tensors among its Parameters: frozen, and never converted. What all that is packed shares.
+    """Base of packed modules: their stored tensors are frozen Parameters that are never converted.
 
     Attributes:
         weight_count: number of weights that the stored tensors stand for.
@@ -129,7 +129,7 @@ class PackedWeight(Packed):
 
     @property
     def weight_count(self) -> int:  # type: ignore[override]
-        """Number of weights that this layer stands for."""
+        """Number of weights of the dense layer."""
         return self._rows * self._columns
 
     def matrices(self) -> Iterator[tuple[dict[str, Tensor], QuantSpec]]:
@@ -145,7 +145,7 @@ class PackedWeight(Packed):
         return ops.dequantize(self.stored, self._spec_key, self._columns, dtype)
 
     def reset_parameters(self) -> None:
-        """Nothing to initialise: the stored tensors come from a file or from the solver."""
+        """Do nothing: the stored tensors come from a file or from the solver."""
 
 
 class LoftQLinear(PackedWeight, nn.Linear):

@@ -1,4 +1,4 @@
-"""Rows of a matrix in chunks of a fixed size, on threads that have nothing else to do.
+"""Work on the rows of a matrix in chunks of a fixed size, on idle threads.
 
 What a chunk is does not depend on who works on it, so neither do the bits of a result. A pool of threads lends itself
 to each of its threads by :func:`lend`. A chunk that no other thread has begun is taken back by the one that waits.
@@ -16,7 +16,7 @@ _lent = threading.local()
 
 
 def lend(pool: Executor) -> None:
-    """Let this thread, one of the pool's, hand chunks to the others."""
+    """Let this thread of the pool hand chunks to the others."""
     _lent.pool = pool
 
 

@@ -30,7 +30,7 @@ def dynamic_8bit() -> Float[Tensor, "256"]:
 @functools.cache
 @torch.inference_mode(False)
 def midpoints(code: str, bits: int) -> Float[Tensor, " gaps"]:
-    """Where the nearest level changes: halfway between neighbours."""
+    """The midpoints between neighbouring levels, where the nearest level changes."""
     return halfway(levels(code, bits))
 
 

@@ -130,7 +130,7 @@ def _starts(block: Tensor, spec: QuantSpec, near: Raw | None) -> Iterator[Raw]:
 
 
 def start_parts(code: str, bits: int) -> list[float]:
-    """The starts, as parts of the scale that reaches all weights; of both signs for levels that are lopsided."""
+    """Initial scales, as fractions of the scale that reaches all weights; of both signs for asymmetric levels."""
     parts = torch.linspace(LOWEST[bits], HIGHEST, STARTS, dtype=torch.float32, device="cpu").tolist()
     return [*parts, *(-part for part in parts)] if get(code).lopsided(bits) else parts
 

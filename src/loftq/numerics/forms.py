@@ -1,4 +1,4 @@
-"""Quantized matrices of every form: each call goes to the functions of the code's own form."""
+"""Quantized matrices in blocks or as a trellis: each call is passed to the functions of the code's form."""
 
 from types import ModuleType
 

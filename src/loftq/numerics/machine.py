@@ -1,4 +1,4 @@
-"""What this process may use of its machine, CPUs and memory, and which code path its arithmetic takes."""
+"""The CPUs and the memory that this process may use, and the code path of its arithmetic."""
 
 import functools
 import hashlib
@@ -45,7 +45,7 @@ def cpus() -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes that can be had without swapping, in the machine and in every control group around this process.
+    """Bytes of memory available without swapping, on the machine and in every control group of this process.
 
     None where nothing says.
     """
@@ -58,7 +58,7 @@ def available_memory() -> int | None:
 
 
 def code_path(device: str) -> dict[str, str]:
-    """What the bits of a result depend on beside programs and data: two runs whose values differ may differ in bits.
+    """The machine's properties that bits of a result depend on: runs with different ones may differ in bits.
 
     Returns: ``cpu``, the instructions that PyTorch's kernels use; ``arithmetic``, a hash of a few products and
         factorizations, which sees the code path of the BLAS too; ``gpu``, its name, if ``device`` is one.

@@ -1,4 +1,4 @@
-"""The norm in which an initialization is close to its weight, and the best low-rank term in that norm.
+"""The norm that an initialization minimizes, and the best low-rank term in that norm.
 
 What a matrix does to its inputs matters more than its entries. With the second moments ``H = E[x xᵀ]`` of the inputs,
 and of the gradients with respect to the outputs ``G = diag E[d²]``,
@@ -56,7 +56,7 @@ class Metric:
         return Metric(*(None if part is None else part.to(device) for part in (self.columns, self.rows)))
 
     def fits(self, shape: torch.Size) -> bool:
-        """Whether it is of matrices of this shape."""
+        """Whether it fits matrices of this shape."""
         pairs = ((self.rows, shape[0]), (self.columns, shape[1]))
         return all(part is None or len(part) == size for part, size in pairs)
 
@@ -109,7 +109,7 @@ class Metric:
         return matrix * self.root if self.root.ndim == 1 else matrix @ self.root
 
     def norm(self, matrix: Float[Tensor, "out in"]) -> float:
-        """The norm of X, for which a whole H needs no root: ``‖X‖² = tr(G X H Xᵀ)``."""
+        """The norm of X; a full H needs no root for it: ``‖X‖² = tr(G X H Xᵀ)``."""
         if self.columns is None or self.columns.ndim == 1:
             return frobenius(self.whiten(matrix))
         scaled = matrix if self.row_root is None else matrix * self.row_root[:, None]
@@ -224,7 +224,7 @@ class Downdate:
 def beyond(
     a: Float[Tensor, "rank in"], columns: Float[Tensor, "in in"] | Float[Tensor, " in"]
 ) -> Float[Tensor, "in in"] | Downdate:
-    """H without what an adapter sees of the inputs, and can make up for: ``H − H Aᵀ (A H Aᵀ)⁻¹ A H``.
+    """H without the part of the inputs that an adapter sees: ``H − H Aᵀ (A H Aᵀ)⁻¹ A H``.
 
     In this metric, ``W − Q`` is as long as the best ``W − Q − B A`` is in H, over all B. So a Q that is better in it is
     better together with its adapter. From ProjQ (arXiv 2606.00494), which projects cached inputs; H is enough for it.
@@ -253,7 +253,7 @@ def balanced(b: Float[Tensor, "out rank"], a: Float[Tensor, "rank in"]) -> tuple
 
 
 def cholesky(h: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
-    """The lower factor of a symmetric matrix that is positive but for rounding, in float64.
+    """The lower Cholesky factor, in float64, of a symmetric matrix that is positive up to rounding.
 
     Raises: NumericalError for one that is not.
     """

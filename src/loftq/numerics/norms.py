@@ -1,4 +1,4 @@
-"""Lengths of matrices: no copy in another type is made, and squares beyond float32 are not lost."""
+"""Norms of matrices, without copies in another dtype, and without overflow of squares in float32."""
 
 import math
 

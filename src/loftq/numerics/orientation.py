@@ -11,7 +11,7 @@ SWAPPED = ("embedding", "experts-reversed")  # to whose ``(out, in)`` PEFT adds 
 
 
 def oriented(kind: str, weight: Tensor) -> Tensor:
-    """What is stored as ``(out, in)``, or the other way; a view."""
+    """A stored weight as ``(out, in)``, or back; a view."""
     return weight.T if kind in TRANSPOSED else weight
 
 

@@ -191,7 +191,7 @@ class _Panels:
         return self._panel[:, block.start - self._first : block.stop - self._first].clone()
 
     def move(self, block: slice, moved: Tensor) -> None:
-        """The rows are less by so much in the block."""
+        """Subtract a change of the block from the rows."""
         rest = self._panel[:, block.stop - self._first :]
         rest.addmm_(moved, self._matrix[block, block.stop : block.stop + rest.shape[1]], alpha=-1)
 

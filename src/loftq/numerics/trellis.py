@@ -31,7 +31,7 @@ STATES = (1 << 22, 1 << 19)  # windows of all sequences that are worked on at a 
 
 @dataclass(frozen=True)
 class Walk:
-    """Where the windows of a sequence begin.
+    """The positions at which the windows of a sequence begin.
 
     Attributes:
         length: N.
@@ -184,7 +184,7 @@ def viterbi(
     table: Float[Tensor, " levels"],
     walk: Walk,
 ) -> Int[Tensor, "sequences length"]:
-    """The windows of a circular path that leave little of ``sum (target - scale * level)^2``.
+    """The windows of a circular path with a small ``sum (target - scale * level)^2``.
 
     The best path is found exactly among those through one seam: the bits that the last and the first window share.
     These are taken from the best open path over the last and first :data:`SEAM` weights.

@@ -51,7 +51,7 @@ def parse_rules(option: str, text: str, value: Callable[[str], V]) -> Rules[V]:
 
 
 def matches(pattern: str, module: str) -> bool:
-    """Whether the parts of ``pattern`` are a run of the parts of ``module``."""
+    """Whether ``pattern`` matches consecutive parts of ``module``."""
     wanted, parts = pattern.split("."), module.split(".")
     return any(
         all(_part_matches(w, p) for w, p in zip(wanted, parts[i : i + len(wanted)], strict=True))

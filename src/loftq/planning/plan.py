@@ -99,7 +99,7 @@ class Matrix:
 
     @property
     def count(self) -> int:
-        """How many matrices it is."""
+        """Number of matrices: the experts of a stack, else 1."""
         return max(1, self.experts)
 
     @property
@@ -226,7 +226,7 @@ def make(
     policy: Policy,
     chosen: Mapping[str, Choice] | None = None,
 ) -> Plan:
-    """Decide about every tensor.
+    """Decide what is done with every tensor.
 
     Args:
         tensors: name -> (safetensors dtype, shape), from the file headers alone.

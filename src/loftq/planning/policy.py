@@ -1,4 +1,4 @@
-"""What a caller asks for: the options of a plan, and of the solver, refused at birth."""
+"""The options of a plan and of the solver, checked when they are made."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -16,7 +16,7 @@ DENSE = 16  # as a number of bits: leave the matrix as it is
 @checked_fields
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What the user asks for; ``docs/usage.md`` documents every field under the option of its name.
+    """Options of a plan; ``docs/usage.md`` documents every field under the option of its name.
 
     ``bits``, ``rank`` and ``budget`` may be given as numbers, ``budget_ranks`` as a list; they are kept as text.
     """

@@ -1,4 +1,4 @@
-"""How a budget was spent: a table beside uniform widths and the paper's rule, and error against bytes as a picture."""
+"""How a budget was spent: a table with uniform widths and the paper's rule, and a plot of error against bytes."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What quantizing and training would take, for the terminal."""
+"""The forecast of quantizing and training, for the terminal."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What ``loftq status`` prints."""
+"""The output of ``loftq status``."""
 
 from pathlib import Path
 from typing import Any

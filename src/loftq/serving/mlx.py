@@ -203,6 +203,6 @@ def _adapter(place: Path, base: Base, adapter: Adapter) -> Files:
 
 
 def commands(adapter: Adapter | None) -> list[str]:
-    """How mlx-lm is told to run it, from inside the directory."""
+    """The commands that run it in mlx-lm, from inside the directory."""
     given = "" if adapter is None else " --adapter-path adapter"
     return [f"mlx_lm.chat --model .{given}", f"mlx_lm.server --model .{given}"]

@@ -63,7 +63,7 @@ def check(base: Base) -> None:
 
 
 def write(place: Path, base: Base, adapter: Adapter | None, begin: Begin) -> Files:
-    """``model.onnx`` with its weights beside it, the configuration, and what transformers knows it again by."""
+    """Write ``model.onnx`` with its weights, the configuration, and the files by which transformers loads it."""
     with extra("onnx"):
         import onnx  # noqa: F401
         import onnxscript  # type: ignore[import-not-found]  # noqa: F401
@@ -118,5 +118,5 @@ def _inputs(model: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def commands() -> list[str]:
-    """How it is run, from inside the directory."""
+    """The commands that run it, from inside the directory."""
     return ["python -c \"from transformers.exporters import ExportedModel; ExportedModel.from_pretrained('.')\""]

@@ -1,4 +1,4 @@
-"""The tensors that the original has, of those of a base: what was put together of several is taken apart again."""
+"""The original's tensors, from those of a base: fused tensors are taken apart again."""
 
 from collections.abc import Callable, Iterator
 

@@ -47,7 +47,7 @@ class PackedPart:
 
 
 def parts(base: Base, tensor: Dense) -> list[PackedPart]:
-    """Of a tensor that is quantized; of a stack of experts those that the source has. InputError if it has none."""
+    """The parts of a quantized tensor; of a stack the experts' layers in the source. InputError if there are none."""
     matrix = tensor.matrix
     assert matrix is not None
     if not matrix.experts:

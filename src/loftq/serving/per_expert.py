@@ -1,4 +1,4 @@
-"""``loftq export --to per-expert``: an adapter with LoRA on every expert for itself, as vLLM and SGLang read it.
+"""``loftq export --to per-expert``: an adapter with separate LoRA for every expert, as vLLM and SGLang read it.
 
 A stack's factors are those of all its experts, each of rank r. What is stored as one matrix in a stack and as several
 in the source, ``[gate; up]``, has one A: both get it, and their rows of B. The product is the same to the last bit.
@@ -114,7 +114,7 @@ def _matched(key: str, names: Iterable[str]) -> bool:
 
 
 def _pattern(names: Layers) -> str:
-    """What matches the layers of a stack."""
+    """A regular expression for the layers of a stack."""
     first, (expert, _) = next(iter(names.items()))
     owner = first.rpartition(f".{expert}.")[0]
     leaves = sorted({name.rpartition(".")[2] for name in names})

@@ -1,4 +1,4 @@
-"""What one matrix costs, by laws that were measured: docs/methods.md, "What they cost".
+"""Time and memory of one matrix, by measured laws: docs/methods.md, "What they cost".
 
 benchmarks/constants.py measures their constants, and writes them to constants.json.
 """
@@ -50,5 +50,5 @@ def seconds(
 
 
 def workers_for(shapes: Iterable[tuple[int, int]], spec: SolveSpec, device: str, calibrated: bool) -> int:
-    """How many matrices of these shapes to work on at a time, if nobody says."""
+    """The default number of matrices of these shapes to solve at a time."""
     return default_workers(device, max((memory(*shape, spec, calibrated) for shape in shapes), default=0))

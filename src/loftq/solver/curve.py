@@ -1,4 +1,4 @@
-"""How much error a matrix has left, by the way it is quantized and the rank of its adapter.
+"""The error of a matrix for every way to quantize it and every rank of the adapter.
 
 From one quantization and one decomposition follow the errors of all ranks: with ``E = W - Q`` and the singular values
 ``σ`` of ``M = G^½ E T``, whose Frobenius norm is the norm of E in the metric,

@@ -1,4 +1,4 @@
-"""The initialization for a base that is quantized already: Q is given, and only the low-rank term is looked for.
+"""The initialization for a base that is quantized already: Q is given, and only B and A are solved for.
 
     B, A = best rank-r factors of E = W - Q, in the metric of the moments
 
@@ -57,7 +57,7 @@ def fit_adapter(
     seed: int = 0,
     name: str = "",
 ) -> FrozenStart:
-    """The low-rank term that brings ``base`` closest to ``weight``, or a zero one where none does.
+    """The best low-rank term for ``weight - base``, or a zero one if no term lowers the error.
 
     Args:
         weight: the original matrix, ``(out_features, in_features)``, any float dtype; solved in float32.

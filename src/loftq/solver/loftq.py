@@ -158,7 +158,7 @@ def solve(
 
 
 def fitting(metric: Metric, weight: Tensor) -> Metric:
-    """A metric on the weight's device; UsageError if it is of other matrices."""
+    """A metric on the weight's device; UsageError if its shape does not fit."""
     if not metric.fits(weight.shape):
         raise UsageError(f"the statistics do not fit a matrix of shape {tuple(weight.shape)}; calibrate on this model")
     return metric.to(weight.device)
@@ -225,7 +225,7 @@ def _svd_first(rounding: Rounding, weight, quantized, residual, rank, spec, metr
 
 
 def choose_metric(kind: str, moments: Moments | None) -> Metric:
-    """The metric that a spec names, from the moments of a matrix: a diagonal can be had from full ones."""
+    """The metric that a spec names, from the moments of a matrix; full moments also give the diagonal."""
     if kind == "weights" or moments is None:
         return Metric()
     fit = moments.fit

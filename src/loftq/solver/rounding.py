@@ -1,4 +1,4 @@
-"""The half of a step that finds Q: rounding to nearest, with error feedback, or descent."""
+"""The half of a step that finds Q: by rounding to nearest, error feedback or descent."""
 
 import torch
 from jaxtyping import Float
@@ -10,7 +10,7 @@ from loftq.spec import QuantSpec, SolveSpec
 
 
 class Rounding:
-    """Finds Q for a given adapter, by ``spec.rounding``; all that it needs to know beside that.
+    """Finds Q for a given adapter, by ``spec.rounding``.
 
     =========  ======================================================================================================
     nearest    the codes nearest to ``W − B A`` (LoftQ)
@@ -33,11 +33,11 @@ class Rounding:
         self._h = None if self._kind == "nearest" else h
 
     def first(self, target: Tensor, out: Tensor | None = None) -> tuple[Quantized, Tensor]:
-        """Q for a target of which nothing is known, and ``W − Q``."""
+        """The first Q of a target, and ``W − Q``."""
         return self._round(target, self._h, out, None)
 
     def next(self, quantized: Quantized, b: Tensor, a: Tensor, out: Tensor) -> tuple[Quantized, Tensor]:
-        """The Q that follows, and ``W − Q``.
+        """The Q of the next step, and ``W − Q``.
 
         Args:
             quantized: Q of the step before.

@@ -102,7 +102,7 @@ def open_weights(directory: Path, cure: str = "start from") -> tuple[Checkpoint,
 
 
 def located(model: str, revision: str | None = None) -> Path:
-    """What :func:`resolve` finds; of a URL a directory that stands for it, whose weights are read where they are.
+    """The directory of :func:`resolve`; for a URL a local directory that stands for it, with weights read remotely.
 
     Raises: UsageError for a URL with a revision: of the hub it is a part of the URL.
     """
@@ -114,7 +114,7 @@ def located(model: str, revision: str | None = None) -> Path:
 
 
 def hub_id(model: str) -> str | None:
-    """A model's name on the hub; None if it is another place's."""
+    """A model's name on the hub; None for a path or a URL."""
     if (url := url_of(model)) is not None:
         scheme, _, rest = url.partition("://")
         name = rest.partition("@")[0].rstrip("/")

@@ -1,4 +1,4 @@
-"""How much of a data file is read: so that a small or a broken one cannot fill the memory, or end the process.
+"""Limits for data files, so that no file can fill the memory or end the process.
 
 Files are gone through once before ``datasets`` reads them, in pieces of one size. What is nested deeper, is longer or
 expands to more than here is refused in a line. ``docs/tasks.md`` states these limits.
@@ -29,7 +29,7 @@ _TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"?|[\[\]{}]')
 
 
 def check_file(path: Path, kind: str) -> None:
-    """Refuse a file that no reader should be given.
+    """Refuse a file that exceeds a limit, before it is read.
 
     Args:
         kind: json, csv, text or parquet.

@@ -102,7 +102,7 @@ def read(path: Path) -> "Dataset":
 
 @contextlib.contextmanager
 def no_bars(hidden: bool = True) -> Iterator[None]:
-    """Without the bars of ``datasets``, which stay on the screen when they are full."""
+    """Hide the progress bars of ``datasets``, which stay on the screen when they are full."""
     import datasets
 
     hidden = hidden and datasets.is_progress_bar_enabled()

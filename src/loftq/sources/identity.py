@@ -1,4 +1,4 @@
-"""Is it the same model? One rule: a model is what its files hold, under their names in its directory.
+"""Whether two models are the same: their files have the same names and contents.
 
 Where the directory lies is no part of it. How much of the weights is read depends on what is asked, for they may be
 hundreds of gigabytes; small files are always hashed whole.
