@@ -222,14 +222,13 @@ def test_a_server_that_is_down(bucket, monkeypatch):
 
 def test_listings_that_are_late(bucket, monkeypatch):
     """Nothing that was written in a run is in any listing."""
-    find = s3fs.S3FileSystem._find
+    listed = s3fs.S3FileSystem._ls
 
-    async def late(self, path, *rest, **options):
-        found = await find(self, path, *rest, **options)
-        left = {name: info for name, info in found.items() if "/made" not in name}
-        return left if options.get("detail") else sorted(left)
+    async def late(self, path, detail=False, **options):
+        left = [info for info in await listed(self, path, detail=True, **options) if "/made" not in info["name"]]
+        return left if detail else [info["name"] for info in left]
 
-    monkeypatch.setattr(s3fs.S3FileSystem, "_find", late)
+    monkeypatch.setattr(s3fs.S3FileSystem, "_ls", late)
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     bucket.faults(lambda request, *_: "cut" if "PUT" in request and "config.json" in request else "")
     with pytest.raises(StorageError):

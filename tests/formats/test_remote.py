@@ -23,12 +23,15 @@ class Late(fsspec.get_filesystem_class("memory")):
 
     protocol = "late"
     unlisted = ()
+    refused = ""
 
     @classmethod
     def _strip_protocol(cls, path):
         return super()._strip_protocol(path.removeprefix("late://"))
 
     def ls(self, path, detail=True, **kwargs):
+        if self.refused and path.endswith(self.refused):
+            raise PermissionError("AccessDenied")
         found = super().ls(path, detail=True, **kwargs)
         left = [info for info in found if not info["name"].endswith(self.unlisted)]
         return left if detail else [info["name"] for info in left]
@@ -145,6 +148,14 @@ def test_a_request_that_fails_is_one_line(op, source):
     with hooked(cut), pytest.raises(StorageError, match=rf"memory://bucket/model.*: {op} failed \(no route") as caught:
         loftq.plan(URL, rank=4)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("directory", ["model", "1_Pooling"])
+def test_a_directory_that_cannot_be_listed_is_not_left_out(directory, source, monkeypatch):
+    """Without its files a model would be another one, or none."""
+    monkeypatch.setattr(Late, "refused", directory)
+    with pytest.raises(StorageError, match=r"late://bucket/model: list was refused \(AccessDenied\).*credentials"):
+        loftq.plan("late://bucket/model", rank=4)
 
 
 def test_names_that_lead_out_of_a_directory(tmp_path, memory):

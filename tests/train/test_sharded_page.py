@@ -1,5 +1,6 @@
 """The configuration files and the script of ``docs/how-to/sharded-training.md``, as they are printed there."""
 
+import importlib.util
 import json
 import os
 import re
@@ -52,6 +53,17 @@ def launched(place, config):
     return ended.stderr
 
 
+def alone(place, monkeypatch):
+    """Losses and adapter of one process with the batch of two."""
+    for gone in ("adapter", "run"):
+        shutil.rmtree(place / gone)
+    script = (place / "train.py").read_text().replace("train_batch_size=4", "train_batch_size=8")
+    (place / "train.py").write_text(script)
+    monkeypatch.chdir(place)
+    runpy.run_path("train.py", run_name="__main__")
+    return losses(place), adapter(place)
+
+
 def losses(place, step=4):
     state = json.loads((place / "run" / f"checkpoint-{step}" / "trainer_state.json").read_text())
     return {row["step"]: row["loss"] for row in state["log_history"] if "loss" in row}
@@ -82,12 +94,53 @@ def test_whole_checkpoints_are_those_of_one_process(place, monkeypatch):
     """Without rounding, two processes with half a batch each do what one does."""
     launched(place, "fsdp2-full.yaml")
     whole, trained = losses(place), adapter(place)
-    for gone in ("adapter", "run"):
+    found, by_one = alone(place, monkeypatch)
+    assert found == pytest.approx(whole, rel=1e-4)
+    assert max(float((by_one[name] - trained[name]).abs().max()) for name in by_one) < 1e-4
+
+
+GATHERED = """
+import json
+import deepspeed
+from safetensors.torch import load_file
+files, same, cut = load_file("model-2bit/model.safetensors"), 0, 0
+for name, parameter in trainer.model.named_parameters():
+    key = name.replace("base_model.model.", "").replace(".base_layer", "")
+    if key in files:
+        cut += parameter.numel() == 0
+        with deepspeed.zero.GatheredParameters([parameter]):
+            same += parameter.dtype == files[key].dtype and bool((parameter == files[key]).all())
+json.dump([len(files), cut, same], open(f"gathered-{trainer.args.process_index}.json", "w"))
+"""  # of the files' tensors: how many there are, are cut, and are bit for bit those of the files after training
+
+
+@pytest.mark.timeout(1800)  # DeepSpeed compiles at its first start
+@pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="needs DeepSpeed: see CONTRIBUTING.md")
+def test_zero3_of_deepspeed(place, monkeypatch):
+    """Every tensor is cut, packed ones stay as they are, losses are those of one process, and a run continues."""
+    script, config = place / "train.py", json.loads((place / "zero3.json").read_text())
+    plain = script.read_text()
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # the small tensors too
+    (place / "zero3.json").write_text(json.dumps(config))
+    script.write_text(plain.replace('"run",', '"run", deepspeed="zero3.json", use_cpu=True,') + GATHERED)
+
+    def launch():
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
+        ended = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=900)
+        assert ended.returncode == 0, ended.stderr
+
+    launch()
+    whole, trained = losses(place), adapter(place)
+    for rank in range(2):
+        count, cut, same = json.loads((place / f"gathered-{rank}.json").read_text())
+        assert count == cut == same > 20
+    assert trained.keys() == load_file(place / "model-2bit" / "loftq_init" / "adapter_model.safetensors").keys()
+    for gone in ("adapter", "run/checkpoint-4"):
         shutil.rmtree(place / gone)
-    script = (place / "train.py").read_text().replace("train_batch_size=4", "train_batch_size=8")
-    (place / "train.py").write_text(script)
-    monkeypatch.chdir(place)
-    runpy.run_path("train.py", run_name="__main__")
-    assert losses(place) == pytest.approx(whole, rel=1e-4)
-    alone = adapter(place)
-    assert max(float((alone[name] - trained[name]).abs().max()) for name in alone) < 1e-4
+    launch()
+    assert losses(place) == whole
+    script.write_text(plain)
+    found, _ = alone(place, monkeypatch)
+    assert found == pytest.approx(whole, abs=1e-5)

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -77,14 +78,25 @@ class Store:
         """Everything in it that a file can be called, by its name. A listing may be late: see :meth:`look`."""
         with self._asking("list", ""):
             self.fs.invalidate_cache()
-            found = self.fs.find(self.root, maxdepth=DEEPEST, detail=True)
-        if len(found) > MOST_OBJECTS:
+            files = list(itertools.islice(self._files(self.root, DEEPEST), MOST_OBJECTS + 1))
+        if len(files) > MOST_OBJECTS:
             raise InputError(
-                f"{self.url}: {len(found)} objects, a model has at most {MOST_OBJECTS}; name its directory"
+                f"{self.url}: more than the {MOST_OBJECTS} objects that a model has at most; name its directory"
             )
-        files = {path: info for path, info in found.items() if info["type"] == "file"}
-        named = {path.removeprefix(self.root).strip("/"): info for path, info in files.items()}
+        named = {info["name"].removeprefix(self.root).strip("/"): info for info in files}
         return {name: _object(named[name]) for name in sorted(named) if _is_plain(name) and not _inside(name, named)}
+
+    def _files(self, directory: str, depth: int) -> Iterator[dict[str, Any]]:
+        """What a store says of every file below a directory; fsspec's ``find`` leaves out what it fails to list."""
+        try:
+            listed = self.fs.ls(directory, detail=True)
+        except FileNotFoundError:  # nothing there, or not any more
+            return
+        for info in listed:
+            if info.get("type") == "file":
+                yield info
+            elif info.get("type") == "directory" and depth > 1 and info["name"].strip("/") != directory.strip("/"):
+                yield from self._files(info["name"], depth - 1)
 
     def look(self, name: str) -> Object | None:
         """What is there under a name, asked of the store itself; None if there is nothing."""
