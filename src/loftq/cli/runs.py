@@ -30,9 +30,7 @@ def train(
         from loftq.finetune.train import finetune
         from loftq.report.tables import print_metrics
     quiet()
-    asked = read(recipe, overrides or ())
-    if output is not None:
-        asked = asked.changed(output=str(output))
+    asked = read(recipe, overrides or (), output)
     with MatrixBar() as bar:
         result = finetune(asked, resume=not restart, begin=bar.begin)
     if os.environ.get("RANK", "0") != "0":
@@ -114,9 +112,7 @@ def compare(
         from loftq.finetune.comparison import print_comparison
         from loftq.finetune.recipe import read
     quiet()
-    asked = read(recipe, overrides or ())
-    if output is not None:
-        asked = asked.changed(output=str(output))
+    asked = read(recipe, overrides or (), output)
     with RunBar() as bar:
         rows = run(asked, bar.begin)
     if as_json:

@@ -207,8 +207,8 @@ class Recipe(Strict):
         return parse(values)
 
 
-def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a YAML file, with ``key=value`` overrides; dotted keys reach into sections.
+def read(path: str | Path, overrides: Sequence[str] = (), output: Path | None = None) -> Recipe:
+    """The recipe in a YAML file, with ``key=value`` overrides, and another output; dotted keys reach into sections.
 
     Raises: InputError for a file that cannot be read as YAML; UsageError naming everything that is wrong in it.
     """
@@ -218,7 +218,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if not equals or not key:
             raise UsageError(f"{quoted(override)}: wanted key=value, such as training.learning_rate=1e-4")
         _put(values, key, strict_yaml.loads(value, quoted(key)))
-    return parse(values, str(path))
+    return parse(values if output is None else {**values, "output": str(output)}, str(path))
 
 
 def read_mapping(path: str | Path, keys: str) -> dict[str, Any]:

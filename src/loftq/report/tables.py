@@ -49,13 +49,7 @@ def plain_table(*columns: tuple[str, str]) -> Table:
 
 def print_plan(rows: list[dict[str, Any]], coverage: float) -> None:
     """Every tensor: what is done with it, and why not."""
-    columns = (
-        ("tensor", "left"),
-        ("shape", "right"),
-        ("stored as", "left"),
-        ("rank", "right"),
-        ("bytes", "right"),
-    )
+    columns = (("tensor", "left"), ("shape", "right"), ("stored as", "left"), ("rank", "right"), ("bytes", "right"))
     table = plain_table(*columns)
     vectors = [r for r in rows if _is_vector(r)]
     for row in rows:
