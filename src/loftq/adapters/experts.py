@@ -4,7 +4,6 @@ PEFT adds ``s · B_e @ A_e`` to all experts before each call. Here the factors g
 that tokens are routed to use them. What is stored, and all else, is PEFT's.
 """
 
-import functools
 import re
 import warnings
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
 from loftq.nn.experts import PackedExperts, StackFactors, repack_experts, unpack_experts
+from loftq.patching import patches
 
 
 class ParamWrapper(lora.ParamWrapper):
@@ -101,15 +101,14 @@ class ParamWrapper(lora.ParamWrapper):
 
 
 def take_ranks_of_stacks(lora_model: Any) -> None:
-    """Let PEFT not warn of ranks that are of stacks: it heeds them, and then looks for their names among modules alone.
+    """Silence PEFT's warning about ranks of stacks: it applies them, but looks for their names among modules only.
 
     Args:
         lora_model: PEFT's ``LoraModel``.
     """
-    inject = lora_model.inject_adapter
 
-    @functools.wraps(inject)
-    def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    @patches(lora_model, "inject_adapter")
+    def inject_adapter(inject: Any, self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         endings = tuple(f".{target}" for target in getattr(config, "target_parameters", None) or ())
         ranks = getattr(config, "rank_pattern", None) or {}
@@ -118,8 +117,6 @@ def take_ranks_of_stacks(lora_model: Any) -> None:
             if stacks:
                 warnings.filterwarnings("ignore", f".*rank_pattern keys did not match.*: {re.escape(str(stacks))}")
             inject(self, model, adapter_name, *args, **kwargs)
-
-    lora_model.inject_adapter = inject_adapter
 
 
 def wrapper_of(model: nn.Module, stack: str) -> Any:
