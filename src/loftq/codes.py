@@ -276,7 +276,10 @@ class UniformTensor(Code):
 
 @register_code
 class FloatingPoint(Absmax):
-    """4-bit floating point E2M1, the elements of MXFP4 and NVFP4, with absmax scales.
+    """4-bit floating point E2M1, the elements of MXFP4 and NVFP4.
+
+    The scale takes the largest magnitude of a block to 6; to 4 where that is a power of 2 and holds the block exactly,
+    so that weights that come from MXFP4 stay as they are, in its blocks of 32.
 
     One sign, two exponent and one mantissa bits (OCP Microscaling Formats v1.0, section 5.3.3): 0, 0.5, 1, 1.5, 2, 3,
     4, 6 of either sign. Zero has both signs. A code is the place among the sorted values, not the bits of E2M1.
@@ -288,6 +291,16 @@ class FloatingPoint(Absmax):
     def levels(self, bits: int) -> Tensor:
         half = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], **HOST)
         return torch.cat([-half.flip(0), half])
+
+    def scale(self, values: Tensor, bits: int, stored: Stored) -> tuple[Tensor, None]:
+        largest = values.abs().amax(-1)
+        fourth, table = largest / 4, levels(self.name, bits).to(values.device)
+        places = (torch.frexp(fourth).mantissa == 0.5).nonzero(as_tuple=True)
+        codes = values[places] / fourth[places][:, None]
+        held = (table[torch.bucketize(codes, table).clamp(max=len(table) - 1)] == codes).all(-1)
+        scale = largest / 6
+        scale[places] = torch.where(held, fourth[places], scale[places])
+        return scale, None
 
 
 @register_code

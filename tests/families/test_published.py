@@ -18,7 +18,7 @@ from loftq.errors import InputError
 from loftq.formats import dequantized
 from loftq.formats.source import open_checkpoint
 from loftq.sources.checkpoint import open_dense
-from models import FAMILIES, outputs, quantize, same, tensors, tiny
+from models import FAMILIES, outputs, quantize, same, tensors, tiny, written
 
 E4M3 = torch.float8_e4m3fn
 Files = dict[str, Tensor]
@@ -131,6 +131,23 @@ def test_it_is_the_model_that_transformers_dequantizes(tmp_path, name):
         assert torch.equal(outputs(model), outputs(again))
         quantize(source, tmp_path / "plain", bits=4, format="dense")
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+
+
+def test_experts_in_fp4_stay_as_they_are_published(tmp_path):
+    """Codes and exponents: nothing is left for an adapter, which begins as LoRA does."""
+    source = mxfp4(tmp_path / "source")
+    manifest = quantize(source, tmp_path / "out", bits=4, code="fp4", block_size=32)
+    dense, found = open_dense(source)[0], written(tmp_path / "out")
+    stacks = [m["name"] for m in manifest["matrices"] if "experts" in m]
+    assert len(stacks) == 4
+    for name in stacks:
+        weight, product = found[name]
+        assert torch.equal(weight, dense.read(name).float().transpose(1, 2))
+        assert not product.any()
+        assert (torch.frexp(tensors(tmp_path / "out")[f"{name}_scale"].float()).mantissa == 0.5).all()
+    factors = {n: t for n, t in tensors(tmp_path / "out" / "loftq_init").items() if "experts" in n}
+    assert all(t.any() == ("lora_A" in n) for n, t in factors.items())
+    assert loftq.verify(tmp_path / "out")
 
 
 @pytest.mark.sampled(3)

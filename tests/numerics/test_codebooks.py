@@ -6,6 +6,8 @@ import torch
 from loftq.errors import UsageError
 from loftq.numerics import dynamic_8bit, levels, normal_float
 from loftq.numerics.codebooks import halfway, midpoints
+from loftq.solver import solve
+from loftq.spec import QuantSpec, SolveSpec
 from quantizers import WIDTHS
 
 NF2 = [-1, 0, 0.3379152, 1]
@@ -71,6 +73,23 @@ def test_fp4_levels_are_all_values_of_e2m1() -> None:
         magnitude = 2.0 ** (exponent - 1) * (1 + mantissa / 2) if exponent else mantissa / 2
         values.append(-magnitude if sign else magnitude)
     assert levels("fp4", 4).tolist() == sorted(values)
+
+
+@pytest.mark.parametrize("largest", [0.5, 1, 1.5, 2, 3, 4, 6])
+def test_weights_that_come_from_mxfp4_stay_as_they_are(largest: float) -> None:
+    """Exponents for scales, blocks of 32: whatever the largest element of a block is. LoRA begins at zero there."""
+    table, draw = levels("fp4", 4), torch.Generator().manual_seed(0)
+    elements = table[table.abs() <= largest]
+    codes = elements[torch.randint(len(elements), (6, 4, 32), generator=draw)]
+    codes[..., 7] = -largest
+    exponents = torch.randint(-120, 100, (6, 4, 1), generator=draw)
+    weight = torch.ldexp(codes, exponents).flatten(1)
+    for scales in ("formula", "fitted"):
+        solution = solve(weight, QuantSpec(bits=4, code="fp4", block_size=32), 2, SolveSpec(scales=scales))
+        assert torch.equal(solution.dequantize(), weight)
+        assert solution.error == 0
+        assert solution.a.any()
+        assert not solution.b.any()
 
 
 def test_integers_are_those_of_the_containers() -> None:

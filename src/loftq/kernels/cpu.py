@@ -59,7 +59,8 @@ def quantize_residual(
     if fitted:
         scales = _fitted_scales(target, spec, earlier and earlier.scales)
     else:
-        scales = _absmax_scales(target, spec) if isinstance(spec.codebook, Absmax) else fit_scales(target, spec)
+        is_absmax = type(spec.codebook).scale is Absmax.scale
+        scales = _absmax_scales(target, spec) if is_absmax else fit_scales(target, spec)
     scale, zero, block = _expanded(scales, spec, target.shape)
     codes, residual = torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target) if out is None else out
     gaps, table = midpoints(spec.code, spec.width), levels(spec.code, spec.width)

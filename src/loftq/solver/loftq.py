@@ -143,7 +143,7 @@ def solve(
     quantized, residual = rounding.first(weight)
     measure.step(residual, None)
     best: tuple[Quantized, Tensor | None, Tensor | None] = (quantized, None, None)
-    if spec.steps:
+    if spec.steps and residual.any():  # of nothing, both factors would be zero, and never train
         alternate = _quantize_first if spec.order == "quantize-first" else _svd_first
         steps = alternate(rounding, weight, quantized, residual, rank, spec, metric, generator)
         for candidate, residual, projected in steps:
