@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import loftq.cli
 from harness import FLAGS, cli, refused, start_cli, tiny_source, tree
-from loftq.errors import UsageError
+from loftq.errors import UsageError, quoted
 
 
 @pytest.fixture(scope="module")
@@ -346,13 +346,14 @@ def test_a_reader_that_leaves(source, tmp_path):
 
 
 @pytest.mark.sampled(3)
-@pytest.mark.parametrize("name", ["out [bold]", "out\x1b[31m", "ö ü", "-o"])
+@pytest.mark.parametrize("name", ["out [bold]", "out\x1b[31m", "ö ü", "-o", "a:b"])
 def test_odd_names_of_directories(source, tmp_path, name):
     ended = cli("quantize", source, f"--output={tmp_path / name}", *FLAGS)
     assert ended.code == 0, ended.err
     assert "\x1b" not in ended.out
     assert os.listdir(tmp_path) == [name]
     assert cli("verify", tmp_path / name).code == 0
+    assert f"{quoted(tmp_path / name)}: done" in cli("status", tmp_path / name).out  # where ":b:" is no emoji
     ended = cli("quantize", source, f"--output={tmp_path / name}", *FLAGS, "--seed", "5")
     assert "\x1b" not in refused(ended, 5)
 

@@ -111,6 +111,26 @@ def test_a_trained_adapter(made, options, tmp_path):
     same(merged, tmp_path / "merged")
 
 
+@pytest.mark.parametrize("bits", [None, 8, 2])
+def test_lora_on_a_table_and_a_head(made, bits, tmp_path):
+    """PEFT writes the whole table beside the factors: a dense one, or if it is packed its codes."""
+    checkpoint = made("llama", **({"embeddings": True, "bits": bits} if bits else {}))
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "embed_tokens", "lm_head"])
+    model = shaken(get_peft_model(checkpoint.load(), config))
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        model.save_pretrained(tmp_path / "adapter")
+    assert {n for n in tensors(tmp_path / "adapter") if n.endswith("embed_tokens.base_layer.weight")}
+    loftq.merge(checkpoint.output, tmp_path / "merged", adapter=tmp_path / "adapter", dtype="float32")
+    same(model.merge_and_unload().dequantize(), tmp_path / "merged")
+    if bits:
+        held = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        codes = next(tensor for name, tensor in held.items() if name.endswith("embed_tokens.base_layer.weight"))
+        codes[0] ^= 1
+        save_file(held, tmp_path / "adapter" / "adapter_model.safetensors")
+        with pytest.raises(InputError, match=r"embed_tokens\.base_layer\.weight is not what the base has"):
+            loftq.merge(checkpoint.output, tmp_path / "other", adapter=tmp_path / "adapter")
+
+
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["granite-moe", "gpt-oss"])
 def test_experts_that_were_trained_are_merged_one_at_a_time(made, name, tmp_path, monkeypatch):

@@ -166,6 +166,18 @@ def has_start(model: Any) -> bool:
     return found is None or isinstance(found, str)  # None: never asked for; every packed checkpoint is made with one
 
 
+def _name_stacks(config: LoraConfig, model: nn.Module) -> None:
+    """Let PEFT turn targets that named the experts of old into stacks, with the ranks that were asked for.
+
+    It would double the rank of a stack that holds two of the old matrices, and with it ``alpha``.
+    """
+    from peft.utils import transformers_weight_conversion as conversion
+
+    ranks, alphas = dict(config.rank_pattern or {}), dict(config.alpha_pattern or {})
+    conversion.convert_peft_config_for_transformers(config, model, None)
+    config.rank_pattern, config.alpha_pattern = ranks, alphas
+
+
 def _is_packed(model: nn.Module) -> bool:
     return any(isinstance(module, Packed) for module in model.modules())
 
@@ -193,6 +205,7 @@ def install(lora_model: Any) -> None:
         completed = start.complete(config) if start else copy.copy(config)
         completed.init_lora_weights, completed.loftq_config = True, {}
         if start:
+            _name_stacks(completed, model)
             start.check(_maybe_include_all_linear_layers(copy.copy(completed), model), model)
         self.peft_config[adapter_name] = completed
         inject(self, model, adapter_name, *args, **kwargs)

@@ -21,9 +21,9 @@ NAME = 44  # columns that a matrix's name is given, before it is folded for the 
 
 
 def console() -> Console:
-    """Without markup: names and paths may have brackets in them. What no terminal shows is as wide as it needs."""
-    out = Console(highlight=False, markup=False)
-    return out if out.is_terminal else Console(highlight=False, markup=False, width=WIDE)
+    """Without markup: paths may have ``[b]`` or ``:b:`` in them. What no terminal shows is as wide as it needs."""
+    out = Console(highlight=False, markup=False, emoji=False)
+    return out if out.is_terminal else Console(highlight=False, markup=False, emoji=False, width=WIDE)
 
 
 class _Table(Table):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from loftq.adapters.bases import WEIGHTS
@@ -157,7 +158,7 @@ def open_adapter(directory: Path, base: Base) -> Adapter:
             parts.setdefault(found["module"], {})[found["part"]] = name
         elif ".lora_" in bare or "token_adapter" in bare:
             raise InputError(f"{shown(directory)}: {quoted(name)}: more than LoRA's A and B; only plain LoRA is taken")
-        else:
+        elif ".base_layer." not in bare or not _is_of_base(adapter, base, bare.replace(".base_layer.", "."), name):
             _place_whole(adapter, base, bare.replace(".base_layer.", "."), name)
     for module, held in parts.items():
         _place_factors(adapter, base, module, held)
@@ -193,6 +194,26 @@ def _tensors(directory: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str
     return {name: tuple(t.shape) for name, t in tensors.items()}, tensors.__getitem__
 
 
+def _is_of_base(adapter: Adapter, base: Base, parameter: str, name: str) -> bool:
+    """Whether a tensor is what the base has too: PEFT writes the whole of a table that it adapts, packed or not.
+
+    Raises: InputError for the codes, or the scales, of another base.
+    """
+    module, _, leaf = parameter.rpartition(".")
+    found = base.parameter(f"{module}.weight")
+    if found is None or found.matrix is None:
+        return False
+    stored = f"{found.matrix.name.removesuffix('weight')}{leaf}"
+    if all(e.name != stored or e.shape != adapter.shapes[name] for e in base.layout.entries(found.matrix)):
+        return False
+    theirs, ours = adapter.read(name), base.checkpoint.read(stored)
+    if torch.equal(theirs.float(), ours.float()):
+        return True
+    if leaf == "weight" and ours.is_floating_point():
+        return False
+    raise InputError(f"{shown(adapter.directory)}: {quoted(name)} is not what the base has; is it of another model?")
+
+
 def _place_whole(adapter: Adapter, base: Base, parameter: str, name: str) -> None:
     """A tensor that was trained whole."""
     found = base.parameter(parameter)
@@ -226,7 +247,9 @@ def _place_factors(adapter: Adapter, base: Base, module: str, held: dict[str, st
             raise _tied(adapter, module, tied)
         raise InputError(f"{where}: the base has no such weight; is the adapter of another model?")
     if found.kind not in ("linear", "conv1d", "embedding") and not (stack and found.experts):
-        raise InputError(f"{where}: LoRA on {found.kind or 'a parameter'} of the base; only layers are taken")
+        what = "a parameter" if found.kind in ("", "parameter", "other") else found.kind
+        told = "only layers and stacks of experts are taken; merge it with PEFT: merge_and_unload()"
+        raise InputError(f"{where}: LoRA on {what} of the base; {told}")
     _refuse_tied(adapter, found)
     a, b = (adapter.shapes.get(name, ()) for name in (ours, theirs))
     rows, columns = oriented_shape(found.kind, found.shape[-2:])

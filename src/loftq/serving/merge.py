@@ -131,11 +131,15 @@ def _dtype(dtype: str, shape: tuple[int, ...], wide: str) -> str:
 
 
 def _merged(tensor: Dense, base: Base, adapter: Adapter | None, expert: int | None) -> Tensor:
-    """A tensor, or a matrix of a stack, as the model has it, with what the adapter does to it."""
-    if adapter is not None and tensor.name in adapter.replaced:
-        held = adapter.replaced[tensor.name]
-        return adapter.read(held) if expert is None else adapter.part(held)[expert]
-    value = base.read(tensor, expert)
+    """A tensor, or a matrix of a stack, as the model has it, with what the adapter does to it.
+
+    What replaces it may have LoRA too: PEFT writes tables and heads that it adapts beside the factors.
+    """
+    held = None if adapter is None else adapter.replaced.get(tensor.name)
+    if adapter is None or held is None:
+        value = base.read(tensor, expert)
+    else:
+        value = oriented(tensor.kind, adapter.read(held) if expert is None else adapter.part(held)[expert])
     return oriented(tensor.kind, value if adapter is None else adapter.add_to(value, tensor, expert))
 
 
