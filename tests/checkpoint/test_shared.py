@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -190,6 +191,22 @@ def test_one_that_is_stopped_and_goes_on(source, golden, tmp_path):
     assert tree(tmp_path) == {f"out/{name}": raw for name, raw in golden.items()}
 
 
+def test_one_that_goes_on_in_the_place_of_another_run(source, golden, tmp_path):
+    """Its results would be taken for those of the run that was begun there meanwhile, with other options."""
+    output, other = tmp_path / "out", dataclasses.replace(POLICY, solve=loftq.SolveSpec(steps=3))
+    run(source, tmp_path / "alone", policy=other)
+    old = sharing(source, output, lambda: solved_slowly(0, lambda: os.kill(os.getpid(), signal.SIGSTOP)))
+    os.waitid(os.P_PID, old.pid, os.WSTOPPED | os.WNOWAIT)
+    shutil.rmtree(Workspace(output).root)
+    stopped_run(source, output, "00000.json", shared=True, policy=other)
+    while not old.has_ended():
+        old.kill(signal.SIGCONT)
+        time.sleep(0.05)
+    assert "ConflictError" in old.ended().err
+    run(source, output, shared=True, policy=other)
+    assert tree(output) == tree(tmp_path / "alone")
+
+
 def test_a_budget_is_measured_and_spent_once(source, golden, tmp_path):
     budget = dataclasses.replace(POLICY, bits="4", budget="3.5")
     run(source, tmp_path / "alone", policy=budget)
@@ -211,11 +228,11 @@ def test_the_summary_is_the_same(source, golden, tmp_path):
     assert tree(tmp_path / "out") == golden
 
 
-def stopped_run(source: Path, output: Path, **changes: Any) -> None:
-    """Work for an output that is left unfinished."""
+def stopped_run(source: Path, output: Path, at: str = "README.md", **changes: Any) -> None:
+    """Work for an output that is left unfinished: before a file of a name is written."""
 
     def step(op: str, path: Path) -> None:
-        if path.name == "README.md":
+        if path.name == at:
             os._exit(9)
 
     def work() -> None:

@@ -94,7 +94,7 @@ def claim(work: Workspace, identity: dict[str, Any], source: Path, shared: bool 
     Args:
         shared: other processes may be at work in it.
     """
-    _accept(work, identity, source, shared)
+    accept(work, identity, source, shared)
     for directory in (work.output, work.units):
         fsio.make_dirs(directory)
     if not shared:
@@ -103,10 +103,10 @@ def claim(work: Workspace, identity: dict[str, Any], source: Path, shared: bool 
                 fsio.remove(leftover)
     mine = {**identity, PLACE: _place(source), **({SHARED: True} if shared else {})}
     if not work.identity.exists() and not fsio.create(work.identity, [strict_json.dumps(mine)]):
-        _accept(work, identity, source, shared)
+        accept(work, identity, source, shared)
 
 
-def _accept(work: Workspace, identity: dict[str, Any], source: Path, shared: bool) -> None:
+def accept(work: Workspace, identity: dict[str, Any], source: Path, shared: bool) -> None:
     """ConflictError for the workspace of another command, or of another way to share it."""
     if work.identity.exists():
         left, place, others = _left(work)

@@ -18,7 +18,7 @@ from loftq.checkpoint.budget import planned, spent
 from loftq.checkpoint.claims import Crew
 from loftq.checkpoint.curves import Advance, Curves, measured
 from loftq.checkpoint.manifest import MANIFEST
-from loftq.checkpoint.output_dir import already_done, claim, publish
+from loftq.checkpoint.output_dir import accept, already_done, claim, is_ours, publish
 from loftq.checkpoint.shards import Solved, Unit, Workspace, solve_matrix
 from loftq.checkpoint.team import Handlers, Share, Team
 from loftq.errors import LoftqError
@@ -78,8 +78,9 @@ class Sharing:
         return already_done(self.work.target, self.job.identity, False)
 
     def over(self) -> bool:
-        """Whether nothing is left to do here: the output is there, or the workspace is gone."""
-        return (self.work.target / MANIFEST).exists() or not self.work.identity.exists()
+        """Whether nothing is left to do here: the output is there, or the workspace is gone or another command's."""
+        work = self.work
+        return (work.target / MANIFEST).exists() or not work.identity.exists() or not is_ours(work, self.job.identity)
 
     def team(self) -> Team:
         """Its threads: as the options say, or as fit the machine."""
@@ -275,7 +276,10 @@ def make_shared(ready: Prepared, begin: "Begin | None", engine: Engine) -> dict[
             while True:
                 engine.make_units(sharing, begin)
                 begin = None
-                if done := sharing.published() or sharing.finish():
+                if done := sharing.published():
+                    return done
+                accept(work, identity, ready.job.source.directory, shared=True)  # still, after however long a stop
+                if done := sharing.finish():
                     return done
     except (LoftqError, OSError):
         team.names_in(work.target.parent)

@@ -95,7 +95,7 @@ class Team:
                 for future in _next_of(running):
                     share, item = running.pop(future)
                     result = future.result()
-                    if result is not None:
+                    if result is not None and not self.over():
                         with self._unless_done(share):
                             handlers.keep(share, item, result)
                             self._counted.add((share.record, item))
