@@ -102,9 +102,9 @@ def reason_to_leave(name: str) -> str:
     return next((reason for reason, endings in REASONS.items() if lower.endswith(endings)), "")
 
 
-def _take_file(path: Path, directory: Path, found: Belongings, why: str = "") -> None:
+def _take_file(path: Path, directory: Path, found: Belongings) -> None:
     name = path.relative_to(directory).as_posix()
-    why = why or reason_to_leave(path.name) or _unreadable(path)
+    why = reason_to_leave(path.name) or _unreadable(path)
     if not why:
         check_link(path, directory)
         if path.stat().st_size > LARGEST:

@@ -149,27 +149,25 @@ class Checkpoint:
         return self.tensors[name]
 
 
-def open_checkpoint(directory: Path, *, allow_external_symlinks: bool = False) -> Checkpoint:
+def open_checkpoint(directory: Path) -> Checkpoint:
     """Find the shards of ``directory`` and check index, names, links and headers against each other.
 
     safetensors are preferred to ``.bin``. All missing, doubled and unlisted tensors are reported at once.
 
-    Args:
-        allow_external_symlinks: follow links that leave the directory to whatever file; see :func:`check_link`.
     Raises: InputError, StorageError.
     """
     kind, index, single = _find(directory)
     opener = _open_safetensors if kind == "safetensors" else _open_pickle
     if index is None:
-        check_link(single, directory, allow_external_symlinks)
+        check_link(single, directory)
         return Checkpoint(directory, kind, [opener(single)])
-    check_link(index, directory, allow_external_symlinks)
+    check_link(index, directory)
     weight_map, total_size = _read_index(index, single.suffix)
     paths = [directory / name for name in sorted(set(weight_map.values()))]
     missing = {path.name for path in paths if not os.path.lexists(path)}
     present = [path for path in paths if path.name not in missing]
     for path in present:
-        check_link(path, directory, allow_external_symlinks)
+        check_link(path, directory)
     shards = [opener(path) for path in present]
     _check_agreement(index, weight_map, missing, shards)
     _compare_total_size(index, total_size, shards)
@@ -300,7 +298,7 @@ def _check_case_twins(files: Iterable[str], where: str) -> None:
             raise InputError(f"{where}: {pair}; rename one, they are one file on some systems")
 
 
-def check_link(path: Path, directory: Path, allow_external: bool = False) -> None:
+def check_link(path: Path, directory: Path) -> None:
     """Refuse a symbolic link that leads nowhere, or out of the checkpoint to what is no part of a model.
 
     Followed are links inside ``directory``; into the blobs of the hub's cache; and to a file of the same name in
@@ -314,7 +312,7 @@ def check_link(path: Path, directory: Path, allow_external: bool = False) -> Non
         why = f"a symbolic link that leads nowhere ({e.strerror})"
         raise InputError(f"{shown(path)}: {why}; fetch the file again") from e
     home = Path(os.path.realpath(directory))
-    if not (allow_external or home in target.parents or _is_blob(target, home) or _is_of_a_model(target, path.name)):
+    if not (home in target.parents or _is_blob(target, home) or _is_of_a_model(target, path.name)):
         why = f"a symbolic link out of the checkpoint, to {quoted(target, 400)}"
         cure = "copy what belongs to the model into one directory (`cp -RL` follows links) and name that"
         raise InputError(f"{shown(path)}: {why}; {cure}")

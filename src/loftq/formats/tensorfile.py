@@ -173,11 +173,6 @@ def read_chunks(info: TensorInfo, stamp: FileStamp, chunk: int = CHUNK) -> Itera
         yield from file.chunks(info.start, info.stop, chunk)
 
 
-def aligned(entries: Sequence[Entry]) -> list[Entry]:
-    """``entries`` by falling width, then by name: so every tensor starts at a multiple of its width."""
-    return sorted(entries, key=lambda e: (-DTYPES[e.dtype].itemsize, e.name))
-
-
 def encode_header(entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> bytes:
     """Header length and header of a file whose tensors lie in the order of ``entries``.
 

@@ -32,9 +32,9 @@ class Rounding:
             h = torch.diag(h)  # descent over blocks needs no more than a diagonal
         self._h = None if self._kind == "nearest" else h
 
-    def first(self, target: Tensor, out: Tensor | None = None) -> tuple[Quantized, Tensor]:
+    def first(self, target: Tensor) -> tuple[Quantized, Tensor]:
         """The first Q of a target, and ``W − Q``."""
-        return self._round(target, self._h, out, None)
+        return self._round(target, self._h, None, None)
 
     def next(self, quantized: Quantized, b: Tensor, a: Tensor, out: Tensor) -> tuple[Quantized, Tensor]:
         """The Q of the next step, and ``W − Q``.

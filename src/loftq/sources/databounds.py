@@ -70,7 +70,7 @@ def long_text(size: int) -> str:
     return f"a text of {size} bytes, at most {MAX_ROW} are read; split it into several rows"
 
 
-def batch_size(dataset: "Dataset", most: int = 1000) -> int:
+def batch_size(dataset: "Dataset") -> int:
     """Rows that are tokenized at a time: so many that their texts are not more than the longest that is taken."""
     import pyarrow as pa
     import pyarrow.compute
@@ -80,7 +80,7 @@ def batch_size(dataset: "Dataset", most: int = 1000) -> int:
     for column in dataset.data.columns:
         if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
             largest = max(largest, pc.max(pc.binary_length(column)).as_py() or 0)
-    return max(1, min(most, MAX_ROW // largest))
+    return max(1, min(1000, MAX_ROW // largest))
 
 
 def _lines(path: Path, kind: str) -> Iterator[bytes]:
