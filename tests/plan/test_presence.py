@@ -1,6 +1,7 @@
 """Weights that a checkpoint lacks: which ones are an error, and what it names."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -101,6 +102,15 @@ def test_experts_that_are_missing(saved, tmp_path, part, message):
     """One tensor each on disk, one parameter for all in memory."""
     with pytest.raises(InputError, match=message):
         open_dense(without(saved("mixtral"), tmp_path / "source", part))
+
+
+def test_an_expert_of_another_shape(saved, tmp_path):
+    source = shutil.copytree(saved("mixtral"), tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    odd = "model.layers.0.block_sparse_moe.experts.2.w1.weight"
+    save_file({**tensors, odd: tensors[odd][:-1].clone()}, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=rf"{re.escape(odd)} is \(39, 72\), its likes are \(40, 72\)"):
+        open_dense(source)
 
 
 @pytest.mark.parametrize(

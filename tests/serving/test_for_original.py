@@ -25,6 +25,10 @@ def test_the_original_gets_what_training_added(made, name, tmp_path):
         wanted = layer.get_delta_weight("default") - before[n]
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert not (tmp_path / "out" / "loftq_base.json").exists()
+    with pytest.raises(InputError, match=r"exported for the original, and .* is quantized; give the one that was"):
+        loftq.merge(checkpoint.output, tmp_path / "merged", adapter=tmp_path / "out")
+    with pytest.warns(UserWarning, match="exported for the original"):
+        PeftModel.from_pretrained(checkpoint.load(), tmp_path / "out")
 
 
 def test_what_is_no_difference_is_refused(made, tmp_path):

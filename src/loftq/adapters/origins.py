@@ -13,7 +13,7 @@ from typing import Any
 from loftq.adapters.bases import KEY, is_relative, refuse_lost, resolved
 from loftq.errors import InputError, LoftqError, quoted, warn
 from loftq.formats import fsio, strict_json
-from loftq.formats.config import EXPORTED, MANIFEST
+from loftq.formats.config import EXPORTED, FOR_ORIGINAL, MANIFEST
 from loftq.nn.layers import PackedWeight
 from loftq.patching import patches
 
@@ -59,7 +59,7 @@ def _read(path: Path) -> dict[str, Any]:
 def refuse_other(adapter: Path, base: Path) -> None:
     """InputError if an adapter is known to belong to another base than the one in the directory ``base``."""
     wanted, found = recorded(adapter), identity(base)
-    if wanted is not None and wanted != found:
+    if wanted != found and (wanted is not None or _is_for_original(adapter)):
         raise InputError(f"{quoted(adapter, 400)}: {_told(wanted, found, quoted(base, 400))}")
 
 
@@ -68,7 +68,7 @@ def warn_of_other(model: Any, adapter: Any, subfolder: str | None = None) -> Non
     place = os.path.join(str(adapter), subfolder or "")
     wanted = recorded(place) if os.path.isdir(place) else None
     name = str(getattr(model, "name_or_path", "") or "")
-    if wanted is None or not name:
+    if (wanted is None and not _is_for_original(place)) or not name:
         return
     found = identity(name) if os.path.isdir(name) else None
     unknown = found is None and any(isinstance(module, PackedWeight) for module in model.modules())
@@ -76,7 +76,15 @@ def warn_of_other(model: Any, adapter: Any, subfolder: str | None = None) -> Non
         warn(f"{quoted(place, 400)}: {_told(wanted, found, quoted(name, 400))}")
 
 
-def _told(wanted: str, found: str | None, name: str) -> str:
+def _is_for_original(adapter: str | os.PathLike) -> bool:
+    """Whether an adapter was exported for the original, which holds what a quantized base lacks."""
+    exported: Any = _read(Path(adapter) / EXPORTED).get("identity") or {}
+    return isinstance(exported, dict) and (exported.get("options") or {}).get("to") == FOR_ORIGINAL
+
+
+def _told(wanted: str | None, found: str | None, name: str) -> str:
+    if wanted is None:
+        return f"the adapter was exported for the original, and {name} is quantized; give the one that was exported"
     here = f"of manifest {found[:12]}" if found else "without a manifest"
     return (
         f"the adapter belongs to the quantized model of manifest {wanted[:12]}, and {name} is another model, {here}: "

@@ -48,7 +48,7 @@ def check_weights(model: nn.Module, tensors: Mapping[str, tuple[str, tuple[int, 
         raise
     except Exception as e:  # whatever transformers raises for tensors that it cannot put together
         parts = listed(_short_of_parts(model, tensors), 3)
-        problem = f"too few tensors for {parts}" if parts else one_line(e)
+        problem = f"too few tensors for {parts}" if parts else listed(_unlike_others(model, tensors), 3) or one_line(e)
         raise InputError(f"{where}: the weights cannot be loaded: {problem}; fetch the checkpoint again") from e
     wrong = [
         f"{name} is {tuple(got)}, config.json asks for {tuple(wanted)}" for name, got, wanted in found["mismatched"]
@@ -127,6 +127,20 @@ def _short_of_parts(model: nn.Module, tensors: Mapping[str, Any]) -> list[str]:
         wanted[leaf] = max(wanted.get(leaf, 0), len(sources), len(numbers) * len(kinds))
     of = {name: wanted[name.rpartition(".")[2]] for name in parts}
     return [f"{name} ({len(sources)} of {of[name]})" for name, sources in parts.items() if len(sources) < of[name]]
+
+
+def _unlike_others(model: nn.Module, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[str]:
+    """Parts of parameters, such as one expert's matrix, with another shape than most of their kind."""
+    rename = renamer(model)
+    kinds: dict[str, dict[str, tuple[int, ...]]] = {}
+    for source, (_, shape) in tensors.items():
+        if rename(source)[1]:
+            kinds.setdefault(_NUMBER.sub("", source), {})[source] = shape
+    odd = []
+    for parts in kinds.values():
+        usual, _ = Counter(parts.values()).most_common(1)[0]
+        odd += [f"{quoted(n)} is {shape}, its likes are {usual}" for n, shape in parts.items() if shape != usual]
+    return odd
 
 
 @contextlib.contextmanager

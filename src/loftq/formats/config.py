@@ -11,6 +11,7 @@ from loftq.spec import QuantSpec, from_dict
 FORMAT_VERSION = 2  # of a checkpoint with a trellis or stacks of experts; all others are of version 1
 MANIFEST = "loftq_manifest.json"  # of a quantized directory, written last
 EXPORTED = "loftq_export.json"  # of what was made from one
+FOR_ORIGINAL = "lora-for-original"  # the export that is an adapter of the original
 
 
 @dataclass(frozen=True)

@@ -16,19 +16,18 @@ from loftq.checkpoint.assemble import ADAPTER
 from loftq.checkpoint.produce import Files
 from loftq.errors import UsageError, option
 from loftq.formats import fsio
+from loftq.formats.config import FOR_ORIGINAL
 from loftq.formats.tensorfile import Entry, encode_header, tensor_bytes
 from loftq.serving.adapter import CONFIG, Adapter, open_adapter, own_files
 from loftq.serving.base import Base
 from loftq.serving.merge import Begin
 from loftq.serving.output import copy
 
-NAME = "lora-for-original"
-
 
 def check(base: Base, adapter: Adapter | None) -> tuple[Adapter, Adapter]:
     """The adapter that was trained, and the one that it began as. UsageError or InputError if this is not possible."""
     if adapter is None or adapter.directory.resolve() == (base.directory / ADAPTER).resolve():
-        raise UsageError(f"{option('to', NAME)} writes what training added; give {option('adapter', 'RUN')}")
+        raise UsageError(f"{option('to', FOR_ORIGINAL)} writes what training added; give {option('adapter', 'RUN')}")
     adapter.refuse_more_than_linear("the difference of two adapters", "what the server has")
     return adapter, open_adapter(base.directory / ADAPTER, base)
 
