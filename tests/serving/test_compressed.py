@@ -14,7 +14,7 @@ from harness import EXACT
 from loftq.adapters.origins import identity
 from loftq.errors import InputError
 from loftq.planning import fused
-from models import LLAMA
+from models import LLAMA, same, tensors
 
 AUTO = transformers.AutoModelForCausalLM
 IDS = torch.arange(3, 19).reshape(2, 8)
@@ -103,10 +103,10 @@ def test_what_it_cannot_hold(place, made):
 MIXTURE = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "num_local_experts": 4, "head_dim": 16}
 
 
-def mixture(place, **options):
+def mixture(place, split=True, **options):
     torch.manual_seed(0)
     config = transformers.MixtralConfig(**{**LLAMA, **MIXTURE})
-    transformers.MixtralForCausalLM(config).save_pretrained(place / "source")
+    transformers.MixtralForCausalLM(config).save_pretrained(place / "source", save_original_format=split)
     options = {"serve": "compressed-tensors", "rank": 4, "workers": 1, "min_coverage": 0.0, **EXACT, **options}
     loftq.quantize(place / "source", place / "base", **options)
     return place / "base"
@@ -135,6 +135,19 @@ def test_transformers_loads_packed_experts(tmp_path):
         torch.testing.assert_close(*(model(IDS).logits for model in tuned), rtol=1e-5, atol=1e-5)
         with tuned[1].disable_adapter():
             assert not torch.allclose(tuned[0](IDS).logits, tuned[1](IDS).logits, atol=1e-4)
+
+
+def test_a_source_with_the_models_stacks_is_written_as_the_familys_files(tmp_path):
+    """Its names are those of transformers' modules, which other software does not know."""
+    for split in (True, False):
+        base = mixture(tmp_path / str(split), split, bits=4)
+        loftq.export(base, tmp_path / str(split) / "out", to="compressed-tensors")
+    for part in (".", "adapter"):
+        mine, theirs = (tensors(tmp_path / str(split) / "out" / part) for split in (False, True))
+        assert same(mine, theirs)
+        assert any(".block_sparse_moe.experts.3.w2." in name for name in mine)
+    configs = [json.loads((tmp_path / str(split) / "out" / "config.json").read_text()) for split in (True, False)]
+    assert configs[0] == configs[1]
 
 
 def test_experts_of_one_width(tmp_path):

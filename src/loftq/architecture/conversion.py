@@ -52,6 +52,23 @@ def converted_roles(
     return seen, roles
 
 
+def as_published(model: nn.Module) -> tuple[dict[str, str], dict[str, Made]]:
+    """What the family's files have for the parameters of a model: names of those that are only renamed, and of those
+    that are held in parts these, by transformers' own way of saving.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    parameters = dict(model.named_parameters())
+    try:
+        saved = revert_weight_conversion(model, parameters)  # type: ignore[arg-type]
+    except Exception:  # whatever an operation raises that cannot be reversed
+        return {}, {}
+    names = {id(tensor): name for name, tensor in saved.items()}
+    renamed = {name: names[id(p)] for name, p in parameters.items() if id(p) in names}
+    parts = {name: ("F32", tuple(t.shape)) for name, t in saved.items() if name not in renamed.values()}
+    return renamed, {name: made for name, (_, made) in _follow(model, parts).items()}
+
+
 def split_parameters(model: nn.Module, tensors: Headers) -> set[str]:
     """Parameters that transformers makes of tensors which it splits into several, such as a fused bias."""
     mapping = skeleton.converters(model)

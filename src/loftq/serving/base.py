@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loftq.architecture import skeleton
-from loftq.architecture.conversion import converted_roles
+from loftq.architecture.conversion import as_published, converted_roles
 from loftq.architecture.experts import KIND, STACKS
 from loftq.architecture.skeleton import parameter_of
 from loftq.checkpoint.manifest import MANIFEST, kept_made, planned, read_manifest
@@ -122,6 +122,16 @@ class Base:
         parts = {name for stack in made for name in sources(stack.made)}
         whole = [t for t in self.tensors.values() if (t.matrix or t.role.module) and t.name not in parts]
         return sorted([*whole, *made], key=lambda tensor: natural(tensor.name))
+
+    @cached_property
+    def published(self) -> tuple[dict[str, str], dict[str, Made]]:
+        """How the family's files have the parameters: :func:`loftq.architecture.conversion.as_published`."""
+        return as_published(self.model)
+
+    def experts_of(self, stack: Dense) -> Made:
+        """The tensors that the source, or else other files of the family, have for the experts of a stack."""
+        has_source = stack.matrix is not None and stack.matrix.sources
+        return stack.made if has_source else self.published[1].get(stack.runtime, ())
 
     def read(self, tensor: Dense, expert: int | None = None) -> Tensor:
         """A matrix that is quantized as float32 ``(out, in)``; another one oriented alike; all else as it is.

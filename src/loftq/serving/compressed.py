@@ -65,8 +65,13 @@ def write(place: Path, base: Base, adapter: Adapter | None, scales: str, begin: 
         return [stream.view(torch.int32), packed.narrow(matrix, d, scales), shape]
 
     settings = {"quantization_config": _config(base)}
-    files = packed.write_directory(place, base, adapter, settings, packed.Form(entries, made), begin)
+    files = packed.write_directory(place, base, adapter, settings, packed.Form(entries, made, name=_name), begin)
     return files if adapter is None else files | _adapter(place, base, adapter)
+
+
+def _name(base: Base, tensor: Dense) -> str:
+    """As the family's files have it: a source may have the names of transformers' modules."""
+    return base.published[0].get(tensor.name, tensor.name)
 
 
 def _config(base: Base) -> dict[str, Any]:
@@ -77,8 +82,9 @@ def _config(base: Base) -> dict[str, Any]:
             names += [name for name in _targets(base, tensor) if name not in names]
     done = {matrix.module for matrix in base.matrices}
     ignore = [n for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear) and n not in done]
-    kept = (t for t in base.tensors.values() if not t.matrix and t.kind != "embedding" and len(t.shape) == 2)
-    ignore += [name for t in kept if (name := t.name.removesuffix(".weight")) not in ignore]  # routers, dense experts
+    kept = [t for t in base.tensors.values() if not t.matrix and t.kind != "embedding" and len(t.shape) == 2]
+    names = [_name(base, tensor).removesuffix(".weight") for tensor in kept]
+    ignore += [name for name in names if name not in ignore]  # routers, dense experts
     weights = {"type": "int", "symmetric": True, "strategy": "group", "dynamic": False}
     return {
         "quant_method": NAME,

@@ -52,7 +52,7 @@ def parts(base: Base, tensor: Dense) -> list[PackedPart]:
     assert matrix is not None
     if not matrix.experts:
         return [PackedPart(matrix, matrix)]
-    if not matrix.sources:
+    if not base.experts_of(tensor):
         raise InputError(
             f"{quoted(matrix.name)}: the family's files have no layer for each expert, by which vLLM and transformers "
             f"read them; leave them dense with {option('bits', 'experts=16,4')}, or merge"

@@ -76,7 +76,7 @@ def write(place: Path, base: Base, adapter: Adapter, begin: Begin) -> Files:
 
 def layers(tensor: Dense, base: Base) -> Layers:
     """The layers that a stack is of. InputError for a stack whose experts are no layers."""
-    made = tensor.made if tensor.matrix is not None and tensor.matrix.sources else ()
+    made = base.experts_of(tensor)
     module, rows = (
         base.model.get_submodule(tensor.runtime.rpartition(".")[0]),
         oriented_shape(tensor.kind, tensor.shape[1:])[0],
