@@ -39,6 +39,8 @@ class Backend(NamedTuple):
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {k: v.to(device) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(v, device) for v in value)
     return value.to(device) if isinstance(value, Tensor) else value
 
 

@@ -109,6 +109,20 @@ def test_a_bias(kernels: Backend, tokens: int, dtype: torch.dtype) -> None:
     assert_accurate(got, as_column, exact, dense, factor=1.2)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_adapters_beside_it(kernels: Backend, tokens: int, dtype: torch.dtype) -> None:
+    """As added to the rounded product, up to the order of additions in float32."""
+    spec, bias = QuantSpec(bits=2), torch.randn(37)
+    tensors, x = stored(spec, 37, 72), torch.randn(tokens, 72).to(dtype)
+    adapters = [(torch.randn(5, 72), torch.randn(37, 5), 0.1), (torch.randn(2, 72), torch.randn(37, 2), 2.0)]
+    alone = kernels("linear", x, tensors, spec, 72, bias)
+    for some in (adapters[:1], adapters, []):
+        got = kernels("linear", x, tensors, spec, 72, bias, some)
+        tolerance = 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(got, reference.add_adapters(alone, x, some), rtol=tolerance, atol=8 * tolerance)
+
+
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_split_sums(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few programs that walk through several tiles, and many whose parts add up in float32, and are rounded once."""

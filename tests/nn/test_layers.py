@@ -116,6 +116,8 @@ def test_operators_keep_their_contract(spec):
     torch.library.opcheck(ops.linear, (x, layer.stored, key, COLUMNS, None))
     torch.library.opcheck(ops.linear_grad_input, (grad, layer.stored, key, COLUMNS))
     torch.library.opcheck(ops.dequantize, (layer.stored, key, COLUMNS, torch.float32))
+    lora = [torch.randn(2, COLUMNS)], [torch.randn(ROWS, 2)], [0.5]
+    torch.library.opcheck(ops.lora_linear, (x.detach(), layer.stored, key, COLUMNS, layer.bias.detach(), *lora))
     torch.library.opcheck(ops.lookup, (torch.tensor([[1, 2]]), layer.stored, key, COLUMNS, torch.bfloat16))
 
 

@@ -6,7 +6,7 @@ solver's worker, which has one, runs its kernel alone.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from loftq.codes import HOST, Absmax, levels
 from loftq.kernels import fitting, products, rounding
+from loftq.kernels.reference import Adapter
 from loftq.kernels.threads import run_over_rows
 from loftq.kernels.vectors import (
     LANES,
@@ -140,9 +141,16 @@ def decode_into(out: Tensor, stored: dict[str, Tensor], spec: QuantSpec) -> Tens
     return out
 
 
-def linear(x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, bias: Tensor | None = None) -> Tensor:
-    """``x @ W.T + bias``."""
-    return products.multiply_by(_weight(stored, spec, columns), x, bias)
+def linear(
+    x: Tensor,
+    stored: dict[str, Tensor],
+    spec: QuantSpec,
+    columns: int,
+    bias: Tensor | None = None,
+    adapters: Sequence[Adapter] = (),
+) -> Tensor:
+    """``x @ W.T + bias``, with adapters beside it."""
+    return products.multiply_by(_weight(stored, spec, columns), x, bias, adapters)
 
 
 def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:
@@ -151,14 +159,9 @@ def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, 
 
 
 def _weight(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> products.Multiplicand:
-    codes = _codes(stored, spec, columns)
-    known = codes.block if codes.block in KNOWN and columns % codes.block == 0 else 0
-    return products.Multiplicand(
-        *(len(codes.packed), columns, codes),
-        product=functools.partial(_product, spec.width, known=known),
-        decode=functools.partial(_decode_part, codes, spec.width),
-        unit=1,
-    )
+    codes, form = _codes(stored, spec, columns), _form(spec, columns)
+    decode = functools.partial(_decode_part, codes, form.width)
+    return products.Multiplicand(codes.packed.shape[0], columns, codes, form.product, decode, unit=1)
 
 
 def _decode_part(codes: "PackedCodes", bits: int, part: slice, out: Tensor) -> None:
@@ -193,20 +196,32 @@ class PackedCodes(NamedTuple):
 
 
 def _codes(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> PackedCodes:
-    packed = stored["weight"].detach().contiguous().flatten(1)
-    scale, zero = stored["weight_scale"].detach(), stored.get("weight_zero")
+    packed, scale, zero = stored["weight"].detach().contiguous(), stored["weight_scale"], stored.get("weight_zero")
+    packed = packed if packed.dim() == 2 else packed.flatten(1)
     if spec.double_quant:
         scale, _ = scale_and_zero({k: v.detach() for k, v in stored.items()})
-    scale = scale.expand(len(packed), -1).contiguous()
-    zero = None if zero is None else zero.detach().expand(len(packed), -1).contiguous()
-    return PackedCodes(packed, scale, zero, _table(spec.code, spec.width), spec.block(columns))
+    scale = scale.detach().expand(packed.shape[0], -1).contiguous()
+    zero = None if zero is None else zero.detach().expand(packed.shape[0], -1).contiguous()
+    form = _form(spec, columns)
+    return PackedCodes(packed, scale, zero, form.table, form.block)
+
+
+class Form(NamedTuple):
+    """What all weights of a spec and a width share."""
+
+    width: int
+    block: int
+    table: Tensor
+    product: Callable[[int], Callable]
 
 
 @functools.cache
 @torch.inference_mode(False)
-def _table(code: str, bits: int) -> Tensor:
-    found = levels(code, bits)
-    return found.repeat(max(1, LANES // len(found)))
+def _form(spec: QuantSpec, columns: int) -> Form:
+    table, block = levels(spec.code, spec.width), spec.block(columns)
+    known = block if block in KNOWN and columns % block == 0 else 0
+    product = functools.partial(_product, spec.width, known=known)
+    return Form(spec.width, block, table.repeat(max(1, LANES // len(table))), product)
 
 
 @functools.cache

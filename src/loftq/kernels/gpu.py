@@ -14,6 +14,7 @@ Tried under Triton's interpreter, and compiled for sm_80, sm_90 and sm_100; not 
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from triton import knobs  # pyright: ignore[reportMissingImports]
 
+from loftq.kernels.reference import Adapter, add_adapters
 from loftq.kernels.reference import descend as descend
 from loftq.kernels.reference import feedback as feedback
 from loftq.kernels.reference import pack as pack
@@ -52,12 +54,21 @@ def embedding(rows: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns:
     return _decoded({**stored, "weight": chosen}, spec, columns, dtype, rows.contiguous())
 
 
-def linear(x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    stored: dict[str, Tensor],
+    spec: QuantSpec,
+    columns: int,
+    bias: Tensor | None = None,
+    adapters: Sequence[Adapter] = (),
+) -> Tensor:
     """``x @ W.T + bias``. For few tokens straight from the packed weight, else decoded first, then a dense product."""
     if _few(x, columns):
-        return _multiplied(x, stored, spec, columns, by_rows=False, bias=bias)
-    bias = None if bias is None else bias.to(x.dtype)
-    return torch.nn.functional.linear(x, dequantize(stored, spec, columns, x.dtype), bias)
+        y = _multiplied(x, stored, spec, columns, by_rows=False, bias=bias)
+    else:
+        bias = None if bias is None else bias.to(x.dtype)
+        y = torch.nn.functional.linear(x, dequantize(stored, spec, columns, x.dtype), bias)
+    return add_adapters(y, x, adapters)
 
 
 def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:

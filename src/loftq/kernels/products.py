@@ -1,18 +1,24 @@
 """Products with packed weights on a CPU, whatever their code: straight from the codes for few tokens, else by BLAS."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
+from loftq.kernels.reference import Adapter, add_adapters
 from loftq.kernels.threads import run_over_rows
+from loftq.kernels.vectors import real, store
 
 FEW_TOKENS = 8  # up to here a product reads the packed weight once; beyond, decoding it first is faster
 TOGETHER = 4  # tokens multiplied at once, where there are several
 FEW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations that float32 holds
 PART = 1 << 21  # weights decoded at a time for a product in float32
+
+summed = njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})  # sums in any order, as BLAS's
 
 
 class Multiplicand(NamedTuple):
@@ -34,30 +40,80 @@ def dense(weight: Multiplicand, dtype: torch.dtype) -> Tensor:
     return out.to(dtype)
 
 
-def multiply_by(weight: Multiplicand, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ W.T + bias``. For few tokens straight from the packed weight, in float32; else decoded first, then BLAS."""
-    rows = x.detach().reshape(x.numel() // weight.columns, weight.columns)
-    if len(rows) <= FEW_TOKENS and x.dtype in FEW_DTYPES:
-        y = _few_products(weight, rows.float())
-        y = (y if bias is None else y.add_(bias)).to(x.dtype)
-    elif x.dtype != torch.float32:
+def multiply_by(
+    weight: Multiplicand, x: Tensor, bias: Tensor | None = None, adapters: Sequence[Adapter] = ()
+) -> Tensor:
+    """``x @ W.T + bias``, with adapters beside it. For few tokens from the packed weight; else it is decoded first."""
+    if x.numel() <= FEW_TOKENS * weight.columns and x.dtype in FEW_DTYPES:
+        if x.dtype != torch.float16 and len(adapters) < 2 and all(_is_float(a, b) for a, b, _ in adapters):
+            return _few_products(weight, x, bias, *adapters)
+        return add_adapters(_few_products(weight, x.float(), bias).to(x.dtype), x, adapters)
+    rows = x.detach().reshape(-1, weight.columns)
+    if x.dtype != torch.float32:
         y = torch.nn.functional.linear(rows, dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))
     else:
         y = rows.new_empty(len(rows), weight.rows)
         for part, decoded in _parts(weight):
             torch.mm(rows, decoded.T, out=y[:, part])
         y = y if bias is None else y.add_(bias)
-    return y.view(*x.shape[:-1], weight.rows)
+    return add_adapters(y.view(*x.shape[:-1], weight.rows), x, adapters)
 
 
-def _few_products(weight: Multiplicand, x: Tensor) -> Tensor:
-    """``x @ W.T`` in float32: one token, or :data:`TOGETHER` at once."""
-    tokens, few = len(x), 1 if len(x) == 1 else TOGETHER
-    x = torch.nn.functional.pad(x, (0, 0, 0, -tokens % few)) if tokens % few else x.contiguous()
-    y = x.new_empty(len(x), weight.rows)
-    for t in range(0, len(x), few):
-        run_over_rows(weight.product(few), weight.rows, *weight.arguments, x[t : t + few], y[t : t + few])
-    return y[:tokens]
+def _is_float(*tensors: Tensor) -> bool:
+    return all(tensor.dtype == torch.float32 for tensor in tensors)
+
+
+def _few_products(weight: Multiplicand, x: Tensor, bias: Tensor | None, adapter: Adapter | None = None) -> Tensor:
+    """One token, or :data:`TOGETHER` at once, in float32; ``x`` and the result in float32 or bfloat16.
+
+    What comes before and after is compiled too: where a weight has just passed through the caches, a small operator of
+    PyTorch's takes many times as long as on its own.
+    """
+    tokens, few = x.numel() // weight.columns, 1 if x.numel() == weight.columns else TOGETHER
+    padded = -(-tokens // few) * few
+    rows = torch.empty(padded, weight.columns, dtype=torch.float32, device="cpu")
+    y, thin, a, b, scaling = rows.new_empty(padded, weight.rows), None, None, None, 0.0
+    if adapter is not None:
+        a, b, scaling = adapter[0].detach().contiguous(), adapter[1].detach().contiguous(), adapter[2]
+        thin = rows.new_empty(tokens, a.shape[0])
+    run_over_rows(_before, 1, x.detach().contiguous().view(tokens, weight.columns), rows, a, thin)
+    for t in range(0, padded, few):
+        run_over_rows(weight.product(few), weight.rows, *weight.arguments, rows[t : t + few], y[t : t + few])
+    out = torch.empty((*x.shape[:-1], weight.rows), dtype=x.dtype, device="cpu")
+    bias = None if bias is None else bias.detach().float().contiguous()
+    run_over_rows(_after, weight.rows, y, bias, thin, b, np.float32(scaling), out.view(tokens, weight.rows))
+    return out
+
+
+@summed
+def _before(x, rows, a, thin, start, stop):
+    """``x`` in float32, with zeros behind; ``thin = x @ a.T``."""
+    rows[len(x) :] = 0
+    for t in range(len(x)):
+        for j in range(x.shape[1]):
+            rows[t, j] = real(x[t, j])
+        if a is not None:
+            for r in range(len(a)):
+                total = np.float32(0)
+                for j in range(x.shape[1]):
+                    total += rows[t, j] * a[r, j]
+                thin[t, r] = total
+
+
+@summed
+def _after(y, bias, thin, b, scaling, out, start, stop):
+    """``y + bias``, rounded, then ``+ thin @ b.T * scaling``, rounded."""
+    for t in range(len(out)):
+        for i in range(start, stop):
+            value = y[t, i]
+            if bias is not None:
+                value += bias[i]
+            store(out, t * out.shape[1] + i, value)
+            if b is not None:
+                total = np.float32(0)
+                for r in range(b.shape[1]):
+                    total += thin[t, r] * b[i, r]
+                store(out, t * out.shape[1] + i, real(out[t, i]) + total * scaling)
 
 
 def multiply_back(weight: Multiplicand, grad: Tensor) -> Tensor:

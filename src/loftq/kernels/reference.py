@@ -1,5 +1,7 @@
 """The kernels' contract in plain PyTorch: what every other back end is compared with, and the one for any device."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,8 @@ from loftq.numerics import pack as pack
 from loftq.spec import QuantSpec
 
 NAME = "reference"
+
+Adapter = tuple[Tensor, Tensor, float]  # A (rank, in), B (out, rank), their scaling
 
 
 def quantize_residual(
@@ -38,10 +42,25 @@ def dequantize(stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: 
     return decode(stored, spec, columns).to(dtype)
 
 
-def linear(x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, bias: Tensor | None = None) -> Tensor:
-    """``x @ W.T + bias`` in the dtype of ``x``."""
+def linear(
+    x: Tensor,
+    stored: dict[str, Tensor],
+    spec: QuantSpec,
+    columns: int,
+    bias: Tensor | None = None,
+    adapters: Sequence[Adapter] = (),
+) -> Tensor:
+    """``x @ W.T + bias`` in the dtype of ``x``, with adapters beside it."""
     bias = None if bias is None else bias.to(x.dtype)
-    return torch.nn.functional.linear(x, dequantize(stored, spec, columns, x.dtype), bias)
+    return add_adapters(torch.nn.functional.linear(x, dequantize(stored, spec, columns, x.dtype), bias), x, adapters)
+
+
+def add_adapters(y: Tensor, x: Tensor, adapters: Sequence[Adapter]) -> Tensor:
+    """``y + (x @ A.T) @ B.T * s`` for every adapter, in the dtype of ``y`` and rounded where PEFT rounds."""
+    total, product = y, torch.nn.functional.linear
+    for a, b, s in adapters:
+        total = total + product(product(x.to(a.dtype), a), b) * s
+    return total.to(y.dtype)
 
 
 def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:

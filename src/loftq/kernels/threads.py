@@ -9,6 +9,7 @@ entry, they run on a pool of ours.
 import ctypes
 import functools
 import itertools
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -49,9 +50,14 @@ def _array(tensor: Tensor) -> np.ndarray:
 
     Not by ``Tensor.numpy``, which forbids the storage to be resized from then on: FSDP2 frees gathered parameters so.
     """
-    dtype = DTYPES.get(tensor.dtype, "f4")
-    memory = (ctypes.c_char * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
-    return np.frombuffer(memoryview(memory), dtype).reshape(tensor.shape)
+    return _array_at(tensor.data_ptr(), tensor.shape, DTYPES.get(tensor.dtype, "f4"))
+
+
+@functools.lru_cache(4096)
+def _array_at(address: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """The same for a place in memory, whatever lies there: it holds nothing, so that it may be kept."""
+    memory = (ctypes.c_char * (math.prod(shape) * np.dtype(dtype).itemsize)).from_address(address)
+    return np.frombuffer(memoryview(memory), dtype).reshape(shape)
 
 
 def over_rows(work: Callable[[int, int], Any], rows: int) -> None:

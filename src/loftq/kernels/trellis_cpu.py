@@ -5,6 +5,7 @@ two paths cost the same they may differ.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from loftq.codes import RATE_UNIT, levels
 from loftq.kernels import products, viterbi, windows
+from loftq.kernels.reference import Adapter
 from loftq.kernels.threads import run_over_rows
 from loftq.numerics import Quantized, trellis_rounding
 from loftq.numerics.trellis import better_scales, first_scales
@@ -72,9 +74,16 @@ def decode_into(out: Tensor, stored: dict[str, Tensor], spec: QuantSpec) -> Tens
     return out
 
 
-def linear(x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, bias: Tensor | None = None) -> Tensor:
-    """``x @ W.T + bias``."""
-    return products.multiply_by(_weight(stored, spec, columns), x, bias)
+def linear(
+    x: Tensor,
+    stored: dict[str, Tensor],
+    spec: QuantSpec,
+    columns: int,
+    bias: Tensor | None = None,
+    adapters: Sequence[Adapter] = (),
+) -> Tensor:
+    """``x @ W.T + bias``, with adapters beside it."""
+    return products.multiply_by(_weight(stored, spec, columns), x, bias, adapters)
 
 
 def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:

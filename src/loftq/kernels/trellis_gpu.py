@@ -10,6 +10,7 @@ Tried under Triton's interpreter, and compiled for sm_90; not yet measured on a 
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from loftq.codes import RATE_UNIT, levels
 from loftq.kernels.gpu import DIRECT, PROGRAMS, _ceil, _few, _on
+from loftq.kernels.reference import Adapter, add_adapters
 from loftq.numerics import Quantized, trellis, trellis_rounding
 from loftq.spec import QuantSpec, trellis_groups
 
@@ -78,12 +80,21 @@ def dequantize(stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: 
     return out.to(dtype)
 
 
-def linear(x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    stored: dict[str, Tensor],
+    spec: QuantSpec,
+    columns: int,
+    bias: Tensor | None = None,
+    adapters: Sequence[Adapter] = (),
+) -> Tensor:
     """``x @ W.T + bias``. For few tokens straight from the packed weight, else decoded first, then a dense product."""
     if _few(x, columns):
-        return _multiplied(x, stored, spec, columns, by_rows=False, bias=bias)
-    bias = None if bias is None else bias.to(x.dtype)
-    return torch.nn.functional.linear(x, dequantize(stored, spec, columns, x.dtype), bias)
+        y = _multiplied(x, stored, spec, columns, by_rows=False, bias=bias)
+    else:
+        bias = None if bias is None else bias.to(x.dtype)
+        y = torch.nn.functional.linear(x, dequantize(stored, spec, columns, x.dtype), bias)
+    return add_adapters(y, x, adapters)
 
 
 def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:

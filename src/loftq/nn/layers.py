@@ -173,7 +173,12 @@ class LoftQLinear(PackedWeight, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return ops.linear(x, self.stored, self._spec_key, self._columns, self.bias)
+        return ops.linear(x, *self.operands)
+
+    @property
+    def operands(self) -> tuple[list[Tensor], str, int, Tensor | None]:
+        """What :func:`loftq.nn.ops.linear` multiplies by."""
+        return self.stored, self._spec_key, self._columns, self.bias
 
     def to_dense(self, dtype: torch.dtype) -> nn.Module:
         """An ordinary ``nn.Linear``, or ``Conv1D``, with the decoded weight."""

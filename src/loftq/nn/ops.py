@@ -6,13 +6,29 @@ its spec as a string. Forward and backward both decode the packed weight; the de
 
 import functools
 import json
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from loftq.kernels import backend
 from loftq.spec import QuantSpec, from_dict, stored_rows, stored_tensors
+
+_library = torch.library.Library("loftq", "DEF")
+
+
+def _operator(function: Callable[..., Tensor]) -> Any:
+    """An operator of PyTorch's, its schema as the annotations say.
+
+    ``torch.library.custom_op`` makes the same, and asks at every call of inference whether a result shares memory with
+    an argument: that took longer than all else around a small product.
+    """
+    name = function.__name__
+    _library.define(name + torch.library.infer_schema(function, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    return getattr(torch.ops.loftq, name).default
 
 
 def spec_key(spec: QuantSpec) -> str:
@@ -39,46 +55,72 @@ def _rows(stored: list[Tensor], key: str) -> int:
 
 def _own(result: Tensor) -> Tensor:
     """``result``, no longer known as a view: autograd lets nobody change the view that an operator returns in place."""
-    return torch.ops.aten._unsafe_view(result, result.shape)
+    return torch.ops.aten._unsafe_view(result, result.shape) if result._is_view() else result
 
 
-@torch.library.custom_op("loftq::dequantize", mutates_args=())
+@_operator
 def dequantize(stored: list[Tensor], spec: str, columns: int, dtype: torch.dtype) -> Tensor:
     """The dense weight ``(out, in)`` in ``dtype``."""
     kernels, tensors, quant = _named(stored, spec)
     return kernels.dequantize(tensors, quant, columns, dtype)
 
 
-@dequantize.register_fake
+@torch.library.register_fake("loftq::dequantize", lib=_library)
 def _(stored: list[Tensor], spec: str, columns: int, dtype: torch.dtype) -> Tensor:
     return stored[0].new_empty((_rows(stored, spec), columns), dtype=dtype)
 
 
-@torch.library.custom_op("loftq::linear", mutates_args=())
+@_operator
 def linear(x: Tensor, stored: list[Tensor], spec: str, columns: int, bias: Tensor | None) -> Tensor:
     """``x @ W.T + bias`` for a packed W, in the dtype of ``x``. ``x``: ``(..., in)``; result ``(..., out)``."""
     kernels, tensors, quant = _named(stored, spec)
     return _own(kernels.linear(x, tensors, quant, columns, bias))
 
 
-@linear.register_fake
+@torch.library.register_fake("loftq::linear", lib=_library)
 def _(x: Tensor, stored: list[Tensor], spec: str, columns: int, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], _rows(stored, spec)))
 
 
-@torch.library.custom_op("loftq::linear_grad_input", mutates_args=())
+@_operator
+def lora_linear(
+    x: Tensor,
+    stored: list[Tensor],
+    spec: str,
+    columns: int,
+    bias: Tensor | None,
+    a: list[Tensor],
+    b: list[Tensor],
+    scaling: list[float],
+) -> Tensor:
+    """:func:`linear` plus ``(x @ A.T) @ B.T * scaling`` of every adapter, as PEFT computes it. It has no gradient.
+
+    Args:
+        a: of every adapter, ``(rank, in)``.
+        b: of every adapter, ``(out, rank)``.
+    """
+    kernels, tensors, quant = _named(stored, spec)
+    return _own(kernels.linear(x, tensors, quant, columns, bias, list(zip(a, b, scaling, strict=True))))
+
+
+@torch.library.register_fake("loftq::lora_linear", lib=_library)
+def _(x: Tensor, stored: list[Tensor], spec: str, columns: int, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], _rows(stored, spec)))
+
+
+@_operator
 def linear_grad_input(grad: Tensor, stored: list[Tensor], spec: str, columns: int) -> Tensor:
     """``grad @ W``: the gradient of :func:`linear` with respect to its input."""
     kernels, tensors, quant = _named(stored, spec)
     return _own(kernels.linear_grad_input(grad, tensors, quant, columns))
 
 
-@linear_grad_input.register_fake
+@torch.library.register_fake("loftq::linear_grad_input", lib=_library)
 def _(grad: Tensor, stored: list[Tensor], spec: str, columns: int) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], columns))
 
 
-@torch.library.custom_op("loftq::lookup", mutates_args=())
+@_operator
 def lookup(indices: Tensor, stored: list[Tensor], spec: str, columns: int, dtype: torch.dtype) -> Tensor:
     """Rows of a packed table: ``(*indices.shape, columns)`` in ``dtype``. Only the rows looked up are decoded."""
     if not indices.numel():
@@ -87,7 +129,7 @@ def lookup(indices: Tensor, stored: list[Tensor], spec: str, columns: int, dtype
     return kernels.embedding(indices.flatten(), tensors, quant, columns, dtype).view(*indices.shape, columns)
 
 
-@lookup.register_fake
+@torch.library.register_fake("loftq::lookup", lib=_library)
 def _(indices: Tensor, stored: list[Tensor], spec: str, columns: int, dtype: torch.dtype) -> Tensor:
     return stored[0].new_empty((*indices.shape, columns), dtype=dtype)
 
@@ -118,8 +160,10 @@ def _of_linear_grad_input(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
 
 
 # Without the bias, each is the other's derivative: the product with a constant matrix, and with its transpose.
-linear.register_autograd(_of_linear, setup_context=_save_linear)
-linear_grad_input.register_autograd(_of_linear_grad_input, setup_context=_save_linear_grad_input)
+torch.library.register_autograd("loftq::linear", _of_linear, setup_context=_save_linear, lib=_library)
+torch.library.register_autograd(
+    "loftq::linear_grad_input", _of_linear_grad_input, setup_context=_save_linear_grad_input, lib=_library
+)
 
 
 def _groups(ends: Tensor, count: int) -> tuple[list[tuple[int, slice]], slice]:
@@ -143,7 +187,7 @@ def _by_expert(
     return y
 
 
-@torch.library.custom_op("loftq::experts", mutates_args=())
+@_operator
 def experts(x: Tensor, ends: Tensor, stored: list[Tensor], spec: str, rows: int, columns: int) -> Tensor:
     """``x_i @ W_e.T`` for packed experts; only those that have rows are decoded, one at a time.
 
@@ -155,18 +199,18 @@ def experts(x: Tensor, ends: Tensor, stored: list[Tensor], spec: str, rows: int,
     return _by_expert(x, ends, stored, spec, columns, rows, "linear")
 
 
-@experts.register_fake
+@torch.library.register_fake("loftq::experts", lib=_library)
 def _(x: Tensor, ends: Tensor, stored: list[Tensor], spec: str, rows: int, columns: int) -> Tensor:
     return x.new_empty(len(x), rows)
 
 
-@torch.library.custom_op("loftq::experts_grad_input", mutates_args=())
+@_operator
 def experts_grad_input(grad: Tensor, ends: Tensor, stored: list[Tensor], spec: str, rows: int, columns: int) -> Tensor:
     """``grad_i @ W_e``: the gradient of :func:`experts` with respect to its input."""
     return _by_expert(grad, ends, stored, spec, columns, columns, "linear_grad_input")
 
 
-@experts_grad_input.register_fake
+@torch.library.register_fake("loftq::experts_grad_input", lib=_library)
 def _(grad: Tensor, ends: Tensor, stored: list[Tensor], spec: str, rows: int, columns: int) -> Tensor:
     return grad.new_empty(len(grad), columns)
 
@@ -186,11 +230,13 @@ def _of_experts_grad_input(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
     return experts(grad, ends, stored, *ctx.sizes), None, [None] * len(stored), None, None, None
 
 
-experts.register_autograd(_of_experts, setup_context=_save_experts)
-experts_grad_input.register_autograd(_of_experts_grad_input, setup_context=_save_experts)
+torch.library.register_autograd("loftq::experts", _of_experts, setup_context=_save_experts, lib=_library)
+torch.library.register_autograd(
+    "loftq::experts_grad_input", _of_experts_grad_input, setup_context=_save_experts, lib=_library
+)
 
 
-@torch.library.custom_op("loftq::grouped_mm", mutates_args=())
+@_operator
 def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """``x_i @ W_e`` for dense ``(experts, in, out)``; ``x`` and ``ends`` as :func:`experts` takes them.
 
@@ -204,12 +250,12 @@ def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return y
 
 
-@grouped_mm.register_fake
+@torch.library.register_fake("loftq::grouped_mm", lib=_library)
 def _(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(len(x), weights.shape[2])
 
 
-@torch.library.custom_op("loftq::grouped_outer", mutates_args=())
+@_operator
 def grouped_outer(x: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
     """``sum_i x_i^T grad_i`` over the rows of each expert: the gradient of :func:`grouped_mm` for its weights."""
     result = x.new_zeros(len(ends), x.shape[1], grad.shape[1])
@@ -218,7 +264,7 @@ def grouped_outer(x: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
     return result
 
 
-@grouped_outer.register_fake
+@torch.library.register_fake("loftq::grouped_outer", lib=_library)
 def _(x: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(len(ends), x.shape[1], grad.shape[1])
 
@@ -234,4 +280,4 @@ def _of_grouped(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
     return to_x, to_weights, None
 
 
-grouped_mm.register_autograd(_of_grouped, setup_context=_save_grouped)
+torch.library.register_autograd("loftq::grouped_mm", _of_grouped, setup_context=_save_grouped, lib=_library)
