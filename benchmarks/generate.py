@@ -11,6 +11,7 @@ bfloat16, on one thread; at most 1.2 times the memory of bitsandbytes. A Llama o
 billion weights; a token after a prompt of 8. Trellises, slow to make, have one layer, and no goal.
 """
 
+import contextlib
 import ctypes
 import gc
 import tempfile
@@ -45,14 +46,6 @@ def one_token(model: Any) -> Callable[[], Any]:
     return call
 
 
-def without_adapter(model: Any, call: Callable[[], Any]) -> Callable[[], Any]:
-    def bare() -> None:
-        with model.disable_adapter():
-            call()
-
-    return bare
-
-
 def speed(bench: Bench, shape: Shape, packed: Sequence[str], goals: Sequence[tuple[str, float | None]]) -> None:
     """One token of all models, in turn; all are in memory.
 
@@ -75,8 +68,10 @@ def speed(bench: Bench, shape: Shape, packed: Sequence[str], goals: Sequence[tup
         torch.set_num_threads(threads)
         case = f"one token, hidden {hidden}, {layers} layers, {threads} thread{'s' * (threads > 1)}"
         bench.compare(case, calls, versus if threads == 1 else told, repeats=repeats, number=2)
-        bare = {side: without_adapter(models[side], call) for side, call in calls.items()}
-        bench.compare(f"{case}, without adapter", bare, told, repeats=repeats, number=2)
+        with contextlib.ExitStack() as switched_off:
+            for model in models.values():
+                switched_off.enter_context(model.disable_adapter())
+            bench.compare(f"{case}, without adapter", calls, told, repeats=repeats, number=2)
 
 
 def trim() -> None:

@@ -23,6 +23,7 @@ from loftq.kernels.vectors import (
     add_products,
     add_scaled,
     add_totals,
+    fetch,
     look_up,
     multiply,
     real,
@@ -38,7 +39,8 @@ from loftq.numerics.fitting import AROUND, ROUNDS, start_parts
 from loftq.spec import QuantSpec, packed_shape
 
 NAME = "cpu"
-CACHED = 4096  # activations that stay in the fastest cache
+CACHED = 8192  # activations that fast caches hold
+AHEAD = 2048  # bytes between the codes that are asked for and those that are read
 KNOWN = (32, 64, 128)  # sizes of blocks that get a kernel of their own
 FEW_GAPS = 15  # up to here counting the smaller ones, vectorised, beats a table that tells where to look
 
@@ -383,6 +385,7 @@ def _product(bits: int, few: int, known: int = 0) -> Callable:
                     first = b * size
                     codes, parts = i * stride + (first * bits >> 3), zeros(few)
                     z = spread(np.float32(0))
+                    fetch(packed, codes + AHEAD)
                     if zero is not None:
                         z = spread(real(zero[i, b]))
                     whole = known if known else _tiled(first, min(size, columns - first), bits)
