@@ -237,6 +237,13 @@ def test_an_output_behind_a_link(source, output, tmp_path):
     assert (output / "loftq_manifest.json").exists()
 
 
+def test_a_link_that_leads_to_itself(source, output):
+    output.symlink_to(output)
+    refused(cli("quantize", source, "-o", output, *FLAGS), 2, "--output", "a link that leads to itself")
+    refused(cli("status", output), 3, "no output of loftq")
+    assert os.listdir(output.parent) == ["out"]
+
+
 def test_missing_parents_are_made(source, output):
     run(source, output / "deep" / "er")
     assert (output / "deep" / "er" / "loftq_manifest.json").exists()

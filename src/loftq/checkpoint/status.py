@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import socket
 import time
 from pathlib import Path
@@ -31,7 +32,7 @@ def status(directory: Path) -> dict[str, Any]:
 
     Raises: InputError where there is neither an output of ours nor work for one.
     """
-    work = Workspace(local_path("the directory", directory).resolve())
+    work = Workspace(Path(os.path.realpath(local_path("the directory", directory))))
     if not _is_done(work):
         try:
             return _unfinished(work)

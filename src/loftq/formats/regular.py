@@ -80,7 +80,10 @@ def output_path(given: str | Path) -> Path:
     """The real path of a directory to be made. UsageError if nothing can be called so, or work beside it."""
     path = local_path(option("output"), given)
     _check_name(option("output"), Path(f"{path}{PARTIAL}"))
-    return Path(os.path.realpath(path))
+    real = Path(os.path.realpath(path))
+    if real.is_symlink():
+        raise UsageError(f"{option('output')} {shown(real)}: a link that leads to itself")
+    return real
 
 
 def _check_name(what: str, path: Path) -> None:
