@@ -193,7 +193,8 @@ def fetch(typing: Any, packed: Any, at: Any) -> Any:
     """Ask memory for the bytes at place ``at``, which may lie behind the end: they will be read soon."""
 
     def build(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        place = _place(context, builder, signature.args[0], *values, BYTE)
+        packed, at = values
+        place = _place(context, builder, signature.args[0], packed, at, BYTE)
         _call(builder, "llvm.prefetch.p0i8", ir.VoidType(), [place, WORD(0), WORD(3), WORD(1)])
         return context.get_dummy_value()
 
