@@ -102,7 +102,7 @@ def test_no_tokenizer(place, tmp_path):
         if not path.name.startswith("token"):
             (tmp_path / path.name).write_bytes(path.read_bytes())
     asked = ("calibrate", tmp_path, "-o", tmp_path.parent / "x", "--data", place / "text.txt")
-    refused(cli(*asked), 3, "no tokenizer that can be read: none of tokenizer.json, vocab.txt is there")
+    refused(cli(*asked), 3, "no tokenizer that can be read: none of tokenizer.json, vocab.txt exists")
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
     refused(cli(*asked), 3, "does not know 95% of the text's tokens")
 
