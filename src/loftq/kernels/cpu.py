@@ -161,9 +161,9 @@ def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, 
 
 
 def _weight(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> products.Multiplicand:
-    codes, form = _codes(stored, spec, columns), _form(spec, columns)
-    decode = functools.partial(_decode_part, codes, form.width)
-    return products.Multiplicand(codes.packed.shape[0], columns, codes, form.product, decode, unit=1)
+    codes, constants = _codes(stored, spec, columns), _constants(spec, columns)
+    decode = functools.partial(_decode_part, codes, constants.width)
+    return products.Multiplicand(codes.packed.shape[0], columns, codes, constants.product, decode, unit=1)
 
 
 def _decode_part(codes: "PackedCodes", bits: int, part: slice, out: Tensor) -> None:
@@ -204,11 +204,11 @@ def _codes(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> PackedCo
         scale, _ = scale_and_zero({k: v.detach() for k, v in stored.items()})
     scale = scale.detach().expand(packed.shape[0], -1).contiguous()
     zero = None if zero is None else zero.detach().expand(packed.shape[0], -1).contiguous()
-    form = _form(spec, columns)
-    return PackedCodes(packed, scale, zero, form.table, form.block)
+    constants = _constants(spec, columns)
+    return PackedCodes(packed, scale, zero, constants.table, constants.block)
 
 
-class Form(NamedTuple):
+class Constants(NamedTuple):
     """What all weights of a spec and a width share."""
 
     width: int
@@ -219,11 +219,11 @@ class Form(NamedTuple):
 
 @functools.cache
 @torch.inference_mode(False)
-def _form(spec: QuantSpec, columns: int) -> Form:
+def _constants(spec: QuantSpec, columns: int) -> Constants:
     table, block = levels(spec.code, spec.width), spec.block(columns)
     known = block if block in KNOWN and columns % block == 0 else 0
     product = functools.partial(_product, spec.width, known=known)
-    return Form(spec.width, block, table.repeat(max(1, LANES // len(table))), product)
+    return Constants(spec.width, block, table.repeat(max(1, LANES // len(table))), product)
 
 
 @functools.cache
