@@ -157,6 +157,9 @@ def test_experts_of_one_width(tmp_path):
     assert "vllm serve" in made["commands"][1]
     plan = loftq.plan(tmp_path / "source", serve="compressed-tensors", rank=4, progress=False)
     assert [len(group) for group in fused(plan.matrices, "compressed-tensors") if "experts" in group[0]] == [4]
-    base = mixture(tmp_path / "other", bits="layers.0.mlp.experts=8,4")
+    base = mixture(tmp_path / "other", bits="layers.0.mlp.experts=8,4", serve=None, code="int")
     with pytest.raises(InputError, match="experts of several widths or blocks, or dense in part"):
         loftq.export(base, tmp_path / "other" / "out", to="compressed-tensors")
+    for bits in ("layers.0.mlp.experts=8,4", "layers.0.mlp.experts=16,4"):
+        with pytest.raises(InputError, match="experts of several widths or blocks, or dense in part"):
+            loftq.plan(tmp_path / "source", serve="compressed-tensors", bits=bits, rank=4, min_coverage=0.0)

@@ -85,16 +85,23 @@ def test_experts_are_what_we_decode(layout, tmp_path):
 
 
 def test_mixtures_that_mlx_lm_would_compute_otherwise_are_refused(tmp_path, monkeypatch):
-    directory = made_of("olmoe", tmp_path / "one", serve="mlx", code="auto", bits="layers.0.mlp.experts=16,4")
+    """By the export, and by a plan for it."""
+    bits = "layers.0.mlp.experts=16,4"
+    directory = made_of("olmoe", tmp_path / "one", bits=bits, scale_dtype="bfloat16")
     with pytest.raises(InputError, match=r"layers\.0\.mlp\.experts\.down_proj.*: dense, and stacks are written"):
         loftq.export(directory, tmp_path / "mlx", to="mlx", adapter="none")
+    with pytest.raises(InputError, match=r"layers\.0\.mlp\.experts\.down_proj.*: dense, and stacks are written"):
+        loftq.plan(tmp_path / "one" / "olmoe", serve="mlx", bits=bits, rank=4)
     name, sizes = MIXTURES["qwen2-moe"]
     monkeypatch.setitem(MIXTURES, "qwen2-moe", (name, {**sizes, "norm_topk_prob": True}))
-    directory = made_of("qwen2-moe", tmp_path / "two", serve="mlx", code="auto")
+    directory = made_of("qwen2-moe", tmp_path / "two", scale_dtype="bfloat16")
     with pytest.raises(
         InputError, match="norm_topk_prob is True, and mlx-lm computes Qwen2MoeForCausalLM only with False"
     ):
         loftq.export(directory, tmp_path / "mlx", to="mlx", adapter="none")
+    with pytest.raises(InputError, match=r"norm_topk_prob is True.*quantize without serve='mlx', merge that"):
+        loftq.quantize(tmp_path / "two" / "qwen2-moe", tmp_path / "out", serve="mlx", bits=4, rank=4)
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_what_is_written(tmp_path, made):

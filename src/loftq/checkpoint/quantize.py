@@ -98,7 +98,9 @@ class QuantizeOptions:
     curves: Path | None = None  # where the error curves of a budget are kept; None: in the workspace
 
     def __post_init__(self) -> None:
-        layouts.get(self.format)
+        layout = layouts.get(self.format)
+        if self.policy.serve and (why := layouts.why_not_served(layout, self.policy.serve)):
+            raise UsageError(f"{option('serve', self.policy.serve)}: {why}")
         check_whole(option("max_shard_bytes"), self.max_shard_bytes, 0)
         check_fields(self, option)
         if self.is_shared and self.overwrite:

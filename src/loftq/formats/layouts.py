@@ -147,6 +147,16 @@ def get(name: str) -> Layout:
     return _LAYOUTS[name]
 
 
+def why_not_served(layout: Layout, software: str) -> str:
+    """Why no file for ``software`` can be made of a directory in this format; empty if one can."""
+    if layout.packed:
+        return ""
+    return (
+        f"{option('format', layout.name)} keeps no packed codes, of which the files for {software} are made; quantize "
+        f"with {option('format', PackedLayout.name)}, or merge, and convert that"
+    )
+
+
 def names() -> tuple[str, ...]:
     """All layouts, in the order in which they were registered."""
     return tuple(_LAYOUTS)

@@ -4,7 +4,14 @@ from loftq.errors import UsageError, option, quoted
 from loftq.planning.policy import Policy
 from loftq.spec import QuantSpec
 
-STACKS = ("gguf", "compressed-tensors", "mlx")  # what holds stacks of experts
+LAYERS = ("linear", "conv1d")
+# Kinds of matrices that it holds, of layers and of stacks of experts.
+KINDS = {
+    "gguf": (*LAYERS, "experts", "experts-transposed", "experts-reversed"),
+    "compressed-tensors": ("linear", "experts", "experts-transposed", "experts-reversed"),
+    "mlx": ("linear", "experts"),
+    "onnx": LAYERS,
+}
 SCALES = {"gguf": "float16"}  # others have the policy's
 # Software -> code, bits and block that it has; of two for the same width the first is the better.
 CONTAINERS = {
@@ -38,10 +45,11 @@ def choices(policy: Policy) -> list[QuantSpec]:
     return list(found.values())
 
 
-def why_not_served(policy: Policy, quant: QuantSpec, columns: int, is_stack: bool) -> str:
+def why_not_served(policy: Policy, quant: QuantSpec, columns: int, kind: str) -> str:
     """Why ``policy.serve`` cannot hold a matrix of so many columns; empty if it can."""
-    if is_stack and policy.serve not in STACKS:
-        return f"a stack of experts, which cannot be exported to {policy.serve} yet"
+    if kind not in KINDS[str(policy.serve)]:
+        what = "a stack of experts" if kind.startswith("experts") else f"a {kind}"
+        return f"{what}, which cannot be exported to {policy.serve} yet"
     if columns % quant.block_size:
         return f"rows of {columns} are no multiple of {policy.serve}'s block of {quant.block_size}"
     return ""

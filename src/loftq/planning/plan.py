@@ -260,7 +260,7 @@ def make(
         budgeted = chosen.get(role.module) if chosen else None
         rows, columns = oriented_shape(role.kind, _one(role, shape))
         quant, instead = _quant(policy, width, budgeted, role.kind, rows)
-        if policy.serve and (reason := why_not_served(policy, quant, columns, _is_stack(role))):
+        if policy.serve and (reason := why_not_served(policy, quant, columns, role.kind)):
             missed = _is_missed(role, shape, smallest)
             kept.append(Kept(name, dtype, shape, math.prod(shape) * _itemsize(dtype), reason, missed, role.made))
             continue

@@ -23,7 +23,7 @@ from loftq.formats.rows import gathered
 from loftq.formats.source import Checkpoint, open_checkpoint
 from loftq.numerics import oriented, oriented_shape
 from loftq.planning import Made, Matrix, Role, natural, sources
-from loftq.spec import stored_tensors
+from loftq.spec import QuantSpec, stored_tensors
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,11 @@ class Base:
         parts = {name for stack in made for name in sources(stack.made)}
         whole = [t for t in self.tensors.values() if (t.matrix or t.role.module) and t.name not in parts]
         return sorted([*whole, *made], key=lambda tensor: natural(tensor.name))
+
+    @property
+    def stacks(self) -> dict[str, QuantSpec | None]:
+        """The stacks of experts that the model has, and how they are quantized; None where they are dense."""
+        return {t.runtime: t.matrix and t.matrix.quant for t in self.as_model if t.experts}
 
     @cached_property
     def published(self) -> tuple[dict[str, str], dict[str, Made]]:

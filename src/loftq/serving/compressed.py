@@ -14,6 +14,7 @@ from torch import Tensor
 from loftq.adapters.bases import WEIGHTS
 from loftq.adapters.origins import BESIDE, FIELD
 from loftq.architecture.experts import STACKS
+from loftq.architecture.served import check_experts, check_stacks
 from loftq.checkpoint.produce import Files
 from loftq.errors import InputError, listed, option, quoted
 from loftq.formats import fsio
@@ -29,15 +30,9 @@ NAME = "compressed-tensors"
 
 def check(base: Base, adapter: Adapter | None) -> str:
     """The type of the scales, by safetensors' name. InputError for what the format cannot hold."""
-    packed.check(base, NAME, ("linear", *STACKS))
-    stacks = [tensor for tensor in base.tensors.values() if tensor.experts]
-    if len({tensor.matrix and tensor.matrix.quant for tensor in stacks}) > 1:
-        raise InputError(
-            f"{listed([tensor.name for tensor in stacks], 3)}: experts of several widths or blocks, or dense in part; "
-            f"transformers and vLLM have one for all: give them the same {option('bits')} and {option('block_size')}"
-        )
-    for tensor in stacks:
-        packed.parts(base, tensor)
+    packed.check(base, NAME)
+    check_stacks(NAME, base.stacks)
+    check_experts(NAME, base.model, base.matrices, base.published[1])
     if _has_experts(adapter):
         per_expert.check(base, adapter)
     for matrix in base.matrices:

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from loftq.architecture.served import check_model
 from loftq.checkpoint.produce import Files
 from loftq.errors import InputError, listed, option, quoted
 from loftq.formats import fsio, strict_json
@@ -90,6 +91,7 @@ def check(base: Base, adapter: Adapter | None, converter: Path) -> None:
     """Refuse what cannot be written, before anything is."""
     if not converter.is_file():
         raise InputError(f"{option('converter')} {shown(converter)}: no such file; wanted llama.cpp's {SCRIPT}")
+    check_model("gguf", base.model)
     for matrix in base.matrices:
         block_for(matrix)
     if adapter is not None:

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from loftq.checkpoint.produce import Files, produce
-from loftq.errors import UsageError, listed, option
+from loftq.errors import InputError, UsageError, listed, option
 from loftq.formats import fsio
 from loftq.formats.belongings import licence
+from loftq.formats.layouts import why_not_served
+from loftq.formats.regular import shown
 from loftq.options import check_choice
+from loftq.planning.containers import CONTAINERS
 from loftq.report.card import exported_card
 from loftq.serving.adapter import Adapter
 from loftq.serving.base import Base
@@ -125,6 +128,8 @@ def export(directory: Path, output: Path, options: ExportOptions, begin: Begin) 
         ``output`` is taken; UsageError if a package is missing.
     """
     base, adapter = open_both(directory, options.adapter)
+    if options.to in CONTAINERS and (why := why_not_served(base.layout, options.to)):
+        raise InputError(f"{shown(base.directory)}: {why}")
     write, commands = TARGETS[options.to](base, adapter, options)
     places, read = sources_of(base, adapter)
     identity = {**read, "options": options.identity(), "loftq": __version__}

@@ -5,7 +5,6 @@ By the package gguf: keys and names are its own. Which families have what is sai
 
 import io
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from loftq.architecture.experts import parts_of
+from loftq.architecture.served import LLAMA_CPP, check_model, refuse_uneven
 from loftq.errors import InputError, extra, listed, option, quoted
 from loftq.numerics import oriented_shape
 from loftq.serving.base import Dense
@@ -21,27 +21,6 @@ with extra("gguf"):
     import gguf  # type: ignore[import-not-found]
     from gguf.gguf_writer import GGUFWriter, TensorInfo, WriterState  # type: ignore[import-not-found]
 
-# Class of transformers -> architecture of llama.cpp.
-FAMILIES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "GemmaForCausalLM": "gemma",
-    "Phi3ForCausalLM": "phi3",
-    "MixtralForCausalLM": "llama",
-    "Qwen2MoeForCausalLM": "qwen2moe",
-    "Qwen3MoeForCausalLM": "qwen3moe",
-    "OlmoeForCausalLM": "olmoe",
-}
-# What llama.cpp computes whatever the file says: another value is another model, or does not load.
-FIXED: dict[str, dict[str, Any]] = {
-    "gemma": {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
-    "qwen2moe": {"norm_topk_prob": False, "tie_word_embeddings": False},
-    "qwen3moe": {"norm_topk_prob": True},
-    "olmoe": {"norm_topk_prob": False, "tie_word_embeddings": False, "clip_qkv": None},
-}
-LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 ROPE = ("default", "linear", "yarn", "llama3")
 
 
@@ -78,17 +57,8 @@ class Family:
         return {f"{name}.weight": rows for name, rows in named.items()}
 
     def refuse_uneven(self, names: list[str]) -> None:
-        """InputError if some layer has other tensors than the first, as where experts are in a part of the layers."""
-        layers: dict[str, set[str]] = {}
-        for name in names:
-            if found := LAYER.match(name):
-                layers.setdefault(found[1], set()).add(found[2])
-        for number, held in layers.items():
-            if odd := held ^ layers["0"]:
-                raise InputError(
-                    f"layers 0 and {number}: one of them lacks {listed(sorted(odd), 3)}; llama.cpp's {self.name} has "
-                    "layers of one kind only"
-                )
+        """InputError if some layer has other tensors than the first."""
+        refuse_uneven(self.name, names)
 
     def heads(self, name: str) -> int:
         """Heads whose rows GGUF has in another order, of the tensor that it calls ``name``; 0 if it has none.
@@ -105,9 +75,9 @@ class Family:
 def family_of(model: Any) -> Family:
     """Of a model of transformers. InputError for a family, or rotary embedding, that is not known here."""
     config, architecture = model.config, type(model).__name__
-    if architecture not in FAMILIES:
+    if architecture not in LLAMA_CPP:
         raise InputError(
-            f"{architecture}: GGUF is written here only for {listed(FAMILIES)}; give llama.cpp's "
+            f"{architecture}: GGUF is written here only for {listed(LLAMA_CPP)}; give llama.cpp's "
             f"convert_hf_to_gguf.py with {option('converter', 'PATH')}"
         )
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
@@ -116,27 +86,10 @@ def family_of(model: Any) -> Family:
             f"{architecture}: rope_type {quoted(kind)} is not written here; name llama.cpp's "
             f"convert_hf_to_gguf.py with {option('converter', 'PATH')}"
         )
-    name = FAMILIES[architecture]
-    _refuse_others(architecture, name, config)
+    check_model("gguf", model)
+    name = LLAMA_CPP[architecture]
     number = next(n for n, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
     return Family(name, config, gguf.get_tensor_name_map(number, config.num_hidden_layers))
-
-
-def _refuse_others(architecture: str, name: str, config: Any) -> None:
-    fixed = {"hidden_act": "silu", **FIXED.get(name, {})}
-    heads = config.num_attention_heads
-    if name != "llama":
-        fixed["attention_bias"] = False
-    if name in ("qwen2", "qwen2moe", "phi3", "olmoe"):
-        fixed["head_dim"] = config.hidden_size // heads
-    if name == "olmoe":  # whose norm of keys is as wide as that of queries
-        fixed["num_key_value_heads"] = heads
-    for key, wanted in fixed.items():
-        if (given := getattr(config, key, wanted)) not in (wanted, None):
-            raise InputError(
-                f"{architecture}: config.json has {key} {quoted(given)}; llama.cpp's {name} computes with "
-                f"{quoted(wanted)} always, so that it would be another model; use another runtime"
-            )
 
 
 def permuted(rows: np.ndarray, heads: int) -> np.ndarray:

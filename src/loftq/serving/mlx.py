@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loftq.architecture.experts import KIND, parts_of
+from loftq.architecture.experts import parts_of
+from loftq.architecture.served import MLX, check_model, check_stacks
 from loftq.checkpoint.produce import Files
-from loftq.errors import InputError, listed, option, quoted
 from loftq.formats import fsio
 from loftq.formats.tensorfile import Entry, encode_header, tensor_bytes
 from loftq.numerics import oriented_shape
@@ -27,50 +27,13 @@ from loftq.serving.base import Base, Dense
 from loftq.serving.merge import Begin
 
 NAME = "mlx"
-# Classes of transformers whose modules mlx-lm has by the same names; of mixtures, what it calls ``mlp``.
-FAMILIES = {
-    **dict.fromkeys(("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"), "mlp"),
-    **dict.fromkeys(("GemmaForCausalLM", "Phi3ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"), "mlp"),
-    "OlmoeForCausalLM": "mlp",
-    "MixtralForCausalLM": "block_sparse_moe",
-}
-# What mlx-lm takes for granted, whatever the configuration says.
-GRANTED: dict[str, dict[str, Any]] = {
-    "Qwen2MoeForCausalLM": {
-        "hidden_act": "silu",
-        "use_sliding_window": False,
-        "norm_topk_prob": False,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "qkv_bias": True,
-        "tie_word_embeddings": False,
-    },
-    "Qwen3MoeForCausalLM": {"hidden_act": "silu", "use_sliding_window": False, "attention_bias": False},
-    "OlmoeForCausalLM": {"hidden_act": "silu", "clip_qkv": None},
-    "MixtralForCausalLM": {"hidden_act": "silu", "sliding_window": None},
-}
 
 
 def check(base: Base, adapter: Adapter | None) -> str:
     """The type of the scales, by safetensors' name. InputError for what mlx-lm cannot load."""
-    architecture = type(base.model).__name__
-    if architecture not in FAMILIES:
-        raise InputError(
-            f"{architecture}: the export to MLX supports only {listed(FAMILIES)}; merge it, and "
-            "convert the result with mlx_lm.convert"
-        )
-    for key, value in GRANTED.get(architecture, {}).items():
-        if (found := getattr(base.model.config, key, value)) != value:
-            raise InputError(
-                f"{quoted(base.directory, 400)}: {key} is {quoted(repr(found))}, and mlx-lm computes {architecture} "
-                f"only with {value!r}; merge it, and run the result with other software"
-            )
-    packed.check(base, NAME, ("linear", KIND))
-    if dense := [tensor.runtime for tensor in base.as_model if tensor.experts and not tensor.matrix]:
-        raise InputError(
-            f"{listed(dense, 3)}: dense, and stacks are written that are quantized; quantize them too, with "
-            f"{option('serve', NAME)}, or merge, and convert that with mlx_lm.convert"
-        )
+    check_model(NAME, base.model)
+    packed.check(base, NAME)
+    check_stacks(NAME, base.stacks)
     if adapter is not None:
         adapter.refuse_more_than_linear("an adapter of mlx-lm", "mlx_lm.convert", experts=True)
     return packed.scale_dtype(base)
@@ -103,7 +66,7 @@ def write(place: Path, base: Base, adapter: Adapter | None, scales: str, begin: 
 
 def _name(base: Base, parameter: str) -> str:
     """What mlx-lm calls a Parameter."""
-    return parameter.replace(".mlp.", f".{FAMILIES[type(base.model).__name__]}.")
+    return parameter.replace(".mlp.", f".{MLX[type(base.model).__name__]}.")
 
 
 def _parts(base: Base, tensor: Dense) -> list[packed.PackedPart]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loftq.architecture.loading import load_config, load_weights
+from loftq.architecture.served import check_model
 from loftq.architecture.skeleton import one_line
 from loftq.checkpoint.produce import Files
 from loftq.errors import InputError, extra, quoted
@@ -54,12 +55,8 @@ class MatMulNBits(nn.Module):
 
 def check(base: Base) -> None:
     """InputError for what has no such node, or a model that is not of texts."""
-    if base.model.main_input_name != "input_ids" or base.model.config.is_encoder_decoder:
-        raise InputError(
-            f"{type(base.model).__name__}: the export to ONNX supports only text encoders and decoders; merge it, and "
-            "export the result with transformers.exporters"
-        )
-    packed.check(base, NAME, ("linear", "conv1d"))
+    check_model(NAME, base.model)
+    packed.check(base, NAME)
 
 
 def write(place: Path, base: Base, adapter: Adapter | None, begin: Begin) -> Files:

@@ -19,7 +19,7 @@ from loftq.formats import fsio, strict_json
 from loftq.formats.tensorfile import DTYPES, Entry
 from loftq.numerics import pack, unpack
 from loftq.planning import Matrix
-from loftq.planning.containers import CONTAINERS
+from loftq.planning.containers import CONTAINERS, KINDS
 from loftq.serving.adapter import Adapter
 from loftq.serving.base import Base, Dense
 from loftq.serving.merge import Begin
@@ -47,16 +47,11 @@ class PackedPart:
 
 
 def parts(base: Base, tensor: Dense) -> list[PackedPart]:
-    """The parts of a quantized tensor; of a stack the experts' layers in the source. InputError if there are none."""
+    """The parts of a quantized tensor; of a stack the experts' layers in the source."""
     matrix = tensor.matrix
     assert matrix is not None
     if not matrix.experts:
         return [PackedPart(matrix, matrix)]
-    if not base.experts_of(tensor):
-        raise InputError(
-            f"{quoted(matrix.name)}: the family's files have no layer for each expert, by which vLLM and transformers "
-            f"read them; leave them dense with {option('bits', 'experts=16,4')}, or merge"
-        )
     made = []
     for layer, (expert, rows) in layers(tensor, base).items():
         shape = len(range(matrix.shape[0])[rows]), matrix.shape[1]
@@ -65,7 +60,7 @@ def parts(base: Base, tensor: Dense) -> list[PackedPart]:
     return made
 
 
-def check(base: Base, software: str, kinds: tuple[str, ...] = ("linear",)) -> None:
+def check(base: Base, software: str) -> None:
     """InputError for a matrix that ``software``, a value of ``--serve``, cannot hold."""
     have = {(bits, size) for code, bits, size in CONTAINERS[software] if code == "int"}
     for matrix in base.matrices:
@@ -73,7 +68,7 @@ def check(base: Base, software: str, kinds: tuple[str, ...] = ("linear",)) -> No
         odd = {
             quant.code: quant.code != "int",
             "double_quant": quant.double_quant,
-            matrix.kind: matrix.kind not in kinds,
+            matrix.kind: matrix.kind not in KINDS[software],
         }
         if any(odd.values()):
             found = " and ".join(what for what, is_odd in odd.items() if is_odd)

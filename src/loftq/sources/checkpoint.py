@@ -40,16 +40,23 @@ class Source:
 def open_source(model: str, policy: Policy, revision: str | None = None) -> Source:
     """Headers, skeleton and plan of a local directory, a hub id or a URL.
 
-    Reads no weights, so a budget is not spent yet.
+    Reads no weights, so a budget is not spent yet. InputError for a model that what is to serve it cannot run.
     """
-    from loftq.architecture import skeleton
+    from loftq.architecture import served, skeleton
     from loftq.architecture.adapter import task_type
     from loftq.architecture.conversion import converted_roles
+    from loftq.architecture.experts import STACKS
 
     directory = located(model, revision)
     checkpoint, built = open_dense(directory)
     tensors, roles = converted_roles(built, {n: (t.dtype, t.shape) for n, t in checkpoint.tensors.items()})
+    if policy.serve:
+        served.check_model(policy.serve, built)
     plan = planning.make(tensors, roles, policy)
+    if policy.serve:
+        quants = {m.name: m.quant for m in plan.matrices}
+        served.check_stacks(policy.serve, {n: quants.get(n) for n in tensors if roles[n].kind in STACKS})
+        served.check_experts(policy.serve, built, plan.matrices)
     chosen = {m.module for m in plan.matrices}
     return Source(
         directory=directory,

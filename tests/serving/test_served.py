@@ -1,0 +1,97 @@
+"""``--serve``: what the software cannot run is refused when it is planned, by what the export says; nothing else is."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from test_gguf import FAMILIES, MIXTURES, SIZES, TURNED, made_of
+
+import loftq
+from harness import cli, refused
+from loftq.architecture.served import check_model
+from loftq.errors import InputError, UsageError
+from loftq.planning.containers import CONTAINERS
+
+
+def source(place, name, **other):
+    family, more = {**FAMILIES, **MIXTURES, **TURNED, "gpt2": ("GPT2", {})}[name]
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **more, **other})
+    model = getattr(transformers, f"{family}{'LMHeadModel' if name == 'gpt2' else 'ForCausalLM'}")(config)
+    model.save_pretrained(place / name)
+    return place / name
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "serve", "told"),
+    [
+        ("qwen3-moe", {"norm_topk_prob": False}, "gguf", "norm_topk_prob False; llama.cpp's qwen3moe"),
+        ("qwen3-moe", {"mlp_only_layers": [1]}, "gguf", "layers 0 and 1: one of them lacks .*experts"),
+        ("qwen3", {"attention_bias": True}, "gguf", "attention_bias True"),
+        ("mixtral", {"sliding_window": 16}, "mlx", "sliding_window is 16, and mlx-lm"),
+        ("gpt2", {}, "mlx", "GPT2LMHeadModel: the export to MLX supports only"),
+        ("gpt2", {}, "compressed-tensors", "a conv1d, which cannot be exported to compressed-tensors yet"),
+        ("gpt-oss", {}, "compressed-tensors", "no layer for each expert.*bits='experts=16,4'"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_a_weight_is_read(name, other, serve, told, tmp_path):
+    directory = source(tmp_path, name, **other)
+    for file in directory.glob("*.safetensors"):  # the headers alone, and holes for the weights
+        with file.open("r+b") as opened:
+            size = file.stat().st_size
+            opened.truncate(8 + int.from_bytes(opened.read(8), "little"))
+            opened.truncate(size)
+    given = {"serve": serve, "bits": 4, "rank": 4, "min_coverage": 0.0}
+    with pytest.raises(InputError, match=told):
+        loftq.plan(directory, **given)
+    with pytest.raises(InputError, match=told):
+        loftq.quantize(directory, tmp_path / "out", workers=1, **given)
+    assert not list(tmp_path.glob("out*"))
+    if name == "gpt-oss":
+        assert loftq.plan(directory, **{**given, "bits": "experts=16,4"}).matrices
+
+
+def test_the_command_says_so_in_one_line(tmp_path):
+    directory = source(tmp_path, "qwen3-moe", norm_topk_prob=False)
+    for verb in (("plan", directory), ("quantize", directory, "-o", tmp_path / "out")):
+        ended = cli(*verb, "--serve", "gguf", "--rank", "4", "--bits", "4")
+        refused(ended, 3, "quantize without --serve gguf, and use another runtime")
+
+
+def test_other_families_are_left_to_llama_cpps_script(tmp_path):
+    assert loftq.plan(source(tmp_path, "gpt2"), serve="gguf", rank=4, bits=4).matrices
+    assert loftq.plan(source(tmp_path, "gpt-oss"), serve="gguf", rank=4, bits=4).matrices
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    assert loftq.plan(source(tmp_path, "llama", rope_parameters=rope), serve="gguf", rank=4, bits=4).matrices
+
+
+@pytest.mark.parametrize("serve", CONTAINERS)
+def test_every_family_that_is_exported_passes(serve):
+    for family, more in {**FAMILIES, **MIXTURES}.values():
+        with torch.device("meta"):
+            config = getattr(transformers, f"{family}Config")(**{**SIZES, **more})
+            check_model(serve, getattr(transformers, f"{family}ForCausalLM")(config))
+
+
+def test_the_script_of_llama_cpp_makes_no_other_model_either(tmp_path):
+    pytest.importorskip("gguf")
+    directory = made_of("qwen3", tmp_path)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}))
+    (tmp_path / "script.py").write_text("raise SystemExit(1)")
+    with pytest.raises(InputError, match="hidden_act gelu"):
+        loftq.export(directory, tmp_path / "out", to="gguf", converter=tmp_path / "script.py")
+
+
+def test_formats_without_packed_codes_are_not_served(tmp_path):
+    directory = source(tmp_path, "llama")
+    for form in ("dense", "bnb"):
+        with pytest.raises(UsageError, match=f"serve='mlx': format='{form}' keeps no packed codes"):
+            loftq.quantize(directory, tmp_path / "out", serve="mlx", format=form, rank=4)
+    assert not list(tmp_path.glob("out*"))
+    shutil.rmtree(directory)
+    made = made_of("llama", tmp_path, format="dense")
+    for serve in CONTAINERS:
+        with pytest.raises(InputError, match=f"format='dense' keeps no packed codes, of which the files for {serve}"):
+            loftq.export(made, tmp_path / "out", to=serve)
