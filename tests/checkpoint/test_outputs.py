@@ -130,7 +130,7 @@ def test_a_complete_output_of_the_same_command(source, output):
     again = cli("quantize", source, "-o", output, *FLAGS)
     assert first.code == again.code == 0
     assert ["already done" in ended.out for ended in (first, again)] == [False, True]
-    assert f"`loftq verify {output}` compares their bytes" in again.out
+    assert f"`loftq verify {output}` checks their bytes" in again.out
     assert tree(output) == before
     assert {p: p.stat().st_mtime_ns for p in output.rglob("*")} == times
     assert set(os.listdir(output.parent)) == {"out"}

@@ -1,6 +1,7 @@
 """The command as a process: signals, one line for every error, exit codes."""
 
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -31,6 +32,9 @@ def _stop(number: int, _: object) -> NoReturn:
 def main() -> NoReturn:
     """Run the command line: for every error one line on stderr and an exit code; a traceback if LOFTQ_DEBUG is set."""
     speak_as_command_line()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may have no sign for what is in a name
     handler = logging.StreamHandler()
     handler.setFormatter(_Quoting("loftq: %(levelname)s: %(message)s"))
     logging.getLogger("loftq").addHandler(handler)
