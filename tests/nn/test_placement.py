@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 import transformers
+from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -131,3 +132,16 @@ def test_what_a_user_trained_on_fewer_modules_loads(made, tmp_path):
     again.load_adapter(checkpoint.output, "start", subfolder="loftq_init")
     again.set_adapter("start")
     assert torch.equal(outputs(again), outputs(checkpoint.start().eval()))
+
+
+def test_accelerate_fills_what_was_built_empty(made):
+    """Nothing of a packed layer stays on the meta device, where the checkpoint holds nothing for it."""
+    directory = made("llama").output
+    with init_empty_weights():
+        config = transformers.AutoConfig.from_pretrained(directory)
+        empty = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
+    found = load_checkpoint_and_dispatch(empty, str(directory), device_map={"": "cpu"})
+    wanted = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    assert packed(found)
+    assert torch.equal(outputs(found), outputs(wanted))

@@ -48,8 +48,12 @@ class Packed(nn.Module):
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
     def _like_model(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        """A buffer that holds no value. Its dtype is the model's, and follows .to(dtype) like any buffer."""
-        self.register_buffer("_like", torch.empty(0, device=device, dtype=dtype), persistent=False)
+        """A buffer that holds no value. Its dtype is the model's, and follows .to(dtype) like any buffer.
+
+        Nothing loads it, so it is never on the meta device, from which it could not be moved.
+        """
+        like = torch.empty(0, device=device, dtype=dtype)
+        self.register_buffer("_like", torch.empty_like(like, device="cpu") if like.is_meta else like, persistent=False)
 
     @property
     def compute_dtype(self) -> torch.dtype:
