@@ -25,7 +25,8 @@ STUDIES = {
     "moe": (
         "Decoder: a small mixture of experts",
         "Perplexity on WikiText, before and after fine-tuning. The model is a Qwen3-MoE of 7.4M parameters, with 8 "
-        "experts a layer of which 2 take a token, made by `examples/pretrain.py --architecture moe --steps 1200 --bf16`.",
+        "experts a layer of which 2 take a token, made by `examples/pretrain.py --architecture moe --steps 1200 "
+        "--bf16`.",
         " --model SMALL-MOE",
     ),
     "seq2seq": (
