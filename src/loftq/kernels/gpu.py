@@ -23,7 +23,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from triton import knobs  # pyright: ignore[reportMissingImports]
 
-from loftq.kernels.reference import Adapter, add_adapters
+from loftq.kernels.reference import Adapter, add_adapters, dense_linear
 from loftq.kernels.reference import descend as descend
 from loftq.kernels.reference import feedback as feedback
 from loftq.kernels.reference import pack as pack
@@ -63,12 +63,9 @@ def linear(
     adapters: Sequence[Adapter] = (),
 ) -> Tensor:
     """``x @ W.T + bias``. For few tokens straight from the packed weight, else decoded first, then a dense product."""
-    if _few(x, columns):
-        y = _multiplied(x, stored, spec, columns, by_rows=False, bias=bias)
-    else:
-        bias = None if bias is None else bias.to(x.dtype)
-        y = torch.nn.functional.linear(x, dequantize(stored, spec, columns, x.dtype), bias)
-    return add_adapters(y, x, adapters)
+    if not _few(x, columns):
+        return dense_linear(x, dequantize(stored, spec, columns, x.dtype), bias, adapters)
+    return add_adapters(_multiplied(x, stored, spec, columns, by_rows=False, bias=bias), x, adapters)
 
 
 def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:

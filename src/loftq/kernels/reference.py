@@ -51,8 +51,13 @@ def linear(
     adapters: Sequence[Adapter] = (),
 ) -> Tensor:
     """``x @ W.T + bias`` in the dtype of ``x``, with adapters beside it."""
+    return dense_linear(x, dequantize(stored, spec, columns, x.dtype), bias, adapters)
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter]) -> Tensor:
+    """``x @ weight.T + bias`` for a decoded weight in the dtype of ``x``, with adapters beside it."""
     bias = None if bias is None else bias.to(x.dtype)
-    return add_adapters(torch.nn.functional.linear(x, dequantize(stored, spec, columns, x.dtype), bias), x, adapters)
+    return add_adapters(torch.nn.functional.linear(x, weight, bias), x, adapters)
 
 
 def add_adapters(y: Tensor, x: Tensor, adapters: Sequence[Adapter]) -> Tensor:

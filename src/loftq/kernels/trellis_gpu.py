@@ -20,7 +20,7 @@ from torch import Tensor
 
 from loftq.codes import RATE_UNIT, levels
 from loftq.kernels.gpu import DIRECT, PROGRAMS, _ceil, _few, _on
-from loftq.kernels.reference import Adapter, add_adapters
+from loftq.kernels.reference import Adapter, add_adapters, dense_linear
 from loftq.numerics import Quantized, trellis, trellis_rounding
 from loftq.spec import QuantSpec, trellis_groups
 
@@ -89,12 +89,9 @@ def linear(
     adapters: Sequence[Adapter] = (),
 ) -> Tensor:
     """``x @ W.T + bias``. For few tokens straight from the packed weight, else decoded first, then a dense product."""
-    if _few(x, columns):
-        y = _multiplied(x, stored, spec, columns, by_rows=False, bias=bias)
-    else:
-        bias = None if bias is None else bias.to(x.dtype)
-        y = torch.nn.functional.linear(x, dequantize(stored, spec, columns, x.dtype), bias)
-    return add_adapters(y, x, adapters)
+    if not _few(x, columns):
+        return dense_linear(x, dequantize(stored, spec, columns, x.dtype), bias, adapters)
+    return add_adapters(_multiplied(x, stored, spec, columns, by_rows=False, bias=bias), x, adapters)
 
 
 def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:
