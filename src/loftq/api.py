@@ -212,10 +212,7 @@ def quantize(
     if isinstance(options.get("calibrate"), Statistics):
         raise UsageError("calibrate: wanted a file of texts or a directory of statistics, got statistics in memory")
     given = {**options, "max_shard_bytes": max_shard_bytes, "statistics": statistics}
-    for name in ("calibrate", "curves", "statistics"):
-        if given.get(name) is not None:
-            given[name] = as_path(name, given[name])
-    asked = quantize_options(given)
+    asked = quantize_options(with_paths(given, "calibrate", "curves", "statistics"))
     with Bar("calibrate", "step", shown=progress) as collecting, MatrixBar(shown=progress) as bar:
         return of_checkpoint(_quantize(model, output, asked, bar.begin, collecting.begin))
 
@@ -286,6 +283,11 @@ def as_path(what: str, value: Any) -> str:
         raise UsageError(f"{what}: wanted a path, got {type(value).__name__}")
     check_not_empty(what, os.fspath(value))
     return os.fspath(value)
+
+
+def with_paths(given: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Options, those of them that are paths as :func:`as_path` gives them."""
+    return {**given, **{name: as_path(name, given[name]) for name in names if given.get(name) is not None}}
 
 
 def optional(what: str, value: Any) -> str | None:

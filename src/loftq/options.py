@@ -286,7 +286,13 @@ class Made(Machine, total=False):
     task_type: Annotated[str | None, Option(None), "PEFT task type to write into the adapter's configuration."]
 
 
-class Work(Made, total=False):
+class Replacing(TypedDict, total=False):
+    """Of whatever makes a directory."""
+
+    overwrite: Annotated[bool, Option(False), "Replace an earlier output of loftq."]
+
+
+class Work(Made, Replacing, total=False):
     """How a checkpoint is made."""
 
     format: Annotated[
@@ -302,7 +308,6 @@ class Work(Made, total=False):
         Option(0, bounds={"ge": 0}),
         "Number of matrices solved at a time. Default: as many as CPUs and memory allow; on a GPU one.",
     ]
-    overwrite: Annotated[bool, Option(False), "Replace an earlier output of loftq."]
     shared: Annotated[
         bool,
         Option(False),
@@ -359,14 +364,18 @@ def _row(hint: Any) -> tuple[Any, Option]:
 
 
 GROUPS = (Storage, Ranks, Dtypes, Solver, Variant, Calibration, Collection, Work, Training)
-# name -> its type, without None, and the option
-TABLE = {name: _row(hint) for group in GROUPS for name, hint in group.__annotations__.items()}
+Rows = dict[str, tuple[Any, Option]]  # name -> its type, without None, and the option
+# Of what makes a checkpoint; what is made of one, :mod:`loftq.serving.options`, has some names for other options.
+TABLE: Rows = {name: _row(hint) for group in GROUPS for name, hint in group.__annotations__.items()}
 
 
-def rows(*asked: Any) -> dict[str, tuple[Any, Option]]:
+def rows(*asked: Any) -> Rows:
     """Rows of the tables, by groups and single names, in this order."""
-    names = [name for one in asked for name in ([one] if isinstance(one, str) else one.__annotations__)]
-    return {name: TABLE[name] for name in names}
+    found: Rows = {}
+    for one in asked:
+        named = isinstance(one, str)
+        found |= {one: TABLE[one]} if named else {name: _row(hint) for name, hint in one.__annotations__.items()}
+    return found
 
 
 def is_text(kind: Any) -> bool:
@@ -374,9 +383,9 @@ def is_text(kind: Any) -> bool:
     return str in typing.get_args(kind) and int in typing.get_args(kind)
 
 
-def default(name: str) -> Any:
-    """The default of an option, for the dataclass that holds it."""
-    return TABLE[name][1].default
+def default(name: str, group: Any = None) -> Any:
+    """The default of an option, of a group or of :data:`TABLE`, for the dataclass that holds it."""
+    return (rows(group) if group else TABLE)[name][1].default
 
 
 def fields_of(holder: Any, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -392,11 +401,12 @@ def keywords(call: F) -> F:
     signature = inspect.signature(call)
     *named, given = signature.parameters.values()
     group = typing.get_args(given.annotation)[0]
+    table = rows(group)
     added = [
         inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=TABLE[name][1].left_out,
+            default=table[name][1].left_out,
             annotation=typing.get_args(hint)[0],
         )
         for name, hint in group.__annotations__.items()
@@ -410,7 +420,7 @@ def described(docstring: str, group: Any) -> str:
     """A docstring with an entry for every option of a group instead of its entry ``options``."""
 
     def entries(entry: re.Match) -> str:
-        return "".join(f"\n{entry[1]}{name}: {_in_python(TABLE[name][1].help)}" for name in group.__annotations__)
+        return "".join(f"\n{entry[1]}{name}: {_in_python(row.help)}" for name, (_, row) in rows(group).items())
 
     return re.sub(r"\n( +)options: .*(?:\n\1 +.*)*", entries, docstring)
 
@@ -419,20 +429,22 @@ def _in_python(help: str) -> str:
     return re.sub(r"--([a-z-]+)", lambda flag: flag[1].replace("-", "_"), help)
 
 
-def check_fields(holder: Any, say: Callable[[str], str] = str) -> None:
+def check_fields(holder: Any, say: Callable[[str], str] = str, group: Any = None) -> None:
     """UsageError for a field of a dataclass whose value its option does not allow.
 
     Args:
         say: an option's name as the caller writes it.
+        group: of the options; None: of :data:`TABLE`.
     """
+    table = rows(group) if group else TABLE
     for f in dataclasses.fields(holder):
-        if f.name in TABLE:
-            check(f.name, getattr(holder, f.name), say(f.name))
+        if f.name in table:
+            check(f.name, getattr(holder, f.name), say(f.name), table)
 
 
-def check(name: str, value: object, what: str) -> None:
+def check(name: str, value: object, what: str, table: Rows = TABLE) -> None:
     """UsageError, about ``what``, for a value that an option does not allow. A default of None is allowed."""
-    kind, option = TABLE[name]
+    kind, option = table[name]
     if value is None and option.default is None:
         return
     if option.choices:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
-from loftq.api import as_path, optional, statistics_from
+from loftq.api import as_path, optional, statistics_from, with_paths
 from loftq.checkpoint.budget import check_budget, within_budget
 from loftq.checkpoint.estimate import estimate as estimated
 from loftq.checkpoint.manifest import read_manifest
@@ -22,7 +22,7 @@ from loftq.formats.remote import directory_of
 from loftq.formats.statistics import Statistics
 from loftq.frozen.start import start as _start
 from loftq.frozen.start import start_options
-from loftq.options import Plans, Starting, check_choice, check_whole, default, keywords
+from loftq.options import Plans, Starting, check_choice, check_whole, default, fields_of, keywords
 from loftq.planning import Plan, make_policy
 from loftq.report.bars import Bar, MatrixBar, RunBar, showing
 from loftq.report.inspect import inspection
@@ -30,6 +30,8 @@ from loftq.report.report import Report, of_checkpoint, of_start
 from loftq.report.status import line as status_line
 from loftq.serving.merge import MergeOptions
 from loftq.serving.merge import merge as _merge
+from loftq.serving.options import Exporting, Generating, Merging
+from loftq.serving.output import LARGEST_FILE
 from loftq.sources.checkpoint import open_source, resolve
 from loftq.spec import check_statistics
 
@@ -172,15 +174,14 @@ def start(
 
 
 @checks_names
+@keywords
 def merge(
     directory: str | Path,
     output: str | Path,
     *,
-    adapter: str | Path | None = None,
-    dtype: str = "bfloat16",
-    max_shard_bytes: int = 5 * 10**9,
-    overwrite: bool = False,
+    max_shard_bytes: int = LARGEST_FILE,
     progress: bool = True,
+    **options: Unpack[Merging],
 ) -> Report:
     """Merge an adapter into the quantized weights, as a plain dense checkpoint of ``Q + s · B @ A``.
 
@@ -189,41 +190,35 @@ def merge(
     Args:
         directory: made by :func:`quantize`, in any format.
         output: the directory to create.
-        adapter: a directory that PEFT wrote, or a run of :func:`train`; None: the directory's own initialization;
-            ``"none"``: no adapter, the quantized weights alone.
-        dtype: of the matrices: ``bfloat16``, ``float16`` or ``float32``. Vectors keep theirs.
         max_shard_bytes: size of the largest file.
-        overwrite: replace an earlier output.
+        options: of the adapter, and of what is written.
 
     Returns: ``files``, with sizes and hashes, and ``identity``: what they were made of.
 
     Raises: InputError for an adapter of another model, or one that is more than LoRA; NumericalError for a value
         beyond ``dtype``; ConflictError if ``output`` is taken.
     """
-    options = MergeOptions(
-        adapter=optional("adapter", adapter),
-        dtype=dtype,
-        max_shard_bytes=max_shard_bytes,
-        overwrite=overwrite,
-    )
+    given = fields_of(MergeOptions, with_paths(options, "adapter"))
+    asked = MergeOptions(max_shard_bytes=max_shard_bytes, **given)
     with Bar("merge", "tensor", shown=progress) as bar:
-        made = _merge(Path(as_path("directory", directory)), Path(as_path("output", output)), options, bar.begin)
+        made = _merge(Path(as_path("directory", directory)), Path(as_path("output", output)), asked, bar.begin)
+    return Report(made, f"{_sizes(made)}, {asked.dtype}")
+
+
+def _sizes(made: Mapping[str, Any]) -> str:
     size = sum(f["size"] for f in made["files"].values()) / 1e6
-    return Report(made, f"{len(made['files'])} files, {size:.1f} MB, {dtype}")
+    return f"{len(made['files'])} files, {size:.1f} MB"
 
 
 @checks_names
+@keywords
 def export(
     directory: str | Path,
     output: str | Path,
     *,
     to: str,
-    adapter: str | Path | None = None,
-    tokenizer_rule: str | None = None,
-    converter: str | Path | None = None,
-    block_type: str | None = None,
-    overwrite: bool = False,
     progress: bool = True,
+    **options: Unpack[Exporting],
 ) -> Report:
     """Write the files of other software with exactly the directory's codes, and the adapter in a file of its own.
 
@@ -233,12 +228,7 @@ def export(
         to: ``gguf``, for llama.cpp and Ollama; ``compressed-tensors``, for vLLM and transformers; ``mlx``, for mlx-lm;
             ``onnx``, for ONNX Runtime; ``lora-for-original``: what training added, as an adapter of the original
             model; ``per-expert``: the adapter alone, with LoRA on each expert, as vLLM and SGLang read it.
-        adapter: as :func:`merge` takes it.
-        tokenizer_rule: with ``gguf``: llama.cpp's name of the tokenizer's pre-tokenization, if it is not recognized.
-        converter: with ``gguf``: path of llama.cpp's ``convert_hf_to_gguf.py``, for families without support here.
-        block_type: with ``gguf``, for 2 bits in blocks of 256: ``TQ2_0``, which is smaller, or ``Q2_K``, for which GPUs
-            have kernels.
-        overwrite: replace an earlier output.
+        options: of the adapter, and of what is written.
 
     Returns: ``files``, ``identity``, and the ``commands`` that run the files, from inside the directory.
 
@@ -247,52 +237,36 @@ def export(
     from loftq.serving.export import ExportOptions
     from loftq.serving.export import export as run
 
-    options = ExportOptions(
-        to=to,
-        adapter=optional("adapter", adapter),
-        tokenizer_rule=tokenizer_rule,
-        converter=optional("converter", converter),
-        block_type=block_type,
-        overwrite=overwrite,
-    )
+    asked = ExportOptions(to=to, **fields_of(ExportOptions, with_paths(options, "adapter", "converter")))
     with Bar("export", "tensor", shown=progress) as bar:
-        made = run(Path(as_path("directory", directory)), Path(as_path("output", output)), options, bar.begin)
-    size = sum(f["size"] for f in made["files"].values()) / 1e6
-    return Report(made, f"{len(made['files'])} files, {size:.1f} MB")
+        made = run(Path(as_path("directory", directory)), Path(as_path("output", output)), asked, bar.begin)
+    return Report(made, _sizes(made))
 
 
 @checks_names
+@keywords
 def generate(
     target: str | Path,
     prompt: str | Sequence[Mapping[str, str]],
     *,
-    adapter: str | Path | None = None,
-    max_new_tokens: int = 256,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    device: str | None = None,
     told: Callable[[str], object] | None = None,
+    **options: Unpack[Generating],
 ) -> str:
     """Generate the continuation of a text, or the answer to a chat.
 
     Args:
         target: a quantized directory, a run of :func:`train`, a trained adapter, or a dense model.
         prompt: a text to continue; or the messages of a chat, ``{"role": "user", "content": "…"}``.
-        adapter: as :func:`merge` takes it.
-        max_new_tokens: largest number of tokens; fewer if the model's positions end.
-        temperature: 0 is greedy; None is the value in ``generation_config.json``, as for ``top_p``.
-        seed: of the sampling.
-        device: by default the GPU, if there is one.
         told: called with every piece of the text as it is generated.
+        options: of the adapter, and of the sampling.
 
     Raises: UsageError for a chat without a template; InputError for an adapter of another base.
     """
     from loftq.serving.generate import GenerateOptions, Writer
 
-    options = GenerateOptions(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    writer = Writer(as_path("target", target), optional("adapter", adapter), device)
-    return writer.write(prompt if isinstance(prompt, str) else [dict(m) for m in prompt], options, told)
+    asked = GenerateOptions(**fields_of(GenerateOptions, options))
+    writer = Writer(as_path("target", target), optional("adapter", options.get("adapter")), options.get("device"))
+    return writer.write(prompt if isinstance(prompt, str) else [dict(m) for m in prompt], asked, told)
 
 
 @checks_names

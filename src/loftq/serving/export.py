@@ -11,38 +11,30 @@ from loftq.formats import fsio
 from loftq.formats.belongings import licence
 from loftq.formats.layouts import why_not_served
 from loftq.formats.regular import shown
-from loftq.options import check_choice
+from loftq.options import check_choice, check_fields, default
 from loftq.planning.containers import CONTAINERS
 from loftq.report.card import exported_card
 from loftq.serving.adapter import Adapter
 from loftq.serving.base import Base
 from loftq.serving.merge import Begin, open_both, sources_of
+from loftq.serving.options import Exporting
 from loftq.version import __version__
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What to make.
-
-    Attributes:
-        to: the files of which software.
-        adapter: as for a merge.
-        tokenizer_rule: llama.cpp's name of how the tokenizer cuts words, where it is not known.
-        converter: llama.cpp's ``convert_hf_to_gguf.py``, for a family that is not known here.
-        block_type: of two types of GGUF that hold the codes the one to take.
-    """
+    """What to make: the files of which software, and options of :class:`Exporting`."""
 
     to: str
-    adapter: str | None = None
-    tokenizer_rule: str | None = None
-    converter: str | None = None
-    block_type: str | None = None
-    overwrite: bool = False
+    adapter: str | None = default("adapter", Exporting)
+    tokenizer_rule: str | None = default("tokenizer_rule", Exporting)
+    converter: str | None = default("converter", Exporting)
+    block_type: str | None = default("block_type", Exporting)
+    overwrite: bool = default("overwrite", Exporting)
 
     def __post_init__(self) -> None:
         check_choice(option("to"), self.to, tuple(TARGETS))
-        if self.block_type is not None:
-            check_choice(option("block_type"), self.block_type, BLOCK_TYPES)
+        check_fields(self, option, Exporting)
         given = {name: getattr(self, name) for name in ("tokenizer_rule", "converter", "block_type")}
         odd = [option(name) for name, value in given.items() if value is not None]
         if odd and self.to != "gguf":
@@ -54,8 +46,6 @@ class ExportOptions:
         more |= {} if self.block_type is None else {"block_type": self.block_type}
         return {"verb": "export", "to": self.to, "tokenizer_rule": self.tokenizer_rule, **more}
 
-
-BLOCK_TYPES = ("TQ2_0", "Q2_K")
 
 # Writes into a directory and gives the files; and the commands that run them.
 Way = tuple[Callable[[Path, Begin], Files], list[str]]

@@ -17,9 +17,10 @@ from loftq.errors import InputError, LoftqError, UsageError, extra, listed, opti
 from loftq.formats import strict_json
 from loftq.formats.config import MANIFEST
 from loftq.numerics.device import check_device
-from loftq.options import check_number, check_whole
+from loftq.options import check_fields, default
 from loftq.serving.adapter import CONFIG, place_of
 from loftq.serving.merge import NO_ADAPTER
+from loftq.serving.options import Generating
 from loftq.sources.checkpoint import resolve
 
 Message = dict[str, str]
@@ -27,27 +28,15 @@ Message = dict[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """How a text is written.
+    """How a text is written: options of :class:`Generating`."""
 
-    Attributes:
-        max_new_tokens: at most; less where the model's positions end.
-        temperature: None: what ``generation_config.json`` says; 0: the most probable token, always.
-        top_p: None: what ``generation_config.json`` says.
-        seed: of what is drawn.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int = 0
+    max_new_tokens: int = default("max_new_tokens", Generating)
+    temperature: float | None = default("temperature", Generating)
+    top_p: float | None = default("top_p", Generating)
+    seed: int = default("seed", Generating)
 
     def __post_init__(self) -> None:
-        check_whole(option("max_new_tokens"), self.max_new_tokens, 1)
-        check_whole(option("seed"), self.seed, 0)
-        if self.temperature is not None:
-            check_number(option("temperature"), self.temperature, {"ge": 0})
-        if self.top_p is not None:
-            check_number(option("top_p"), self.top_p, {"gt": 0, "le": 1})
+        check_fields(self, option, Generating)
 
     def sampling(self) -> dict[str, Any]:
         """Arguments of transformers' ``generate``."""

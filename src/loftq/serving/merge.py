@@ -20,11 +20,12 @@ from loftq.formats.belongings import licence
 from loftq.formats.regular import local_path
 from loftq.formats.tensorfile import DTYPES, Entry
 from loftq.numerics import oriented
-from loftq.options import check_choice, check_whole
+from loftq.options import check_fields, check_whole, default
 from loftq.report.card import merged_card
 from loftq.serving import heads
 from loftq.serving.adapter import Adapter, open_adapter, place_of
 from loftq.serving.base import Base, Dense, narrowed, open_base
+from loftq.serving.options import Merging
 from loftq.serving.original import as_original
 from loftq.serving.output import LARGEST_FILE, small_files, write_shards
 from loftq.spec import STORED
@@ -36,21 +37,15 @@ Begin = Callable[[int], Callable[[], object]]  # called once with the number of 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions:
-    """What to make.
+    """What to make: options of :class:`Merging`, and the size of the largest file."""
 
-    Attributes:
-        adapter: directory of an adapter or of a run; None: the initialization of the base; ``none``: no adapter.
-        dtype: of the matrices. Vectors stay as they are.
-        max_shard_bytes: of a file.
-    """
-
-    adapter: str | None = None
-    dtype: str = "bfloat16"
+    adapter: str | None = default("adapter", Merging)
+    dtype: str = default("dtype", Merging)
     max_shard_bytes: int = LARGEST_FILE
-    overwrite: bool = False
+    overwrite: bool = default("overwrite", Merging)
 
     def __post_init__(self) -> None:
-        check_choice(option("dtype"), self.dtype, tuple(STORED))
+        check_fields(self, option, Merging)
         check_whole(option("max_shard_bytes"), self.max_shard_bytes, 1)
 
 
