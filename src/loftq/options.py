@@ -475,7 +475,9 @@ def check_number(what: str, value: object, bounds: Mapping[str, Any]) -> None:
         raise UsageError(f"{what}: {quoted(repr(value))} is not a number")
     low, high = bounds.get("ge", 0), bounds.get("le", math.inf)
     if not math.isfinite(value) or not low <= value <= high or value == bounds.get("gt"):
-        wanted = "be positive and finite" if "gt" in bounds else f"lie between {low} and {high}"
+        above = "positive" if "gt" in bounds else f"at least {low}"
+        below = "finite" if high == math.inf else f"at most {high}"
+        wanted = f"lie between {low} and {high}" if {"ge", "le"} <= bounds.keys() else f"be {above} and {below}"
         raise UsageError(f"{what} must {wanted}, got {value}")
 
 

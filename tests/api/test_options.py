@@ -27,6 +27,10 @@ from loftq.finetune import recipe
 from loftq.formats import layouts
 from loftq.frozen.start import StartOptions
 from loftq.planning import Policy
+from loftq.serving.export import ExportOptions
+from loftq.serving.generate import GenerateOptions
+from loftq.serving.merge import MergeOptions
+from loftq.serving.options import Exporting, Generating, Merging
 from loftq.spec import PRESETS, QuantSpec, SolveSpec
 
 PLACE = Path(loftq.__file__).parent
@@ -48,6 +52,23 @@ def test_a_dataclass_has_the_default_of_the_table(holder):
     if holder is QuantSpec:  # of one matrix, for which the width is needed, and the code is decided
         assert (defaults.pop("bits"), defaults.pop("code")) == (dataclasses.MISSING, "nf")
     assert defaults == {name: options.default(name) for name in defaults}
+
+
+@pytest.mark.parametrize(
+    ("verb", "group", "holder"),
+    [
+        ("merge", Merging, MergeOptions),
+        ("export", Exporting, ExportOptions),
+        ("generate", Generating, GenerateOptions),
+    ],
+)
+def test_a_verb_on_what_was_trained_has_the_options_of_its_group(verb, group, holder):
+    table = options.rows(group)
+    defaults = {f.name: f.default for f in dataclasses.fields(holder) if f.name in table}
+    assert defaults == {name: options.default(name, group) for name in defaults}
+    assert {name: (flags(verb)[name].help, flags(verb)[name].default) for name in table} == {
+        name: (option.help, option.default) for name, (_, option) in table.items()
+    }
 
 
 def test_quantize_has_every_option_but_those_of_python_and_recipes():
@@ -77,6 +98,9 @@ CALLS = {
     loftq.start: options.Starting,
     loftq.calibrate: options.Collecting,
     loftq.register_preset: options.OwnPreset,
+    loftq.merge: Merging,
+    loftq.export: Exporting,
+    loftq.generate: Generating,
 }
 
 

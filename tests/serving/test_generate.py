@@ -142,4 +142,10 @@ def test_on_the_command_line(place):
     raw = cli("generate", place / "chat", "--prompt", "w7 w8", "--raw", *options)
     assert raw.out.strip() == loftq.generate(place / "chat", "w7 w8", max_new_tokens=4, temperature=0).strip()
     refused(cli("generate", place / "plain", "--prompt", "w7", "--system", "w1"), 2, "--system")
-    refused(cli("generate", place / "plain", "--prompt", "w7", "--top-p", "2"), 2, "--top-p")
+    for flag, value, told in (
+        ("--top-p", 2, "positive and at most 1"),
+        ("--temperature", -1, "at least 0 and finite"),
+    ):
+        refused(
+            cli("generate", place / "plain", "--prompt", "w7", flag, value), 2, f"{flag} must be {told}, got {value}.0"
+        )

@@ -59,11 +59,36 @@ def test_the_command_says_so_in_one_line(tmp_path):
         refused(ended, 3, "quantize without --serve gguf, and use another runtime")
 
 
-def test_other_families_are_left_to_llama_cpps_script(tmp_path):
-    assert loftq.plan(source(tmp_path, "gpt2"), serve="gguf", rank=4, bits=4).matrices
-    assert loftq.plan(source(tmp_path, "gpt-oss"), serve="gguf", rank=4, bits=4).matrices
-    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    assert loftq.plan(source(tmp_path, "llama", rope_parameters=rope), serve="gguf", rank=4, bits=4).matrices
+ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "told"),
+    [
+        ("gpt2", {}, "GPT2LMHeadModel: GGUF is written here only for LlamaForCausalLM, "),
+        ("gpt-oss", {}, "GptOssForCausalLM: GGUF is written here only for LlamaForCausalLM, "),
+        ("llama", {"rope_parameters": ROPE}, "LlamaForCausalLM: rope_type dynamic is not written here; "),
+        ("llama", {}, ""),
+    ],
+)
+def test_what_only_llama_cpps_script_writes_is_told_as_the_export_says_it(name, other, told, tmp_path, caplog):
+    directory, given = source(tmp_path, name, **other), {"rank": 4, "bits": 4, "min_coverage": 0.0}
+    assert loftq.plan(directory, **given).matrices
+    assert loftq.plan(directory, serve="onnx", **given).matrices
+    assert caplog.messages == []
+    assert loftq.plan(directory, serve="gguf", **given).matrices
+    assert [message.startswith(told) for message in caplog.messages] == [True] * bool(told)
+    if name != "gpt2":
+        return
+    pytest.importorskip("gguf")
+    loftq.quantize(directory, tmp_path / "base", serve="gguf", workers=1, **given)
+    first, again = caplog.messages
+    with pytest.raises(InputError) as e:
+        loftq.export(tmp_path / "base", tmp_path / "out", to="gguf")
+    assert first == again == str(e.value)
+    ended = cli("plan", directory, "--serve", "gguf", "--rank", "4", "--bits", "4")
+    assert ended.code == 0
+    assert "give `loftq export` llama.cpp's convert_hf_to_gguf.py with --converter PATH" in ended.err
 
 
 @pytest.mark.parametrize("serve", CONTAINERS)

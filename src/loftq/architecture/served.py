@@ -14,8 +14,8 @@ from loftq.errors import InputError, listed, option, quoted
 from loftq.planning import Made, Matrix
 from loftq.spec import QuantSpec
 
-# Class of transformers -> architecture of llama.cpp. Others need llama.cpp's own script.
-LLAMA_CPP = {
+# Classes of transformers that are written here -> architecture of llama.cpp. mlx-lm has the same modules.
+FAMILIES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
@@ -34,13 +34,8 @@ LLAMA_CPP_FIXED: dict[str, dict[str, Any]] = {
     "qwen3moe": {"norm_topk_prob": True},
     "olmoe": {"norm_topk_prob": False, "tie_word_embeddings": False, "clip_qkv": None},
 }
-# Classes of transformers whose modules mlx-lm has by the same names; of mixtures, what it calls ``mlp``.
-MLX = {
-    **dict.fromkeys(("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"), "mlp"),
-    **dict.fromkeys(("GemmaForCausalLM", "Phi3ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"), "mlp"),
-    "OlmoeForCausalLM": "mlp",
-    "MixtralForCausalLM": "block_sparse_moe",
-}
+ROPE = ("default", "linear", "yarn", "llama3")  # whose constants are written here
+MLX_MLP = {"MixtralForCausalLM": "block_sparse_moe"}  # what mlx-lm calls ``mlp``, where it has another name
 # What mlx-lm takes for granted, whatever the configuration says.
 MLX_FIXED: dict[str, dict[str, Any]] = {
     "Qwen2MoeForCausalLM": {
@@ -69,10 +64,23 @@ def check_model(software: str, model: Any) -> None:
         _CHECKS[software](model)
 
 
+def needs_converter(model: Any) -> str:
+    """Why llama.cpp's own script has to write the GGUF file of a model, and how; empty if it need not."""
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if (architecture := type(model).__name__) not in FAMILIES:
+        why = f"GGUF is written here only for {listed(FAMILIES)}"
+    elif (kind := rope.get("rope_type", "default")) not in ROPE:
+        why = f"rope_type {quoted(kind)} is not written here"
+    else:
+        return ""
+    script = f"llama.cpp's convert_hf_to_gguf.py with {option('converter', 'PATH')}"
+    return f"{architecture}: {why}; give `loftq export` {script}"
+
+
 def _llama_cpp(model: Any) -> None:
     """Nothing is known here of other classes, which llama.cpp's script may convert."""
     config, architecture = model.config, type(model).__name__
-    name = LLAMA_CPP.get(architecture)
+    name = FAMILIES.get(architecture)
     if name is None:
         return
     fixed = {"hidden_act": "silu", **LLAMA_CPP_FIXED.get(name, {})}
@@ -114,9 +122,9 @@ def refuse_uneven(name: str, tensors: Iterable[str]) -> None:
 
 def _mlx_lm(model: Any) -> None:
     architecture = type(model).__name__
-    if architecture not in MLX:
+    if architecture not in FAMILIES:
         raise InputError(
-            f"{architecture}: the export to MLX supports only {listed(MLX)}; "
+            f"{architecture}: the export to MLX supports only {listed(FAMILIES)}; "
             f"{_instead('mlx', 'merge that, and convert the result with mlx_lm.convert')}"
         )
     for key, value in MLX_FIXED.get(architecture, {}).items():

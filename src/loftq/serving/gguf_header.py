@@ -12,16 +12,14 @@ from typing import Any
 import numpy as np
 
 from loftq.architecture.experts import parts_of
-from loftq.architecture.served import LLAMA_CPP, check_model, refuse_uneven
-from loftq.errors import InputError, extra, listed, option, quoted
+from loftq.architecture.served import FAMILIES, check_model, needs_converter, refuse_uneven
+from loftq.errors import InputError, extra, quoted
 from loftq.numerics import oriented_shape
 from loftq.serving.base import Dense
 
 with extra("gguf"):
     import gguf  # type: ignore[import-not-found]
     from gguf.gguf_writer import GGUFWriter, TensorInfo, WriterState  # type: ignore[import-not-found]
-
-ROPE = ("default", "linear", "yarn", "llama3")
 
 
 @dataclass(frozen=True)
@@ -73,23 +71,13 @@ class Family:
 
 
 def family_of(model: Any) -> Family:
-    """Of a model of transformers. InputError for a family, or rotary embedding, that is not known here."""
-    config, architecture = model.config, type(model).__name__
-    if architecture not in LLAMA_CPP:
-        raise InputError(
-            f"{architecture}: GGUF is written here only for {listed(LLAMA_CPP)}; give llama.cpp's "
-            f"convert_hf_to_gguf.py with {option('converter', 'PATH')}"
-        )
-    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if kind not in ROPE:
-        raise InputError(
-            f"{architecture}: rope_type {quoted(kind)} is not written here; name llama.cpp's "
-            f"convert_hf_to_gguf.py with {option('converter', 'PATH')}"
-        )
+    """Of a model of transformers. InputError for one that llama.cpp's script has to write."""
+    if why := needs_converter(model):
+        raise InputError(why)
     check_model("gguf", model)
-    name = LLAMA_CPP[architecture]
+    name = FAMILIES[type(model).__name__]
     number = next(n for n, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
-    return Family(name, config, gguf.get_tensor_name_map(number, config.num_hidden_layers))
+    return Family(name, model.config, gguf.get_tensor_name_map(number, model.config.num_hidden_layers))
 
 
 def permuted(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loftq.architecture.experts import parts_of
-from loftq.architecture.served import MLX, check_model, check_stacks
+from loftq.architecture.served import MLX_MLP, check_model, check_stacks
 from loftq.checkpoint.produce import Files
 from loftq.formats import fsio
 from loftq.formats.tensorfile import Entry, encode_header, tensor_bytes
@@ -66,7 +66,7 @@ def write(place: Path, base: Base, adapter: Adapter | None, scales: str, begin: 
 
 def _name(base: Base, parameter: str) -> str:
     """What mlx-lm calls a Parameter."""
-    return parameter.replace(".mlp.", f".{MLX[type(base.model).__name__]}.")
+    return parameter.replace(".mlp.", f".{MLX_MLP.get(type(base.model).__name__, 'mlp')}.")
 
 
 def _parts(base: Base, tensor: Dense) -> list[packed.PackedPart]:

@@ -1,5 +1,6 @@
 """From the name a user gives to a checkpoint, its skeleton and its plan."""
 
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from loftq.formats.regular import local_path, shown, url_of
 from loftq.formats.remote import fill, mounted, store
 from loftq.formats.source import Checkpoint, is_quantized_source, open_checkpoint
 from loftq.planning import Plan, Policy, Role
+
+logger = logging.getLogger("loftq")
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -52,6 +55,8 @@ def open_source(model: str, policy: Policy, revision: str | None = None) -> Sour
     tensors, roles = converted_roles(built, {n: (t.dtype, t.shape) for n, t in checkpoint.tensors.items()})
     if policy.serve:
         served.check_model(policy.serve, built)
+    if policy.serve == "gguf" and (told := served.needs_converter(built)):
+        logger.warning(told)
     plan = planning.make(tensors, roles, policy)
     if policy.serve:
         quants = {m.name: m.quant for m in plan.matrices}
