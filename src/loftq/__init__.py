@@ -109,8 +109,10 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# Module of transformers or PEFT -> functions of ours that extend it for packed layers; each is given the module.
+# Module of accelerate, transformers or PEFT -> functions of ours that extend it for packed layers, given the module.
 _EXTENSIONS = {
+    "accelerate.utils.modeling": ["loftq.nn.accelerated:keep_dtypes"],
+    "accelerate.big_modeling": ["loftq.nn.accelerated:keep_dtypes"],
     "transformers.modeling_utils": [
         "loftq.nn.counts:count_weights",
         "loftq.nn.dense:resize_dense_tables",

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import loftq
 from loftq.adapters.peft import LoftQLoraLinear
-from loftq.errors import InputError
+from loftq.errors import InputError, UsageError
 from models import outputs, packed, quantize, substituted, written
 
 TEXT = {
@@ -134,14 +134,47 @@ def test_what_a_user_trained_on_fewer_modules_loads(made, tmp_path):
     assert torch.equal(outputs(again), outputs(checkpoint.start().eval()))
 
 
-def test_accelerate_fills_what_was_built_empty(made):
-    """Nothing of a packed layer stays on the meta device, where the checkpoint holds nothing for it."""
-    directory = made("llama").output
-    with init_empty_weights():
+def empty(directory, dtype, include_buffers=False):
+    with init_empty_weights(include_buffers=include_buffers):
         config = transformers.AutoConfig.from_pretrained(directory)
-        empty = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    assert {p.device.type for p in empty.parameters()} == {"meta"}
-    found = load_checkpoint_and_dispatch(empty, str(directory), device_map={"": "cpu"})
-    wanted = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    assert packed(found)
-    assert torch.equal(outputs(found), outputs(wanted))
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    return model
+
+
+def test_accelerate_fills_what_was_built_empty(made, tmp_path):
+    """In the dtypes of from_pretrained, although the files hold dense weights in 16 bits, and scales in 32."""
+    output = tmp_path / "quantized"
+    quantize(made("llama").source, output, bits=4, double_quant=True, embeddings=True, dtype="auto")
+    stored = {tensor.dtype for tensor in load_file(output / "model.safetensors").values()}
+    assert {torch.float32, torch.bfloat16} <= stored
+    single, half = torch.float32, torch.bfloat16
+    spread = dict.fromkeys(("model.embed_tokens", "model.layers.0", "lm_head"), "disk")
+    spread |= dict.fromkeys(("model.layers.1", "model.norm", "model.rotary_emb"), "cpu")
+    for built, given, places in (
+        (single, None, {"": "cpu"}),
+        (single, None, spread),
+        (half, None, spread),
+        (single, half, {"": "cpu"}),
+        (single, half, spread),
+    ):
+        found = load_checkpoint_and_dispatch(
+            empty(output, built), str(output), device_map=places, offload_folder=tmp_path / "offload", dtype=given
+        )
+        wanted = transformers.AutoModelForCausalLM.from_pretrained(output, dtype=given or built)
+        assert packed(found)
+        assert {n: p.dtype for n, p in found.named_parameters()} == {n: p.dtype for n, p in wanted.named_parameters()}
+        assert torch.equal(outputs(found), outputs(wanted))
+        shutil.rmtree(tmp_path / "offload", ignore_errors=True)
+
+
+def test_accelerate_cannot_fill_buffers_that_no_file_holds(made):
+    """As of a dense model, whose error does not say why; one without such buffers is filled."""
+    directory = made("llama").output
+    with pytest.raises(UsageError, match=r"model\.rotary_emb\.inv_freq is on the meta device, .* include_buffers=True"):
+        load_checkpoint_and_dispatch(empty(directory, torch.float32, True), str(directory), device_map={"": "cpu"})
+    without = made("gpt2")
+    filled = load_checkpoint_and_dispatch(
+        empty(without.output, torch.float32, True), str(without.output), device_map={"": "cpu"}
+    )
+    assert torch.equal(outputs(filled), outputs(without.load()))

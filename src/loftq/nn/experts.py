@@ -228,7 +228,7 @@ def pack_experts(
         packed.__class__ = _packed_class(_WAYS[way.name], type(module))
         packed._kind = way.kind
         packed.banks, packed._stored_dtypes = {}, {}
-        packed._like_model(device, dense.dtype)
+        packed.compute_dtype = dense.dtype
     experts, rows, columns = dense.shape
     transposed = packed._kind in (TURNED, REVERSED)
     rows, columns = (columns, rows) if transposed else (rows, columns)
@@ -278,8 +278,8 @@ def unpack_experts(module: PackedExperts, dtype: torch.dtype) -> PackedExperts:
     dense = {name: nn.Parameter(module.dense(name, dtype), requires_grad=False) for name in module.banks}
     kept = {n: dense.get(n, p) for n, p in module._parameters.items() if n in dense or n not in module._stored_dtypes}
     module.__class__ = type(module).__bases__[1]
-    module._parameters, module._buffers = kept, {n: b for n, b in module._buffers.items() if n != "_like"}
-    del module.banks, module._stored_dtypes, module._kind
+    module._parameters = kept
+    del module.banks, module._stored_dtypes, module._kind, module.compute_dtype
     return twin
 
 

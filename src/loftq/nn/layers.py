@@ -35,10 +35,12 @@ class Packed(nn.Module):
 
     Attributes:
         weight_count: number of weights that the stored tensors stand for.
+        compute_dtype: of the model around this module; the stored tensors keep their own. It follows ``.to(dtype)``.
     """
 
     _stored_dtypes: dict[str, torch.dtype]
     weight_count: int
+    compute_dtype: torch.dtype
 
     def _hold(self, layout: dict[str, tuple[str, tuple[int, ...]]], device: torch.device | str | None) -> None:
         """Register empty stored tensors. ``layout``: name -> (safetensors dtype, shape)."""
@@ -46,19 +48,6 @@ class Packed(nn.Module):
             self._stored_dtypes[name] = TORCH_DTYPES[stored]
             empty = torch.empty(shape, dtype=TORCH_DTYPES[stored], device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
-
-    def _like_model(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        """A buffer that holds no value. Its dtype is the model's, and follows .to(dtype) like any buffer.
-
-        Nothing loads it, so it is never on the meta device, from which it could not be moved.
-        """
-        like = torch.empty(0, device=device, dtype=dtype)
-        self.register_buffer("_like", torch.empty_like(like, device="cpu") if like.is_meta else like, persistent=False)
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Dtype of the model around this module; the stored tensors keep their own."""
-        return self._like.dtype  # type: ignore[union-attr, return-value]
 
     def _checked(self, names: Iterable[str]) -> list[Tensor]:
         """Stored tensors. UsageError if a cast has rounded one of them."""
@@ -96,6 +85,7 @@ class Packed(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Packed":
         """Move and share the stored tensors like all others, but never convert them: they pass ``fn`` as bytes."""
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device="cpu")).dtype
         everything = self._parameters
         self._parameters = {n: p for n, p in everything.items() if n not in self._stored_dtypes}
         super()._apply(fn, recurse)
@@ -125,7 +115,7 @@ class PackedWeight(Packed):
         self._rows = rows
         self._stored_dtypes = {}
         self._hold(self.layout(), device)
-        self._like_model(device, dtype)
+        self.compute_dtype = dtype or torch.get_default_dtype()
 
     def layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Suffix -> (safetensors dtype, shape) of the stored tensors."""
