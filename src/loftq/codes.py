@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loftq.errors import UsageError, quoted
+from loftq.errors import UsageError, meant, quoted
 
 BITS = (2, 3, 4, 8)  # widths that the format has
 RATE_UNIT = 16  # a trellis has any number of sixteenths of a bit a weight
@@ -134,7 +134,8 @@ def register_code(kind: type[C]) -> type[C]:
 def get(name: str) -> Code:
     """The code of a name. Raises: UsageError if there is none."""
     if not isinstance(name, str) or name not in _CODES:
-        raise UsageError(f"code must be one of {', '.join(_CODES)}, got {quoted(repr(name))}")
+        near = meant(name, _CODES)
+        raise UsageError(f"code must be one of {', '.join(_CODES)}, got {quoted(repr(name))}{near}")
     return _CODES[name]
 
 

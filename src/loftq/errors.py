@@ -125,8 +125,13 @@ def nearest(name: str, known: Iterable[str], show: Callable[[str], str] = repr) 
         show: a name as the caller writes it; in Python in quotes.
     """
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {show(near[0])}?" if near else f"; it has {listed(known, 20)}"
+    return meant(name, known, show) or f"; it has {listed(known, 20)}"
+
+
+def meant(name: object, known: Iterable[object], show: Callable[[str], str] = str) -> str:
+    """The end of a message that names all of ``known`` already: which one may be meant, if one is near."""
+    near = difflib.get_close_matches(str(name), list(map(str, known)), n=1)
+    return f"; did you mean {show(near[0])}?" if near else ""
 
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, TypeVar
 
-from loftq.errors import UsageError, quoted
+from loftq.errors import UsageError, meant, quoted
 
 SCALE_DTYPES = ("float32", "bfloat16", "float16")
 SCALES = ("formula", "fitted")
@@ -61,9 +61,9 @@ class Widths(TypedDict, total=False):
     bits: Annotated[
         Text,
         Option("4"),
-        "2, 3, 4 or 8; or an average from 2.0 to 4.0, the paper's mix (first layers 4 bits, the rest 2: 2.25, 2.5, "
-        "3.0); or below 2, such as 1.5, a multiple of 1/16 for code trellis, which takes them up to 4; or patterns "
-        "with a default, 'layers.0-3=4,2'. 16 leaves a module dense.",
+        "2, 3, 4 or 8. Or patterns with a default: 'layers.0-3=4,2'; 16 leaves a module dense. Or an average from 2.0 "
+        "to 4.0, such as 2.5: the paper's mix of 4 bits in the first layers and 2 in the rest. Or, for code trellis, a "
+        "multiple of 1/16 up to 4; below 2, such as 1.5, no other code is needed.",
     ]
     budget: Annotated[
         Text,
@@ -113,11 +113,11 @@ class Codes(TypedDict, total=False):
 class Coverage(TypedDict, total=False):
     """Which matrices are quantized."""
 
-    embeddings: Annotated[bool, Option(False), "Quantize embedding tables, too."]
+    embeddings: Annotated[bool, Option(False), "Include embedding tables."]
     min_coverage: Annotated[
         float,
         Option(0.5, bounds={"ge": 0, "le": 1}),
-        "Refuse a model if less than this share of its layers' weights would be quantized.",
+        "Refuse a model if less than this share of the weights of its layers is included.",
     ]
 
 
@@ -460,7 +460,8 @@ def check(name: str, value: object, what: str, table: Rows = TABLE) -> None:
 def check_choice(what: str, value: object, allowed: tuple) -> None:
     """UsageError for what is none of ``allowed``, which are of one type."""
     if not isinstance(value, type(allowed[0])) or isinstance(value, bool) or value not in allowed:
-        raise UsageError(f"{what} must be one of {', '.join(map(str, allowed))}, got {quoted(repr(value))}")
+        wanted = ", ".join(map(str, allowed))
+        raise UsageError(f"{what} must be one of {wanted}, got {quoted(repr(value))}{meant(value, allowed)}")
 
 
 def check_whole(what: str, value: object, low: int) -> None:

@@ -122,7 +122,7 @@ def test_refusals(tmp_path):
         (lambda: rows(tmp_path / "pipe.txt"), InputError, r"pipe\.txt: no regular file; save what it gives"),
         (lambda: rows(tmp_path), InputError, "a directory; name one of its files"),
         (lambda: rows(tmp_path / "none" / "a" / "b"), InputError, "no such file"),
-        (lambda: rows("org/name"), StorageError, "not to be had from the hub"),
+        (lambda: rows("org/name"), StorageError, "not found on the hub"),
         (lambda: rows(__file__), UsageError, "not a file of data"),
         (lambda: rows(empty), InputError, "the file is empty"),
         (lambda: rows(blank), InputError, "too little text: 0 samples, wanted 4"),

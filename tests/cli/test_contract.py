@@ -86,6 +86,15 @@ def test_help(source):
         assert ended.err == ""
 
 
+@pytest.mark.parametrize("verb", PROMISED)
+def test_help_says_one_default_and_calls_arguments_alike(verb):
+    for parameter in typer.main.get_command(loftq.cli.app).commands[verb].params:
+        help = parameter.help or ""
+        assert "Default:" not in help or parameter.show_default is False or parameter.default is None, parameter.name
+        if not parameter.opts[0].startswith("-"):
+            assert parameter.metavar.strip("[]. ")[0].isupper(), parameter.name
+
+
 def test_nothing_at_all():
     ended = cli()
     assert "Usage" in ended.out
@@ -112,11 +121,13 @@ BAD = [
     (("--alpha", "nan"), "--alpha"),
     (("--alpha", "inf"), "--alpha"),
     (("--code", "nq"), "code must be one of"),
+    (("--code", "nf4"), "did you mean nf?"),
     (("--block-size", "0"), "block_size"),
     (("--block-size", "many"), "--block-size"),
     (("--scale-dtype", "int8"), "scale_dtype"),
     (("--steps", "-1"), "steps"),
     (("--preset", "gptq"), "preset must be one of"),
+    (("--preset", "lofq"), "did you mean loftq?"),
     (("--method", "qlora", "--steps", "3"), "preset qlora has 0 steps"),
     (("--preset", "cloq"), "needs statistics of the matrices' inputs"),
     (("--preset", "descent", "--order", "svd-first"), "order svd-first"),

@@ -73,3 +73,29 @@ def test_a_narrow_plan_has_every_rank_and_size(monkeypatch):
     text = out.getvalue()
     assert "…" not in text
     assert {"rank", "bytes", "4096x11008", "48", "12,682,240"} <= set(text.split())
+
+
+def test_a_plan_has_a_line_for_the_same_tensor_of_all_layers(monkeypatch):
+    """With the numbers as ``--bits`` takes them; what only some layers have is told of these alone."""
+    out = io.StringIO()
+    monkeypatch.setattr(tables, "console", lambda: Console(file=out, width=200, highlight=False, markup=False))
+    common = {"action": "quantize", "shape": [64, 96], "code": "nf", "block_size": 64, "rank": 4, "bytes": 1000}
+    rows = [{**common, "name": f"layers.{i}.q_proj.weight", "bits": 4 if i < 2 else 2} for i in range(12)]
+    rows += [{**common, "name": f"layers.{i}.experts.{e}.up", "bits": 2} for i in (0, 2) for e in range(3)]
+    rows += [{**common, "name": f"blocks.{i}.{j}.up", "bits": 2} for i, j in ((0, 0), (0, 1), (1, 0))]
+    rows += [{**common, "name": "old.01.up", "bits": 2}]
+    rows += [
+        {"name": f"norms.{i}", "action": "keep", "shape": [64], "bytes": 128, "reason": "a vector"} for i in (0, 1)
+    ]
+    tables.print_plan(rows, 1.0)
+    table = out.getvalue().partition("\n\n")[0].splitlines()[1:]
+    assert [(line.split()[0], line.split()[1], line.split()[-1]) for line in table] == [
+        ("layers.0-1.q_proj.weight", "2", "2,000"),
+        ("layers.2-11.q_proj.weight", "10", "10,000"),
+        ("layers.0,2.experts.0-2.up", "6", "6,000"),
+        ("blocks.0.0.up", "1", "1,000"),
+        ("blocks.0.1.up", "1", "1,000"),
+        ("blocks.1.0.up", "1", "1,000"),
+        ("old.01.up", "1", "1,000"),
+        ("vectors", "2", "256"),
+    ]

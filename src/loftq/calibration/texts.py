@@ -44,7 +44,7 @@ def table(data: str) -> "tuple[str, Dataset]":
         rows: Any = datasets.load_dataset(name, config or None, split="train")
     except Exception as e:  # the many ways in which a network or a hub says no
         raise StorageError(
-            f"{quoted(data)}: no such file, and not to be had from the hub ({first_line(e)}); "
+            f"{quoted(data)}: no such file, and not found on the hub ({first_line(e)}); "
             "check the spelling, or the network"
         ) from e
     return data, rows

@@ -179,7 +179,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """
     path = local_path("the directory", directory) / MANIFEST
     if not directory.is_dir():
-        raise InputError(f"{shown(directory)}: not a directory")
+        raise InputError(f"{shown(directory)}: {'not a' if directory.exists() else 'no such'} directory")
     if not path.is_file():
         raise InputError(f"{shown(path)}: missing; not a directory that `loftq quantize` finished")
     return checked(hashed_json.load(path), path)

@@ -3,7 +3,7 @@
 import errno
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -57,7 +57,8 @@ def already_done(
         raise ConflictError(f"{shown(output)}: exists and is {kind}; choose another {option('output')}")
     try:
         found = check(hashed_json.load(output / mark), output / mark)
-        changed = listed(d for d in hashed_json.differences(found["identity"], identity) if not _of_machine(d))
+        all_changed = (d for d in hashed_json.differences(found["identity"], identity) if not _of_machine(d))
+        changed = listed(_told(all_changed))
         damaged = listed(n for n, digest in found["files"].items() if _size(output / n) != digest["size"])
     except InputError as e:
         changed, damaged = "", str(e)
@@ -123,7 +124,7 @@ def accept(work: Workspace, identity: dict[str, Any], source: Path, shared: bool
             )
         if changed:
             raise ConflictError(
-                f"{shown(work.root)}: holds unfinished work of another command ({listed(changed)}); "
+                f"{shown(work.root)}: holds unfinished work of another command ({listed(_told(changed))}); "
                 "run that command again to finish it, or delete the directory"
             )
         if others != shared:
@@ -212,6 +213,12 @@ def _place(source: Path) -> str:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
+
+
+def _told(differences: Iterable[str]) -> list[str]:
+    """Those to name: not the hash of the plan, which follows from the options, beside others."""
+    found = list(differences)
+    return [d for d in found if not d.startswith("plan: ")] or found
 
 
 def _of_machine(difference: str) -> bool:

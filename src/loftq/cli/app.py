@@ -9,6 +9,11 @@ from loftq.formats.regular import check_not_empty
 from loftq.version import __version__
 
 TEXTS = ("prompt", "system")  # options that may be empty: what is said to a model
+VERBS = {  # verb -> its panel of the help, in the order in which a newcomer needs them
+    **dict.fromkeys(("plan", "quantize", "inspect", "status", "verify", "calibrate", "start"), "Quantize"),
+    **dict.fromkeys(("train", "evaluate", "compare"), "Train"),
+    **dict.fromkeys(("generate", "merge", "export"), "After training"),
+}
 
 
 class Verb(typer.core.TyperCommand):
@@ -29,16 +34,27 @@ class Verb(typer.core.TyperCommand):
         return super().parse_args(ctx, args)
 
 
+class _Verbs(typer.core.TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(VERBS)
+
+
 class _App(typer.Typer):
     """An application whose commands are verbs."""
 
     def command(self, *args: Any, **options: Any) -> Any:
-        return super().command(*args, cls=Verb, **options)
+        def register(verb: Any) -> Any:
+            panel = VERBS[verb.__name__]
+            return super(_App, self).command(*args, cls=Verb, rich_help_panel=panel, **options)(verb)
+
+        return register
 
 
 app = _App(
     name="loftq",
+    cls=_Verbs,
     help="LoftQ: quantize a Hugging Face model to 2, 3, 4 or 8 bits, and initialize LoRA to cancel the error.",
+    epilog="Begin with: loftq plan MODEL --bits 2",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -51,7 +51,9 @@ def _prepare_texts(calibrate: str | None, samples: int | None) -> None:
 
 @app.command()
 def status(
-    directory: Annotated[Path, typer.Argument(help="The --output of `loftq quantize`.", show_default=False)],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIRECTORY", help="The --output of `loftq quantize`.", show_default=False)
+    ],
     as_json: Json = False,
 ) -> None:
     """Show the progress of a `loftq quantize`: what is done, by which processes, and how long the rest takes."""

@@ -59,7 +59,11 @@ def export(
 def generate(
     target: Annotated[
         str,
-        typer.Argument(help="A quantized directory, a run of `loftq train`, or a dense model.", show_default=False),
+        typer.Argument(
+            metavar="TARGET",
+            help="A quantized directory, a run of `loftq train`, or a dense model.",
+            show_default=False,
+        ),
     ],
     prompt: Annotated[
         str | None, typer.Option(help="Text to answer or to continue. Default: standard input; in a terminal, a chat.")

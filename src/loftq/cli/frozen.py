@@ -16,6 +16,7 @@ def start(
     base: Annotated[
         str,
         typer.Argument(
+            metavar="BASE",
             help="The quantized base, a directory or a hub id: by bitsandbytes, GPTQ, AWQ, HQQ, loftq, …",
             show_default=False,
         ),

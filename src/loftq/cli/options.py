@@ -7,11 +7,33 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from loftq.options import Option, Place, is_text, rows
+from loftq.options import (
+    Calibration,
+    Codes,
+    Coverage,
+    Decomposition,
+    Dtypes,
+    Option,
+    Place,
+    Preset,
+    Ranks,
+    Steps,
+    Widths,
+    is_text,
+    rows,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
+PANELS = {  # option -> its panel of the help; the others stand in the first one
+    **dict.fromkeys(rows(Widths, "curves", Ranks), "Bits and rank"),
+    **dict.fromkeys(rows(Preset, Steps, Decomposition, Calibration), "Method"),
+    **dict.fromkeys(rows(Codes, Coverage, "serve", "format", Dtypes), "Storage"),
+}
 
-Model = Annotated[str, typer.Argument(help="A local model directory, or a hub id like org/name.", show_default=False)]
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A local model directory, or a hub id like org/name.", show_default=False),
+]
 ModelOrUrl = Annotated[
     str,
     typer.Argument(
@@ -20,7 +42,9 @@ ModelOrUrl = Annotated[
         show_default=False,
     ),
 ]
-Directory = Annotated[Path, typer.Argument(help="A directory made by `loftq quantize`.", show_default=False)]
+Directory = Annotated[
+    Path, typer.Argument(metavar="DIRECTORY", help="A directory made by `loftq quantize`.", show_default=False)
+]
 DirectoryOrUrl = Annotated[
     Path,
     typer.Argument(metavar="DIRECTORY", help="A directory made by `loftq quantize`, or its URL.", show_default=False),
@@ -64,7 +88,9 @@ def _parameter(name: str, kind: Any, option: Option) -> inspect.Parameter:
     shown = default not in (None, "") and "Default:" not in option.help
     flags = option.flags or (f"--{name.replace('_', '-')}",)
     typed: Any = str if kind == Place or is_text(kind) else kind
-    told = typer.Option(*flags, help=option.help, metavar=option.metavar, show_default=shown)
+    told = typer.Option(
+        *flags, help=option.help, metavar=option.metavar, show_default=shown, rich_help_panel=PANELS.get(name)
+    )
     annotation = Annotated[typed if default is not None else typed | None, told]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 

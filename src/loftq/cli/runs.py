@@ -45,7 +45,11 @@ def train(
 def evaluate(
     target: Annotated[
         str,
-        typer.Argument(help="A run of `loftq train`, a dense model, or a quantized directory.", show_default=False),
+        typer.Argument(
+            metavar="TARGET",
+            help="A run of `loftq train`, a dense model, or a quantized directory.",
+            show_default=False,
+        ),
     ],
     task: Annotated[
         str | None, typer.Option(help="Name of a task, or a recipe file with your own task. Default: the run's.")
@@ -55,10 +59,10 @@ def evaluate(
     ] = None,
     split: Annotated[list[str] | None, typer.Option(help="Split to report on; may be repeated.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Trained adapter to load on the model.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows per batch. Default: the run's, or 32.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(help="Rows per batch. Default: the run's, or 32.", min=1)] = None,
     max_length: Annotated[
-        int, typer.Option(help="Largest number of tokens of an input. Default: the run's or the task's.")
-    ] = 0,
+        int | None, typer.Option(help="Largest number of tokens of an input. Default: the run's or the task's.", min=1)
+    ] = None,
     sampling: Annotated[
         str | None,
         typer.Option(help="How answers are generated: greedy, or paper (GSM8K's sampling). Default: greedy."),
@@ -77,8 +81,8 @@ def evaluate(
         data=data,
         splits=split or (),
         adapter=adapter,
-        batch_size=batch_size or None,
-        max_length=max_length or None,
+        batch_size=batch_size,
+        max_length=max_length,
         sampling=sampling,
     )
     if as_json:

@@ -59,7 +59,12 @@ def plot_bytes(rows: Sequence[Row], file: Path) -> None:
     axis.set_xticks(range(len(columns)), [f"{bits}\n{size:.1f} MB" for size, bits in columns], fontsize=8)
     for between in range(1, len(columns)):
         axis.axvline(between - 0.5, color="#e2e8f0", linewidth=0.8, zorder=0)
-    axis.set(xlabel="bits, and MB on disk of backbone and adapter; not to scale", ylabel=metric, title=rows[0]["task"])
+    better = "higher" if rows[0]["greater_is_better"] else "lower"
+    axis.set(
+        xlabel="bits of the code; MB on disk, backbone and adapter (not to scale)",
+        ylabel=f"{metric} ({better} is better)",
+        title=rows[0]["task"],
+    )
     axis.margins(y=0.12)
     axis.set_xlim(-0.5, max(len(columns), 1) - 0.5)
     axis.spines[["top", "right"]].set_visible(False)

@@ -1,6 +1,7 @@
 """Tables for the terminal."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from loftq.report.inspect import judged, warnings
 from loftq.solver import seconds, squares
 from loftq.spec import PRESETS, SolveSpec, preset_of
 
+NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")  # of a layer or an expert, as a part of a name
 MOST_OF_A_CELL = 2000  # characters; a tensor's name has half of that at most
 
 WIDE = 10_000  # columns of a file or a pipe
@@ -48,24 +50,17 @@ def plain_table(*columns: tuple[str, str]) -> Table:
 
 
 def print_plan(rows: list[dict[str, Any]], coverage: float) -> None:
-    """Every tensor: what is done with it, and why not."""
-    columns = (("tensor", "left"), ("shape", "right"), ("stored as", "left"), ("rank", "right"), ("bytes", "right"))
-    table = plain_table(*columns)
-    vectors = [r for r in rows if _is_vector(r)]
-    for row in rows:
-        if _is_vector(row):
-            continue
-        shape = "x".join(map(str, row["shape"]))
-        if row["action"] == "quantize":
-            detail = f"block {row['block_size']}" if "block_size" in row else f"window {row['window']}"
-            stored = f"{row['bits']}-bit {row['code']}, {detail}"
-            stored += f" ({row['instead']})" if "instead" in row else ""
-            table.add_row(row["name"], shape, stored, str(row["rank"]), f"{row['bytes']:,}")
-        else:
-            table.add_row(row["name"], shape, Text(f"kept: {row['reason']}", "dim"), "", f"{row['bytes']:,}")
-    if vectors:
-        size = sum(r["bytes"] for r in vectors)
-        table.add_row(f"{len(vectors)} vectors", "", Text("kept: norms and biases", "dim"), "", f"{size:,}")
+    """What is done with every tensor, and why not; the same tensor of all layers is one line."""
+    columns = (("n", "right"), ("shape", "right"), ("stored as", "left"), ("rank", "right"), ("bytes", "right"))
+    table = plain_table(("tensor", "left"), *columns)
+    for name, alike in _folded([row for row in rows if not _is_vector(row)]).items():
+        first, size = alike[0], sum(row["bytes"] for row in alike)
+        shape = "x".join(map(str, first["shape"]))
+        stored = _stored_as(first) if first["action"] == "quantize" else Text(f"kept: {first['reason']}", "dim")
+        table.add_row(name, str(len(alike)), shape, stored, str(first.get("rank", "")), f"{size:,}")
+    if vectors := [row["bytes"] for row in rows if _is_vector(row)]:
+        kept = Text("kept: norms and biases", "dim")
+        table.add_row("vectors", str(len(vectors)), "", kept, "", f"{sum(vectors):,}")
     out = console()
     out.print(table)
     quantized = [r for r in rows if r["action"] == "quantize"]
@@ -79,6 +74,44 @@ def print_plan(rows: list[dict[str, Any]], coverage: float) -> None:
 
 def _is_vector(row: dict[str, Any]) -> bool:
     return row["action"] == "keep" and len(row["shape"]) < 2
+
+
+def _stored_as(row: dict[str, Any]) -> str:
+    detail = f"block {row['block_size']}" if "block_size" in row else f"window {row['window']}"
+    return f"{row['bits']}-bit {row['code']}, {detail}" + (f" ({row['instead']})" if "instead" in row else "")
+
+
+def _folded(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows that differ in the numbers of their names alone, under one name with ranges: ``layers.0-31.mlp.up_proj``.
+
+    Together they have all numbers of the ranges, so that a range never says too much.
+    """
+    alike: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        parts = tuple(None if NUMBER.fullmatch(part) else part for part in row["name"].split("."))
+        told = tuple((key, str(value)) for key, value in row.items() if key not in ("name", "bytes"))
+        alike.setdefault((parts, told), []).append(row)
+    folded: dict[str, list[dict[str, Any]]] = {}
+    for (parts, _), group in alike.items():
+        numbers = [[int(part) for part in row["name"].split(".") if NUMBER.fullmatch(part)] for row in group]
+        places = [sorted(set(place)) for place in zip(*numbers, strict=True)]
+        if math.prod(map(len, places)) == len(group):
+            ranges = iter(_ranges(place) for place in places)
+            folded[".".join(next(ranges) if part is None else part for part in parts)] = group
+        else:
+            folded |= {row["name"]: [row] for row in group}
+    return folded
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Sorted numbers: ``0-3,7``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def print_cost(shapes: list[tuple[int, int]], spec: SolveSpec) -> None:

@@ -140,7 +140,8 @@ def place_of(given: Path) -> Path:
             return place
     inner = sorted(path.parent.name for path in given.glob(f"*/{CONFIG}")) if given.is_dir() else []
     cure = f"name one of {listed(inner)} in it" if inner else "name what PEFT's save_pretrained wrote, or a run"
-    raise InputError(f"{shown(given)}: no adapter: there is no {CONFIG}; {cure}")
+    wrong = f"no adapter: there is no {CONFIG}" if given.exists() else "no such directory"
+    raise InputError(f"{shown(given)}: {wrong}; {cure}")
 
 
 def open_adapter(directory: Path, base: Base) -> Adapter:

@@ -158,7 +158,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
         raise
     except Exception as e:  # the many ways in which a network or a hub says no
         raise StorageError(
-            f"{quoted(model, 400)}: no such directory, and not to be had from the hub ({first_line(e)}); "
+            f"{quoted(model, 400)}: no such directory, and not found on the hub ({first_line(e)}); "
             "check the spelling, the network, or `hf auth login`"
         ) from e
     return directory

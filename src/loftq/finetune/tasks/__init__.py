@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from loftq.errors import UsageError, listed, quoted
+from loftq.errors import UsageError, listed, meant, quoted
 from loftq.finetune.tasks.base import Limits, Measuring, Task
 from loftq.finetune.tasks.data import available_splits, load_data, named_files
 from loftq.finetune.tasks.named import TASKS
@@ -33,7 +33,8 @@ def get_task(
     """
     if isinstance(spec, str):
         if spec not in TASKS:
-            raise UsageError(f"task: {quoted(repr(spec))} is not one of {listed(TASKS, 20)}, nor a mapping of columns")
+            known = f"{listed(TASKS, 20)}, nor a mapping of columns{meant(spec, TASKS)}"
+            raise UsageError(f"task: {quoted(repr(spec))} is not one of {known}")
         task = TASKS[spec]
     else:
         from loftq.finetune.tasks.own import own_task
