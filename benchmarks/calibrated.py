@@ -192,10 +192,11 @@ def figures(result: dict[str, Any]) -> str:
     full = "; ".join(f"{m['model']} {m['full_precision']:.4g}, n = {m['n']}" for m in models)
     where = result["environment"]
     told = (
-        f"At 2.25 / 3.25 / 4.25 bits, rank {result['rank']}, before any fine-tuning. Outputs, weights: error as a part "
-        f"of the paper's LoftQ's, outputs on {result['test']}, which no initialization has seen, after a calibration "
-        f"on {result['samples']} windows of {result['tokens']} tokens of {result['fit']}; time as a multiple, "
-        f"calibration included. Full precision: {full}."
+        f"Each cell has three figures: at 2.25 / 3.25 / 4.25 stored bits, rank {result['rank']}, before any "
+        "fine-tuning. Outputs, weights: the error, divided by that of the paper's LoftQ; below 1 is better. The "
+        f"outputs are on {result['test']}, which no initialization has seen. Calibration: {result['samples']} windows "
+        f"of {result['tokens']} tokens of {result['fit']}. Time: divided by that of the paper's LoftQ, calibration "
+        f"included. Full precision: {full}."
     )
     machine = f"{where['cpu']}, one thread, torch {where['versions']['torch']}"
     about = f"commit {where['commit']}, {machine}, seed 0, one timing on a loaded machine"

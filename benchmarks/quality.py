@@ -87,7 +87,7 @@ def draw(file: Path) -> None:
     colours = {**dict(zip(NAMES.values(), ("tab:gray", "tab:blue"), strict=True)), "trellis": "tab:red"}
     colours["nf or lloyd"] = "tab:blue"
     free, calibrated = read("trellis.json"), read("trellis-calibrated.json")
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5.2), layout="constrained")
     for name, points in lines(free, "error").items():
         left.plot(*zip(*points, strict=True), "o-", color=colours[name], label=name)
     least = json.loads((DATA / "limit.json").read_text(encoding="utf-8"))["rows"]
@@ -97,17 +97,20 @@ def draw(file: Path) -> None:
         "k:",
         label="limit of independent Gaussian weights",
     )
-    left.set(yscale="log", ylabel="weight error ‖W - Q - BA‖ / ‖W‖", title="Data-free: error of the weights")
+    left.set(yscale="log", ylabel="weight error ‖W - Q - BA‖ / ‖W‖", title="Data-free: weight error (lower is better)")
     for rows, style, told in ((free, "o-", "data-free"), (calibrated, "s--", "calibrated, descent")):
         for name, points in lines(rows, "quality").items():
             right.plot(*zip(*points, strict=True), style, color=colours[name], label=f"{name}, {told}")
-    right.set(ylabel="cosine of embeddings with full precision's", title="Before any training: outputs")
+    right.set(
+        ylabel="cosine of embeddings with full precision's",
+        title="Embeddings before any training (higher is better)",
+    )
     left.yaxis.set_major_formatter("{x:g}")
     left.yaxis.set_minor_formatter("{x:g}")
-    for axes, place in ((left, "lower left"), (right, "lower right")):
+    for axes in (left, right):
         axes.set_xlabel("stored bits of a quantized weight, scales counted")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, loc=place)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)  # below: it hides no point
     figure.suptitle(f"all-MiniLM-L6-v2, rank {RANK}, T = {STEPS}")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)

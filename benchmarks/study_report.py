@@ -40,19 +40,39 @@ STUDIES = {
 }
 
 
+ABOUT = """How good is a model after fine-tuning, by method and by bits? All figures are of small models on CPUs.
+
+{glance}
+
+That is 2 bits: wikitext2 on the Llama (lower is better), the other tasks on the encoder (higher is better).
+[Experiments](experiments.md#fine-tuning) says what follows from the figures, and what does not. How to read the tables:
+
+| column | meaning |
+|---|---|
+| method | Full FT: full fine-tuning. LoftQ: the paper's; in brackets: another of its [methods](methods.md) |
+| bits, code, scales, T | how the backbone is quantized ([options](usage.md#codes)); scales take 0.25 bits more |
+| a metric | the median of the seeds (smallest to largest); shares and correlations are in percent |
+| N.A. | not converged, by [a rule](comparing.md#runs-that-do-not-converge) |
+| learning rate | the best one of those tried |
+| MB | on disk |
+
+Made by `python benchmarks/study_report.py` from the rows in `docs/data/study`, one for every run; do not edit."""
+
+
+def command(study: str, size: str) -> str:
+    model = STUDIES[study][2]
+    return f"`python benchmarks/study_{study}.py --data DIR{model}{'' if size == 'small' else ' --size full'}`"
+
+
 def section(study: str, size: str, images: Path) -> Iterator[str]:
     """A study in one size: how it was made, what is missing, all tasks in one table, each task in full."""
-    title, told, model = STUDIES[study]
+    title, told, _ = STUDIES[study]
     rows = read_rows(ROWS / f"{study}-{size}.jsonl")
     yield f"## {title}, {size}"
     yield told
-    command = f"`python benchmarks/study_{study}.py --data DIR{model}{'' if size == 'small' else ' --size full'}`"
-    if not rows:
-        yield f"Not yet run: {command}."
-        return
     planned = max(row["runs_planned"] for row in rows)  # each says how many were known when it came: grids grow
     state = "all" if len(rows) == planned else f"**{len(rows)} of {planned} runs; the others are not yet run**"
-    yield f"{command}: {state}. {provenance(rows)}"
+    yield f"{command(study, size)}: {state}. {provenance(rows)}"
     tasks: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         tasks.setdefault(row["task"], []).append(row)
@@ -80,6 +100,8 @@ def glance() -> str:
     """Every method at 2 bits with NormalFloat, fitted scales or a trellis, and LoRA on dense weights, by task."""
     rows = [row for study in ("decoder", "encoder") for row in read_rows(ROWS / f"{study}-small.jsonl")]
     mine = [row for row in rows if _at_a_glance(row["settings"])]
+    if not mine:
+        return ""
     headings, body = overview(mine)
     tasks = headings[-1 - len({row["task"] for row in mine}) : -1]
     lines: dict[str, list[str]] = {}  # method -> cells; the studies' models differ, so a method has a line in each
@@ -112,15 +134,15 @@ def main() -> None:
     given = parser.parse_args()
     images = given.output.parent / "images" / "study"
     images.mkdir(parents=True, exist_ok=True)
-    parts = [
-        "# Results",
-        "Made by `python benchmarks/study_report.py` from the rows in `docs/data/study`, one for every run; do "
-        "not edit. Each cell is a median over seeds, with the smallest and the largest. N.A.: not converged, "
-        "by [a rule](comparing.md#runs-that-do-not-converge).",
-    ]
+    parts, missing = ["# Results of fine-tuning", ABOUT.format(glance=glance())], []
     for study in STUDIES:
         for size in ("small", "full"):
-            parts += section(study, size, images)
+            if read_rows(ROWS / f"{study}-{size}.jsonl"):
+                parts += section(study, size, images)
+            else:
+                missing.append(f"* {STUDIES[study][0]}, {size}: {command(study, size)}")
+    if missing:
+        parts += ["## Not yet run", "\n".join(missing)]
     given.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     if given.output.parent == ROOT / "docs":
         update(ROOT / "README.md", glance())

@@ -163,15 +163,20 @@ def draw(rows: list[dict], file: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
-    panels = [("error", "relative weight error (lower is closer)"), ("cosine", "cosine to full-precision embeddings")]
-    for axis, (key, title) in zip(axes, panels, strict=True):
+    panels = [
+        ("error", "‖W - Q - s·BA‖ / ‖W‖", "weight error (lower is better)"),
+        ("cosine", "cosine with full precision's", "sentence embeddings (higher is better)"),
+    ]
+    for axis, (key, measure, title) in zip(axes, panels, strict=True):
         places = [i + (i >= len(NAMES)) * 0.6 for i in range(len(rows))]
         for place, row, color in zip(places, rows, COLORS * 2, strict=True):
             axis.bar_label(axis.bar(place, row[key], color=color), fmt="%.3f", fontsize=8)
         names = [r["start"].partition(" ")[0] for r in rows]
         axis.set_xticks(places, [f"{name}\n{r['bits']} bits" for name, r in zip(names, rows, strict=True)], fontsize=7)
         axis.set_title(title, fontsize=10)
+        axis.set_ylabel(measure, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"all-MiniLM-L6-v2, rank {RANK}, before any training", fontsize=10)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130)
 
