@@ -44,7 +44,7 @@ ABOUT = """How good is a model after fine-tuning, by method and by bits? All fig
 
 {glance}
 
-Backbones there have 2 bits. wikitext2 is on the Llama (lower is better), the other tasks on the encoder (higher is better).
+Backbones there have 2 bits. wikitext2: the Llama, lower is better. The others: the encoder, higher is better.
 [Experiments](experiments.md#fine-tuning) says what follows from the figures, and what does not. How to read the tables:
 
 | column | meaning |

@@ -22,7 +22,8 @@ PARTS = {
 
 def print_estimate(estimate: dict[str, Any]) -> None:
     """Two tables: quantizing, and training."""
-    quantize, train = estimate["quantize"], estimate["train"]
+    quantize, train, out = estimate["quantize"], estimate["train"], console()
+    out.print()
     table = plain_table(("to quantize", "left"), ("", "right"))
     table.add_row("CPU time", spell_time(quantize["cpu_seconds"]))
     table.add_row("CPU time of the largest matrix", spell_time(quantize["largest_matrix_seconds"]))
@@ -34,12 +35,13 @@ def print_estimate(estimate: dict[str, Any]) -> None:
     table.add_row("source", _size(quantize["source"]))
     table.add_row("output, with the adapter", _size(quantize["output"]))
     table.add_row("disk while it is made", _size(quantize["disk"]))
-    console().print(table)
+    out.print(table)
+    out.print()
     table = plain_table((f"memory to train, {train['tokens']:,} tokens a batch", "left"), ("", "right"))
     for part, name in PARTS.items():
         table.add_row(name, _size(train[part]))
-    console().print(table)
-    console().print(
+    out.print(table)
+    out.print(
         f"With the constants that benchmarks/constants.py measured on {estimate['measured'].get('cpu', 'a CPU')}."
     )
 

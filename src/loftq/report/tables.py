@@ -211,7 +211,9 @@ def print_start(output: Path, report: dict[str, Any]) -> None:
             before, after = report[f"{key}_before"], report[key]
             change = _change(1 - after / before if before else 0.0)
             out.print(f"{what}: {before:.4f}, with the adapter {after:.4f} ({change})")
-    out.print(f"Saved to {quoted(output)}: PeftModel.from_pretrained(base, DIR, is_trainable=True)")
+    out.print(
+        f"Saved to {quoted(output)}. Load it on the base: PeftModel.from_pretrained(base, DIR, is_trainable=True)"
+    )
 
 
 def print_metrics(title: str, splits: list[str], metrics: dict[str, float]) -> None:
