@@ -14,6 +14,7 @@ from harness import EXACT
 from loftq.adapters.origins import identity
 from loftq.errors import InputError
 from loftq.planning import fused
+from loftq.planning.containers import CONTAINERS
 from models import LLAMA, same, tensors
 
 AUTO = transformers.AutoModelForCausalLM
@@ -98,6 +99,29 @@ def test_what_it_cannot_hold(place, made):
     (place / "half" / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
     with pytest.raises(InputError, match="does not fit the model's type BF16"):
         loftq.export(place / "half", place / "out", to="compressed-tensors")
+
+
+def test_layers_that_transformers_reads_while_it_loads_stay_dense(made, tmp_path, monkeypatch):
+    """T5's initialization reads the weights of its layers: packed by compressed-tensors, they have none."""
+    t5 = made("t5")
+    with pytest.raises(InputError, match=r"nothing to quantize: .*transformers reads its weight while it loads"):
+        loftq.plan(t5.source, serve="compressed-tensors", rank=4, min_coverage=0.0)
+    options = {"bits": 4, "code": "int", "block_size": 8, "rank": 4, "workers": 1, "min_coverage": 0.0}
+    loftq.quantize(t5.source, tmp_path / "base", **options)
+    monkeypatch.setitem(CONTAINERS, "compressed-tensors", (("int", 4, 8),))  # of the sizes of this model
+    with pytest.raises(InputError, match=r"SelfAttention.*: transformers reads its weight.*, or merge"):
+        loftq.export(tmp_path / "base", tmp_path / "out", to="compressed-tensors")
+
+    def reads(self, module):
+        if isinstance(module, transformers.models.llama.modeling_llama.LlamaMLP):
+            module.gate_proj.weight.normal_()
+
+    monkeypatch.setattr(transformers.LlamaPreTrainedModel, "_init_weights", reads)
+    given = {"serve": "compressed-tensors", "block_size": 8, "rank": 4, "min_coverage": 0.0}
+    plan = loftq.plan(made("llama").source, **given)
+    assert {kept.name for kept in plan.kept if "while it loads" in kept.reason} == {
+        f"model.layers.{i}.mlp.gate_proj.weight" for i in range(2)
+    }
 
 
 MIXTURE = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "num_local_experts": 4, "head_dim": 16}

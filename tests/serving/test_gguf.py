@@ -345,11 +345,13 @@ def test_what_gguf_cannot_hold_is_refused(tmp_path, made):
     pytest.importorskip("gguf")
     with pytest.raises(InputError, match=r"proj.weight: GGUF holds no code lloyd of 2 bits in blocks of 64; .* int 2"):
         loftq.export(made("llama").output, tmp_path / "gguf", to="gguf")
-    with pytest.raises(InputError, match="BertModel: GGUF is written here only for"):
+    with pytest.raises(InputError, match="GGUF holds no code lloyd"):  # so that llama.cpp's script is of no use either
         loftq.export(made("bert").output, tmp_path / "gguf", to="gguf")
     with pytest.raises(UsageError, match="to must be one of gguf, compressed-tensors, mlx, onnx, lora-for-original"):
         loftq.export(made("bert").output, tmp_path / "gguf", to="coreml")
     directory = made_of("llama", tmp_path)
+    with pytest.raises(UsageError, match="block_type='Q2_K' is for 2 bits in blocks of 256, and no matrix of"):
+        loftq.export(directory, tmp_path / "gguf", to="gguf", block_type="Q2_K")
     content = json.loads((directory / "tokenizer.json").read_text())
     content["pre_tokenizer"] = {"type": "Whitespace"}
     other = shutil.copytree(directory, tmp_path / "other")

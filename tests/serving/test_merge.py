@@ -292,6 +292,9 @@ def test_on_the_command_line(made, tmp_path):
     (tmp_path / "run" / "checkpoint-3" / "adapter_config.json").write_text("{}")
     ended = cli("merge", checkpoint.output, "-o", tmp_path / "other", "--adapter", tmp_path / "run")
     refused(ended, 3, "no adapter_config.json", "checkpoint-3")
+    for verb in (("merge",), ("export", "--to", "gguf")):
+        ended = cli(*verb, tmp_path / "run" / "checkpoint-3", "-o", tmp_path / "other")
+        refused(ended, 3, "an adapter; name the quantized directory that it was trained on, and --adapter ")
 
 
 def test_what_was_trained_and_saved_beside_the_weights_is_not_passed_over(made, tmp_path):

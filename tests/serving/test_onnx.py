@@ -1,5 +1,7 @@
 """``loftq export --to onnx``: ONNX Runtime computes what the packed model does, its weights to the last bit."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -48,7 +50,7 @@ def exported():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
-def test_an_encoder_with_its_head(exported, tmp_path):
+def test_an_encoder_with_its_head(exported, tmp_path, capsys, caplog):
     torch.manual_seed(0)
     config = transformers.BertConfig(**{**BERT, "hidden_size": 64, "intermediate_size": 96})
     transformers.BertModel(config).save_pretrained(tmp_path / "source")
@@ -56,7 +58,11 @@ def test_an_encoder_with_its_head(exported, tmp_path):
     auto = transformers.AutoModelForSequenceClassification
     model = loftq.load_start(auto.from_pretrained(tmp_path / "base", num_labels=3), tmp_path / "base").eval()
     model.save_pretrained(tmp_path / "adapter")
+    capsys.readouterr()
+    caplog.clear()
     loftq.export(tmp_path / "base", tmp_path / "out", to="onnx", adapter=tmp_path / "adapter")
+    told = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert (capsys.readouterr().out, told) == ("", [])  # torch's exporter prints its steps
     ids = torch.arange(3, 18).reshape(3, 5)
     mask = torch.ones_like(ids)
     mask[0, 3:] = 0

@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
+
 from loftq.architecture.conversion import as_published
 from loftq.architecture.experts import layers_of
 from loftq.architecture.skeleton import parameter_of
@@ -51,6 +53,7 @@ MLX_FIXED: dict[str, dict[str, Any]] = {
     "OlmoeForCausalLM": {"hidden_act": "silu", "clip_qkv": None},
     "MixtralForCausalLM": {"hidden_act": "silu", "sliding_window": None},
 }
+READ = "transformers reads its weight while it loads, before compressed-tensors has unpacked it"
 LAYER = re.compile(r"(?:.*\.layers|blk)\.(\d+)\.(.+)")
 
 
@@ -168,6 +171,42 @@ def check_stacks(software: str, stacks: Mapping[str, QuantSpec | None]) -> None:
             f"{listed(stacks, 3)}: experts of several widths or blocks, or dense in part; transformers and vLLM have "
             f"one for all: give them the same {option('bits')} and {option('block_size')}"
         )
+
+
+def loads_dense(software: str, model: Any, layers: Iterable[str]) -> set[str]:
+    """Those of the Linear ``layers`` that transformers loads dense only: its ``_init_weights`` reads their weights.
+
+    The package compressed-tensors takes ``weight`` away before that runs; so it is tried without.
+    """
+    known: dict[tuple[Any, ...], bool] = {}
+    found = set()
+    for name in layers if software == "compressed-tensors" else ():
+        stems = name.split(".")
+        above = [model.get_submodule(".".join(stems[:i])) for i in range(len(stems) + 1)]
+        key = *map(type, above), stems[-1]  # the same in every block
+        if key not in known:
+            known[key] = _is_read(above)
+        if known[key]:
+            found.add(name)
+    return found
+
+
+def _is_read(above: list[Any]) -> bool:
+    """Whether the initialization of a layer, the last, or of a module above it fails without the layer's weight."""
+    layer, owner, held = above[-1], above[0], above[-1]._parameters
+    layer._parameters = {name: parameter for name, parameter in held.items() if name != "weight"}
+    try:
+        for module in above:
+            owner = module if hasattr(module, "_init_weights") else owner
+            try:
+                with torch.no_grad():
+                    owner._init_weights(module)
+            except Exception as e:  # others are of something else that a model without weights lacks
+                if isinstance(e, AttributeError) and "'weight'" in str(e):
+                    return True
+        return False
+    finally:
+        layer._parameters = held
 
 
 def check_experts(

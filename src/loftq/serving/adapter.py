@@ -101,15 +101,15 @@ class Adapter:
         b, a = (a.T, b.T) if factors.swapped else (b, a)
         return b.float(), a.float(), factors.scaling
 
-    def refuse_more_than_linear(self, form: str, converter: str, experts: bool = False) -> None:
+    def refuse_more_than_linear(self, form: str, converter: str = "", experts: bool = False) -> None:
         """InputError if it is more than LoRA of linear layers, and of ``experts``, which is all that ``form`` holds."""
         linear = [n for n, factors in self.factors.items() if (experts if factors.experts else not factors.swapped)]
         others = [n for n in self.factors if n not in linear]
         more = [*self.replaced, *self.new, *self.biases, *others]
         if more:
             raise InputError(
-                f"{shown(self.directory)}: {listed(more, 3)}: {form} holds LoRA of linear layers only; merge it, and "
-                f"convert that with {converter}"
+                f"{shown(self.directory)}: {listed(more, 3)}: {form} holds LoRA of linear layers only; merge it"
+                + (f", and convert that with {converter}" if converter else "")
             )
 
     def part(self, name: str) -> Tensor:
@@ -139,9 +139,10 @@ def place_of(given: Path) -> Path:
         if (place / CONFIG).is_file():
             return place
     inner = sorted(path.parent.name for path in given.glob(f"*/{CONFIG}")) if given.is_dir() else []
-    cure = f"name one of {listed(inner)} in it" if inner else "name what PEFT's save_pretrained wrote, or a run"
+    which = f"{'one of ' if len(inner) > 1 else ''}{listed(inner)} in it"
+    cure = which if inner else "what PEFT's save_pretrained wrote, or a run"
     wrong = f"no adapter: there is no {CONFIG}" if given.exists() else "no such directory"
-    raise InputError(f"{shown(given)}: {wrong}; {cure}")
+    raise InputError(f"{shown(given)}: {wrong}; name {cure}")
 
 
 def open_adapter(directory: Path, base: Base) -> Adapter:

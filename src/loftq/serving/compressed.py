@@ -14,7 +14,7 @@ from torch import Tensor
 from loftq.adapters.bases import WEIGHTS
 from loftq.adapters.origins import BESIDE, FIELD
 from loftq.architecture.experts import STACKS
-from loftq.architecture.served import check_experts, check_stacks
+from loftq.architecture.served import READ, check_experts, check_stacks, loads_dense
 from loftq.checkpoint.produce import Files
 from loftq.errors import InputError, listed, option, quoted
 from loftq.formats import fsio
@@ -33,6 +33,9 @@ def check(base: Base, adapter: Adapter | None) -> str:
     packed.check(base, NAME)
     check_stacks(NAME, base.stacks)
     check_experts(NAME, base.model, base.matrices, base.published[1])
+    if dense := loads_dense(NAME, base.model, [m.module for m in base.matrices if m.kind == "linear"]):
+        cure = f"quantize with {option('serve', NAME)}, which leaves dense what it has to, or merge"
+        raise InputError(f"{listed(sorted(dense), 3)}: {READ}; {cure}")
     if _has_experts(adapter):
         per_expert.check(base, adapter)
     for matrix in base.matrices:

@@ -92,8 +92,6 @@ def check(base: Base, adapter: Adapter | None, converter: Path) -> None:
     if not converter.is_file():
         raise InputError(f"{option('converter')} {shown(converter)}: no such file; wanted llama.cpp's {SCRIPT}")
     check_model("gguf", base.model)
-    for matrix in base.matrices:
-        block_for(matrix)
     if adapter is not None:
         adapter.refuse_more_than_linear("a GGUF adapter", f"llama.cpp's {SCRIPT}", experts=True)
     narrow = [t.name for t in marked(base, adapter) if t.matrix is None and t.dtype not in PLAIN]

@@ -53,8 +53,15 @@ Way = tuple[Callable[[Path, Begin], Files], list[str]]
 
 def _gguf(base: Base, adapter: Adapter | None, options: ExportOptions) -> Way:
     from loftq.serving import gguf
+    from loftq.serving.blocks import block_for
 
     rule, preferred, told = options.tokenizer_rule, options.block_type or "", gguf.commands(adapter is not None)
+    blocks = {block_for(matrix, preferred).name for matrix in base.matrices}  # without one, no converter helps
+    if preferred and preferred not in blocks:
+        raise UsageError(
+            f"{option('block_type', preferred)} is for 2 bits in blocks of 256, and no matrix of "
+            f"{shown(base.directory)} has these; leave it out"
+        )
     if options.converter is not None:
         from loftq.serving import converted
 

@@ -28,7 +28,7 @@ def check(base: Base, adapter: Adapter | None) -> tuple[Adapter, Adapter]:
     """The adapter that was trained, and the one that it began as. UsageError or InputError if this is not possible."""
     if adapter is None or adapter.directory.resolve() == (base.directory / ADAPTER).resolve():
         raise UsageError(f"{option('to', FOR_ORIGINAL)} writes what training added; give {option('adapter', 'RUN')}")
-    adapter.refuse_more_than_linear("the difference of two adapters", "what the server has")
+    adapter.refuse_more_than_linear("the difference of two adapters")
     return adapter, open_adapter(base.directory / ADAPTER, base)
 
 

@@ -14,16 +14,17 @@ from torch import Tensor
 from loftq.adapters.origins import refuse_other
 from loftq.checkpoint.assemble import ADAPTER
 from loftq.checkpoint.produce import Files, produce
-from loftq.errors import option
+from loftq.errors import InputError, option
 from loftq.formats import fsio, strict_json
 from loftq.formats.belongings import licence
-from loftq.formats.regular import local_path
+from loftq.formats.config import MANIFEST
+from loftq.formats.regular import local_path, shown
 from loftq.formats.tensorfile import DTYPES, Entry
 from loftq.numerics import oriented
 from loftq.options import check_fields, check_whole, default
 from loftq.report.card import merged_card
 from loftq.serving import heads
-from loftq.serving.adapter import Adapter, open_adapter, place_of
+from loftq.serving.adapter import CONFIG, Adapter, open_adapter, place_of
 from loftq.serving.base import Base, Dense, narrowed, open_base
 from loftq.serving.options import Merging
 from loftq.serving.original import as_original
@@ -51,7 +52,11 @@ class MergeOptions:
 
 def open_both(directory: Path, adapter: str | None) -> tuple[Base, Adapter | None]:
     """A base and the adapter that is asked for, which must be of it."""
-    base = open_base(local_path("the directory", directory))
+    given = local_path("the directory", directory)
+    if not (given / MANIFEST).is_file() and any((place / CONFIG).is_file() for place in (given, given / "adapter")):
+        cure = f"name the quantized directory that it was trained on, and {option('adapter', str(given))}"
+        raise InputError(f"{shown(given)}: an adapter; {cure}")
+    base = open_base(given)
     if adapter == NO_ADAPTER:
         return base, None
     if adapter is None:

@@ -5,6 +5,11 @@ transformers' own exporter traces the model; a packed layer is traced as the nod
 small products beside each node. A decoder's graph takes and gives the keys and values of attention.
 """
 
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +71,11 @@ def write(place: Path, base: Base, adapter: Adapter | None, begin: Begin) -> Fil
         import onnxscript  # type: ignore[import-not-found]  # noqa: F401
         from transformers.exporters import OnnxConfig, OnnxExporter  # type: ignore[attr-defined]
 
-    model = _traced(base, adapter)
+    with _quiet():
+        model = _traced(base, adapter)
     advance = begin(1)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _quiet():
             part, inputs = _inputs(model)
             made: Any = OnnxExporter().export(part, inputs, config=OnnxConfig(dynamic=True))
     except Exception as e:  # whatever torch's and transformers' exporters raise for a model that they cannot trace
@@ -78,6 +84,19 @@ def write(place: Path, base: Base, adapter: Adapter | None, begin: Begin) -> Fil
     advance()
     written = [path for path in sorted(place.iterdir()) if path.is_file()]
     return small_files(place, base, adapter) | {path.name: fsio.sha256_file(path) for path in written}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the steps that torch's exporter prints, and advice about operators that a model need not have."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _traced(base: Base, adapter: Adapter | None) -> Any:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,9 @@ def open_source(model: str, policy: Policy, revision: str | None = None) -> Sour
         served.check_model(policy.serve, built)
     if policy.serve == "gguf" and (told := served.needs_converter(built)):
         logger.warning(told)
+    if policy.serve:
+        dense = served.loads_dense(policy.serve, built, {r.module for r in roles.values() if r.kind == "linear"})
+        roles = {n: replace(r, keep=r.keep or served.READ) if r.module in dense else r for n, r in roles.items()}
     plan = planning.make(tensors, roles, policy)
     if policy.serve:
         quants = {m.name: m.quant for m in plan.matrices}
