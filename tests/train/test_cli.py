@@ -33,6 +33,7 @@ def test_quantize_train_evaluate(place):
     assert ended.code == 0, ended.err
     assert f"sst2@1 of {run}, validation:" in ended.out
     assert "accuracy" in ended.out
+    assert f"Saved: {run} has adapter/, metrics.json and logs/." in ended.out
     trained = json.loads((run / "metrics.json").read_text())
     assert (trained["steps"], trained["seed"], trained["base"]) == (3, 1, str(quantized))
     ended = cli("evaluate", run, "--json")
@@ -50,6 +51,8 @@ def test_quantize_train_evaluate(place):
     assert (both["n"], both["validation_n"], both["validation_accuracy"]) == (64, 30, found["metrics"]["accuracy"])
     again = cli("train", recipe, "training.max_steps=3", "seed=1", "-o", run, "--json")
     assert json.loads(again.out) == trained
+    again = cli("train", recipe, "training.max_steps=3", "seed=1", "-o", run)
+    assert f"Already done by an earlier run of this command: {run} has adapter/" in again.out
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ def train(
         from loftq.report.tables import print_metrics
     quiet()
     asked = read(recipe, overrides or (), output)
+    finished = not restart and Path(asked.output or "", "metrics.json").is_file()
     with MatrixBar() as bar:
         result = finetune(asked, resume=not restart, begin=bar.begin)
     if os.environ.get("RANK", "0") != "0":
@@ -38,7 +39,11 @@ def train(
     if as_json:
         print(json.dumps(dataclasses.asdict(result), indent=2))
     else:
-        print_metrics(f"{result.task} of {quoted(asked.output, 400)}", result.splits, result.metrics)
+        place = quoted(asked.output, 400)
+        print_metrics(f"{result.task} of {place}", result.splits, result.metrics)
+        weights = "model/" if asked.method == "full" else "adapter/"
+        done = "Already done by an earlier run of this command" if finished else "Saved"
+        print(f"{done}: {place} has {weights}, metrics.json and logs/.")
 
 
 @app.command()

@@ -64,10 +64,12 @@ def plot(report: dict[str, Any], file: Path) -> None:
     )
     axis.set(
         xlabel="MB of all tensors, backbone and adapter",
-        ylabel="expected error",
+        ylabel="expected relative error (lower is better)",
         title="Error against bytes",
         yscale="log",
     )
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=8)
     save(figure, file)

@@ -43,7 +43,8 @@ def _cell(cell: Any) -> Any:
 
 def plain_table(*columns: tuple[str, str]) -> Table:
     """A table without lines; a column is its heading and its side: texts left, folded if need be, numbers right."""
-    table = _Table(box=None, pad_edge=False, header_style="bold")
+    named = any(name for name, _ in columns)
+    table = _Table(box=None, pad_edge=False, header_style="bold", show_header=named)
     for name, side in columns:
         table.add_column(name, justify=side, no_wrap=side == "right", overflow="fold")  # type: ignore[arg-type]
     return table
