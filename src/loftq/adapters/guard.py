@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from loftq.errors import LoftqError, UsageError, quoted
 from loftq.nn.experts import PackedExperts
-from loftq.nn.layers import LoftQEmbedding, LoftQLinear, Packed, PackedWeight
+from loftq.nn.layers import LoftQEmbedding, LoftQLinear, Packed, PackedWeight, has_packed
 from loftq.patching import patches
 
 NOT_TRIED = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")
@@ -140,7 +140,7 @@ def _refuse_parameters(config: Any, model: nn.Module) -> None:
 
 
 def _refuse_block(config: Any, name: str, block: nn.Module) -> None:
-    if any(isinstance(module, Packed) for module in block.modules()):
+    if has_packed(block):
         raise UsageError(
             f"{type(config).__name__} would wrap {quoted(name)}, a {type(block).__name__} of packed layers, and may "
             "read their weights; name layers in target_modules, or call dequantize() on the model first"

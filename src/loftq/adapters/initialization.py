@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from loftq.adapters.placement import is_filled_from_elsewhere, module_of
 from loftq.errors import InputError, UsageError, listed, option, quoted, warn
 from loftq.nn.experts import PackedExperts
-from loftq.nn.layers import Packed, PackedWeight
+from loftq.nn.layers import PackedWeight, has_packed
 from loftq.patching import patches
 
 FOLDER = "loftq_init"
@@ -178,10 +178,6 @@ def _name_stacks(config: LoraConfig, model: nn.Module) -> None:
     config.rank_pattern, config.alpha_pattern = ranks, alphas
 
 
-def _is_packed(model: nn.Module) -> bool:
-    return any(isinstance(module, Packed) for module in model.modules())
-
-
 def install(lora_model: Any) -> None:
     """Let PEFT's LoRA use the initialization that belongs to a packed model.
 
@@ -194,7 +190,7 @@ def install(lora_model: Any) -> None:
         config = self.peft_config[adapter_name]
         if getattr(config, "init_lora_weights", None) != "loftq" or type(self) is not lora_model:
             return inject(self, model, adapter_name, *args, **kwargs)
-        if not _is_packed(model):
+        if not has_packed(model):
             if not config.loftq_config:
                 raise UsageError(
                     "init_lora_weights='loftq' takes the initialization of a packed model, and this one has no packed "
@@ -232,7 +228,7 @@ def warn_of_unused_starts(peft_model: Any) -> None:
     @patches(peft_model.PeftModel, "__init__")
     def warning(make: Any, self: Any, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
         lora = isinstance(peft_config, LoraConfig) and peft_config.init_lora_weights != "loftq"
-        unused = lora and not is_filled_from_elsewhere() and _is_packed(model) and has_start(model)
+        unused = lora and not is_filled_from_elsewhere() and has_packed(model) and has_start(model)
         make(self, model, peft_config, *args, **kwargs)
         if unused:
             warn(

@@ -20,7 +20,7 @@ from loftq.errors import UsageError
 from loftq.nn import ops
 from loftq.nn.experts import PackedExperts
 from loftq.nn.hf import forget_unpacked
-from loftq.nn.layers import LoftQEmbedding, LoftQLinear, Packed, PackedWeight
+from loftq.nn.layers import LoftQEmbedding, LoftQLinear, Packed, PackedWeight, has_packed
 from loftq.patching import patches
 
 READ_NO_WEIGHT = (True, False, "gaussian", "eva")  # initialisations that need no dense weight
@@ -190,6 +190,6 @@ def install(_: Any = None) -> None:
         try:
             return tied(self)
         except NotImplementedError:  # transformers knows no table of words in this class: nothing is tied to one
-            if not any(isinstance(module, Packed) for module in self.model.modules()):
+            if not has_packed(self.model):
                 raise
             return []

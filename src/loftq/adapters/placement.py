@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from loftq.errors import InputError, listed, quoted
-from loftq.nn.layers import Packed
+from loftq.nn.layers import has_packed
 from loftq.patching import patches
 
 _filled: ContextVar[bool] = ContextVar("filled", default=False)
@@ -126,7 +126,7 @@ def check_placed(model: nn.Module, source: object, missing: Iterable[str], unexp
 
     Weights of modules that the model does not have are no error: those of a head that this class lacks.
     """
-    if not any(isinstance(module, Packed) for module in model.modules()):
+    if not has_packed(model):
         return
     empty = sorted({module_of(key) for key in missing if ".lora_" in key})
     there = {name for name, _ in model.named_modules()}

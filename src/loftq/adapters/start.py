@@ -18,7 +18,7 @@ from loftq.adapters.placement import check_placed, filled_from_elsewhere
 from loftq.architecture.adapter import task_type
 from loftq.architecture.loading import guarded
 from loftq.errors import InputError, UsageError, checks_names, listed, quoted
-from loftq.nn.layers import Packed
+from loftq.nn.layers import has_packed
 
 # Tasks whose heads are seldom part of a checkpoint: PEFT trains and saves them with the adapter.
 HEADED_TASKS = {
@@ -54,7 +54,7 @@ def load_start(
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"wanted a packed model, got {type(model).__name__}; load it with from_pretrained first")
-    if not any(isinstance(module, Packed) for module in model.modules()):
+    if not has_packed(model):
         raise UsageError(f"{type(model).__name__} has no packed layers; load the directory with from_pretrained first")
     refuse_adapted(model)
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
@@ -98,7 +98,7 @@ def refuse_not_dense(model: Any, instead: str = "") -> None:
             f"wanted a model of transformers, got {type(model).__name__}; load one with from_pretrained first"
         )
     method: Any = getattr(model, "quantization_method", None)
-    if method is not None or any(isinstance(module, Packed) for module in model.modules()):
+    if method is not None or has_packed(model):
         method = quoted(getattr(method, "value", method) or "loftq")
         raise UsageError(f"the model is quantized already ({method}); load it in full precision{instead}")
 

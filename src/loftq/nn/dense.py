@@ -7,7 +7,7 @@ from torch import nn
 
 from loftq.errors import UsageError
 from loftq.nn.hf import forget_unpacked, unpack_model
-from loftq.nn.layers import LoftQEmbedding, LoftQLinear, Packed, PackedWeight, replace_module
+from loftq.nn.layers import LoftQEmbedding, LoftQLinear, PackedWeight, has_packed, replace_module
 from loftq.patching import patches
 
 
@@ -23,7 +23,7 @@ def train_dense_copies(other: Any) -> None:
         update: Any, self: Any, adapter_name: str, tied_module: Any = None, **kwargs: Any
     ) -> None:
         original = self.original_module
-        if tied_module is None and adapter_name not in self.modules_to_save and _holds_packed(original):
+        if tied_module is None and adapter_name not in self.modules_to_save and has_packed(original):
             self.modules_to_save[adapter_name] = _dense_copy(original)
         update(self, adapter_name, tied_module=tied_module, **kwargs)
 
@@ -69,7 +69,7 @@ def resize_dense_tables(modeling: Any) -> None:
 def _unpack_tables(model: Any) -> None:
     """UsageError if an adapter sits on a table: it was made for the rows that there are."""
     tables = [table for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table is not None]
-    if any(not isinstance(table, PackedWeight) and _holds_packed(table) for table in tables):
+    if any(not isinstance(table, PackedWeight) and has_packed(table) for table in tables):
         raise UsageError("resize_token_embeddings: a packed table has an adapter; resize first, then add the adapter")
     names = [name for name, module in model.named_modules() if any(module is table for table in tables)]
     for name in names:
@@ -77,10 +77,6 @@ def _unpack_tables(model: Any) -> None:
         if isinstance(table, (LoftQEmbedding, LoftQLinear)):
             replace_module(model, name, _dense_copy(table))
     forget_unpacked(model)
-
-
-def _holds_packed(module: nn.Module) -> bool:
-    return any(isinstance(m, Packed) for m in module.modules())
 
 
 def _dense_copy(module: nn.Module) -> Any:

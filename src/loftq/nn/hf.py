@@ -33,6 +33,7 @@ from loftq.nn.layers import (
     Packed,
     PackedWeight,
     can_pack,
+    has_packed,
     pack_like,
     replace_module,
 )
@@ -372,7 +373,7 @@ def forget_unpacked(model: Any) -> None:
         return
     bits = quantizer.quantization_config.bits
     quantizer.remove_quantization_config(model)
-    if any(isinstance(m, Packed) for m in model.modules()):
+    if has_packed(model):
         mark_quantized(model, bits)
         model.hf_quantizer.new_modules = quantizer.new_modules
     else:

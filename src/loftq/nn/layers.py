@@ -219,6 +219,11 @@ class LoftQEmbedding(PackedWeight, nn.Embedding):
         return f"{self.num_embeddings}, {self.embedding_dim}, {_describe(self.spec)}"
 
 
+def has_packed(module: nn.Module) -> bool:
+    """Whether a module, or one inside it, is packed."""
+    return any(isinstance(inner, Packed) for inner in module.modules())
+
+
 def can_pack(module: nn.Module) -> bool:
     """Whether :func:`pack_like` takes ``module``."""
     return bool(kind_of(module))
