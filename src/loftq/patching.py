@@ -1,8 +1,10 @@
 """Patches of transformers and PEFT: our function is called instead of theirs, and gets theirs as first argument."""
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -26,3 +28,13 @@ def patches(owner: Any, name: str) -> Callable[[F], F]:
         return ours
 
     return decorate
+
+
+@contextlib.contextmanager
+def inside(flag: ContextVar[bool]) -> Iterator[None]:
+    """Context in which ``flag`` is set, for patches that are called within one of another."""
+    token = flag.set(True)
+    try:
+        yield
+    finally:
+        flag.reset(token)

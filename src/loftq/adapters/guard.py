@@ -6,10 +6,8 @@ asked of a list. The tuner is put on one packed layer of every kind that it is m
 and gradients of the two must be equal.
 """
 
-import contextlib
 import copy
 import warnings
-from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -21,25 +19,16 @@ from torch import Tensor, nn
 from loftq.errors import LoftqError, UsageError, quoted
 from loftq.nn.experts import PackedExperts
 from loftq.nn.layers import LoftQEmbedding, LoftQLinear, Packed, PackedWeight, has_packed
-from loftq.patching import patches
+from loftq.patching import inside, patches
 
 NOT_TRIED = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")
 TOLERANCE = 1e-3  # of the largest value; codes in the place of weights are off by more than 1, rounding by 1e-6
 ROWS = 3  # inputs of a trial
 
-_settled: ContextVar[bool] = ContextVar("settled", default=False)  # nothing is to be tried: it is, or was
+# Whether new tuners are not tried: those of a trial, and one that was tried already.
+_settled: ContextVar[bool] = ContextVar("settled", default=False)
 
 Result = dict[str, Tensor]  # outputs, gradients by parameter, and what the tuner keeps
-
-
-@contextlib.contextmanager
-def settled() -> Iterator[None]:
-    """Context in which new tuners are not tried: those of a trial, and one that was tried already."""
-    token = _settled.set(True)
-    try:
-        yield
-    finally:
-        _settled.reset(token)
 
 
 def install() -> None:
@@ -52,7 +41,7 @@ def install() -> None:
             nn.Module.__init__(self)
             self.model = model
             check_tuner(self, config, model)
-        with settled():
+        with inside(_settled):
             make(self, model, peft_config, adapter_name, *args, **kwargs)
 
     @patches(BaseTuner, "inject_adapter")
@@ -163,7 +152,7 @@ def _try(tuner: BaseTuner, config: Any, layers: dict[str, nn.Module]) -> dict[st
     for name, layer in layers.items():
         _place(model, name, layer)
     device = next(model.parameters()).device
-    with settled(), torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
+    with inside(_settled), torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         tuned = type(tuner)(model, {"trial": _plain(config)}, "trial").train()  # type: ignore[arg-type]

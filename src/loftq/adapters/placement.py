@@ -1,7 +1,7 @@
 """Check that an adapter is placed on every module that it was made for."""
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from loftq.errors import InputError, listed, quoted
 from loftq.nn.layers import has_packed
-from loftq.patching import patches
+from loftq.patching import inside, patches
 
 _filled: ContextVar[bool] = ContextVar("filled", default=False)
 
@@ -69,14 +69,9 @@ def _real(targets: Iterable[str], model: nn.Module) -> set[str]:
     return found
 
 
-@contextlib.contextmanager
-def filled_from_elsewhere() -> Iterator[None]:
+def filled_from_elsewhere() -> AbstractContextManager[None]:
     """Context in which a new adapter needs no initialization: its values come from a file or from the solver."""
-    token = _filled.set(True)
-    try:
-        yield
-    finally:
-        _filled.reset(token)
+    return inside(_filled)
 
 
 def is_filled_from_elsewhere() -> bool:

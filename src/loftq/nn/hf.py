@@ -39,7 +39,7 @@ from loftq.nn.layers import (
 )
 from loftq.numerics import encode, oriented
 from loftq.numerics.trellis import check_rates
-from loftq.patching import patches
+from loftq.patching import inside, patches
 from loftq.planning import natural
 from loftq.spec import SUFFIXES, QuantSpec
 
@@ -289,6 +289,10 @@ def save_by_names_that_are_read(modeling: Any) -> None:
         return dict(sorted(result.items(), key=lambda item: natural(item[0])))
 
 
+# Whether a model is a part of another that is packed as a whole, or is packed by its quantizer.
+_loading: ContextVar[bool] = ContextVar("loading", default=False)
+
+
 def pack_from_config(modeling: Any) -> None:
     """``from_config`` of a packed configuration gives packed layers: their codes are those of the random weights.
 
@@ -296,27 +300,20 @@ def pack_from_config(modeling: Any) -> None:
         modeling: the module ``transformers.modeling_utils``.
     """
     model_class = modeling.PreTrainedModel
-    inside = ContextVar("inside", default=False)  # a part of a model that is packed as a whole, or by its quantizer
 
     @patches(model_class, "from_pretrained")
     def from_pretrained(load: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
-        token = inside.set(True)
-        try:
+        with inside(_loading):
             return load(cls, *args, **kwargs)
-        finally:
-            inside.reset(token)
 
     @patches(model_class, "_from_config")
     def from_config(make: Any, cls: Any, config: Any, **kwargs: Any) -> Any:
-        part = inside.get()
-        token = inside.set(True)
-        try:
+        is_part = _loading.get()
+        with inside(_loading):
             model = make(cls, config, **kwargs)
-        finally:
-            inside.reset(token)
         given = getattr(config, "quantization_config", None) or {}
         values = given if isinstance(given, dict) else given.to_dict()
-        if not part and values.get("quant_method") == "loftq":
+        if not is_part and values.get("quant_method") == "loftq":
             _pack_random(model, LoftQQuantizationConfig(**values))
         return model
 
