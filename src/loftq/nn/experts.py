@@ -123,9 +123,7 @@ class PackedExperts(Packed):
         me: Any = self
         tokens, k = top_k_index.shape
         experts, order = top_k_index.reshape(-1).sort(stable=True)
-        x = hidden_states[order // k]
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = ops.autocast(hidden_states[order // k])
         first = next(name for name in FIRST if hasattr(self, name))
         count = len(getattr(self, first))
         ends = torch.searchsorted(experts, torch.arange(count, device=experts.device), right=True)
@@ -179,9 +177,7 @@ class PackedBatches(PackedExperts):
         count = len(getattr(self, LAST))
         places = x.any(1).nonzero()[:, 0]
         ends = torch.searchsorted(places, torch.arange(1, count + 1, device=x.device) * (len(x) // count))
-        part = x[places]
-        if torch.is_autocast_enabled(x.device.type):
-            part = part.to(torch.get_autocast_dtype(x.device.type))
+        part = ops.autocast(x[places])
         gate, up = self._project(FIRST[0], part, ends, ends, (lora or {}).get(FIRST[0], [])).chunk(2, -1)
         y = self._project(LAST, up * me.act_fn(gate), ends, ends, (lora or {}).get(LAST, []))
         return torch.zeros_like(x).index_copy(0, places, y.to(x.dtype))
@@ -194,9 +190,7 @@ class PackedProducts(PackedExperts):
         self, inputs: Tensor, expert_size: list[int], *, lora: Mapping[str, list[StackFactors]] | None = None
     ) -> Tensor:
         ends = torch.tensor(expert_size, device=inputs.device).cumsum(0)
-        if torch.is_autocast_enabled(inputs.device.type):
-            inputs = inputs.to(torch.get_autocast_dtype(inputs.device.type))
-        return self._project("weight", inputs, ends, ends, (lora or {}).get("weight", []))
+        return self._project("weight", ops.autocast(inputs), ends, ends, (lora or {}).get("weight", []))
 
 
 _WAYS = {"routed": PackedExperts, "batched": PackedBatches, "product": PackedProducts}

@@ -165,9 +165,7 @@ class LoftQLinear(PackedWeight, nn.Linear):
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return ops.linear(x, *self.operands)
+        return ops.linear(ops.autocast(x), *self.operands)
 
     @property
     def operands(self) -> tuple[list[Tensor], str, int, Tensor | None]:

@@ -53,6 +53,12 @@ def _rows(stored: list[Tensor], key: str) -> int:
     return stored_rows(quant, dict(zip(names, stored, strict=True)))
 
 
+def autocast(x: Tensor) -> Tensor:
+    """``x`` in the dtype that autocast has for products on its device; as it is where autocast is off."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 def _own(result: Tensor) -> Tensor:
     """``result``, no longer known as a view: autograd lets nobody change the view that an operator returns in place."""
     return torch.ops.aten._unsafe_view(result, result.shape) if result._is_view() else result
