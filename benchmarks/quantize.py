@@ -89,7 +89,7 @@ def dequantize(bench: Bench, weight: Tensor, bits: int, number: int = 1) -> None
             calls[side] = functools.partial(decode, encode())
     if weight.device.type == "cpu":
         stored, spec, held = loftq_side(weight, bits)[0](), QuantSpec(bits=bits, block_size=BLOCK), weight.clone()
-        calls[REUSED] = lambda: cpu.decode_into(held, stored, spec)
+        calls[REUSED] = lambda: cpu.multiplicand(stored, spec, len(weight.T)).decode(slice(0, len(weight)), held)
         calls[COPY_REUSED] = lambda: held.copy_(weight)
     goals = DECODE_GOALS if weight.device.type == "cpu" and weight.dtype == torch.float32 else {}
     peers = [side for side in calls if side not in ("loftq", REUSED, COPY_REUSED)]

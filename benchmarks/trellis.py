@@ -43,7 +43,7 @@ def decoding(bench: Bench, size: int) -> None:
     sides |= {f"trellis, 2 bits, window {window}": trellis_side(size, 2, window) for window in Trellis.WINDOWS}
     sides["trellis, 2.1875 bits, window 10"] = trellis_side(size, 2.1875, 10)
     sides["trellis, rates of columns, window 10"] = trellis_side(size, 2, 10, True)
-    x = torch.randn(1, size)
+    x, whole = torch.randn(1, size), slice(0, size)
     for what, goal in (("to float32", 1.5), ("to bfloat16", 1.5), ("one token", 1.2)):
         out = torch.empty(size, size, dtype=torch.bfloat16 if what == "to bfloat16" else torch.float32)
         calls = {}
@@ -52,7 +52,7 @@ def decoding(bench: Bench, size: int) -> None:
             if what == "one token":
                 calls[name] = lambda k=kernel, t=stored, s=spec: k.linear(x, t, s, size)
             else:
-                calls[name] = lambda k=kernel, t=stored, s=spec, o=out: k.decode_into(o, t, s)
+                calls[name] = lambda k=kernel, t=stored, s=spec, o=out: k.multiplicand(t, s, size).decode(whole, o)
         case = f"{what}, {size} x {size}"
         versus = [Versus(name, LLOYD, round(1 / goal, 3) if name == MAIN else None) for name in sides if name != LLOYD]
         bench.compare(case, calls, versus, repeats=7, number=1 if bench.quick else 3)

@@ -8,7 +8,7 @@ from backends import Backend, backend, interpreted, stored
 from torch import Tensor
 
 import loftq.kernels
-from loftq.kernels import products, reference
+from loftq.kernels import gpu_products, products, reference
 from loftq.nn.layers import LoftQEmbedding, LoftQLinear
 from loftq.numerics import levels, unpack
 from loftq.numerics.blockwise import scale_and_zero
@@ -72,7 +72,7 @@ def test_few_tokens(kernels: Backend, spec: QuantSpec, dtype: torch.dtype, produ
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_tokens(kernels: Backend, dtype: torch.dtype, product: str) -> None:
-    tokens = getattr(kernels.module, "FEW_TOKENS", products.FEW_TOKENS) + 1
+    tokens = max(products.FEW_TOKENS, gpu_products.FEW_TOKENS) + 1
     features = 130 if product == "linear_grad_input" else 200
     check(kernels, product, SPECS[1], (130, 200), torch.randn(tokens, features).to(dtype))
 
@@ -129,7 +129,7 @@ def test_split_sums(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = backend("interpreted")
     features = 260 if product == "linear_grad_input" else 520
     for programs in (1, 6, 512):
-        monkeypatch.setattr(gpu.module, "PROGRAMS", programs)
+        monkeypatch.setattr(gpu_products, "PROGRAMS", programs)
         check(gpu, product, QuantSpec(bits=2), (260, 520), torch.randn(17, features).bfloat16(), factor=1.2)
 
 

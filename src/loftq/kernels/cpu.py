@@ -6,7 +6,7 @@ solver's worker, which has one, runs its kernel alone.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from loftq.codes import HOST, Absmax, levels
 from loftq.kernels import fitting, products, rounding
-from loftq.kernels.reference import Adapter
 from loftq.kernels.threads import run_over_rows
 from loftq.kernels.vectors import (
     LANES,
@@ -132,38 +131,16 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return packed
 
 
-def dequantize(stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: torch.dtype) -> Tensor:
-    """The dense weight."""
-    return products.dense(_weight(stored, spec, columns), dtype)
-
-
-def decode_into(out: Tensor, stored: dict[str, Tensor], spec: QuantSpec) -> Tensor:
-    """The dense weight in memory that is there, float32 or bfloat16; ``out``."""
-    _weight(stored, spec, out.shape[1]).decode(slice(0, len(out)), out)
-    return out
-
-
-def linear(
-    x: Tensor,
-    stored: dict[str, Tensor],
-    spec: QuantSpec,
-    columns: int,
-    bias: Tensor | None = None,
-    adapters: Sequence[Adapter] = (),
-) -> Tensor:
-    """``x @ W.T + bias``, with adapters beside it."""
-    return products.multiply_by(_weight(stored, spec, columns), x, bias, adapters)
-
-
-def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:
-    """``grad @ W``."""
-    return products.multiply_back(_weight(stored, spec, columns), grad)
-
-
-def _weight(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> products.Multiplicand:
+def multiplicand(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> products.Multiplicand:
+    """The stored tensors as products see them."""
     codes, constants = _codes(stored, spec, columns), _constants(spec, columns)
     decode = functools.partial(_decode_part, codes, constants.width)
     return products.Multiplicand(codes.packed.shape[0], columns, codes, constants.product, decode, unit=1)
+
+
+dequantize = functools.partial(products.dequantize, multiplicand)
+linear = functools.partial(products.linear, multiplicand)
+linear_grad_input = functools.partial(products.linear_grad_input, multiplicand)
 
 
 def _decode_part(codes: "PackedCodes", bits: int, part: slice, out: Tensor) -> None:

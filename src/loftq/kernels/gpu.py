@@ -2,9 +2,9 @@
 """Triton kernels for CUDA devices: a packed weight is decoded where it is used, and never kept.
 
 Two kernels share one decoder, :func:`_tile`. ``_decode`` writes dense rows: the whole weight, or the rows of an
-embedding that are looked up. ``_product`` multiplies a few tokens straight from the packed bytes; more than
-:data:`FEW_TOKENS` go through the dense weight and PyTorch's matrix product. Decoded values equal the reference's to the
-bit: computed in float32 without contraction, then rounded once.
+embedding that are looked up. ``_product`` multiplies a few tokens straight from the packed bytes
+(:mod:`loftq.kernels.gpu_products`). Decoded values equal the reference's to the bit: computed in float32 without
+contraction, then rounded once.
 
 :func:`quantize_residual`, :func:`feedback`, :func:`descend` and :func:`pack` are the reference's, on the device: a
 solver calls them once a step and once a matrix, beside an SVD.
@@ -12,9 +12,7 @@ solver calls them once a step and once a matrix, beside an SVD.
 Tried under Triton's interpreter, and compiled for sm_80, sm_90 and sm_100; not yet measured on a GPU.
 """
 
-import contextlib
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,60 +21,52 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from triton import knobs  # pyright: ignore[reportMissingImports]
 
-from loftq.kernels.reference import Adapter, add_adapters, dense_linear
+from loftq.kernels import gpu_products
+from loftq.kernels.gpu_products import DeviceMultiplicand, ceil, dense, levels
 from loftq.kernels.reference import descend as descend
 from loftq.kernels.reference import feedback as feedback
 from loftq.kernels.reference import pack as pack
 from loftq.kernels.reference import quantize_residual as quantize_residual
-from loftq.numerics import dynamic_8bit, levels
+from loftq.numerics import dynamic_8bit
+from loftq.numerics.packing import GROUPS
 from loftq.spec import NESTED_BLOCK, QuantSpec
 
 NAME = "cuda"
-FEW_TOKENS = 64  # up to here a product reads the packed weight itself. Not yet measured
 ROWS, COLUMNS, WARPS = 64, 128, 8  # of the tile that a program decodes at a time: 32 weights a thread, none spilled
-PROGRAMS = 512  # a product's inner axis is split until there are about as many. Not yet measured
-GROUPS = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}  # bits: codes and bytes of the smallest whole group
-DIRECT = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels read and write; other dtypes are converted
 NESTED = tl.constexpr(NESTED_BLOCK)
 
 # Only the depth of the pipeline is tuned: other tiles or warps could add in another order, and so change bits.
 PIPELINES = [triton.Config({}, num_warps=WARPS, num_stages=stages) for stages in (1, 3)]
 
 
-def dequantize(stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: torch.dtype) -> Tensor:
-    """The dense weight ``(out, in)`` in ``dtype``, computed in float32."""
-    return _decoded(stored, spec, columns, dtype, None)
+def multiplicand(
+    stored: dict[str, Tensor], spec: QuantSpec, columns: int, scale_rows: Tensor | None = None
+) -> DeviceMultiplicand:
+    """The stored tensors as products see them; with ``scale_rows``, row ``i`` has the scales of ``scale_rows[i]``."""
+    weight, constants = _weight(stored, spec, columns)
+    n_rows = len(weight.packed)
+
+    def decode(out: Tensor) -> None:
+        if n_rows:  # with contraction a double-quantized scale could miss the reference's last bit
+            launch: Any = _decode[ceil(n_rows, ROWS), ceil(columns, COLUMNS)]  # pyright: ignore[reportIndexIssue]
+            launch(weight, scale_rows, out, n_rows, **constants, num_warps=WARPS, enable_fp_fusion=False)
+
+    def product(grid: tuple[int, int], x: Tensor, y: Tensor, steps: int, **sizes: int) -> None:
+        launch: Any = _product[grid]  # pyright: ignore[reportIndexIssue]
+        launch(weight, x, y, n_rows, len(x), steps, **constants, **sizes, enable_fp_fusion=True)
+
+    return DeviceMultiplicand(weight.packed.device, n_rows, columns, (ROWS, COLUMNS), decode, product)
+
+
+dequantize = functools.partial(gpu_products.dequantize, multiplicand)
+linear = functools.partial(gpu_products.linear, multiplicand)
+linear_grad_input = functools.partial(gpu_products.linear_grad_input, multiplicand)
 
 
 def embedding(rows: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: torch.dtype) -> Tensor:
     """The rows of an embedding table with the given indices ``(n,)``, without decoding the others."""
     chosen = stored["weight"].index_select(0, rows)  # refuses indices beyond the table, as nn.Embedding does
-    return _decoded({**stored, "weight": chosen}, spec, columns, dtype, rows.contiguous())
-
-
-def linear(
-    x: Tensor,
-    stored: dict[str, Tensor],
-    spec: QuantSpec,
-    columns: int,
-    bias: Tensor | None = None,
-    adapters: Sequence[Adapter] = (),
-) -> Tensor:
-    """``x @ W.T + bias``. For few tokens straight from the packed weight, else decoded first, then a dense product."""
-    if not _few(x, columns):
-        return dense_linear(x, dequantize(stored, spec, columns, x.dtype), bias, adapters)
-    return add_adapters(_multiplied(x, stored, spec, columns, by_rows=False, bias=bias), x, adapters)
-
-
-def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:
-    """``grad @ W``, by the same rule as :func:`linear`."""
-    if _few(grad, stored["weight"].shape[0]):
-        return _multiplied(grad, stored, spec, columns, by_rows=True)
-    return grad @ dequantize(stored, spec, columns, grad.dtype)
-
-
-def _few(x: Tensor, features: int) -> bool:
-    return x.dtype in DIRECT and x.numel() // features <= FEW_TOKENS
+    return dense(multiplicand({**stored, "weight": chosen}, spec, columns, rows.contiguous()), dtype)
 
 
 class Weight(NamedTuple):
@@ -107,7 +97,7 @@ def _weight(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> tuple[W
         absmax=held.get("weight_scale_absmax"),
         mean=held.get("weight_scale_mean"),
         dynamic=_dynamic(packed.device) if nested else None,
-        levels=_levels(spec.code, spec.width, packed.device),
+        levels=levels(spec.code, spec.width, packed.device),
         n_bytes=packed.shape[1],
         columns=columns,
         blocks=scale.shape[1] if scale.shape[0] > 1 else 0,
@@ -120,59 +110,8 @@ def _weight(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> tuple[W
 
 
 @functools.cache
-def _levels(code: str, bits: int, device: torch.device) -> Tensor:
-    return levels(code, bits).to(device)
-
-
-@functools.cache
 def _dynamic(device: torch.device) -> Tensor:
     return dynamic_8bit().to(device)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def _decoded(
-    stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: torch.dtype, scale_rows: Tensor | None
-) -> Tensor:
-    weight, constants = _weight(stored, spec, columns)
-    n_rows = len(weight.packed)
-    out = weight.packed.new_empty((n_rows, columns), dtype=dtype if dtype in DIRECT else torch.float32)
-    if n_rows:
-        launch: Any = _decode[_ceil(n_rows, ROWS), _ceil(columns, COLUMNS)]  # pyright: ignore[reportIndexIssue]
-        with _on(out.device):  # with contraction a double-quantized scale could miss the reference's last bit
-            launch(weight, scale_rows, out, n_rows, **constants, num_warps=WARPS, enable_fp_fusion=False)
-    return out.to(dtype)
-
-
-def _multiplied(
-    x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, by_rows: bool, bias: Tensor | None = None
-) -> Tensor:
-    weight, constants = _weight(stored, spec, columns)
-    n_rows = len(weight.packed)
-    inner, outer, inner_tile, outer_tile = columns, n_rows, COLUMNS, ROWS
-    if by_rows:
-        inner, outer, inner_tile, outer_tile = outer, inner, outer_tile, inner_tile
-    tiles, programs = _ceil(inner, inner_tile), _ceil(outer, outer_tile)
-    steps = _ceil(tiles, _ceil(PROGRAMS, programs))  # tiles that one program walks through
-    splits = _ceil(tiles, steps)
-    rows = x.detach().reshape(-1, inner).contiguous()
-    whole = splits == 1 and bias is None  # else parts are summed in float32, and rounded once
-    y = x.new_empty((splits, len(rows), outer), dtype=x.dtype if whole else torch.float32)
-    constants |= {"T": max(16, 1 << (len(rows) - 1).bit_length()), "BY_ROWS": by_rows}
-    launch: Any = _product[programs, splits]  # pyright: ignore[reportIndexIssue]
-    with _on(x.device):
-        launch(weight, rows, y, n_rows, len(rows), steps, **constants, enable_fp_fusion=True)
-    y = y.sum(0) if splits > 1 else y[0]
-    if bias is not None:
-        y += bias
-    return y.to(x.dtype).view(*x.shape[:-1], outer)
-
-
-def _ceil(length: int, part: int) -> int:
-    return -(-length // part)
 
 
 # The kernels' constants. BITS, CODES, BYTES: the width and its group, see GROUPS. BLOCK: the block size, 0 where a row

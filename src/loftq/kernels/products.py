@@ -1,4 +1,7 @@
-"""Products with packed weights on a CPU, whatever their code: straight from the codes for few tokens, else by BLAS."""
+"""Products with packed weights on a CPU, whatever their code: straight from the codes for few tokens, else by BLAS.
+
+A back end makes them the functions of :mod:`loftq.kernels.reference` by its ``multiplicand`` of the stored tensors.
+"""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +15,7 @@ from torch import Tensor
 from loftq.kernels.reference import Adapter, add_adapters
 from loftq.kernels.threads import run_over_rows
 from loftq.kernels.vectors import real, store
+from loftq.spec import QuantSpec
 
 FEW_TOKENS = 8  # up to here a product reads the packed weight once; beyond, decoding it first is faster
 TOGETHER = 4  # tokens multiplied at once, where there are several
@@ -32,25 +36,43 @@ class Multiplicand(NamedTuple):
     unit: int  # the rows begin at a multiple of it
 
 
-def dense(weight: Multiplicand, dtype: torch.dtype) -> Tensor:
-    """The dense weight. float32 and bfloat16 are written directly, other dtypes by way of float32."""
+# Stored tensors by suffix, their spec, and the columns of the matrix -> the weight.
+View = Callable[[dict[str, Tensor], QuantSpec, int], Multiplicand]
+
+
+def dequantize(
+    multiplicand: View, stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """The dense weight ``(out, in)`` in ``dtype``."""
+    return _dense(multiplicand(stored, spec, columns), dtype)
+
+
+def _dense(weight: Multiplicand, dtype: torch.dtype) -> Tensor:
+    """float32 and bfloat16 are written directly, other dtypes by way of float32."""
     direct = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     out = torch.empty(weight.rows, weight.columns, dtype=direct, device="cpu")
     weight.decode(slice(0, weight.rows), out)
     return out.to(dtype)
 
 
-def multiply_by(
-    weight: Multiplicand, x: Tensor, bias: Tensor | None = None, adapters: Sequence[Adapter] = ()
+def linear(
+    multiplicand: View,
+    x: Tensor,
+    stored: dict[str, Tensor],
+    spec: QuantSpec,
+    columns: int,
+    bias: Tensor | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> Tensor:
     """``x @ W.T + bias``, with adapters beside it. For few tokens from the packed weight; else it is decoded first."""
+    weight = multiplicand(stored, spec, columns)
     if x.numel() <= FEW_TOKENS * weight.columns and x.dtype in FEW_DTYPES:
         if x.dtype != torch.float16 and len(adapters) < 2 and all(_is_float(a, b) for a, b, _ in adapters):
             return _few_products(weight, x, bias, *adapters)
         return add_adapters(_few_products(weight, x.float(), bias).to(x.dtype), x, adapters)
     rows = x.detach().reshape(-1, weight.columns)
     if x.dtype != torch.float32:
-        y = torch.nn.functional.linear(rows, dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+        y = torch.nn.functional.linear(rows, _dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))
     else:
         y = rows.new_empty(len(rows), weight.rows)
         for part, decoded in _parts(weight):
@@ -116,11 +138,14 @@ def _after(y, bias, thin, b, scaling, out, start, stop):
                 store(out, t * out.shape[1] + i, real(out[t, i]) + total * scaling)
 
 
-def multiply_back(weight: Multiplicand, grad: Tensor) -> Tensor:
+def linear_grad_input(
+    multiplicand: View, grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int
+) -> Tensor:
     """``grad @ W``: decoded, then BLAS."""
+    weight = multiplicand(stored, spec, columns)
     rows = grad.detach().reshape(-1, weight.rows)
     if grad.dtype != torch.float32:
-        result = rows @ dense(weight, grad.dtype)
+        result = rows @ _dense(weight, grad.dtype)
     else:
         result = rows.new_zeros(len(rows), weight.columns)
         for part, decoded in _parts(weight):

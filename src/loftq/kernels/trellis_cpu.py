@@ -5,7 +5,6 @@ two paths cost the same they may differ.
 """
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from loftq.codes import RATE_UNIT, levels
 from loftq.kernels import products, viterbi, windows
-from loftq.kernels.reference import Adapter
 from loftq.kernels.threads import run_over_rows
 from loftq.numerics import Quantized, trellis_rounding
 from loftq.numerics.trellis import better_scales, first_scales
@@ -63,35 +61,8 @@ feedback = functools.partial(trellis_rounding.feedback, best_windows=best_window
 descend = functools.partial(trellis_rounding.descend, best_windows=best_windows)
 
 
-def dequantize(stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: torch.dtype) -> Tensor:
-    """The dense weight."""
-    return products.dense(_weight(stored, spec, columns), dtype)
-
-
-def decode_into(out: Tensor, stored: dict[str, Tensor], spec: QuantSpec) -> Tensor:
-    """The dense weight in memory that is there, float32 or bfloat16; ``out``."""
-    _weight(stored, spec, out.shape[1]).decode(slice(0, len(out)), out)
-    return out
-
-
-def linear(
-    x: Tensor,
-    stored: dict[str, Tensor],
-    spec: QuantSpec,
-    columns: int,
-    bias: Tensor | None = None,
-    adapters: Sequence[Adapter] = (),
-) -> Tensor:
-    """``x @ W.T + bias``, with adapters beside it."""
-    return products.multiply_by(_weight(stored, spec, columns), x, bias, adapters)
-
-
-def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:
-    """``grad @ W``."""
-    return products.multiply_back(_weight(stored, spec, columns), grad)
-
-
-def _weight(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> products.Multiplicand:
+def multiplicand(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> products.Multiplicand:
+    """The stored tensors as products see them."""
     strings = _strings(stored, spec, columns)
     return products.Multiplicand(
         *(len(strings.scale), columns, strings),
@@ -99,6 +70,11 @@ def _weight(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> product
         decode=functools.partial(_decode_part, strings),
         unit=strings.group,
     )
+
+
+dequantize = functools.partial(products.dequantize, multiplicand)
+linear = functools.partial(products.linear, multiplicand)
+linear_grad_input = functools.partial(products.linear_grad_input, multiplicand)
 
 
 def _decode_part(strings: "Strings", part: slice, out: Tensor) -> None:

@@ -2,15 +2,14 @@
 """Triton kernels of the trellis code for CUDA devices, in the contract of :mod:`loftq.kernels.reference`.
 
 A tile of windows is decoded where it is used: three bytes hold any window, and the table of levels stays in the first
-cache. ``_decode`` writes the dense weight, ``_product`` multiplies a few tokens straight from the packed strings, as in
-:mod:`loftq.kernels.gpu`. ``_viterbi`` searches one sequence a program; what it keeps of every row lies in global
-memory. Decoded values equal the reference's to the bit.
+cache. ``_decode`` writes the dense weight, ``_product`` multiplies a few tokens straight from the packed strings
+(:mod:`loftq.kernels.gpu_products`). ``_viterbi`` searches one sequence a program; what it keeps of every row lies in
+global memory. Decoded values equal the reference's to the bit.
 
 Tried under Triton's interpreter, and compiled for sm_90; not yet measured on a GPU.
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +17,9 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from loftq.codes import RATE_UNIT, levels
-from loftq.kernels.gpu import DIRECT, PROGRAMS, _ceil, _few, _on
-from loftq.kernels.reference import Adapter, add_adapters, dense_linear
+from loftq.codes import RATE_UNIT
+from loftq.kernels import gpu_products
+from loftq.kernels.gpu_products import DeviceMultiplicand, ceil, levels, on
 from loftq.numerics import Quantized, trellis, trellis_rounding
 from loftq.spec import QuantSpec, trellis_groups
 
@@ -62,43 +61,30 @@ def viterbi(target: Tensor, scale: Tensor, table: Tensor, walk: trellis.Walk) ->
     least = target.new_empty(len(target), walk.length + 1, constants["STATES"])
     near = min(trellis.SEAM, walk.length // 2)
     launch: Any = _viterbi[(len(target),)]  # pyright: ignore[reportIndexIssue]
-    with _on(target.device):
+    with on(target.device):
         args = target.contiguous(), scale.contiguous(), shifts, table, least, path, walk.length, near
         launch(*args, **constants, num_warps=SEARCH_WARPS)
     return path
 
 
-def dequantize(stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: torch.dtype) -> Tensor:
-    """The dense weight ``(out, in)`` in ``dtype``, computed in float32."""
+def multiplicand(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> DeviceMultiplicand:
+    """The stored tensors as products see them."""
     weight, constants = _weight(stored, spec, columns)
-    out = torch.empty(
-        weight.rows, columns, dtype=dtype if dtype in DIRECT else torch.float32, device=weight.scale.device
-    )
-    launch: Any = _decode[_ceil(weight.rows, ROWS), _ceil(columns, COLUMNS)]  # pyright: ignore[reportIndexIssue]
-    with _on(out.device):
+
+    def decode(out: Tensor) -> None:
+        launch: Any = _decode[ceil(weight.rows, ROWS), ceil(columns, COLUMNS)]  # pyright: ignore[reportIndexIssue]
         launch(weight, out, **constants, num_warps=WARPS, enable_fp_fusion=False)
-    return out.to(dtype)
+
+    def product(grid: tuple[int, int], x: Tensor, y: Tensor, steps: int, **sizes: int) -> None:
+        launch: Any = _product[grid]  # pyright: ignore[reportIndexIssue]
+        launch(weight, x, y, len(x), steps, **constants, **sizes, num_warps=WARPS)
+
+    return DeviceMultiplicand(weight.scale.device, weight.rows, columns, (ROWS, COLUMNS), decode, product)
 
 
-def linear(
-    x: Tensor,
-    stored: dict[str, Tensor],
-    spec: QuantSpec,
-    columns: int,
-    bias: Tensor | None = None,
-    adapters: Sequence[Adapter] = (),
-) -> Tensor:
-    """``x @ W.T + bias``. For few tokens straight from the packed weight, else decoded first, then a dense product."""
-    if not _few(x, columns):
-        return dense_linear(x, dequantize(stored, spec, columns, x.dtype), bias, adapters)
-    return add_adapters(_multiplied(x, stored, spec, columns, by_rows=False, bias=bias), x, adapters)
-
-
-def linear_grad_input(grad: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> Tensor:
-    """``grad @ W``, by the same rule as :func:`linear`."""
-    if _few(grad, len(stored["weight_scale"])):
-        return _multiplied(grad, stored, spec, columns, by_rows=True)
-    return grad @ dequantize(stored, spec, columns, grad.dtype)
+dequantize = functools.partial(gpu_products.dequantize, multiplicand)
+linear = functools.partial(gpu_products.linear, multiplicand)
+linear_grad_input = functools.partial(gpu_products.linear_grad_input, multiplicand)
 
 
 class TrellisWeight(NamedTuple):
@@ -126,7 +112,7 @@ def _weight(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> tuple[T
     weight = TrellisWeight(
         packed=packed,
         scale=held["weight_scale"].flatten(),
-        levels=_levels(spec.code, spec.width, packed.device),
+        levels=levels(spec.code, spec.width, packed.device),
         rates=rates,
         starts=starts,
         n_bytes=packed.shape[1],
@@ -135,34 +121,6 @@ def _weight(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> tuple[T
         group=group,
     )
     return weight, {"RATE": 0 if rates is not None else spec.rate, "L": spec.width, "R": ROWS, "C": COLUMNS}
-
-
-@functools.cache
-def _levels(code: str, width: int, device: torch.device) -> Tensor:
-    return levels(code, width).to(device)
-
-
-def _multiplied(
-    x: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, by_rows: bool, bias: Tensor | None = None
-) -> Tensor:
-    weight, constants = _weight(stored, spec, columns)
-    inner, outer, inner_tile, outer_tile = columns, weight.rows, COLUMNS, ROWS
-    if by_rows:
-        inner, outer, inner_tile, outer_tile = outer, inner, outer_tile, inner_tile
-    tiles, programs = _ceil(inner, inner_tile), _ceil(outer, outer_tile)
-    steps = _ceil(tiles, _ceil(PROGRAMS, programs))  # tiles that one program walks through
-    splits = _ceil(tiles, steps)
-    rows = x.detach().reshape(-1, inner).contiguous()
-    whole = splits == 1 and bias is None  # else parts are summed in float32, and rounded once
-    y = x.new_empty((splits, len(rows), outer), dtype=x.dtype if whole else torch.float32)
-    tokens = max(16, 1 << (len(rows) - 1).bit_length())
-    launch: Any = _product[programs, splits]  # pyright: ignore[reportIndexIssue]
-    with _on(x.device):
-        launch(weight, rows, y, len(rows), steps, **constants, T=tokens, BY_ROWS=by_rows, num_warps=WARPS)
-    y = y.sum(0) if splits > 1 else y[0]
-    if bias is not None:
-        y += bias
-    return y.to(x.dtype).view(*x.shape[:-1], outer)
 
 
 # The kernels' constants. RATE: sixteenths of a bit, 0 where columns have rates of their own. L: bits of a window.

@@ -13,13 +13,13 @@ from loftq.spec import packed_shape
 
 __all__ = ["pack", "packed_shape", "unpack"]
 
-_GROUP = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}  # bits: codes and bytes of the smallest whole group
+GROUPS = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}  # bits: codes and bytes of the smallest whole group
 
 
 def pack(codes: UInt8[Tensor, "out in"], bits: int) -> Int8[Tensor, "out ..."]:
     """Codes to bytes. Shape of the result: ``packed_shape(out, in, bits)``."""
     rows, columns = codes.shape
-    n_codes, n_bytes = _GROUP[bits]
+    n_codes, n_bytes = GROUPS[bits]
     groups = -(-columns // n_codes)
     padded = torch.nn.functional.pad(codes, (0, groups * n_codes - columns))
     words = torch.zeros(rows, groups, dtype=torch.int32, device=codes.device)
@@ -34,7 +34,7 @@ def pack(codes: UInt8[Tensor, "out in"], bits: int) -> Int8[Tensor, "out ..."]:
 def unpack(packed: Int8[Tensor, "out ..."], bits: int, columns: int) -> UInt8[Tensor, "out in"]:
     """Bytes to codes, the inverse of :func:`pack`."""
     rows = packed.shape[0]
-    n_codes, n_bytes = _GROUP[bits]
+    n_codes, n_bytes = GROUPS[bits]
     groups = -(-columns // n_codes)
     stream = packed.reshape(rows, -1).view(torch.uint8)
     stream = torch.nn.functional.pad(stream, (0, groups * n_bytes - stream.shape[1]))
