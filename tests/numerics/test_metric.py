@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from loftq.errors import NumericalError
-from loftq.numerics import Metric, best_factors, beyond, truncated_svd
+from loftq.numerics import Metric, best_factors, deflated, truncated_svd
 
 ROWS, COLUMNS, RANK = 40, 56, 6
 
@@ -119,7 +119,7 @@ def test_beyond_is_what_tokens_lose_by_projection(tokens: int) -> None:
     _, _, vh = torch.linalg.svd(error().double() @ x.T, full_matrices=False)
     rest = x - vh[:RANK].T @ (vh[:RANK] @ x)
     _, a = best_factors(error(), RANK, Metric(x.T @ x / tokens), method="exact")
-    torch.testing.assert_close(beyond(a, x.T @ x / tokens), rest.T @ rest / tokens, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(deflated(a, x.T @ x / tokens), rest.T @ rest / tokens, rtol=1e-3, atol=1e-5)
 
 
 def test_in_beyond_a_matrix_is_as_long_as_with_its_best_term() -> None:
@@ -129,5 +129,5 @@ def test_in_beyond_a_matrix_is_as_long_as_with_its_best_term() -> None:
     root = torch.linalg.cholesky(h)
     b = torch.linalg.lstsq((a.double() @ root).T, (error().double() @ root).T).solution.T
     best = Metric(h).norm((error().double() - b @ a.double()).float())
-    square = torch.einsum("mi,ij,mj->", error().double(), beyond(a, h), error().double()).item()
+    square = torch.einsum("mi,ij,mj->", error().double(), deflated(a, h), error().double()).item()
     assert math.sqrt(square) == pytest.approx(best, rel=1e-4)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loftq.kernels import backend, reference
-from loftq.numerics import Metric, Quantized, beyond, chunks, dequantize, levels, nearest, quantize, rounding
+from loftq.numerics import Metric, Quantized, chunks, deflated, dequantize, levels, nearest, quantize, rounding
 from loftq.numerics.rounding import DAMPING, descend, feedback
 from loftq.solver import ordered_map
 from loftq.spec import QuantSpec
@@ -148,7 +148,7 @@ def test_a_diagonal_without_what_an_adapter_sees_needs_no_matrix(spec: QuantSpec
     """Descent in ``D − P Pᵀ`` is descent in that matrix, but for ties that rounding breaks."""
     a = torch.randn(6, COLUMNS, generator=torch.Generator().manual_seed(2))
     diagonal = moments().diagonal().contiguous()
-    slim, dense = beyond(a, diagonal), beyond(a, torch.diag(diagonal))
+    slim, dense = deflated(a, diagonal), deflated(a, torch.diag(diagonal))
     torch.testing.assert_close(slim.dense(), dense)
     start = quantize(weight(), spec)
     for fitted in fitted_too(spec):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from loftq.errors import UsageError
 from loftq.kernels import reference
-from loftq.numerics import Metric, Moments, best_factors, beyond, dequantize, feedback, quantize
+from loftq.numerics import Metric, Moments, best_factors, deflated, dequantize, feedback, quantize
 from loftq.solver import Solution, rounding, solve
 from loftq.solver.loftq import preserved, tensor_seed
 from loftq.spec import PRESETS, QuantSpec, SolveSpec, check_statistics, solve_spec
@@ -128,7 +128,7 @@ def test_projq_quantizes_the_weight_against_what_the_adapter_leaves() -> None:
     for _ in range(PRESETS["projq"]["steps"]):
         b, a = best_factors(weight() - dequantize(quantized, QUANT), RANK, Metric(h))
         trace.append(Metric(h).norm(weight() - dequantize(quantized, QUANT) - b @ a) / Metric(h).norm(weight()))
-        quantized = feedback(weight(), beyond(a, h), QUANT)
+        quantized = feedback(weight(), deflated(a, h), QUANT)
     solution = solved("projq", moments_for("projq", same=True))
     assert solution.output_errors[1:] == pytest.approx(trace, rel=1e-3)
 
@@ -136,7 +136,7 @@ def test_projq_quantizes_the_weight_against_what_the_adapter_leaves() -> None:
 def test_projq_projects_as_often_as_its_authors_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five times, after a first quantization without: the README of their code says ``--iteration 5``."""
     projected = []
-    monkeypatch.setattr(rounding, "beyond", lambda a, h: projected.append(a) or beyond(a, h))
+    monkeypatch.setattr(rounding, "deflated", lambda a, h: projected.append(a) or deflated(a, h))
     solved("projq", moments_for("projq"))
     assert len(projected) == 5
 

@@ -22,7 +22,7 @@ from loftq.numerics.metric import (
     Metric,
     Moments,
     best_factors,
-    beyond,
+    deflated,
     towards_diagonal,
 )
 from loftq.numerics.norms import frobenius, product_square

@@ -221,10 +221,10 @@ class Downdate:
         return torch.diag(self.diagonal).addmm_(self.part, self.part.T, alpha=-1)
 
 
-def beyond(
+def deflated(
     a: Float[Tensor, "rank in"], columns: Float[Tensor, "in in"] | Float[Tensor, " in"]
 ) -> Float[Tensor, "in in"] | Downdate:
-    """H without the part of the inputs that an adapter sees: ``H − H Aᵀ (A H Aᵀ)⁻¹ A H``.
+    """H deflated by an adapter, without the part of the inputs that it sees: ``H − H Aᵀ (A H Aᵀ)⁻¹ A H``.
 
     In this metric, ``W − Q`` is as long as the best ``W − Q − B A`` is in H, over all B. So a Q that is better in it is
     better together with its adapter. From ProjQ (arXiv 2606.00494), which projects cached inputs; H is enough for it.

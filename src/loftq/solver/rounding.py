@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loftq.kernels import backend
-from loftq.numerics import Downdate, Metric, Quantized, beyond, dequantize
+from loftq.numerics import Downdate, Metric, Quantized, deflated, dequantize
 from loftq.spec import QuantSpec, SolveSpec
 
 
@@ -46,7 +46,7 @@ class Rounding:
         if self._kind in ("nearest", "feedback"):
             return self._round(torch.addmm(self._weight, b, a, alpha=-1, out=out), self._h, out, quantized)
         assert self._h is not None
-        h = beyond(a, self._h)
+        h = deflated(a, self._h)
         if self._kind == "shaped":
             assert not isinstance(h, Downdate)
             return self._round(self._weight, h, out, None)
