@@ -1,6 +1,7 @@
 """How one matrix is stored and how the solver runs: immutable values, checked when made and when read back."""
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -386,10 +387,5 @@ def stacked_tensors(
 
 def stored_bytes(spec: QuantSpec, rows: int, columns: int) -> int:
     """Bytes on disk of one quantized matrix, scales and zero points included."""
-    total = 0
-    for dtype, shape in stored_tensors(spec, rows, columns).values():
-        count = 1
-        for n in shape:
-            count *= n
-        total += count * ITEM_BYTES[dtype]
-    return total
+    stored = stored_tensors(spec, rows, columns).values()
+    return sum(math.prod(shape) * ITEM_BYTES[dtype] for dtype, shape in stored)

@@ -14,7 +14,7 @@ from loftq.codes import RATE_UNIT, levels
 from loftq.kernels import products, viterbi, windows
 from loftq.kernels.threads import run_over_rows
 from loftq.numerics import Quantized, trellis_rounding
-from loftq.numerics.trellis import better_scales, first_scales
+from loftq.numerics.trellis import better_scales, first_bits, first_scales
 from loftq.spec import QuantSpec, trellis_groups
 
 NAME = "cpu"
@@ -125,7 +125,7 @@ def _layout(rates: Tensor, window: int, group: int) -> tuple[Tensor, Tensor, Ten
     read = windows.UNIT if int(offsets[-1].max()) + window <= windows.READ else windows.UNIT // 2
     shifts = offsets - offsets[::read].repeat_interleave(read, 0)
     absent = rates.eq(0).to(torch.int16) << window
-    return rates, (rates.cumsum(0) - rates) * (group // RATE_UNIT), shifts.to(torch.uint8), absent, read
+    return rates, first_bits(rates, group), shifts.to(torch.uint8), absent, read
 
 
 @functools.lru_cache(64)

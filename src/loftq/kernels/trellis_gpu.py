@@ -107,8 +107,7 @@ def _weight(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> tuple[T
     packed, rates, starts = held["weight"].view(torch.uint8), held.get("weight_rate"), None
     group = trellis_groups(len(held["weight_scale"]))[1]
     if rates is not None:
-        wide = rates.to(torch.int32)
-        starts = ((wide.cumsum(0) - wide) * (group // RATE_UNIT)).to(torch.int32)
+        starts = trellis.first_bits(rates, group).to(torch.int32)
     weight = TrellisWeight(
         packed=packed,
         scale=held["weight_scale"].flatten(),

@@ -15,12 +15,13 @@ that are neighbours in memory are worked on at once: ten times as fast as a plai
 import numpy as np
 from numba import njit
 
+from loftq.numerics.trellis import SEAM
+
 FAST = {"contract", "nsz", "nnan", "reassoc"}  # not ninf: a state that cannot be reached costs infinity
 compiled = njit(nogil=True, cache=True, fastmath=FAST)
 inlined = njit(nogil=True, cache=True, fastmath=FAST, forceinline=True)
 exact = njit(nogil=True, cache=True)
 
-SEAM = 24  # rows on either side of the seam that choose it
 INFINITE = np.float32(np.inf)
 TINY = np.finfo(np.float32).tiny
 U = np.uint64  # for a signed index Numba looks whether it is negative, and then loops are not vectorised

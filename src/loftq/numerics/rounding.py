@@ -230,15 +230,20 @@ def _pull_of(error: Tensor, h: Tensor | tuple[Tensor, Tensor, Tensor], spec: Qua
     return _Pull(error, h, spec) if isinstance(h, Tensor) else _DowndatePull(error, h)
 
 
+def alive(columns: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+    """H in float32, without the columns of next to no energy: no pull on them, and no move of them."""
+    h = columns.float()
+    return torch.where(h.diagonal() > DEAD * h.diagonal().mean(), h, 0)
+
+
 def _alive(columns: Tensor | Downdate) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """H in float32, or D, L and R: no pull on dead columns, and no move of them."""
+    """:func:`alive`, or D, L and R of a :class:`_DowndatePull`."""
     if isinstance(columns, Tensor):
-        h = columns.float()
-        return torch.where(h.diagonal() > DEAD * h.diagonal().mean(), h, 0)
+        return alive(columns)
     whole, left = columns.diagonal, columns.part.float()
     own = whole - columns.part.square().sum(1)
-    alive = own > DEAD * own.mean()
-    return torch.where(alive, whole, 0).float(), left, torch.where(alive[:, None], left, 0)
+    kept = own > DEAD * own.mean()
+    return torch.where(kept, whole, 0).float(), left, torch.where(kept[:, None], left, 0)
 
 
 class _Grid:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int, Int16, UInt8
+from jaxtyping import Bool, Float, Int, Int16, Integer, UInt8
 from torch import Tensor
 
 from loftq.codes import RATE_UNIT, levels
@@ -129,7 +129,7 @@ def column_rates(energy: Float[Tensor, " in"], spec: QuantSpec) -> UInt8[Tensor,
 
 def fitted_rows(weight: Tensor, codes: Tensor, scales: dict[str, Tensor], spec: QuantSpec) -> dict[str, Tensor]:
     """Scales of the least squared error for given windows, as stored, in the rows where they are better."""
-    level = _levels(codes, scales, spec).double()
+    level = levels_of(codes, scales, spec).double()
     return better_scales(
         (weight.double() * level).sum(1, keepdim=True), level.square().sum(1, keepdim=True), scales, spec
     )
@@ -329,7 +329,7 @@ def _sequences(matrix: Tensor, groups: int, length: int) -> Tensor:
     return padded.view(groups, length, -1).transpose(1, 2)
 
 
-def _levels(codes: Tensor, scales: dict[str, Tensor], spec: QuantSpec) -> Tensor:
+def levels_of(codes: Tensor, scales: dict[str, Tensor], spec: QuantSpec) -> Float[Tensor, "out in"]:
     """Values of all weights at a scale of one."""
     ones = torch.ones(len(codes), 1, device=codes.device)
     return dequantize(Quantized(codes, {**scales, "weight_scale": ones}), spec)
@@ -351,8 +351,13 @@ def _starts(scales: dict[str, Tensor], spec: QuantSpec, columns: int, length: in
     """The first bit of every column in the string of its group."""
     if "weight_rate" not in scales:
         return torch.arange(columns, device=device) * (spec.rate * length // RATE_UNIT)
-    rates = scales["weight_rate"].long()
-    return (rates.cumsum(0) - rates) * (length // RATE_UNIT)
+    return first_bits(scales["weight_rate"], length)
+
+
+def first_bits(rates: Integer[Tensor, " in"], length: int) -> Int[Tensor, " in"]:
+    """The first bit of every column in the string of a group of ``length`` rows, by the rates of the columns."""
+    wide = rates.long()
+    return (wide.cumsum(0) - wide) * (length // RATE_UNIT)
 
 
 def _unit(weight: Tensor) -> float:

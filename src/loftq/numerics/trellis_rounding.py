@@ -12,8 +12,8 @@ from torch import Tensor
 
 from loftq.numerics.blockwise import Quantized, scale_and_zero, store_scales
 from loftq.numerics.metric import Downdate
-from loftq.numerics.rounding import DEAD, inverse_factor
-from loftq.numerics.trellis import best_windows, dequantize, first_scales
+from loftq.numerics.rounding import alive, inverse_factor
+from loftq.numerics.trellis import best_windows, dequantize, first_scales, levels_of
 from loftq.spec import QuantSpec
 
 # Of a matrix, its scales as stored, and windows that are kept where they are better: the best windows.
@@ -60,7 +60,7 @@ def feedback(
     found = Quantized(codes, scales)
     if not fitted:
         return found
-    h = _alive(columns)
+    h = alive(columns)
     return Quantized(codes, _moved(found, (target - dequantize(found, spec)) @ h, h, spec)[0])
 
 
@@ -87,7 +87,7 @@ def descend(
         residual: ``T − Q``, where it is known; it becomes that of the result.
         best_windows: a back end's own.
     """
-    h = _alive(columns)
+    h = alive(columns if isinstance(columns, Tensor) else columns.dense())
     pull = (target - dequantize(quantized, spec) if residual is None else residual) @ h
     scales = quantized.scales
     if fitted:
@@ -116,9 +116,7 @@ def _moved(quantized: Quantized, pull: Tensor, h: Tensor, spec: QuantSpec) -> tu
 
     A step of a row's scale lowers the error by ``2 step ⟨level, pull⟩ − step² ⟨level, level H⟩``.
     """
-    scale = scale_and_zero(quantized.scales)[0]
-    ones = {**quantized.scales, "weight_scale": torch.ones_like(scale)}
-    level = dequantize(Quantized(quantized.codes, ones), spec)
+    scale, level = scale_and_zero(quantized.scales)[0], levels_of(quantized.codes, quantized.scales, spec)
     bent = level @ h
     slope = (level * pull).sum(1, keepdim=True, dtype=torch.float64)
     curvature = (level * bent).sum(1, keepdim=True, dtype=torch.float64)
@@ -133,9 +131,3 @@ def _moved(quantized: Quantized, pull: Tensor, h: Tensor, spec: QuantSpec) -> tu
 def _column(scales: dict[str, Tensor], i: int) -> dict[str, Tensor]:
     """The scales as those of column ``i`` alone."""
     return {**scales, "weight_rate": scales["weight_rate"][i : i + 1]} if "weight_rate" in scales else scales
-
-
-def _alive(columns: Tensor | Downdate) -> Tensor:
-    """H, without the columns of next to no energy: no pull on them, and no move of them."""
-    h = (columns if isinstance(columns, Tensor) else columns.dense()).float()
-    return torch.where(h.diagonal() > DEAD * h.diagonal().mean(), h, 0)
