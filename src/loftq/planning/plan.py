@@ -247,22 +247,24 @@ def make(
     ranks.refuse_unmatched(option("rank"), modules)
     matrices, kept, refused = [], [], []
     narrow = _narrow(tensors, roles, policy)
+
+    def keep(name: str, dtype: str, reason: str) -> None:
+        role, shape = roles[name], tensors[name][1]
+        missed = role.module not in routers and _is_missed(role, shape, smallest)
+        kept.append(Kept(name, dtype, shape, math.prod(shape) * _itemsize(dtype), reason, missed, role.made))
+
     for name in sorted(tensors, key=natural):
         dtype, shape = narrow.get(name, tensors[name][0]), tensors[name][1]
         role, reason = roles[name], wanted[name]
-        width = bits(role.module) if not reason else DENSE
-        if not reason and width == DENSE:
-            reason = "left dense by --bits"
-        if reason:
-            missed = role.module not in routers and _is_missed(role, shape, smallest)
-            kept.append(Kept(name, dtype, shape, math.prod(shape) * _itemsize(dtype), reason, missed, role.made))
+        width = DENSE if reason else bits(role.module)
+        if width == DENSE:
+            keep(name, dtype, reason or "left dense by --bits")
             continue
         budgeted = chosen.get(role.module) if chosen else None
         rows, columns = oriented_shape(role.kind, _one(role, shape))
         quant, instead = _quant(policy, width, budgeted, role.kind, rows)
         if policy.serve and (reason := why_not_served(policy, quant, columns, role.kind)):
-            missed = _is_missed(role, shape, smallest)
-            kept.append(Kept(name, dtype, shape, math.prod(shape) * _itemsize(dtype), reason, missed, role.made))
+            keep(name, dtype, reason)
             continue
         experts = shape[0] if _is_stack(role) else 0
         rank = budgeted.rank if budgeted else ranks(role.module)
