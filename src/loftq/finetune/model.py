@@ -13,15 +13,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loftq.adapters.bases import refuse_no_weights
-from loftq.adapters.origins import refuse_other
 from loftq.adapters.start import load_start, new_adapter
-from loftq.architecture.loading import guarded, load_config, load_weights
-from loftq.architecture.skeleton import one_line
-from loftq.errors import InputError, LoftqError, listed, option, quoted
+from loftq.adapters.trained import adapted
+from loftq.architecture.loading import load_config, load_weights
+from loftq.errors import InputError, listed, option, quoted
 from loftq.finetune.tasks import Task
 from loftq.finetune.tasks.batches import padding
-from loftq.formats import strict_json
 
 logger = logging.getLogger(__name__)
 
@@ -62,26 +59,15 @@ def load_adapter(model: PreTrainedModel, directory: Path, new_modules: Iterable[
 
     Raises: InputError if it is no adapter for the model, was trained on another, or leaves a new module untrained.
     """
-    file = directory / "adapter_config.json"
-    if not file.is_file():
+    if not (directory / "adapter_config.json").is_file():
         raise InputError(f"{quoted(directory)}: no adapter for this model: there is no adapter_config.json")
-    if strict_json.load_object(file).get("megatron_config"):
-        raise InputError(f"{quoted(directory)}: its megatron_config has PEFT import modules; take it out")
-    refuse_other(directory, base)
-    refuse_no_weights(directory)
-    try:
-        with guarded():
-            adapted = PeftModel.from_pretrained(model, str(directory))
-    except LoftqError:
-        raise
-    except Exception as e:  # whatever PEFT raises for files that it cannot take
-        raise InputError(f"{quoted(directory)}: no adapter for this model: {one_line(e)}") from e
-    trained_on = Path(adapted.peft_config["default"].base_model_name_or_path or base)  # type: ignore[union-attr]
+    found = adapted(model, directory)
+    trained_on = Path(found.peft_config["default"].base_model_name_or_path or base)
     if trained_on.is_dir() and trained_on.resolve() != base.resolve():
         logger.warning("%s: an adapter of %s, put on %s", quoted(directory), quoted(trained_on), quoted(base))
-    brought = adapted.peft_config["default"].modules_to_save or []  # type: ignore[union-attr]
+    brought = found.peft_config["default"].modules_to_save or []
     refuse_untrained([n for n in new_modules if not any(part in brought for part in n.split("."))], directory)
-    return adapted
+    return found
 
 
 def refuse_untrained(modules: Iterable[str], directory: Path) -> None:
@@ -109,12 +95,12 @@ def save(
         hub_id: of an adapter's base, if it came from the hub.
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    adapted = isinstance(model, PeftModel)
-    state = {name: _whole(t) for name, t in model.state_dict().items() if not adapted or name in trained}
+    is_adapter = isinstance(model, PeftModel)
+    state = {name: _whole(t) for name, t in model.state_dict().items() if not is_adapter or name in trained}
     if not writing:
         return
-    options = {"save_embedding_layers": False} if adapted else {}
-    for config in model.peft_config.values() if adapted else ():
+    options = {"save_embedding_layers": False} if is_adapter else {}
+    for config in model.peft_config.values() if is_adapter else ():
         config.base_model_name_or_path = hub_id or _seen_from(directory, config.base_model_name_or_path)
     model.save_pretrained(directory, state_dict=state, **options)
     tokenizer.save_pretrained(directory)

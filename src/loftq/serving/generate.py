@@ -8,12 +8,12 @@ from typing import Any
 import torch
 import transformers
 
-from loftq.adapters.bases import KEY, refuse_lost, refuse_no_weights, resolved
-from loftq.adapters.origins import refuse_other
-from loftq.architecture.loading import guarded, load_config, load_tokenizer, load_weights
+from loftq.adapters.bases import KEY, refuse_lost, resolved
+from loftq.adapters.trained import adapted
+from loftq.architecture.loading import load_config, load_tokenizer, load_weights
 from loftq.architecture.skeleton import one_line
 from loftq.checkpoint.assemble import ADAPTER
-from loftq.errors import InputError, LoftqError, UsageError, extra, listed, option, quoted
+from loftq.errors import InputError, UsageError, extra, listed, option, quoted
 from loftq.formats import strict_json
 from loftq.formats.config import MANIFEST
 from loftq.numerics.device import check_device
@@ -172,20 +172,3 @@ def _refuse_random(model: Any, missing: Iterable[str], base: Path, adapter: Path
     if lost:
         what = f"{type(model).__name__} writes text with {listed(lost, 3)}"
         raise InputError(f"{quoted(base, 400)}: {what}, which are not in its files; name a model that was trained to")
-
-
-def adapted(model: Any, place: Path) -> Any:
-    """A model with an adapter of it by PEFT. InputError for an adapter of another base, or that PEFT cannot load."""
-    from peft import PeftModel
-
-    refuse_other(place, Path(model.name_or_path))
-    refuse_no_weights(place)
-    if strict_json.load_object(place / CONFIG).get("megatron_config"):
-        raise InputError(f"{quoted(place)}: its megatron_config has PEFT import modules; take it out")
-    try:
-        with guarded():
-            return PeftModel.from_pretrained(model, str(place))
-    except LoftqError:
-        raise
-    except Exception as e:  # whatever PEFT raises for files that it cannot take
-        raise InputError(f"{quoted(place)}: no adapter for this model: {one_line(e)}") from e

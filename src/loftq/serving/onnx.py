@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loftq.adapters.trained import adapted
 from loftq.architecture.loading import load_config, load_weights
 from loftq.architecture.served import check_model
 from loftq.architecture.skeleton import one_line
@@ -26,7 +27,6 @@ from loftq.nn.layers import LoftQLinear
 from loftq.serving import heads, packed
 from loftq.serving.adapter import Adapter
 from loftq.serving.base import Base
-from loftq.serving.generate import adapted
 from loftq.serving.merge import Begin
 from loftq.serving.output import small_files
 
