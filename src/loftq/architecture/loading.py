@@ -94,11 +94,8 @@ def load_tokenizer(directory: Path) -> Any:
             )
     except Exception as e:  # whatever transformers and tokenizers raise for files that they cannot take
         there = any(_is_vocabulary(f) or f.name == "tokenizer_config.json" for f in directory.iterdir())
-        why = (
-            skeleton.one_line(e)
-            if there
-            else "no file of one is there; fetch its files, or save one into the directory"
-        )
+        absent = "no file of one is there; fetch its files, or save one into the directory"
+        why = skeleton.one_line(e) if there else absent
         raise InputError(f"{quoted(directory)}: no tokenizer that can be read: {why}") from e
     if not isinstance(found, transformers.PreTrainedTokenizerBase):
         raise InputError(f"{quoted(directory)}: its tokenizer_class {type(found).__name__} is no tokenizer")

@@ -99,9 +99,8 @@ def _belongs_to_backbone(model: Any, name: str) -> bool:
     if HEADS & set(name.split(".")) or (head is not None and model.get_submodule(module) is head):
         return False
     values = getattr(model.get_submodule(module), leaf, None)
-    counts = (
-        isinstance(values, torch.Tensor) and not values.is_floating_point() and not isinstance(values, nn.Parameter)
-    )
+    is_buffer = isinstance(values, torch.Tensor) and not isinstance(values, nn.Parameter)
+    counts = is_buffer and not values.is_floating_point()
     return not counts and not leaf.startswith("mask")  # a mask token stands for hidden input, in training alone
 
 
@@ -149,11 +148,8 @@ def _quiet() -> Iterator[None]:
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
     from transformers.utils import logging
 
-    verbosity, bars, hub_is_quiet = (
-        logging.get_verbosity(),
-        logging.is_progress_bar_enabled(),
-        are_progress_bars_disabled(),
-    )
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub_is_quiet = are_progress_bars_disabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

@@ -201,9 +201,7 @@ def load_offloaded(directory: Path, offload: Path, device: str = "cpu") -> nn.Mo
     Raises: InputError for a checkpoint that transformers cannot load.
     """
     places = _places(skeleton.build(directory, quantized=True), device)
-    talker = logging.getLogger(
-        "accelerate.big_modeling"
-    )  # says that parameters are on disk, where they are meant to be
+    talker = logging.getLogger("accelerate.big_modeling")  # says that parameters are on disk, as they are meant to be
     level = talker.level
     talker.setLevel(logging.ERROR)
     try:

@@ -26,10 +26,7 @@ def plot_losses(rows: Sequence[Row], file: Path) -> None:
         means = [sum(losses[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(losses))]
         axis.plot(steps, means, label=arm.name, linewidth=1.3, **_line(arm, found))
     axis.set(xlabel="step", ylabel="training loss", title=f"{rows[0]['task']}, seed {rows[0]['seed']}")
-    axis.spines[["top", "right"]].set_visible(False)
-    if found:
-        figure.legend(fontsize=8, loc="outside right upper")
-    save(figure, file)
+    _finish(figure, axis, file, named=bool(found))
 
 
 def plot_bytes(rows: Sequence[Row], file: Path) -> None:
@@ -67,8 +64,13 @@ def plot_bytes(rows: Sequence[Row], file: Path) -> None:
     )
     axis.margins(y=0.12)
     axis.set_xlim(-0.5, max(len(columns), 1) - 0.5)
+    _finish(figure, axis, file, named=bool(found))
+
+
+def _finish(figure: Any, axis: Any, file: Path, named: bool) -> None:
+    """Put the figure into a file, with a legend beside it where its parts are ``named``."""
     axis.spines[["top", "right"]].set_visible(False)
-    if found:
+    if named:
         figure.legend(fontsize=8, loc="outside right upper")
     save(figure, file)
 

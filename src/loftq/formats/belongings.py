@@ -187,7 +187,6 @@ def licence(card: Path) -> dict[str, str]:
     except (InputError, StorageError):
         return {}
     front = re.match(r"---\s*\n(.*?)\n---\s*\n", head.replace("\r\n", "\n"), re.DOTALL)
-    rows: list[Any] = (
-        re.findall(r"^(license(?:_name|_link)?):[ \t]*(\S.*?)[ \t]*$", front[1], re.MULTILINE) if front else []
-    )
+    row = r"^(license(?:_name|_link)?):[ \t]*(\S.*?)[ \t]*$"
+    rows: list[Any] = re.findall(row, front[1], re.MULTILINE) if front else []
     return {key: value.strip("\"'") for key, value in rows if value.isprintable() and len(value) < 200}

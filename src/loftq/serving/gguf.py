@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loftq.architecture.served import refuse_uneven
 from loftq.checkpoint.produce import Files
 from loftq.errors import InputError, quoted
 from loftq.formats import fsio
@@ -64,7 +65,7 @@ class Placed:
 def check(base: Base, adapter: Adapter | None, preferred: str) -> Family:
     """Refuse what cannot be written, before anything is."""
     family = family_of(base.model)
-    family.refuse_uneven([placed.name for placed in _placed(base, family, preferred)])
+    refuse_uneven(family.name, (placed.name for placed in _placed(base, family, preferred)))
     if adapter is not None:
         adapter.refuse_more_than_linear("a GGUF adapter", "llama.cpp's convert_hf_to_gguf.py", experts=True)
     return family

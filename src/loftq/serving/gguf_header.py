@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from loftq.architecture.experts import parts_of
-from loftq.architecture.served import FAMILIES, check_model, needs_converter, refuse_uneven
+from loftq.architecture.served import FAMILIES, check_model, needs_converter
 from loftq.errors import InputError, extra, quoted
 from loftq.numerics import oriented_shape
 from loftq.serving.base import Dense
@@ -53,10 +53,6 @@ class Family:
                 f"{quoted(tensor.name)}: llama.cpp's {self.name} has no such experts; merge and convert it"
             )
         return {f"{name}.weight": rows for name, rows in named.items()}
-
-    def refuse_uneven(self, names: list[str]) -> None:
-        """InputError if some layer has other tensors than the first."""
-        refuse_uneven(self.name, names)
 
     def heads(self, name: str) -> int:
         """Heads whose rows GGUF has in another order, of the tensor that it calls ``name``; 0 if it has none.

@@ -42,8 +42,8 @@ def find(base: Base, adapter: Adapter | None) -> dict[str, Any]:
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if all(shapes.get(name) == adapter.shapes[held] for name, held in adapter.new.items()):
             _check_whole(where, shapes, base, adapter)
-            named = {k: {str(i): v for i, v in config.id2label.items()} for k in ("id2label",)}
-            return {"architectures": [type(model).__name__], **named, "label2id": config.label2id}
+            id2label = {str(i): label for i, label in config.id2label.items()}
+            return {"architectures": [type(model).__name__], "id2label": id2label, "label2id": config.label2id}
     raise InputError(f"{where}: no head of AutoModel{ending} has these shapes; is the adapter of another model?")
 
 

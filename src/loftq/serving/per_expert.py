@@ -76,12 +76,9 @@ def write(place: Path, base: Base, adapter: Adapter, begin: Begin) -> Files:
 
 def layers(tensor: Dense, base: Base) -> Layers:
     """The layers that a stack is of. InputError for a stack whose experts are no layers."""
-    made = base.experts_of(tensor)
-    module, rows = (
-        base.model.get_submodule(tensor.runtime.rpartition(".")[0]),
-        oriented_shape(tensor.kind, tensor.shape[1:])[0],
-    )
-    found = layers_of(tensor.runtime, made, tensor.experts, rows, module)
+    module = base.model.get_submodule(tensor.runtime.rpartition(".")[0])
+    rows, _ = oriented_shape(tensor.kind, tensor.shape[1:])
+    found = layers_of(tensor.runtime, base.experts_of(tensor), tensor.experts, rows, module)
     if not found:
         raise InputError(f"{quoted(tensor.runtime)}: {type(module).__name__} has no form with a layer for each expert")
     return found
