@@ -1,14 +1,12 @@
-"""Directories of tests lie in memory where they can: these tests sync many thousand times."""
-
-import os
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
+from harness import one_skeleton
+from ram import tmp_path  # noqa: F401
 
-@pytest.fixture
-def tmp_path() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as path:
-        yield Path(path)
+
+@pytest.fixture(scope="module")
+def quick() -> Iterator[None]:
+    with one_skeleton():
+        yield

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import loftq
-from harness import EXACT, OPTIONS, POLICY, cli, hooked, one_skeleton, refused, run, tiny_source, tree
+from harness import EXACT, OPTIONS, POLICY, cli, hooked, refused, run, tiny_source, tree
 from loftq.checkpoint import curves as module
 from loftq.checkpoint.budget import within_budget
 from loftq.checkpoint.curves import measured
@@ -24,13 +24,9 @@ from loftq.planning import frontier
 from loftq.sources.checkpoint import open_source
 from models import close, outputs, substituted, tensors, tiny, written
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 BUDGET = dataclasses.replace(POLICY, bits="4", budget="3.1")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with one_skeleton():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
-from harness import FLAGS, Child, one_skeleton, run, tiny_source, tree
+from harness import FLAGS, Child, run, tiny_source, tree
 from models import BERT
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with one_skeleton():
-        yield
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick")]
 
 
 @pytest.fixture(scope="module")

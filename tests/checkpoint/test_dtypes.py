@@ -12,20 +12,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 import loftq
-from harness import POLICY, cli, one_skeleton, refused, run
+from harness import POLICY, cli, refused, run
 from loftq.checkpoint.verify import verify
 from loftq.errors import LoftqError, NumericalError, UsageError
 from loftq.formats.layouts import PackedLayout
 from loftq.planning import Policy
 from models import close, outputs, quantize, tensors, tiny
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 ROUNDED = dataclasses.replace(POLICY, dtype="auto", adapter_dtype="bfloat16")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with one_skeleton():
-        yield
 
 
 @pytest.fixture(scope="module")

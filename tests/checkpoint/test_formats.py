@@ -12,22 +12,18 @@ import transformers
 from safetensors.torch import load_file
 
 import reader
-from harness import EXACT, cli, one_skeleton, refused, run, tiny_source
+from harness import EXACT, cli, refused, run, tiny_source
 from loftq.planning import Policy
 from loftq.spec import SolveSpec
 from models import GPT2, LLAMA
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 IDS = torch.arange(3, 19).reshape(2, 8)
 EVEN = {  # in_features are multiples of a block of 64
     "llama": ("LlamaForCausalLM", "LlamaConfig", {**LLAMA, "hidden_size": 64, "intermediate_size": 128}),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", {**GPT2, "n_embd": 64, "n_inner": 128}),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with one_skeleton():
-        yield
 
 
 @pytest.fixture(scope="module")

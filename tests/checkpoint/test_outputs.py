@@ -21,7 +21,6 @@ from harness import (
     Child,
     cli,
     hooked,
-    one_skeleton,
     refused,
     run,
     start_cli,
@@ -32,14 +31,10 @@ from harness import (
 from loftq.checkpoint import quantize as module
 from loftq.errors import ConflictError, InputError, StorageError, UsageError
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 PARTIAL = "out.loftq-partial"
 OTHER = dataclasses.replace(POLICY, bits="4")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with one_skeleton():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,18 +10,14 @@ from safetensors.torch import load_file
 
 import loftq
 import reader
-from harness import POLICY, cli, hooked, one_skeleton, refused, run, tiny_source, tree
+from harness import POLICY, cli, hooked, refused, run, tiny_source, tree
 from loftq.checkpoint import verify
 from loftq.errors import InputError, UsageError
 from loftq.formats.config import read_groups
 from models import close, outputs, packed, same, tensors, written
 from models import made as made
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with one_skeleton():
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,1 @@
-"""Directories of tests lie in memory where they can: these tests sync many thousand times."""
-
-import os
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
-
-
-@pytest.fixture
-def tmp_path() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as path:
-        yield Path(path)
+from ram import tmp_path  # noqa: F401

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from loftq.codes import HOST, Absmax, levels
 from loftq.kernels import fitting, products, rounding
+from loftq.kernels.reference import embedding as embedding  # rows are gathered packed, then decoded
 from loftq.kernels.threads import run_over_rows
 from loftq.kernels.vectors import (
     LANES,
@@ -31,7 +32,7 @@ from loftq.kernels.vectors import (
     subtract,
     zeros,
 )
-from loftq.numerics import Quantized, decode_rows, fit_scales, fitted_scales, scale_and_zero, store_scales
+from loftq.numerics import Quantized, fit_scales, fitted_scales, scale_and_zero, store_scales
 from loftq.numerics import rounding as by_output
 from loftq.numerics.codebooks import midpoints
 from loftq.numerics.fitting import AROUND, ROUNDS, start_parts
@@ -147,11 +148,6 @@ def _decode_part(codes: "PackedCodes", bits: int, part: slice, out: Tensor) -> N
     zero = None if codes.zero is None else codes.zero[part]
     some = codes._replace(packed=codes.packed[part], scale=codes.scale[part], zero=zero)
     run_over_rows(_decoder(bits), len(out), *some, out)
-
-
-def embedding(rows: Tensor, stored: dict[str, Tensor], spec: QuantSpec, columns: int, dtype: torch.dtype) -> Tensor:
-    """Rows of a table by their indices: gathered packed, then decoded."""
-    return decode_rows(stored, spec, columns, rows).to(dtype)
 
 
 def _expanded(stored: dict[str, Tensor], spec: QuantSpec, shape: Any) -> tuple[Tensor, Tensor, int]:
