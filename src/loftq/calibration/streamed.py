@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from loftq.calibration.calibrate import Asked
 from loftq.calibration.collect import Begin, Step
@@ -19,24 +19,11 @@ from loftq.errors import InputError, listed
 from loftq.formats import fsio, hashed_json
 from loftq.formats.stack_statistics import members_of, names
 from loftq.formats.statistics import Statistics, warn_if_few, write_groups
+from loftq.planning import Matrix
 
 logger = logging.getLogger("loftq")
 
 STATE = "state.json"
-
-
-class Named(Protocol):
-    """A matrix, or a stack of experts: its module, the kind of that, and the matrices that are solved."""
-
-    @property
-    def module(self) -> str: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def members(self) -> "Sequence[Named]": ...
-
-
-M = TypeVar("M", bound=Named)
 
 
 class Streamed:
@@ -88,7 +75,7 @@ class Streamed:
                 found.forget()
                 fsio.remove(place / name)
 
-    def tell(self, unreached: Sequence[Named], tokens: Sequence[int]) -> None:
+    def tell(self, unreached: Sequence[Matrix], tokens: Sequence[int]) -> None:
         """Warn, once all that is needed was collected, and once for all that use it, as :func:`tell` does."""
         if not self._told:
             warn_if_few(self.kind, self._rows, len(self._asked.rows))
@@ -147,8 +134,8 @@ def _tidy(place: Path) -> None:
 
 
 def waves(
-    statistics: Statistics | Streamed | None, place: Path, matrices: Sequence[M]
-) -> Iterator[tuple[list[M], Statistics | None]]:
+    statistics: Statistics | Streamed | None, place: Path, matrices: Sequence[Matrix]
+) -> Iterator[tuple[list[Matrix], Statistics | None]]:
     """All matrices, some at a time, with what is known of the inputs of these: all at once, or block after block.
 
     Args:
@@ -170,7 +157,7 @@ def waves(
     fsio.remove_tree(place)
 
 
-def reached(matrices: Sequence[M], statistics: Statistics) -> tuple[list[M], list[M]]:
+def reached(matrices: Sequence[Matrix], statistics: Statistics) -> tuple[list[Matrix], list[Matrix]]:
     """Matrices with statistics of their inputs, and those without."""
     there = set(statistics.modules)
     known = [not there.isdisjoint(_modules([m])) for m in matrices]
@@ -178,17 +165,17 @@ def reached(matrices: Sequence[M], statistics: Statistics) -> tuple[list[M], lis
     return yes, no
 
 
-def tokens_of_experts(matrices: Sequence[Named], statistics: Statistics) -> list[int]:
+def tokens_of_experts(matrices: Sequence[Matrix], statistics: Statistics) -> list[int]:
     """How many tokens each expert of the stacks among ``matrices`` was fitted on."""
     wanted, stacks = _modules(matrices), statistics.routed.items()
     return [n for stack, counts in stacks if wanted.intersection(members_of(stack, len(counts))) for n in counts]
 
 
-def _modules(matrices: Sequence[Named]) -> set[str]:
+def _modules(matrices: Sequence[Matrix]) -> set[str]:
     return {one.module for m in matrices for one in m.members}
 
 
-def tell(unreached: Sequence[Named], tokens: Sequence[int]) -> None:
+def tell(unreached: Sequence[Matrix], tokens: Sequence[int]) -> None:
     """Warn of what is solved by weights alone, for want of statistics, and of experts that few tokens came to.
 
     Args:

@@ -13,7 +13,7 @@ The numbers are those of transformers, which dequantizes the same files if it is
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from loftq.errors import InputError, quoted
 from loftq.formats.regular import CHUNK, shown
 from loftq.formats.source import Checkpoint
 from loftq.formats.tensorfile import DTYPES, TensorInfo, tensor_bytes
+
+if TYPE_CHECKING:
+    from loftq.planning import Made
 
 METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "mxfp4")  # whose files may follow the rules
 SCALES = ("_scale_inv", "_scale")  # of a tensor of 8-bit floats
@@ -118,8 +121,7 @@ class Dequantized(Checkpoint):
         rest = {name: info for name, info in stored.tensors.items() if name not in gone}
         self.tensors = dict(sorted((rest | {name: s.dense for name, s in self._scaled.items()}).items()))
 
-    def read(self, name: str, made: Iterable[Iterable[Any]] = ()) -> Tensor:
-        made = tuple(made)
+    def read(self, name: str, made: "Made" = ()) -> Tensor:
         if made or name not in self._scaled:
             return super().read(name, made)
         shape = self.tensors[name].shape

@@ -7,7 +7,7 @@ first; and it reads back what it wrote, so that errors are measured on the file'
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,32 +20,10 @@ from loftq.numerics import Quantized, decode, dequantize, encode, normal_float, 
 from loftq.options import check_choice
 from loftq.spec import QuantSpec, stacked_tensors, stored_tensors
 
+if TYPE_CHECKING:
+    from loftq.planning import Matrix
+
 Specs = Sequence[tuple[str, QuantSpec]]  # names of modules or stacks, and how each is stored
-
-
-class MatrixLike(Protocol):
-    """What a layout needs to know of a matrix; :class:`loftq.planning.Matrix` is one."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, int]: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def source(self) -> str: ...
-    @property
-    def quant(self) -> QuantSpec: ...
-    @property
-    def experts(self) -> int: ...
-    @property
-    def made(self) -> tuple[tuple[Any, ...], ...]: ...
-    @property
-    def members(self) -> list[Any]: ...
-    @property
-    def sources(self) -> dict[str, tuple[int, ...]]: ...
 
 
 class Layout(ABC):
@@ -84,15 +62,15 @@ class Layout(ABC):
         return {**options, **{name: v for name, v in self.fills.items() if options.get(name) in (None, "auto")}}
 
     @abstractmethod
-    def entries(self, matrix: MatrixLike) -> list[Entry]:
+    def entries(self, matrix: "Matrix") -> list[Entry]:
         """Names, dtypes and shapes of a matrix's tensors, in order. UsageError for a matrix that it cannot store."""
 
     @abstractmethod
-    def encode(self, matrix: MatrixLike, quantized: Quantized) -> list[Tensor]:
+    def encode(self, matrix: "Matrix", quantized: Quantized) -> list[Tensor]:
         """The values of the tensors of :meth:`entries`."""
 
     @abstractmethod
-    def decode(self, matrix: MatrixLike, tensors: list[Tensor]) -> Tensor:
+    def decode(self, matrix: "Matrix", tensors: list[Tensor]) -> Tensor:
         """The float32 matrix ``(out, in)`` that a reader gets from the tensors of :meth:`encode`."""
 
     def quantization_config(self, modules: Specs, bits: float, kept: list[str], stacks: Specs = ()) -> dict | None:
@@ -172,7 +150,7 @@ class PackedLayout(Layout):
     packed = budgeted = stacks = True
     keeps_conv1d = False
 
-    def entries(self, matrix: MatrixLike) -> list[Entry]:
+    def entries(self, matrix: "Matrix") -> list[Entry]:
         if matrix.experts:
             stored = stacked_tensors(matrix.quant, matrix.name, matrix.experts, *matrix.shape)
             return [Entry(name, dtype, shape) for name, (dtype, shape) in stored.items()]
@@ -182,11 +160,11 @@ class PackedLayout(Layout):
             for suffix, (dtype, shape) in stored_tensors(matrix.quant, *matrix.shape).items()
         ]
 
-    def encode(self, matrix: MatrixLike, quantized: Quantized) -> list[Tensor]:
+    def encode(self, matrix: "Matrix", quantized: Quantized) -> list[Tensor]:
         tensors = encode(quantized, matrix.quant)
         return [tensors[suffix] for suffix in stored_tensors(matrix.quant, *matrix.shape)]
 
-    def decode(self, matrix: MatrixLike, tensors: list[Tensor]) -> Tensor:
+    def decode(self, matrix: "Matrix", tensors: list[Tensor]) -> Tensor:
         names = stored_tensors(matrix.quant, *matrix.shape)
         return decode(dict(zip(names, tensors, strict=True)), matrix.quant, matrix.shape[1])
 
@@ -207,13 +185,13 @@ class DenseLayout(Layout):
     name = "dense"
     rounds = stacks = restores = True
 
-    def entries(self, matrix: MatrixLike) -> list[Entry]:
+    def entries(self, matrix: "Matrix") -> list[Entry]:
         if found := matrix.sources:
             return [Entry(name, matrix.dtype, shape) for name, shape in found.items()]
         shape = oriented_shape(matrix.kind, matrix.shape)
         return [Entry(matrix.name, matrix.dtype, (matrix.experts, *shape) if matrix.experts else shape)]
 
-    def encode(self, matrix: MatrixLike, quantized: Quantized) -> list[Tensor]:
+    def encode(self, matrix: "Matrix", quantized: Quantized) -> list[Tensor]:
         weight = dequantize(quantized, matrix.quant).to(DTYPES[matrix.dtype])
         weight = oriented(matrix.kind, weight).contiguous()
         parts: dict[str, list[Rows]] = {name: [] for name in matrix.sources}
@@ -224,7 +202,7 @@ class DenseLayout(Layout):
             parts[piece.tensor].append((piece, rows))
         return [scattered(found) for found in parts.values()]
 
-    def decode(self, matrix: MatrixLike, tensors: list[Tensor]) -> Tensor:
+    def decode(self, matrix: "Matrix", tensors: list[Tensor]) -> Tensor:
         found, weight = matrix.sources, tensors[0]
         if found:
             weight = gathered(matrix.made[0], dict(zip(found, tensors, strict=True)))
@@ -245,7 +223,7 @@ class BitsAndBytesLayout(Layout):
     SUFFIXES = ("weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4")
     NF2_IN_NF4 = (0, 7, 11, 15)
 
-    def entries(self, matrix: MatrixLike) -> list[Entry]:
+    def entries(self, matrix: "Matrix") -> list[Entry]:
         self._check(matrix)
         stem = matrix.name.removesuffix("weight")
         numel = matrix.shape[0] * matrix.shape[1]
@@ -253,7 +231,7 @@ class BitsAndBytesLayout(Layout):
         dtypes = ["U8", "F32", "F32", "U8"]
         return [Entry(stem + s, d, n) for s, d, n in zip(self.SUFFIXES, dtypes, shapes, strict=True)]
 
-    def encode(self, matrix: MatrixLike, quantized: Quantized) -> list[Tensor]:
+    def encode(self, matrix: "Matrix", quantized: Quantized) -> list[Tensor]:
         codes = quantized.codes.flatten()
         if matrix.quant.bits == 2:
             codes = torch.tensor(self.NF2_IN_NF4, dtype=torch.uint8)[codes.int()]
@@ -266,7 +244,7 @@ class BitsAndBytesLayout(Layout):
             state,
         ]
 
-    def decode(self, matrix: MatrixLike, tensors: list[Tensor]) -> Tensor:
+    def decode(self, matrix: "Matrix", tensors: list[Tensor]) -> Tensor:
         packed, absmax, levels, _ = tensors
         codes = torch.stack([packed[:, 0] >> 4, packed[:, 0] & 15], 1).view(-1, matrix.quant.block_size)
         return (levels[codes.int()] * absmax[:, None]).view(matrix.shape)
@@ -283,7 +261,7 @@ class BitsAndBytesLayout(Layout):
             "llm_int8_skip_modules": kept,
         }
 
-    def _check(self, matrix: MatrixLike) -> None:
+    def _check(self, matrix: "Matrix") -> None:
         quant = matrix.quant
         stored = (quant.code, quant.scale_dtype, quant.double_quant)
         if stored != ("nf", "float32", False) or quant.bits not in self.widths:
@@ -299,7 +277,7 @@ class BitsAndBytesLayout(Layout):
                 f"{option('bits', 'NAME=16,4')}"
             )
 
-    def _state(self, matrix: MatrixLike) -> bytes:
+    def _state(self, matrix: "Matrix") -> bytes:
         dtype = str(DTYPES[matrix.source or matrix.dtype]).removeprefix("torch.")
         state: dict[str, Any] = {"quant_type": "nf4", "blocksize": matrix.quant.block_size, "dtype": dtype}
         return json.dumps({**state, "shape": list(matrix.shape)}).encode()

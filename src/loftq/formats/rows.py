@@ -2,12 +2,15 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
-Rows = tuple[Any, Tensor]  # a :class:`loftq.planning.Piece` and the rows that it is
+if TYPE_CHECKING:
+    from loftq.planning import Piece
+
+Rows: TypeAlias = "tuple[Piece, Tensor]"  # a piece and the rows that it is
 
 
 def scattered(parts: Iterable[Rows]) -> Tensor:
@@ -22,7 +25,7 @@ def scattered(parts: Iterable[Rows]) -> Tensor:
     return tensor.transpose(-1, -2).contiguous() if parts[0][0].transposed else tensor
 
 
-def gathered(pieces: Iterable[Any], tensors: dict[str, Tensor]) -> Tensor:
+def gathered(pieces: "Iterable[Piece]", tensors: dict[str, Tensor]) -> Tensor:
     """The rows of all pieces, one after the other, of tensors in memory."""
     found = []
     for piece in pieces:
@@ -32,7 +35,7 @@ def gathered(pieces: Iterable[Any], tensors: dict[str, Tensor]) -> Tensor:
     return torch.cat(found)
 
 
-def slices(pieces: Sequence[Any]) -> Iterator[list[tuple[int, Any]]]:
+def slices(pieces: "Sequence[Piece]") -> "Iterator[list[tuple[int, Piece]]]":
     """The pieces of a tensor by slices of its first axis, where it has more than two and each lies in one of them.
 
     Each comes with its place among the pieces, and as a piece of the slice; slices follow each other as in the file.
@@ -42,7 +45,7 @@ def slices(pieces: Sequence[Any]) -> Iterator[list[tuple[int, Any]]]:
     if len(shape) != 3 or any(p.start // height != (p.stop - 1) // height for p in pieces):
         yield list(enumerate(pieces))
         return
-    found: list[list[tuple[int, Any]]] = [[] for _ in range(shape[0])]
+    found: list[list[tuple[int, Piece]]] = [[] for _ in range(shape[0])]
     for place, piece in enumerate(pieces):
         index = piece.start // height
         begin = index * height

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,6 +31,9 @@ from loftq.formats.tensorfile import (
     sliced,
     tensor_bytes,
 )
+
+if TYPE_CHECKING:
+    from loftq.planning import Made, Piece
 
 logger = logging.getLogger("loftq")
 
@@ -87,11 +90,11 @@ class Checkpoint:
         self._stamps = {shard.path: shard.stamp for shard in shards}
         self._loaded = _LoadedShard()
 
-    def read(self, name: str, made: Iterable[Iterable[Any]] = ()) -> torch.Tensor:
+    def read(self, name: str, made: "Made" = ()) -> torch.Tensor:
         """The tensor in fresh memory; InputError if its file changed since the opening.
 
         Args:
-            made: what it is put together of (:class:`loftq.planning.Piece`), if no file holds it as it is.
+            made: what it is put together of, if no file holds it as it is.
         """
         parts = [torch.cat([self._rows(piece) for piece in pieces]) for pieces in made]
         if parts:
@@ -102,7 +105,7 @@ class Checkpoint:
             return read_tensor(info, stamp)
         return self._loaded.read(info, stamp)
 
-    def _rows(self, piece: Any) -> torch.Tensor:
+    def _rows(self, piece: "Piece") -> torch.Tensor:
         if not piece.transposed:
             return self.rows(piece.tensor, piece.start, piece.stop)[:: piece.step]
         inner, width = piece.shape[-2:]  # the rows are columns of one of the stack's matrices

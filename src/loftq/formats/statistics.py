@@ -20,7 +20,7 @@ from torch import Tensor
 from loftq.errors import InputError, NumericalError, listed, quoted
 from loftq.formats import fsio
 from loftq.formats.regular import shown
-from loftq.formats.stack_statistics import StackGroup, moments, names, tensors_wanted
+from loftq.formats.stack_statistics import PARTS, StackGroup, moments, names, tensors_wanted
 from loftq.formats.tensorfile import (
     Entry,
     TensorFile,
@@ -324,7 +324,7 @@ def _check_tensors(row: Mapping[str, Any], file: TensorFile, kind: str) -> None:
             if shapes.get(tensor) not in fitting or file.tensors[tensor].dtype != "F32":
                 raise _damaged(file.path, f"{quoted(tensor)}: found {shapes.get(tensor)}, wanted F32 {fitting}")
         return
-    for part in ("fit", "held") if row["held_tokens"] else ("fit",):
+    for part in PARTS if row["held_tokens"] else PARTS[:1]:
         name, n = f"{row['modules'][0]}.{part}.columns", row["width"]
         wanted: dict[str, tuple[int, ...] | None] = {name: (n, n) if kind == "full" else (n,)}
         if kind == "fisher":
