@@ -15,9 +15,10 @@ Later methods are the same alternation, in another metric (:class:`loftq.numeric
 (:class:`loftq.solver.rounding.Rounding`).
 """
 
+import functools
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,8 +145,14 @@ def solve(
     measure.step(residual, None)
     best: tuple[Quantized, Tensor | None, Tensor | None] = (quantized, None, None)
     if spec.steps and residual.any():  # of nothing, both factors would be zero, and never train
-        alternate = _quantize_first if spec.order == "quantize-first" else _svd_first
-        steps = alternate(rounding, weight, quantized, residual, rank, spec, metric, generator)
+        fit = functools.partial(best_factors, rank=rank, metric=metric, method=spec.svd, generator=generator)
+        if spec.start == "preserved":
+            b, a = preserved(weight, rank, metric, spec.svd, generator)
+            quantized, residual = rounding.next(quantized, b, a, residual) if len(a) else (quantized, residual)
+        if spec.order == "quantize-first":
+            steps = _quantize_first(rounding, fit, quantized, residual, spec.steps)
+        else:
+            steps = _svd_first(rounding, fit, quantized, residual, spec.steps, weight)
         for candidate, residual, projected in steps:
             if measure.step(residual, candidate[1:], projected):
                 best = candidate
@@ -201,25 +208,25 @@ class _Measure:
 
 
 Step = tuple[tuple[Quantized, Tensor, Tensor], Tensor, bool]  # (Q, B, A), W - Q, whether the SVD was of that
+Fit = Callable[..., tuple[Tensor, Tensor]]  # the best B and A for an error; ``start``: an earlier A
 
 
-def _quantize_first(rounding: Rounding, weight, quantized, residual, rank, spec, metric, generator) -> Iterator[Step]:
+def _quantize_first(rounding: Rounding, fit: Fit, quantized: Quantized, residual: Tensor, count: int) -> Iterator[Step]:
     a = None
-    if spec.start == "preserved":
-        b, a = preserved(weight, rank, metric, spec.svd, generator)
-        quantized, residual = rounding.next(quantized, b, a, residual) if len(a) else (quantized, residual)
-        a = None
-    for t in range(1, spec.steps + 1):
-        b, a = best_factors(residual, rank, metric, method=spec.svd, generator=generator, start=a)
+    for t in range(1, count + 1):
+        b, a = fit(residual, start=a)
         yield (quantized, b, a), residual, True
-        if t < spec.steps:  # in the same memory at every step: fresh memory costs more than quantizing into it
+        if t < count:  # in the same memory at every step: fresh memory costs more than quantizing into it
             quantized, residual = rounding.next(quantized, b, a, residual)
 
 
-def _svd_first(rounding: Rounding, weight, quantized, residual, rank, spec, metric, generator) -> Iterator[Step]:
-    a, memory, residual = None, residual, weight
-    for _ in range(spec.steps):
-        b, a = best_factors(residual, rank, metric, method=spec.svd, generator=generator, start=a)
+def _svd_first(
+    rounding: Rounding, fit: Fit, quantized: Quantized, memory: Tensor, count: int, weight: Tensor
+) -> Iterator[Step]:
+    """``memory`` takes the residual of every step; the first factors are those of the weight itself."""
+    a, residual = None, weight
+    for _ in range(count):
+        b, a = fit(residual, start=a)
         quantized, residual = rounding.next(quantized, b, a, memory)
         yield (quantized, b, a), residual, False
 
