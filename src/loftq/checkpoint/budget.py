@@ -27,7 +27,7 @@ def check_budget(source: Source, policy: Policy, keep: Path | None, format: str 
             "others; leave one of them out"
         )
     planning.limit(source.plan, policy)
-    planning.check_solver(policy.budget_solver)
+    planning.check_budget_solver(policy.budget_solver)
     if keep is not None:
         check_place(keep)
 
@@ -47,17 +47,17 @@ def within_budget(
         point has ``bytes`` (all tensors, the adapter and what is kept among them), ``bits_per_weight``, and ``error``
         (expected: root of the mean over all weights of the squared error relative to their matrix).
     """
-    return planned(source, policy, spent(source, policy, measured(source, policy, keep, statistics, **measuring)))
+    return with_choice(source, policy, choose(source, policy, measured(source, policy, keep, statistics, **measuring)))
 
 
-def planned(source: Source, policy: Policy, spending: Mapping[str, Any]) -> Source:
-    """The source with the plan of what :func:`spent` chose."""
-    chosen = {module: Choice(*choice) for module, choice in spending["chosen"].items()}
+def with_choice(source: Source, policy: Policy, choice: Mapping[str, Any]) -> Source:
+    """The source with the plan of what :func:`choose` found."""
+    chosen = {module: Choice(*one) for module, one in choice["chosen"].items()}
     plan = planning.make(source.tensors, source.roles, policy, chosen)
-    return replace(source, plan=replace(plan, budget=spending["report"]))
+    return replace(source, plan=replace(plan, budget=choice["report"]))
 
 
-def spent(source: Source, policy: Policy, curves: Curves) -> dict[str, Any]:
+def choose(source: Source, policy: Policy, curves: Curves) -> dict[str, Any]:
     """The choice of every matrix, by module, and the report on them, as :func:`within_budget` has it; plain values."""
     groups = planning.fused(source.plan.matrices, policy.serve)
     layers = planning.together(curves, groups)

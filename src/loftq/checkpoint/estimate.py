@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from loftq.architecture.skeleton import dtype_of, read_config
-from loftq.formats.tensorfile import DTYPES
 from loftq.numerics.machine import cpus
 from loftq.planning import Matrix
 from loftq.solver.cost import constants, memory, seconds
@@ -123,10 +122,8 @@ def _adapter(matrix: Matrix) -> int:
 
 def _beside_codes(matrix: Matrix) -> int:
     """Bytes of all that is stored of a matrix but its codes."""
-    stored = stored_tensors(matrix.quant, *matrix.shape)
-    return matrix.count * sum(
-        math.prod(shape) * DTYPES[dtype].itemsize for name, (dtype, shape) in stored.items() if name != "weight"
-    )
+    _, codes = stored_tensors(matrix.quant, *matrix.shape)["weight"]
+    return matrix.bytes - matrix.count * math.prod(codes)
 
 
 def _first(config: dict[str, Any], names: tuple[str, ...]) -> int:

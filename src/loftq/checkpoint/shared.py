@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from loftq.calibration.streamed import Streamed
 from loftq.checkpoint import pieces, team
 from loftq.checkpoint.assemble import Job, assemble
-from loftq.checkpoint.budget import planned, spent
+from loftq.checkpoint.budget import choose, with_choice
 from loftq.checkpoint.claims import Crew
 from loftq.checkpoint.curves import Advance, Curves, measured
 from loftq.checkpoint.manifest import MANIFEST
@@ -102,11 +102,11 @@ class Sharing:
         curves = {} if choice.exists() else engine.measure(self, begin)
         while not choice.exists() and not self.over():
             if self.crew.take(choice):
-                hashed_json.create(choice, spent(source, policy, curves))
+                hashed_json.create(choice, choose(source, policy, curves))
             else:
                 time.sleep(team.POLL)
         if not self.over():
-            self.job = self.respend(planned(source, policy, hashed_json.load(choice)))
+            self.job = self.respend(with_choice(source, policy, hashed_json.load(choice)))
 
     def curve_shares(self) -> dict[Share, list[Matrix]]:
         """A share for the error curves of every unit's matrices."""

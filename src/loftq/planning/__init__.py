@@ -1,7 +1,7 @@
 """What is quantized, how, and why not: data about tensors and a policy in, a plan out. Knows no torch."""
 
 from loftq.planning.bits import widths
-from loftq.planning.budget import Allocation, Choice, allocate, check_solver, frontier, parse_size
+from loftq.planning.budget import Allocation, Choice, allocate, check_budget_solver, frontier, parse_size
 from loftq.planning.candidates import Candidate, candidates, curve, factor_bytes, first_layers, limit
 from loftq.planning.fused import apart, fused, together
 from loftq.planning.names import natural, target_suffixes

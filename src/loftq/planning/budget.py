@@ -83,7 +83,7 @@ def allocate(curves: Mapping[str, Sequence[Choice]], limit: int, method: str = "
 
     Raises: UsageError if even the cheapest choices take more than the limit, naming what they take.
     """
-    check_solver(method)
+    check_budget_solver(method)
     useful = _useful_of(curves)
     least = sum(choices[0].bytes for choices in useful.values())
     if least > limit:
@@ -96,8 +96,8 @@ def allocate(curves: Mapping[str, Sequence[Choice]], limit: int, method: str = "
     return min(greedy, _sum(_exact(useful, limit) or found), key=lambda allocation: allocation.error)
 
 
-def check_solver(method: str) -> None:
-    """Refuse a solver that is not there."""
+def check_budget_solver(method: str) -> None:
+    """UsageError for ``milp`` without SciPy."""
     if method == "milp" and importlib.util.find_spec("scipy") is None:
         raise UsageError(f"{option('budget_solver', 'milp')} needs SciPy: pip install 'loftq[budget]'")
 
