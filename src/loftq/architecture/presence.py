@@ -99,8 +99,8 @@ def _belongs_to_backbone(model: Any, name: str) -> bool:
     if HEADS & set(name.split(".")) or (head is not None and model.get_submodule(module) is head):
         return False
     values = getattr(model.get_submodule(module), leaf, None)
-    is_buffer = isinstance(values, torch.Tensor) and not isinstance(values, nn.Parameter)
-    counts = is_buffer and not values.is_floating_point()
+    buffer = None if isinstance(values, nn.Parameter) or not isinstance(values, torch.Tensor) else values
+    counts = buffer is not None and not buffer.is_floating_point()
     return not counts and not leaf.startswith("mask")  # a mask token stands for hidden input, in training alone
 
 
