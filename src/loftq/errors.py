@@ -192,6 +192,13 @@ def first_line(error: BaseException) -> str:
     return quoted(str(error).strip().partition("\n")[0] or type(error).__name__, 200)
 
 
+def one_line(error: BaseException) -> str:
+    """All that another library says, fit for a message; of a missing key, it says nothing but the key."""
+    if isinstance(error, KeyError):
+        return f"there is no {quoted(error, 400)}"
+    return quoted(" ".join(str(error).split()) or type(error).__name__, 800)
+
+
 def listed(names: Iterable[object], limit: int = 10) -> str:
     """At most ``limit`` names, then how many more."""
     rest = iter(names)

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from harness import cli, refused, tiny_source
-from loftq.architecture import bounds, skeleton
+from loftq.architecture import configuration, skeleton
 from loftq.errors import InputError
 
 
@@ -50,7 +50,7 @@ def test_as_much_as_a_checkpoint_may_have(spelled):
     """Layers that share their weights have few tensors."""
     model = skeleton.build(spelled(num_hidden_layers=64), 39)
     assert len(model.encoder.layer) == 64
-    with pytest.raises(InputError, match=f"more than {bounds.most_modules(1)} modules"):
+    with pytest.raises(InputError, match=f"more than {configuration.most_modules(1)} modules"):
         skeleton.build(spelled(num_hidden_layers=64, model_type="albert", architectures=None, num_hidden_groups=300), 1)
 
 

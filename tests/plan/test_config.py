@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 import loftq
-from loftq.architecture import presence, skeleton
+from loftq.architecture import configuration, presence, skeleton
 from loftq.checkpoint.verify import verify
 from loftq.errors import InputError
 from loftq.formats import strict_json
@@ -46,7 +46,7 @@ def test_keys_that_select_code_are_dropped_also_from_nested_configs(tmp_path, ke
     path = directory(
         tmp_path, **{key: STEERING[key], "text_config": {key: STEERING[key], "inner": {key: 1, "kept": 2}}}
     )
-    config = skeleton.read_config(path)
+    config = configuration.read_config(path)
     assert key not in json.dumps(config)
     assert config["text_config"] == {"inner": {"kept": 2}}
     assert config["hidden_size"] == LLAMA["hidden_size"]
@@ -135,7 +135,7 @@ def test_sizes_that_no_model_has_are_refused_before_it_is_built(tmp_path, config
     ids=lambda config: config["model_type"],
 )
 def test_a_skeleton_without_end_is_stopped(tmp_path, config, monkeypatch):
-    monkeypatch.setattr(skeleton, "MOST_MODULES", 2000)
+    monkeypatch.setattr(configuration, "MOST_MODULES", 2000)
     (tmp_path / "config.json").write_text(json.dumps(config))
     try:
         skeleton.build(tmp_path)
@@ -146,7 +146,7 @@ def test_a_skeleton_without_end_is_stopped(tmp_path, config, monkeypatch):
 
 
 def test_no_hook_is_left_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(skeleton, "MOST_MODULES", 10)
+    monkeypatch.setattr(configuration, "MOST_MODULES", 10)
     with pytest.raises(InputError, match="more than 10 modules"):
         skeleton.build(directory(tmp_path))
     tiny("llama")
@@ -166,11 +166,11 @@ def test_no_hook_is_left_behind(tmp_path, monkeypatch):
 )
 def test_sources_that_are_quantized_already_are_refused(tmp_path, config, method):
     with pytest.raises(InputError, match=f"already quantized with {method}; start from the full-precision checkpoint"):
-        skeleton.read_config(directory(tmp_path, **config))
+        configuration.read_config(directory(tmp_path, **config))
 
 
 def test_a_null_quantization_config_is_none(tmp_path):
-    assert "model_type" in skeleton.read_config(directory(tmp_path, quantization_config=None))
+    assert "model_type" in configuration.read_config(directory(tmp_path, quantization_config=None))
 
 
 def test_our_own_output_is_refused_as_a_source(made, tmp_path):

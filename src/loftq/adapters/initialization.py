@@ -15,7 +15,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from loftq.adapters.placement import is_filled_from_elsewhere, module_of
-from loftq.errors import InputError, UsageError, listed, option, quoted, warn
+from loftq.errors import InputError, UsageError, listed, one_line, option, quoted, warn
 from loftq.nn.experts import PackedExperts
 from loftq.nn.layers import PackedWeight, has_packed
 from loftq.patching import patches
@@ -104,8 +104,6 @@ def read_start(model: Any) -> Start:
     """
     from peft import PeftConfig
     from peft.utils.save_and_load import load_peft_weights
-
-    from loftq.architecture.skeleton import one_line
 
     name = str(getattr(model, "name_or_path", ""))
     place: dict[str, Any] = {"subfolder": FOLDER, "revision": getattr(model.config, "_commit_hash", None)}

@@ -6,8 +6,7 @@ from typing import Any
 from loftq.adapters.bases import refuse_no_weights
 from loftq.adapters.origins import refuse_other
 from loftq.architecture.loading import guarded
-from loftq.architecture.skeleton import one_line
-from loftq.errors import InputError, LoftqError, quoted
+from loftq.errors import InputError, LoftqError, one_line, quoted
 from loftq.formats import strict_json
 
 

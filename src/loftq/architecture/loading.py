@@ -1,6 +1,6 @@
 """Loading a checkpoint's files with transformers and PEFT: none of their code runs, and nothing is downloaded.
 
-Models get the configuration that went through :func:`loftq.architecture.skeleton.read_config`, never the file itself.
+Models get the configuration of :func:`loftq.architecture.configuration.read_config`, never the file itself.
 """
 
 import contextlib
@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from loftq.architecture import skeleton
-from loftq.errors import InputError, LoftqError, UsageError, listed, quoted
+from loftq.architecture.configuration import classes, read_config
+from loftq.errors import InputError, LoftqError, UsageError, listed, one_line, quoted
 from loftq.formats import strict_json
 from loftq.formats.lookalikes import refuse_adapter
 from loftq.formats.regular import open_regular
@@ -54,14 +54,14 @@ def load_config(directory: Path, **options: Any) -> Any:
     Raises: InputError for one that transformers does not know.
     """
     path = directory / "config.json"
-    values = skeleton.read_config(directory, quantized=True)
-    _, config_class = skeleton.classes(path, values)
+    values = read_config(directory, quantized=True)
+    _, config_class = classes(path, values)
     try:
         with guarded():
             config = config_class.from_dict(values, **options)
             text = config.get_text_config()
     except Exception as e:  # whatever transformers raises for values that it cannot take
-        raise InputError(f"{quoted(path)}: no configuration that can be read: {skeleton.one_line(e)}") from e
+        raise InputError(f"{quoted(path)}: no configuration that can be read: {one_line(e)}") from e
     if isinstance(text, dict):
         raise InputError(f"{quoted(path)}: its text_config is none that model_type {config.model_type} has")
     return config
@@ -95,7 +95,7 @@ def load_tokenizer(directory: Path) -> Any:
     except Exception as e:  # whatever transformers and tokenizers raise for files that they cannot take
         there = any(_is_vocabulary(f) or f.name == "tokenizer_config.json" for f in directory.iterdir())
         absent = "no file of one is there; fetch its files, or save one into the directory"
-        why = skeleton.one_line(e) if there else absent
+        why = one_line(e) if there else absent
         raise InputError(f"{quoted(directory)}: no tokenizer that can be read: {why}") from e
     if not isinstance(found, transformers.PreTrainedTokenizerBase):
         raise InputError(f"{quoted(directory)}: its tokenizer_class {type(found).__name__} is no tokenizer")
@@ -128,8 +128,8 @@ def load_weights(model_class: Any, directory: Path, config: Any, **options: Any)
     except LoftqError:
         raise
     except ImportError as e:
-        raise UsageError(f"{quoted(directory)}: {skeleton.one_line(e)}") from e
+        raise UsageError(f"{quoted(directory)}: {one_line(e)}") from e
     except Exception as e:  # whatever transformers and the quantizers raise for files that they cannot take
         name = model_class.__name__
-        line = skeleton.one_line(e)
+        line = one_line(e)
         raise InputError(f"{quoted(directory)}: transformers cannot load this model as {name}: {line}") from e

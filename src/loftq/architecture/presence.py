@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from loftq.architecture.skeleton import one_line, output_head, renamer
-from loftq.errors import InputError, listed, quoted
+from loftq.architecture.skeleton import output_head, renamer
+from loftq.errors import InputError, listed, one_line, quoted
 from loftq.formats.regular import shown
 from loftq.formats.tensorfile import DTYPES
 from loftq.planning import HEADS, natural

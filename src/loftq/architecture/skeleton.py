@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,131 +10,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from loftq.architecture import bounds
 from loftq.architecture.adapter import refusal
+from loftq.architecture.configuration import (
+    check_layers,
+    classes,
+    most_modules,
+    odd_size,
+    read_config,
+    without_quantization,
+)
 from loftq.architecture.experts import STACKS, stack_kind
 from loftq.architecture.kinds import kind_of
 from loftq.architecture.reads import holders, readers
-from loftq.errors import InputError, quoted
-from loftq.formats import strict_json
+from loftq.errors import InputError, one_line, quoted
 from loftq.planning import Matrix, Role, Stack
-from loftq.spec import STORED, SUFFIXES
+from loftq.spec import SUFFIXES
 
-# Keys that steer transformers from inside a config file (CVE-2026-4372), with and without the underscore of their
-# private twins; never taken from a checkpoint.
-INTERNAL_KEYS = (
-    "_attn_implementation",
-    "_experts_implementation",
-    "attn_implementation",
-    "experts_implementation",
-    "custom_pipelines",
-    "auto_map",
-    "trust_remote_code",
-)
-LARGEST_SIZE = 1 << 31
-MOST_LAYERS = 4096
-QUANTIZATION = ("quantization_config", "compression_config")
 PACKABLE = ("linear", "conv1d", "embedding", *STACKS)
 RENAMED = "transformers would not find its packed tensors: it renames what it loads"
 Rename = Callable[[str], tuple[str, str | None]]
-MOST_MODULES = 250_000  # five times as many as a model of 61 layers with 256 experts each has
-
-
-def read_config(directory: Path, *, quantized: bool = False) -> dict[str, Any]:
-    """``config.json``, without the keys that would run or select code; special floats as transformers reads them.
-
-    Args:
-        quantized: whether the checkpoint may be quantized already.
-    """
-    path = directory / "config.json"
-    if not path.is_file():
-        raise InputError(f"{path}: missing; a Hugging Face model directory holds a config.json beside its weights")
-    config = strict_json.load_object(path, special=True)
-    found = quantization_of(config)
-    if found is not None and not quantized:
-        method = quoted(found.get("quant_method", "an unnamed method") if isinstance(found, dict) else repr(found))
-        raise InputError(f"{path}: already quantized with {method}; start from the full-precision checkpoint")
-    _check_numbers(path, config)
-    bounds.check_labels(path, config)
-    names = config.get("architectures")
-    if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
-        config.pop("architectures", None)  # as transformers of late; some releases refuse them
-    return without_internal_keys(config)
-
-
-def without_internal_keys(config: Any) -> Any:
-    """``config`` and the configs nested in it, without :data:`INTERNAL_KEYS` and anything that begins like them."""
-    if isinstance(config, list):
-        return [without_internal_keys(one) for one in config]
-    if not isinstance(config, dict):
-        return config
-    return {key: without_internal_keys(one) for key, one in config.items() if not key.startswith(INTERNAL_KEYS)}
-
-
-def quantization_of(config: dict[str, Any]) -> Any:
-    """The ``quantization_config`` of a configuration, also of a nested one; None if there is none."""
-    for key, value in config.items():
-        if key in QUANTIZATION and value is not None:
-            return value
-        nested = quantization_of(value) if isinstance(value, dict) else None
-        if nested is not None:
-            return nested
-    return None
-
-
-def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
-    """``config`` and the configs nested in it, without what :func:`quantization_of` finds."""
-    kept = {key: value for key, value in config.items() if key not in QUANTIZATION}
-    return {key: without_quantization(value) if isinstance(value, dict) else value for key, value in kept.items()}
-
-
-def dtype_of(config: dict[str, Any]) -> str:
-    """safetensors' name of the dtype that a model is used in by its configuration, or by that of its language model."""
-    nested = config.get("text_config")
-    configs = [config, nested if isinstance(nested, dict) else {}]
-    names = [c.get(key) for c in configs for key in ("dtype", "torch_dtype")]
-    return next((STORED[name] for name in names if isinstance(name, str) and name in STORED), STORED["bfloat16"])
-
-
-def _check_numbers(path: Path, config: dict[str, Any]) -> None:
-    """Refuse sizes that no model has, before a skeleton is built from them."""
-    for key, value, largest in _sizes(config):
-        if isinstance(value, (int, float)) and not value <= largest:  # NaN is no size either
-            raise InputError(f"{path}: {_not_a_size(key, value, largest)}")
-
-
-def _not_a_size(key: str, value: Any, largest: int) -> str:
-    return f"{quoted(key)} is {quoted(value)}; wanted a number from 0 to {largest}"
-
-
-def _sizes(config: dict[str, Any]) -> Iterator[tuple[str, Any, int]]:
-    """Everything under a key that counts, also in lists and nested configs: key, value, largest number that is taken.
-
-    Not all of it is a size: there are lists of the layers' kinds, and -1 for no limit.
-    """
-    for key, value in config.items():
-        size = key.endswith(("_size", "_dim"))
-        counted = size or key.endswith(("_layers", "_heads")) or key.startswith(("num_", "n_", "d_"))
-        for one in _flat(value):
-            if isinstance(one, dict):
-                yield from _sizes(one)
-            elif counted and one is not None and not isinstance(one, bool):
-                yield key, one, MOST_LAYERS if "layer" in key and not size else LARGEST_SIZE
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, list):
-        for one in value:
-            yield from _flat(one)
-    else:
-        yield value
-
-
-def _why(error: Exception, config: dict[str, Any]) -> str:
-    """Why transformers cannot build a model; first of all a size that is none, if there is one."""
-    odd = (size for size in _sizes(config) if not isinstance(size[1], (int, float)) or size[1] < 0)
-    reason = f"transformers cannot build this model: {one_line(error)}"
-    return next((f"{_not_a_size(*size)}; {reason}" for size in odd), reason)
 
 
 def build(directory: Path, tensors: int | None = None, *, quantized: bool = False) -> nn.Module:
@@ -148,44 +42,22 @@ def build(directory: Path, tensors: int | None = None, *, quantized: bool = Fals
         quantized: whether the checkpoint may be quantized; the model is the dense one that it stands for.
     """
     path = directory / "config.json"
-    values = read_config(directory, quantized=quantized)
-    values = without_quantization(values)
+    values = without_quantization(read_config(directory, quantized=quantized))
     if tensors is not None:
-        bounds.check_layers(path, values, tensors)
+        check_layers(path, values, tensors)
     model_class, config_class = classes(path, values)
-    most = MOST_MODULES if tensors is None else min(MOST_MODULES, bounds.most_modules(tensors))
-    count = torch.nn.modules.module.register_module_module_registration_hook(_count_modules(most))
+    limit = _count_modules(most_modules(tensors))
+    count = torch.nn.modules.module.register_module_module_registration_hook(limit)
     try:
         config = config_class.from_dict(values)
         with torch.device("meta"):
             return getattr(model_class, "from_config", model_class)(config)  # AutoModel's, or the constructor
     except Exception as e:  # whatever transformers raises for a config it cannot take
-        raise InputError(f"{path}: {_why(e, values)}") from e
+        odd = odd_size(values)
+        reason = f"{odd}; " if odd else ""
+        raise InputError(f"{path}: {reason}transformers cannot build this model: {one_line(e)}") from e
     finally:
         count.remove()
-
-
-def classes(path: Path, values: dict[str, Any]) -> tuple[Any, Any]:
-    """transformers' classes of the model (``AutoModel`` if none is named) and of the configuration in ``path``."""
-    import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    model_type, names = values.get("model_type"), values.get("architectures")
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        raise InputError(
-            f"{path}: model_type {quoted(model_type)} is not one of transformers' own; "
-            "loftq does not run code that comes with a checkpoint"
-        )
-    found = getattr(transformers, names[0], None) if names else None
-    known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    return found if known else transformers.AutoModel, CONFIG_MAPPING[model_type]
-
-
-def one_line(error: Exception) -> str:
-    """What another library says, all of it, fit for a message; of a missing key, it says nothing but the key."""
-    if isinstance(error, KeyError):
-        return f"there is no {quoted(error, 400)}"
-    return quoted(" ".join(str(error).split()) or type(error).__name__, 800)
 
 
 def spellings(name: str, prefix: str) -> tuple[str, str, str]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from loftq.architecture import skeleton
+from loftq.architecture.configuration import classes, read_config
 from loftq.architecture.loading import load_config, load_weights
 from loftq.errors import UsageError
 
@@ -220,8 +221,8 @@ def load(directory: Path, **options: Any) -> nn.Module:
     dequantized = False
     if isinstance(published, dict) and published.get("quant_method") in DEQUANTIZED:
         published["dequantize"] = dequantized = True
-    values = skeleton.read_config(directory, quantized=dequantized)
-    model_class, _ = skeleton.classes(directory / "config.json", values)
+    values = read_config(directory, quantized=dequantized)
+    model_class, _ = classes(directory / "config.json", values)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # buffers are no modules, says accelerate
         return load_weights(model_class, directory, config, dtype=torch.float32, **options).eval()

@@ -8,7 +8,7 @@ from typing import Any
 from loftq import planning
 from loftq.adapters import bases
 from loftq.architecture.adapter import adapter_config
-from loftq.architecture.skeleton import without_internal_keys, without_quantization
+from loftq.architecture.configuration import without_internal_keys, without_quantization
 from loftq.checkpoint.manifest import MANIFEST
 from loftq.checkpoint.shards import Unit, Workspace
 from loftq.errors import InputError, listed

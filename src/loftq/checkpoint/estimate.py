@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from loftq.architecture.skeleton import dtype_of, read_config
+from loftq.architecture.configuration import dtype_of, read_config
 from loftq.numerics.machine import cpus
 from loftq.planning import Matrix
 from loftq.solver.cost import constants, memory, seconds

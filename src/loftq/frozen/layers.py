@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loftq.architecture import skeleton
+from loftq.architecture.configuration import classes, read_config
 from loftq.architecture.kinds import kind_of
 from loftq.architecture.loading import load_config, load_weights
-from loftq.errors import InputError, UsageError, listed
+from loftq.errors import InputError, UsageError, listed, one_line
 from loftq.nn.layers import PackedWeight
 from loftq.numerics import oriented
 
@@ -26,8 +26,8 @@ def load(directory: Path, device: str = "cpu") -> Any:
     Raises: InputError if transformers cannot load it, or finds no weights for a part of it; UsageError if the package
         that quantized it is missing.
     """
-    values = skeleton.read_config(directory, quantized=True)
-    model_class, _ = skeleton.classes(directory / "config.json", values)
+    values = read_config(directory, quantized=True)
+    model_class, _ = classes(directory / "config.json", values)
     config = load_config(directory)
     model, found = load_weights(model_class, directory, config, device_map=device, output_loading_info=True)
     absent = sorted(found["missing_keys"])
@@ -120,7 +120,7 @@ def _by_forward(module: Any) -> Tensor:
             parts = [module(rows).float() - offset for rows in probes.split(ROWS)]
     except Exception as e:  # whatever a kernel raises that has no code for this device or dtype
         raise UsageError(
-            f"{type(module).__name__} does not run on {device} in {dtype}: {skeleton.one_line(e)}; try another device"
+            f"{type(module).__name__} does not run on {device} in {dtype}: {one_line(e)}; try another device"
         ) from e
     return torch.cat(parts).T.contiguous()
 

@@ -11,9 +11,8 @@ import transformers
 from loftq.adapters.bases import KEY, refuse_lost, resolved
 from loftq.adapters.trained import adapted
 from loftq.architecture.loading import load_config, load_tokenizer, load_weights
-from loftq.architecture.skeleton import one_line
 from loftq.checkpoint.assemble import ADAPTER
-from loftq.errors import InputError, UsageError, extra, listed, option, quoted
+from loftq.errors import InputError, UsageError, extra, listed, one_line, option, quoted
 from loftq.formats import strict_json
 from loftq.formats.config import MANIFEST
 from loftq.numerics.device import check_device

@@ -6,8 +6,8 @@ import torch
 import transformers
 
 from loftq.adapters.start import HEADED_TASKS
-from loftq.architecture import skeleton
-from loftq.errors import InputError, listed
+from loftq.architecture.configuration import classes, read_config
+from loftq.errors import InputError, listed, one_line
 from loftq.formats.regular import shown
 from loftq.serving.adapter import Adapter
 from loftq.serving.base import Base
@@ -26,9 +26,9 @@ def find(base: Base, adapter: Adapter | None) -> dict[str, Any]:
     if ending is None:
         raise InputError(f"{where}: the base has no such weights, and task_type {task} brings none; of another model?")
     path = base.directory / "config.json"
-    values = skeleton.read_config(base.directory, quantized=True)
+    values = read_config(base.directory, quantized=True)
     values.pop("quantization_config", None)
-    _, config_class = skeleton.classes(path, values)
+    _, config_class = classes(path, values)
     auto: Any = getattr(transformers, f"AutoModel{ending}")
     for labels in sorted({adapter.shapes[held][0] for held in adapter.new.values()}):
         config = config_class.from_dict(values)
@@ -38,7 +38,7 @@ def find(base: Base, adapter: Adapter | None) -> dict[str, Any]:
             with torch.device("meta"):
                 model = auto.from_config(config)
         except Exception as e:  # whatever transformers raises for a family without such a class
-            raise InputError(f"{where}: {skeleton.one_line(e)}") from e
+            raise InputError(f"{where}: {one_line(e)}") from e
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if all(shapes.get(name) == adapter.shapes[held] for name, held in adapter.new.items()):
             _check_whole(where, shapes, base, adapter)

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from loftq.adapters.trained import adapted
 from loftq.architecture.loading import load_config, load_weights
 from loftq.architecture.served import check_model
-from loftq.architecture.skeleton import one_line
 from loftq.checkpoint.produce import Files
-from loftq.errors import InputError, extra, quoted
+from loftq.errors import InputError, extra, one_line, quoted
 from loftq.formats import fsio
 from loftq.nn.layers import LoftQLinear
 from loftq.serving import heads, packed

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq import planning
+from loftq.architecture.configuration import dtype_of, quantization_of, read_config
 from loftq.errors import InputError, StorageError, UsageError, first_line, listed, option, quoted
 from loftq.formats import dequantized
 from loftq.formats.belongings import module_paths, not_fetched
@@ -105,10 +106,10 @@ def open_weights(directory: Path, cure: str = "start from") -> tuple[Checkpoint,
 
     stored = open_checkpoint(directory)
     refuse_adapter(directory)
-    config = skeleton.read_config(directory, quantized=True)
-    found = skeleton.quantization_of(config)
+    config = read_config(directory, quantized=True)
+    found = quantization_of(config)
     readable = found is None or (isinstance(found, dict) and found.get("quant_method") in dequantized.METHODS)
-    checkpoint = dequantized.dense(stored, found, skeleton.dtype_of(config)) if readable else stored
+    checkpoint = dequantized.dense(stored, found, dtype_of(config)) if readable else stored
     method = is_quantized_source(checkpoint.tensors)
     if method:
         method = quoted(found["quant_method"]) if isinstance(found, dict) and "quant_method" in found else method
