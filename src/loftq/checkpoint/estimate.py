@@ -48,7 +48,7 @@ def _quantizing(source: Source, workers: int, calibrated: bool) -> dict[str, Any
     each = [(seconds(*m.shape, plan.solve, m.quant, calibrated), m.count) for m in plan.matrices]
     jobs = [time for time, count in each for _ in range(count)]
     largest = max(memory(*m.shape, plan.solve, calibrated) for m in plan.matrices)
-    adapter = sum(_adapter(m) * ITEM_BYTES[m.factors] for m in plan.matrices)
+    adapter = sum(m.adapter_numel * ITEM_BYTES[m.factors] for m in plan.matrices)
     backbone = sum(t.bytes for t in (*plan.matrices, *plan.kept))
     waiting = max(_beside_codes(m) for m in plan.matrices) + adapter * min(1, SHARD / backbone)
     base = constants()["bytes_of_process"] + round(waiting)
@@ -79,7 +79,7 @@ def _training(source: Source, tokens: int) -> dict[str, Any]:
     item = ITEM_BYTES[dtype_of(config)]
     plan, found = source.plan, constants()
     own = [k for k in plan.kept if source.roles[k.name].module]
-    trained = sum(_adapter(m) for m in plan.matrices)
+    trained = sum(m.adapter_numel for m in plan.matrices)
     active = _first(config, PER_TOKEN)
     features: Counter[Any] = Counter()
     for m in plan.matrices:
@@ -113,11 +113,6 @@ def _training(source: Source, tokens: int) -> dict[str, Any]:
         "total": fixed + everything,
         "total_with_checkpointing": fixed + min(everything, saving),
     }
-
-
-def _adapter(matrix: Matrix) -> int:
-    """Numbers of a matrix's factors."""
-    return matrix.count * matrix.rank * sum(matrix.shape)
 
 
 def _beside_codes(matrix: Matrix) -> int:

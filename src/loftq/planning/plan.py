@@ -111,6 +111,11 @@ class Matrix:
         return self.count * stored_bytes(self.quant, *self.shape)
 
     @property
+    def adapter_numel(self) -> int:
+        """Parameters of its LoRA factors, ``(rank, in)`` and ``(out, rank)`` for each expert."""
+        return self.count * self.rank * sum(self.shape)
+
+    @property
     def pieces(self) -> Made:
         """What each expert, or the matrix, is put together of; of a stack that the source holds, its slices."""
         if self.experts and not self.made:

@@ -50,7 +50,7 @@ def model_card(
             "---",
             "library_name: peft",
             *front,
-            *(f"{key}: {json.dumps(value)}" for key, value in (licence or {}).items()),
+            *_tags(licence or {}),
             "tags: [loftq, lora, quantization]",
             "---",
             f"# {hub_id or architecture} in {widths} bits, with a LoftQ initialization",

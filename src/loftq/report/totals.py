@@ -21,7 +21,7 @@ def totals(plan: Plan, matrices: list[dict[str, Any]], file_sizes: dict[str, int
     quantized = sum(m.numel for m in plan.matrices)
     kept = sum(math.prod(k.shape) for k in plan.kept)
     factors = file_sizes["loftq_init/adapter_model.safetensors"]
-    adapter = sum(m.count * m.rank * sum(m.shape) for m in plan.matrices)
+    adapter = sum(m.adapter_numel for m in plan.matrices)
     disk = sum(file_sizes.values())
     dense = 2 * (quantized + kept)
     measured = [m for m in matrices if "output_errors" in m]
