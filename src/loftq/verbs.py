@@ -106,7 +106,7 @@ def inspect(directory: str | Path) -> Report:
 
 
 @checks_names
-def verify(directory: str | Path) -> Report:
+def verify(directory: str | Path, *, progress: bool = True) -> Report:
     """Check a LoftQ checkpoint: the hashes of all files, the shapes of all tensors, and that all values are finite.
 
     The directory may be given by its URL; every file is then read once or twice.
@@ -115,7 +115,8 @@ def verify(directory: str | Path) -> Report:
 
     Raises: InputError that lists everything that is wrong.
     """
-    manifest = _verify(directory_of("the directory", as_path("directory", directory)))
+    with Bar("verify", "read", shown=progress, delay=1) as bar:
+        manifest = _verify(directory_of("the directory", as_path("directory", directory)), bar.begin)
     return of_checkpoint(manifest, f"{len(manifest['files'])} files, all good")
 
 

@@ -457,7 +457,7 @@ def test_a_result_that_cannot_be_written_is_an_error(tmp_path):
 def test_status(source, golden, tmp_path):
     output = tmp_path / "out"
     ended = cli("status", output)
-    refused(ended, 3, "no run that makes one")
+    refused(ended, 3, "no unfinished run")
     refused(cli("status", "s3://bucket/out"), 2, "the directory s3://bucket/out: a URL")
     stopped_run(source, output, shared=True)
     found = loftq.status(output)

@@ -32,6 +32,20 @@ def test_a_sound_one(out):
     assert ended.code == 0
     assert "all good" in ended.out
     assert "12 matrices" in ended.out
+    assert ended.err == ""  # a bar is shown to those who wait
+
+
+def test_every_file_is_told_of_when_it_is_read(out):
+    """Once for its hash, and tensors once more for their values."""
+    told = []
+
+    def begin(total):
+        told.append(total)
+        return lambda: told.append("read")
+
+    manifest = verify(out, begin)
+    shards = sum(name.endswith(".safetensors") for name in manifest["files"])
+    assert told[0] == told.count("read") == len(manifest["files"]) + shards
 
 
 def flip(path, at=None):

@@ -53,7 +53,7 @@ def _is_done(work: Workspace) -> bool:
 def _unfinished(work: Workspace) -> dict[str, Any]:
     if not work.identity.exists():
         begin = command("quantize", "MODEL", output=str(work.target))
-        raise InputError(f"{shown(work.target)}: no output of loftq, and no run that makes one; start it: {begin}")
+        raise InputError(f"{shown(work.target)}: no output of loftq, and no unfinished run; start it: {begin}")
     files, units, matrices, left = [], None, None, None
     records = {path.stem: _record(path) for path in sorted(work.units.glob("?????.json"))}
     if work.tasks.exists():

@@ -1,7 +1,7 @@
 """``loftq verify`` and the reading side of ``loftq inspect``: a checkpoint examined without loading the model."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,24 @@ from loftq.formats.tensorfile import TensorFile, read_header, read_tensor
 from loftq.numerics.machine import cpus
 from loftq.planning import NO_PARAMETER, Matrix
 
+Begin = Callable[[int], Callable[[], object]]  # called once with the number of reads; returns what each one calls
 
-def verify(directory: Path) -> dict[str, Any]:
+
+def verify(directory: Path, begin: Begin = lambda _: lambda: None) -> dict[str, Any]:
     """Check hashes, headers, shapes and finiteness of every file; the manifest. InputError lists all that is wrong."""
     manifest = read_manifest(directory)
+    reads = [*manifest["files"], *(name for name in manifest["files"] if name.endswith(".safetensors"))]
     with ThreadPoolExecutor(cpus()) as pool:
-        return _verified(directory, manifest, pool)
+        return _verified(directory, manifest, pool, begin(len(reads)))
 
 
-def _verified(directory: Path, manifest: dict[str, Any], pool: ThreadPoolExecutor) -> dict[str, Any]:
-    found = pool.map(lambda item: _file_problems(directory, *item), manifest["files"].items())
-    problems = [p for of_file in found for p in of_file]
+def _verified(
+    directory: Path, manifest: dict[str, Any], pool: ThreadPoolExecutor, advance: Callable[[], object]
+) -> dict[str, Any]:
+    problems: list[str] = []
+    for of_file in pool.map(lambda item: _file_problems(directory, *item), manifest["files"].items()):
+        problems += of_file
+        advance()
     added = [f"{quoted(name)}: {problem}" for name, problem in strangers(directory, {*manifest["files"], MANIFEST})]
     problems += added
     if not problems:
@@ -38,7 +45,9 @@ def _verified(directory: Path, manifest: dict[str, Any], pool: ThreadPoolExecuto
         layout = layout_of(directory, manifest)
         problems = [p for m in planned(manifest) for p in _matrix_problems(m, tensors, layout)]
         limits = {name for name, reason in kept(manifest, directory / MANIFEST).items() if reason == NO_PARAMETER}
-        problems += [p for of_file in pool.map(lambda f: _values_problems(f, limits), files) for p in of_file]
+        for of_file in pool.map(lambda f: _values_problems(f, limits), files):
+            problems += of_file
+            advance()
     if problems:
         cure = "move what was added to another place" if problems == added else "make it again, or download it again"
         raise InputError(f"{shown(directory)}: {listed(problems)}; {cure}")

@@ -99,7 +99,8 @@ def verify(directory: DirectoryOrUrl) -> None:
     from loftq.formats.regular import shown
     from loftq.formats.remote import directory_of
 
-    manifest = run(directory_of("the directory", directory))
+    with Bar("verify", "read", delay=1) as bar:
+        manifest = run(directory_of("the directory", directory), bar.begin)
     size = sum(f["size"] for f in manifest["files"].values()) / 1e6
     counts = f"{len(manifest['files'])} files, {size:.1f} MB, {len(manifest['matrices'])} matrices"
     print(f"{shown(directory)}: {counts}: all good")

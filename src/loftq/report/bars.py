@@ -26,12 +26,15 @@ def are_shown() -> bool:
 class Bar(AbstractContextManager["Bar"]):
     """One line on the screen, from :meth:`begin` to the end of the ``with``, or of its total if others may follow.
 
+    Args:
+        delay: seconds after which it is shown at all.
+
     Attributes:
         began: whether there was anything to do.
     """
 
-    def __init__(self, what: str = "LoftQ", unit: str = "matrix", *, shown: bool = True) -> None:
-        self._what, self._unit, self._shown = what, unit, shown
+    def __init__(self, what: str = "LoftQ", unit: str = "matrix", *, shown: bool = True, delay: float = 0.0) -> None:
+        self._what, self._unit, self._shown, self._delay = what, unit, shown, delay
         self._bar: Any = None
 
     @property
@@ -43,7 +46,13 @@ class Bar(AbstractContextManager["Bar"]):
         from tqdm.auto import tqdm
 
         self._bar = tqdm(
-            total=total, initial=done, unit=self._unit, desc=self._what, dynamic_ncols=True, disable=not self._shown
+            total=total,
+            initial=done,
+            unit=self._unit,
+            desc=self._what,
+            dynamic_ncols=True,
+            disable=not self._shown,
+            delay=self._delay,
         )
         return self.advance
 
