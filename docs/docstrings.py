@@ -1,5 +1,6 @@
 """Our docstrings as the site wants them: examples as code, and references to public names as links."""
 
+import importlib
 import re
 from typing import Any
 
@@ -20,7 +21,8 @@ class Docstrings(griffe.Extension):
         taken = next((p for p in func.parameters if str(p.annotation).startswith("Unpack[")), None)
         if taken is None or func.docstring is None:
             return
-        group = getattr(options, str(taken.annotation)[len("Unpack[") : -1])
+        module = importlib.import_module(func.module.path)  # it has imported the group, from wherever that is
+        group = getattr(module, str(taken.annotation)[len("Unpack[") : -1])
         func.docstring.value = options.described(func.docstring.value, group)
         named = [p for p in func.parameters if p is not taken]
         func.parameters = griffe.Parameters(*named, *(self.parameter(*row) for row in options.rows(group).items()))
