@@ -239,7 +239,7 @@ def test_plan_prints_every_matrix(source):
     ended = cli("plan", source, "--bits", "2", "--rank", "4")
     assert ended.code == 0
     assert ended.err == ""
-    assert "encoder.layer.0.attention.self.query.weight" in ended.out
+    assert "encoder.layer.0-1.attention.self.query.weight" in ended.out
     assert "12 of " in ended.out
 
 
