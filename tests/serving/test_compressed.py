@@ -15,7 +15,7 @@ from loftq.adapters.origins import identity
 from loftq.errors import InputError
 from loftq.planning import fused
 from loftq.planning.containers import CONTAINERS
-from models import LLAMA, same, tensors
+from models import BERT, LLAMA, quantize, same, tensors
 
 AUTO = transformers.AutoModelForCausalLM
 IDS = torch.arange(3, 19).reshape(2, 8)
@@ -122,6 +122,29 @@ def test_layers_that_transformers_reads_while_it_loads_stay_dense(made, tmp_path
     assert {kept.name for kept in plan.kept if "while it loads" in kept.reason} == {
         f"model.layers.{i}.mlp.gate_proj.weight" for i in range(2)
     }
+
+
+def test_a_head_that_was_trained_on_a_model_without_one(tmp_path):
+    """Its class has the packed layers under other names."""
+    pytest.importorskip("compressed_tensors")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**{**BERT, "hidden_size": 64, "intermediate_size": 96})
+    transformers.BertModel(config).save_pretrained(tmp_path / "source")
+    quantize(tmp_path / "source", tmp_path / "base", serve="compressed-tensors", bits=4, block_size=32, **EXACT)
+    auto = transformers.AutoModelForSequenceClassification
+    tuned = loftq.load_start(auto.from_pretrained(tmp_path / "base", num_labels=3), tmp_path / "base").eval()
+    tuned.save_pretrained(tmp_path / "adapter")
+    made = loftq.export(tmp_path / "base", tmp_path / "out", to="compressed-tensors", adapter=tmp_path / "adapter")
+    (told,) = made["commands"]
+    assert told.startswith("# not for vLLM, whose adapters are LoRA alone, and not classifier.")
+    alone = transformers.AutoModel.from_pretrained(tmp_path / "out").eval()
+    wanted = transformers.AutoModel.from_pretrained(tmp_path / "base").dequantize().eval()
+    headed = auto.from_pretrained(tmp_path / "out", num_labels=3)
+    with torch.no_grad():
+        assert torch.equal(alone(IDS).last_hidden_state, wanted(IDS).last_hidden_state)
+        headed(IDS)  # which unpacks it
+        found = PeftModel.from_pretrained(headed, tmp_path / "out" / "adapter").eval()
+        torch.testing.assert_close(found(IDS).logits, tuned(IDS).logits, rtol=1e-5, atol=1e-6)
 
 
 MIXTURE = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "num_local_experts": 4, "head_dim": 16}

@@ -102,12 +102,18 @@ def _config(base: Base) -> dict[str, Any]:
 
 
 def _targets(base: Base, tensor: Dense) -> list[str]:
-    """What ``config_groups`` calls a matrix; of a stack all experts of its layer."""
-    parts = packed.parts(base, tensor)
+    """What ``config_groups`` calls a matrix; of a stack all experts of its layer.
+
+    A class with a head has the modules of a model without one below the ``base_model_prefix``.
+    """
+    parts, prefix = packed.parts(base, tensor), base.model.base_model_prefix
+    bare = base.model.base_model is base.model and prefix
+    below = rf"(?:{re.escape(prefix)}\.)?" if bare else ""
     owners = [re.escape(part.matrix.module.rpartition(f".{part.expert}.")[0]) for part in parts]
     if tensor.experts:
-        return [rf"re:{owner}\.\d+\..+" for owner in dict.fromkeys(owners)]
-    return [part.matrix.module for part in parts]
+        return [rf"re:{below}{owner}\.\d+\..+" for owner in dict.fromkeys(owners)]
+    names = [part.matrix.module for part in parts]
+    return [rf"re:{below}{re.escape(name)}$" for name in names] if bare else names
 
 
 def _has_experts(adapter: Adapter | None) -> bool:
@@ -134,6 +140,11 @@ def commands(base: Base, adapter: Adapter | None) -> list[str]:
     """How vLLM is told to serve it, from inside the directory."""
     quants = {matrix.module: matrix.quant for matrix in base.matrices}
     mixed = [group for group in fused(base.matrices, NAME) if len({quants[name] for name in group}) > 1]
+    more = [] if adapter is None else [*adapter.replaced, *adapter.new, *adapter.biases]
+    if more:
+        return [
+            f"# not for vLLM, whose adapters are LoRA alone, and not {listed(more, 2)}; transformers and PEFT load it"
+        ]
     if mixed:
         return [f"# not for vLLM, where {listed(mixed[0])} are one layer of one width; transformers loads it"]
     widths = {int(matrix.quant.bits) for matrix in base.matrices if matrix.experts}
