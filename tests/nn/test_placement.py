@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import loftq
 from loftq.adapters.peft import LoftQLoraLinear
 from loftq.errors import InputError, UsageError
-from models import outputs, packed, quantize, substituted, written
+from models import close, outputs, packed, quantize, substituted, written
 
 TEXT = {
     "vocab_size": 101,
@@ -178,3 +178,19 @@ def test_accelerate_cannot_fill_buffers_that_no_file_holds(made):
         empty(without.output, torch.float32, True), str(without.output), device_map={"": "cpu"}
     )
     assert torch.equal(outputs(filled), outputs(without.load()))
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")  # PEFT's, of a second adapter
+@pytest.mark.parametrize("name", ["b", "model", "0"])
+def test_an_adapters_name_may_be_a_part_of_others(made, name):
+    """PEFT takes the keys of all adapters for those of one whose name is in them."""
+    checkpoint = made("llama")
+    start = checkpoint.start().eval()
+    start.load_adapter(checkpoint.output, name, subfolder="loftq_init")
+    start.set_adapter(name)
+    assert torch.equal(outputs(start), outputs(checkpoint.start().eval()))
+    model = checkpoint.load()
+    for adapter in ("first", name):
+        model.load_adapter(str(checkpoint.output / "loftq_init"), adapter_name=adapter)
+    model.set_adapter(name)
+    assert close(outputs(model), outputs(start))

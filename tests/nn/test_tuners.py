@@ -167,3 +167,8 @@ def test_eva_takes_its_start_from_activations(checkpoint):
     ]
     for a in factors:
         torch.testing.assert_close(a @ a.T, torch.eye(len(a)), rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_without_storage_is_tried_with_values(checkpoint):
+    model = get_peft_model(checkpoint(2), LoraConfig(r=2, target_modules=TARGETS), low_cpu_mem_usage=True)
+    assert {p.device.type for n, p in model.named_parameters() if "lora_" in n} == {"meta"}

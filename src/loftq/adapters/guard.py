@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.integrations import skip_init_on_device
 from torch import Tensor, nn
 
 from loftq.errors import LoftqError, UsageError, quoted
@@ -51,6 +52,7 @@ def install() -> None:
         inject(self, model, adapter_name, *args, **kwargs)
 
 
+@skip_init_on_device  # low_cpu_mem_usage=True makes the adapter without storage, and the trial needs values
 def check_tuner(tuner: BaseTuner, config: Any, model: nn.Module) -> None:
     """UsageError if the tuner does not work over a packed layer that ``config`` names, or wraps a block of them.
 

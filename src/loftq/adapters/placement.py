@@ -94,10 +94,13 @@ def check_loading(peft_model: Any) -> None:
             return from_pretrained(cls, *args, **kwargs)
 
     @patches(model_class, "load_adapter")
-    def load_adapter_in_full(load_adapter: Any, self: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_adapter_in_full(
+        load_adapter: Any, self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> Any:
         with filled_from_elsewhere():
-            result = load_adapter(self, model_id, *args, **kwargs)
-        check_placed(self.get_base_model(), model_id, result.missing_keys, result.unexpected_keys)
+            result = load_adapter(self, model_id, adapter_name, *args, **kwargs)
+        missing = _of_adapter(result.missing_keys, adapter_name)
+        check_placed(self.get_base_model(), model_id, missing, result.unexpected_keys)
         return result
 
 
@@ -109,10 +112,13 @@ def check_loading_into(integration: Any) -> None:
     """
 
     @patches(integration.PeftAdapterMixin, "load_adapter")
-    def load_adapter(load: Any, self: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
-        found = load(self, peft_model_id, *args, **kwargs)
+    def load_adapter(
+        load: Any, self: Any, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        found = load(self, peft_model_id, adapter_name, *args, **kwargs)
         if found is not None:
-            check_placed(self, peft_model_id or "the adapter", found.missing_keys, found.unexpected_keys)
+            missing = _of_adapter(found.missing_keys, adapter_name or "default")
+            check_placed(self, peft_model_id or "the adapter", missing, found.unexpected_keys)
         return found
 
 
@@ -133,6 +139,11 @@ def check_placed(model: nn.Module, source: object, missing: Iterable[str], unexp
             f"{quoted(source)}: {' and '.join(what)}; is it of another model? "
             "Load the model again, and the adapter that was made or trained for it"
         )
+
+
+def _of_adapter(keys: Iterable[str], adapter: str) -> list[str]:
+    """The LoRA tensors of one adapter. PEFT takes every name that has the adapter's in it, such as "b" in "base"."""
+    return [key for key in keys if key.partition(".lora_")[2].split(".")[1:2] == [adapter]]
 
 
 def module_of(key: str) -> str:
