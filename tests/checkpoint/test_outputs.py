@@ -248,6 +248,17 @@ def test_a_name_that_is_too_long(source, output):
     refused(cli("quantize", source, "-o", output.parent / ("n" * 250), *FLAGS), 2, "--output", "the name is too long")
 
 
+def test_a_name_that_is_not_utf8(source, output):
+    """Files name it, and safetensors cannot."""
+    for name in (os.fsdecode(b"caf\xe9"), os.fsdecode(b"caf\xe9/out")):
+        with pytest.raises(UsageError, match=r"caf.*: the name is not UTF-8; rename"):
+            run(source, output.parent / name)
+    moved = source.rename(source.parent / os.fsdecode(b"caf\xe9"))
+    with pytest.raises(UsageError, match=r"MODEL .*: the name is not UTF-8; rename"):
+        run(moved, output)
+    assert os.listdir(output.parent) == []
+
+
 def test_a_file_where_a_parent_should_be(source, output):
     output.write_text("mine")
     refused(cli("quantize", source, "-o", output / "x", *FLAGS), 4, "choose another --output")

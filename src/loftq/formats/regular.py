@@ -88,7 +88,10 @@ def output_path(given: str | Path) -> Path:
 
 def _check_name(what: str, path: Path) -> None:
     try:
+        str(path).encode()  # names go into files and to safetensors
         os.lstat(path)
+    except UnicodeEncodeError as e:
+        raise UsageError(f"{what} {quoted(path)}: the name is not UTF-8; rename the directory") from e
     except ValueError as e:  # NUL
         raise UsageError(f"{what} {quoted(path)}: no name of a file ({e})") from e
     except OSError as e:
