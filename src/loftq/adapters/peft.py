@@ -74,7 +74,7 @@ class LoftQLoraLinear(MergesDense, lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's; in inference by one operator, for PEFT's own take as long as the product of a small layer."""
-        usual = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+        usual = torch.is_grad_enabled() or torch.compiler.is_compiling() or ops.autocast_dtype(x) is not None
         factors = None if usual or args or kwargs else self._factors()
         if factors is None:
             return super().forward(x, *args, **kwargs)

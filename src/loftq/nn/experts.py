@@ -148,7 +148,7 @@ class PackedExperts(Packed):
             weight = weight if self.is_reversed or self.is_transposed else weight.transpose(1, 2)
             y = ops.grouped_mm(x, weight.to(x.dtype), ends)
         for a, b, s in lora:
-            dtype = x.dtype if torch.is_autocast_enabled(x.device.type) else a.dtype
+            dtype = ops.autocast_dtype(x) or a.dtype
             inner = ops.grouped_mm(x.to(dtype), a.transpose(1, 2).to(dtype), ends)
             y = y + (ops.grouped_mm(inner, b.transpose(1, 2).to(dtype), ends) * s).to(y.dtype)
         bias = getattr(self, f"{name}_bias", None)

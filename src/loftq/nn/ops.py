@@ -31,6 +31,19 @@ def _operator(function: Callable[..., Tensor]) -> Any:
     return getattr(torch.ops.loftq, name).default
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast has products of ``x`` computed in; None where it is off, or not for the device."""
+    device = x.device.type
+    on = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
+def autocast(x: Tensor) -> Tensor:
+    """``x`` in the dtype that products of it are computed in."""
+    dtype = autocast_dtype(x)
+    return x if dtype is None else x.to(dtype)
+
+
 def spec_key(spec: QuantSpec) -> str:
     return json.dumps(spec.to_dict(), sort_keys=True)
 
@@ -51,12 +64,6 @@ def _rows(stored: list[Tensor], key: str) -> int:
     """Rows of the matrix."""
     quant, names = _spec(key)
     return stored_rows(quant, dict(zip(names, stored, strict=True)))
-
-
-def autocast(x: Tensor) -> Tensor:
-    """``x`` in the dtype that autocast has for products on its device; as it is where autocast is off."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def _own(result: Tensor) -> Tensor:
