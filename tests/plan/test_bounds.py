@@ -62,3 +62,8 @@ def test_a_pipe_beside_the_weights(spelled, make, name):
     (source / name).unlink(missing_ok=True)
     make(source / name)
     refused(cli("plan", source, "--rank", "4"), 3, f"{name}: not a regular file")
+
+
+def test_a_limit_is_no_count(spelled):
+    """Qwen2-VL's configuration says 80 for a model of any size."""
+    assert cli("plan", spelled(max_window_layers=80), "--rank", "4").code == 0

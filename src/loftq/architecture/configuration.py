@@ -107,7 +107,8 @@ def check_layers(path: Path, config: dict[str, Any], tensors: int) -> None:
     """InputError for more layers than the ``tensors`` of the checkpoint could be of."""
     most = max(FEW_LAYERS, tensors)
     for key, value in _values(config):
-        if key.endswith(("_layers", "_layer")) and _is_number(value) and value > most:
+        counts = key.endswith(("_layers", "_layer")) and not key.startswith("max_")  # max_window_layers makes none
+        if counts and _is_number(value) and value > most:
             raise InputError(
                 f"{path}: {quoted(key)} is {quoted(value, 40)}, but the checkpoint has {tensors} tensors; "
                 "one of the two was changed, or fetched in part"
