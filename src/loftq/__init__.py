@@ -129,6 +129,8 @@ _EXTENSIONS = {
         "loftq.adapters.placement:check_loading",
         "loftq.adapters.origins:warn_on_loading",
     ],
+    "sentence_transformers.base.model": ["loftq.nn.sentences:tell_dtype"],
+    "sentence_transformers.base.modules.transformer": ["loftq.nn.sentences:give_dense_first"],
     "peft.mixed_model": ["loftq.nn.counts:count_weights_under"],
     "peft.config": [
         "loftq.adapters.bases:read_config",

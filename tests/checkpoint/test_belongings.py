@@ -223,3 +223,16 @@ def test_a_module_with_weights_of_its_own(source, tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     assert load_file(tmp_path / "out" / "2_Dense" / "model.safetensors")["linear.weight"].shape == (2, 72)
     assert cli("verify", tmp_path / "out").code == 0
+
+
+@pytest.mark.filterwarnings("default")
+def test_sentence_transformers_with_a_packed_table(source, tmp_path):
+    """They take the dtype of the first parameter for the model's."""
+    from sentence_transformers import SentenceTransformer
+
+    loftq.quantize(source, tmp_path / "out", bits=4, rank=4, embeddings=True, workers=1)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "cat"]
+    transformers.BertTokenizer(vocab={w: i for i, w in enumerate(words)}).save_pretrained(tmp_path / "out")
+    model = SentenceTransformer(str(tmp_path / "out"))
+    assert model.dtype == torch.float32
+    assert torch.tensor(model.encode(["a cat"])).isfinite().all()
