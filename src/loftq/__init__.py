@@ -113,6 +113,7 @@ def __dir__() -> list[str]:
 _EXTENSIONS = {
     "accelerate.utils.modeling": ["loftq.nn.accelerated:keep_dtypes"],
     "accelerate.big_modeling": ["loftq.nn.accelerated:keep_dtypes"],
+    "transformers.configuration_utils": ["loftq.nn.parts:tell_parts"],
     "transformers.modeling_utils": [
         "loftq.nn.counts:count_weights",
         "loftq.nn.dense:resize_dense_tables",

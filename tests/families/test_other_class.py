@@ -158,3 +158,32 @@ def test_a_model_without_any_of_the_modules_is_refused(made):
     config.quantization_config = transformers.AutoConfig.from_pretrained(checkpoint.output).quantization_config
     with pytest.raises(InputError, match=r"none of the packed modules .* is in BertModel; load .* model class"):
         transformers.BertModel.from_pretrained(checkpoint.output, config=config)
+
+
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+PICTURES = {**SMALL, "image_size": 16, "patch_size": 8}
+WORDS = {**SMALL, "vocab_size": 101, "max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize(
+    ("whole", "part"), [("SiglipModel", "SiglipTextModel"), ("CLIPTextModelWithProjection", "CLIPTextModel")]
+)
+def test_a_part_of_a_model_is_loaded_on_its_own(whole, part, tmp_path):
+    """Its configuration is a part of the whole's, its names begin otherwise, and so do those of its adapter."""
+    config_class = getattr(transformers, whole).config_class
+    two = {"text_config": WORDS, "vision_config": PICTURES} if whole == "SiglipModel" else WORDS
+    getattr(transformers, whole)(config_class(**two)).save_pretrained(tmp_path / "dense")
+    loftq.quantize(tmp_path / "dense", tmp_path / "out", bits=4, rank=4, workers=1)
+    model = getattr(transformers, part).from_pretrained(tmp_path / "out")
+    assert len(packed(model)) >= 6
+    getattr(transformers, whole).from_pretrained(tmp_path / "out").dequantize().save_pretrained(tmp_path / "back")
+    wanted = getattr(transformers, part).from_pretrained(tmp_path / "back")
+    start = PeftModel.from_pretrained(model, tmp_path / "out", subfolder="loftq_init")
+    state = start.unload().dequantize().state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in wanted.state_dict().items())
+    start = loftq.load_start(getattr(transformers, part).from_pretrained(tmp_path / "out"), tmp_path / "out")
+    factors = load_file(tmp_path / "out" / "loftq_init" / "adapter_model.safetensors")
+    last = "encoder.layers.0.mlp.fc2.lora_B"
+    (stored,) = (t for n, t in factors.items() if f"text_model.{last}" in n)
+    (placed,) = (p for n, p in start.named_parameters() if last in n)
+    assert torch.equal(placed, stored.float())

@@ -290,5 +290,5 @@ def test_compiled_in_one_graph_it_computes_the_same():
 
 
 def test_on_the_meta_device_it_has_a_shape():
-    layer = LoftQLinear(72, 40, False, QuantSpec(2), device="meta", dtype=torch.float32)
+    layer = LoftQLinear(72, 40, False, QuantSpec(bits=2), device="meta", dtype=torch.float32)
     assert layer(torch.empty(3, 72, device="meta")).shape == (3, 40)

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_tar
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from loftq.adapters.placement import is_filled_from_elsewhere, module_of
+from loftq.adapters.placement import is_filled_from_elsewhere, module_of, rename_targets
 from loftq.errors import InputError, UsageError, listed, one_line, option, quoted, warn
 from loftq.nn.experts import PackedExperts
 from loftq.nn.layers import PackedWeight, has_packed
@@ -118,6 +118,7 @@ def read_start(model: Any) -> Start:
         ) from e
     if not isinstance(config, LoraConfig):
         raise InputError(f"{quoted(name)}/{FOLDER}: not a LoRA adapter")
+    rename_targets(config, model)
     there = dict(model.named_modules())
     mixtures = {n.removesuffix(".base_layer"): m for n, m in there.items() if isinstance(m, PackedExperts)}
     factors, experts = {}, {}
@@ -186,6 +187,8 @@ def install(lora_model: Any) -> None:
     @patches(lora_model, "inject_adapter")
     def inject_adapter(inject: Any, self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
+        if is_filled_from_elsewhere():
+            rename_targets(config, model)
         if getattr(config, "init_lora_weights", None) != "loftq" or type(self) is not lora_model:
             return inject(self, model, adapter_name, *args, **kwargs)
         if not has_packed(model):

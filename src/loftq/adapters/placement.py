@@ -1,5 +1,6 @@
 """Check that an adapter is placed on every module that it was made for."""
 
+import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -76,6 +77,18 @@ def filled_from_elsewhere() -> AbstractContextManager[None]:
 
 def is_filled_from_elsewhere() -> bool:
     return _filled.get()
+
+
+def rename_targets(config: Any, model: Any) -> None:
+    """Let an adapter from a file name modules as this class does, where its weights are renamed on loading too."""
+    mapping: dict[str, str] = model.__dict__.get("_checkpoint_conversion_mapping") or {}
+    for pattern, new in mapping.items():
+        for field in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+            names = getattr(config, field, None)
+            if isinstance(names, dict):
+                setattr(config, field, {re.sub(pattern, new, name): value for name, value in names.items()})
+            elif isinstance(names, (list, set, tuple)):
+                setattr(config, field, {re.sub(pattern, new, name) for name in names})
 
 
 def check_loading(peft_model: Any) -> None:

@@ -6,7 +6,7 @@ quantized from. A model with another head finds the same modules with or without
 
 import functools
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextvars import ContextVar
 from itertools import chain
 from pathlib import Path
@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from loftq.architecture.conversion import split_parameters
 from loftq.architecture.experts import packable_stacks
 from loftq.architecture.kinds import kind_of
-from loftq.architecture.skeleton import renamer, spellings
+from loftq.architecture.skeleton import Rename, renamer, spellings
 from loftq.errors import InputError, UsageError, command, listed, quoted
 from loftq.formats.config import quantization_config, read_groups
 from loftq.formats.tensorfile import read_header
@@ -378,16 +378,20 @@ def forget_unpacked(model: Any) -> None:
 
 
 def resolve(model: nn.Module, specs: dict[str, QuantSpec]) -> dict[str, tuple[str, QuantSpec]]:
-    """Runtime name -> (name in the config, spec), for the modules and stacks of experts that this model class has."""
+    """Runtime name -> (name in the config, spec), for the modules and stacks of experts that this model class has.
+
+    Names that begin otherwise in this class are found as transformers finds their weights: those of a part of the
+    model that was quantized, such as the vision tower of CLIP.
+    """
     prefix = model.base_model_prefix
-    modules = dict(model.named_modules())
-    stacks = packable_stacks(model)
+    stacks, modules = packable_stacks(model), dict(model.named_modules())
+    rename = functools.cache(lambda: renamer(model))  # most checkpoints need none
     found = {}
     for name, spec in specs.items():
-        for candidate in spellings(name, str(prefix)):
-            if candidate in modules or candidate in stacks:
-                found[candidate] = (name, spec)
-                break
+        candidates = chain(spellings(name, str(prefix)), _renamed(name, rename))
+        runtime = next((c for c in candidates if c in modules or c in stacks), None)
+        if runtime is not None:
+            found[runtime] = (name, spec)
     if not found:
         raise InputError(
             f"none of the packed modules ({listed(specs, 3)}) is in {type(model).__name__}; "
@@ -397,6 +401,12 @@ def resolve(model: nn.Module, specs: dict[str, QuantSpec]) -> dict[str, tuple[st
     if odd:
         raise InputError(f"quantization_config packs what is no Linear, Conv1D or Embedding: {listed(odd)}")
     return found
+
+
+def _renamed(name: str, rename: Callable[[], Rename]) -> Iterator[str]:
+    """What transformers makes of the name of a module's weight, or of a stack, in the files."""
+    yield rename()(f"{name}.weight")[0].removesuffix(".weight")
+    yield rename()(name)[0]
 
 
 def _pack_empty(model: nn.Module, name: str, spec: QuantSpec, device: torch.device) -> nn.Module:
@@ -421,14 +431,18 @@ def _layout(model: nn.Module, name: str) -> dict[str, tuple[str, tuple[int, ...]
 
 
 def _prefix_mapping(found: dict[str, tuple[str, QuantSpec]]) -> dict[str, str]:
-    """Adapter keys -> keys of this model class, as PEFT applies it: adds or drops the base model's prefix."""
+    """Adapter keys -> keys of this model class, as PEFT applies it: what its names begin with is another."""
     runtime, (name, _) = next(iter(found.items()))
     if runtime == name:
         return {}
-    if runtime.endswith(name):
-        first = sorted({re.escape(n.split(".")[0]) for n, _ in found.values()})
-        return {rf"^(?=(?:{'|'.join(first)})\.)": runtime.removesuffix(name)}
-    return {f"^{re.escape(name.removesuffix(runtime))}": ""}
+    ours, theirs = runtime.split("."), name.split(".")
+    while ours and theirs and ours[-1] == theirs[-1]:
+        del ours[-1], theirs[-1]
+    new = "".join(f"{part}." for part in ours)
+    if theirs:
+        return {f"^{re.escape('.'.join(theirs))}\\.": new}
+    first = sorted({re.escape(n.split(".")[0]) for n, _ in found.values()})
+    return {rf"^(?=(?:{'|'.join(first)})\.)": new}
 
 
 def _present(files: list[Path], model: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
