@@ -167,3 +167,14 @@ def test_a_table_under_a_head_that_is_tied_to_it(made, tmp_path):
     with torch.no_grad():
         assert torch.equal(AutoModelForMaskedLM.from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)
         loftq.load_start(model, checkpoint.output)(ids)
+
+
+def test_a_head_that_is_tied_later(checkpoint):
+    results = []
+    for model in (checkpoint.load(), checkpoint.load().dequantize()):
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+        assert type(model.get_submodule(TABLE)) is nn.Embedding
+        assert model.lm_head.weight is model.get_submodule(TABLE).weight
+        results.append(result(model))
+    assert close(*results)

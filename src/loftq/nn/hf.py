@@ -151,7 +151,8 @@ def _unpack_shared_tables(model: Any) -> None:
 
     It was packed because the class that was quantized has no such head.
     """
-    tables = {id(m.stored[0]): name for name, m in model.named_modules() if isinstance(m, LoftQEmbedding)}
+    found = ((name, m) for name, m in model.named_modules() if isinstance(m, LoftQEmbedding))
+    tables = {id(m.stored[0]): name for name, m in found if not m.stored[0].is_meta}
     others = (m for m in model.modules() if not isinstance(m, Packed))
     shared = [(m, key, tables[id(p)]) for m in others for key, p in m._parameters.items() if id(p) in tables]
     for name in {name for *_, name in shared}:
@@ -316,6 +317,21 @@ def pack_from_config(modeling: Any) -> None:
         if not is_part and values.get("quant_method") == "loftq":
             _pack_random(model, LoftQQuantizationConfig(**values))
         return model
+
+
+def unpack_what_is_tied(modeling: Any) -> None:
+    """A packed table becomes dense if a user ties the head of a loaded model to it.
+
+    Args:
+        modeling: the module ``transformers.modeling_utils``.
+    """
+
+    @patches(modeling.PreTrainedModel, "tie_weights")
+    def tie_weights(tie: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = tie(self, *args, **kwargs)
+        if not _loading.get():
+            _unpack_shared_tables(self)
+        return result
 
 
 def _pack_random(model: Any, config: Any) -> None:
