@@ -120,3 +120,22 @@ def test_formats_without_packed_codes_are_not_served(tmp_path):
     for serve in CONTAINERS:
         with pytest.raises(InputError, match=f"format='dense' keeps no packed codes, of which the files for {serve}"):
             loftq.export(made, tmp_path / "out", to=serve)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "why"),
+    [
+        ("WordLevel", {}, "a WordLevel tokenizer; wanted BPE"),
+        ("BPE", {}, "neither byte-level nor with byte_fallback"),
+        ("BPE", {"pre_tokenizer": {"type": "ByteLevel"}}, "no merges"),
+        ("BPE", {"model": []}, "wanted BPE"),
+    ],
+)
+def test_a_tokenizer_that_llama_cpp_has_not_is_refused_before_the_weights(kind, wrong, why, tmp_path):
+    directory, given = source(tmp_path, "llama"), {"rank": 4, "bits": 4}
+    assert loftq.plan(directory, serve="gguf", **given).matrices  # a tokenizer may come with an adapter
+    (directory / "tokenizer.json").write_text(json.dumps({"model": {"type": kind, "vocab": {}}, **wrong}))
+    with pytest.raises(InputError, match=why):
+        loftq.quantize(directory, tmp_path / "out", serve="gguf", **given)
+    assert not (tmp_path / "out").exists()
+    assert loftq.plan(directory, serve="mlx", **given).matrices

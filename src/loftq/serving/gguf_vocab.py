@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from loftq.errors import InputError, option, quoted
-from loftq.formats import strict_json
+from loftq.architecture import tokenizer
+from loftq.errors import InputError, option
 from loftq.formats.regular import shown
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -39,28 +39,21 @@ def add_vocabulary(writer: Any, directory: Path, rows: int, rule: str | None) ->
     """
     import gguf  # type: ignore[import-not-found]
 
-    path = directory / "tokenizer.json"
+    path = directory / tokenizer.FILE
     if not path.is_file():
         raise InputError(f"{shown(path)}: missing; GGUF is made from a fast tokenizer, save it with transformers")
-    content = strict_json.load_object(path, max_bytes=1 << 28)
-    model: dict[str, Any] = content.get("model") or {}
-    if model.get("type") != "BPE":
-        raise InputError(f"{shown(path)}: a {quoted(model.get('type'))} tokenizer; wanted BPE")
+    content = tokenizer.read(directory)
+    tokenizer.check_gguf(path, content)
+    model: dict[str, Any] = content["model"]
     tokens, types = _tokens(path, content, model, rows)
-    by_bytes = "ByteLevel" in _kinds(content.get("pre_tokenizer"))
+    by_bytes = tokenizer.is_byte_level(content)
     writer.add_tokenizer_model("gpt2" if by_bytes else "llama")
-    if by_bytes and not model.get("merges"):
-        raise InputError(f"{shown(path)}: no merges, and llama.cpp loads no byte-level BPE without; train it with some")
     if by_bytes:
         writer.add_tokenizer_pre(rule or _rule(path, content))
     else:
-        if not model.get("byte_fallback"):
-            raise InputError(
-                f"{shown(path)}: neither byte-level nor with byte_fallback; llama.cpp has no such tokenizer"
-            )
         writer.add_tokenizer_pre(rule or "default")
         writer.add_token_scores(_scores(tokens, model))
-        writer.add_add_space_prefix(bool({"Prepend", "Metaspace"} & _kinds(content)) and not _never_prepends(content))
+        writer.add_add_space_prefix(_prepends(content))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special = gguf.SpecialVocab(directory, load_merges=by_bytes, n_vocab=rows)
@@ -101,7 +94,7 @@ def _scores(tokens: list[str], model: dict[str, Any]) -> list[float]:
 
 
 def _rule(path: Path, content: dict[str, Any]) -> str:
-    steps = _steps(content.get("pre_tokenizer"))
+    steps = tokenizer.steps(content.get("pre_tokenizer"))
     cut = [str((step.get("pattern") or {}).get("Regex")) for step in steps if step.get("type") == "Split"]
     rule = RULES.get("".join(cut))
     if rule is None or {step.get("type") for step in steps} - {"Split", "ByteLevel"}:
@@ -112,19 +105,8 @@ def _rule(path: Path, content: dict[str, Any]) -> str:
     return rule
 
 
-def _steps(value: Any) -> list[dict[str, Any]]:
-    """A step of a tokenizer, or those of a sequence of them."""
-    if not isinstance(value, dict):
-        return []
-    inner = value.get("pretokenizers") or value.get("normalizers")
-    return [step for one in inner for step in _steps(one)] if isinstance(inner, list) else [value]
-
-
-def _kinds(value: Any) -> set[str]:
-    if isinstance(value, dict) and "model" in value:
-        return _kinds(value.get("normalizer")) | _kinds(value.get("pre_tokenizer"))
-    return {str(step.get("type")) for step in _steps(value)}
-
-
-def _never_prepends(content: dict[str, Any]) -> bool:
-    return any(step.get("prepend_scheme") == "never" for step in _steps(content.get("pre_tokenizer")))
+def _prepends(content: dict[str, Any]) -> bool:
+    """Whether a text gets a space before its first word."""
+    normalizer, cut = content.get("normalizer"), content.get("pre_tokenizer")
+    never = any(step.get("prepend_scheme") == "never" for step in tokenizer.steps(cut))
+    return not never and bool({"Prepend", "Metaspace"} & (tokenizer.kinds(normalizer) | tokenizer.kinds(cut)))

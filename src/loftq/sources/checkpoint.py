@@ -46,7 +46,7 @@ def open_source(model: str, policy: Policy, revision: str | None = None) -> Sour
 
     Reads no weights, so a budget is not spent yet. InputError for a model that what is to serve it cannot run.
     """
-    from loftq.architecture import served, skeleton
+    from loftq.architecture import served, skeleton, tokenizer
     from loftq.architecture.adapter import task_type
     from loftq.architecture.conversion import converted_roles
     from loftq.architecture.experts import STACKS
@@ -56,9 +56,10 @@ def open_source(model: str, policy: Policy, revision: str | None = None) -> Sour
     tensors, roles = converted_roles(built, {n: (t.dtype, t.shape) for n, t in checkpoint.tensors.items()})
     if policy.serve:
         served.check_model(policy.serve, built)
-    if policy.serve == "gguf" and (told := served.needs_converter(built)):
-        logger.warning(told)
-    if policy.serve:
+        if policy.serve == "gguf" and (told := served.needs_converter(built)):
+            logger.warning(told)
+        elif policy.serve == "gguf" and (directory / tokenizer.FILE).is_file():  # else it may come with the adapter
+            tokenizer.check_gguf(directory / tokenizer.FILE, tokenizer.read(directory))
         dense = served.loads_dense(policy.serve, built, {r.module for r in roles.values() if r.kind == "linear"})
         roles = {n: replace(r, keep=r.keep or served.READ) if r.module in dense else r for n, r in roles.items()}
     plan = planning.make(tensors, roles, policy)
