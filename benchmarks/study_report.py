@@ -1,4 +1,4 @@
-"""Write docs/results.md, its pictures, and the README's table from the rows of docs/data/study."""
+"""Write docs/results.md, its pictures, and tables of README and docs/quality.md, from the rows of docs/data/study."""
 
 import argparse
 from collections.abc import Iterator
@@ -98,25 +98,38 @@ def pictures(name: str, rows: list[dict[str, Any]], images: Path) -> Iterator[st
 
 def glance() -> str:
     """Every method at 2 bits with NormalFloat, fitted scales or a trellis, and LoRA on dense weights, by task."""
+    return by_task(1, {("2", "nf"), ("2", "lloyd"), ("2.1875", "trellis")})
+
+
+def widths() -> str:
+    """The trellis at every width, beside other codes at 2 bits and LoRA on dense weights, by task."""
+    return by_task(2, {("2", "nf"), ("2", "lloyd"), *((bits, "trellis") for bits in ("1.4375", "1.9375", "2.1875"))})
+
+
+def by_task(labels: int, chosen: set[tuple[str, str]]) -> str:
+    """A table with a column for each task, of what has the ``chosen`` bits and codes, and of LoRA at the end.
+
+    Args:
+        labels: how many columns before: the method, and the bits.
+    """
     rows = [row for study in ("decoder", "encoder") for row in read_rows(ROWS / f"{study}-small.jsonl")]
-    mine = [row for row in rows if _at_a_glance(row["settings"])]
+    mine = [row for row in rows if _is_chosen(row["settings"], chosen)]
     if not mine:
         return ""
-    headings, body = overview(mine)
+    headings, body = overview(sorted(mine, key=lambda row: float(row["settings"]["bits"])))
     tasks = headings[-1 - len({row["task"] for row in mine}) : -1]
-    lines: dict[str, list[str]] = {}  # method -> cells; the studies' models differ, so a method has a line in each
+    lines: dict[tuple[str, ...], list[str]] = {}  # the studies' models differ, so a method has a line in each
     for line in body:
+        name = "LoRA on dense weights" if line[0] == "LoRA" else line[0]
+        label = (name, *line[1:labels])
         cells = line[len(headings) - 1 - len(tasks) : -1]
-        before = lines.setdefault(line[0], [""] * len(tasks))
-        lines[line[0]] = [cell or other for cell, other in zip(cells, before, strict=True)]
-    dense = [["LoRA on dense weights", *lines.pop("LoRA")]] if "LoRA" in lines else []
-    return markdown(["method", *tasks], [[name, *cells] for name, cells in lines.items()] + dense)
+        before = lines.setdefault(label, [""] * len(tasks))
+        lines[label] = [cell or other for cell, other in zip(cells, before, strict=True)]
+    return markdown([*headings[:labels], *tasks], [[*label, *cells] for label, cells in lines.items()])
 
 
-def _at_a_glance(settings: dict[str, Any]) -> bool:
-    if settings["method"] == "lora":
-        return True
-    return (settings["bits"], settings.get("code")) in {("2", "nf"), ("2", "lloyd"), ("2.1875", "trellis")}
+def _is_chosen(settings: dict[str, Any], chosen: set[tuple[str, str]]) -> bool:
+    return settings["method"] == "lora" or (settings["bits"], settings.get("code")) in chosen
 
 
 def update(file: Path, text: str) -> None:
@@ -146,6 +159,7 @@ def main() -> None:
     given.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     if given.output.parent == ROOT / "docs":
         update(ROOT / "README.md", glance())
+        update(ROOT / "docs" / "quality.md", widths())
     print(f"written: {given.output}")
 
 
