@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 
 from loftq.nn.layers import Packed
-from loftq.patching import patches
+from loftq.patching import inside, patches
 
-_made = ContextVar("made", default=False)  # a model is being made, and reads the dtype of its transformer
+# Whether a model is being made, and reads the dtype of its transformer.
+_made: ContextVar[bool] = ContextVar("made", default=False)
 
 
 def tell_dtype(models: Any) -> None:
@@ -24,11 +25,8 @@ def tell_dtype(models: Any) -> None:
 
     @patches(models.BaseModel, "__init__")
     def make_in_dtype(make: Any, self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        token = _made.set(True)
-        try:
+        with inside(_made):
             make(self, *args, **kwargs)
-        finally:
-            _made.reset(token)
 
     of_first = models.BaseModel.dtype
 
