@@ -73,16 +73,20 @@ ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 )
 def test_what_only_llama_cpps_script_writes_is_told_as_the_export_says_it(name, other, told, tmp_path, caplog):
     directory, given = source(tmp_path, name, **other), {"rank": 4, "bits": 4, "min_coverage": 0.0}
+
+    def messages():  # some releases of transformers warn of the tiny configuration
+        return [record.getMessage() for record in caplog.records if record.name.startswith("loftq")]
+
     assert loftq.plan(directory, **given).matrices
     assert loftq.plan(directory, serve="onnx", **given).matrices
-    assert caplog.messages == []
+    assert messages() == []
     assert loftq.plan(directory, serve="gguf", **given).matrices
-    assert [message.startswith(told) for message in caplog.messages] == [True] * bool(told)
+    assert [message.startswith(told) for message in messages()] == [True] * bool(told)
     if name != "gpt2":
         return
     pytest.importorskip("gguf")
     loftq.quantize(directory, tmp_path / "base", serve="gguf", workers=1, **given)
-    first, again = caplog.messages
+    first, again = messages()
     with pytest.raises(InputError) as e:
         loftq.export(tmp_path / "base", tmp_path / "out", to="gguf")
     assert first == again == str(e.value)
