@@ -12,18 +12,13 @@ FILE = "tokenizer.json"
 LARGEST = 1 << 28
 
 
-def read(directory: Path) -> dict[str, Any]:
-    """The ``tokenizer.json`` of a directory that is known to have one."""
-    return strict_json.load_object(directory / FILE, max_bytes=LARGEST)
+def read_for_gguf(directory: Path) -> dict[str, Any]:
+    """The ``tokenizer.json`` of a directory that has one.
 
-
-def check_gguf(path: Path, content: Mapping[str, Any]) -> None:
-    """InputError for a tokenizer that llama.cpp has no form of, or that it would not load.
-
-    Args:
-        path: of the file, for the message.
-        content: of the file.
+    Raises: InputError for a tokenizer that llama.cpp has no form of, or that it would not load.
     """
+    path = directory / FILE
+    content = strict_json.load_object(path, max_bytes=LARGEST)
     model = content.get("model")
     model = model if isinstance(model, dict) else {}
     if model.get("type") != "BPE":
@@ -35,6 +30,7 @@ def check_gguf(path: Path, content: Mapping[str, Any]) -> None:
             )
     elif not model.get("byte_fallback"):
         raise InputError(f"{shown(path)}: neither byte-level nor with byte_fallback; llama.cpp has no such tokenizer")
+    return content
 
 
 def is_byte_level(content: Mapping[str, Any]) -> bool:

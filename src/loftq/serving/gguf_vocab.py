@@ -42,8 +42,7 @@ def add_vocabulary(writer: Any, directory: Path, rows: int, rule: str | None) ->
     path = directory / tokenizer.FILE
     if not path.is_file():
         raise InputError(f"{shown(path)}: missing; GGUF is made from a fast tokenizer, save it with transformers")
-    content = tokenizer.read(directory)
-    tokenizer.check_gguf(path, content)
+    content = tokenizer.read_for_gguf(directory)
     model: dict[str, Any] = content["model"]
     tokens, types = _tokens(path, content, model, rows)
     by_bytes = tokenizer.is_byte_level(content)

@@ -59,7 +59,7 @@ def open_source(model: str, policy: Policy, revision: str | None = None) -> Sour
         if policy.serve == "gguf" and (told := served.needs_converter(built)):
             logger.warning(told)
         elif policy.serve == "gguf" and (directory / tokenizer.FILE).is_file():  # else it may come with the adapter
-            tokenizer.check_gguf(directory / tokenizer.FILE, tokenizer.read(directory))
+            tokenizer.read_for_gguf(directory)
         dense = served.loads_dense(policy.serve, built, {r.module for r in roles.values() if r.kind == "linear"})
         roles = {n: replace(r, keep=r.keep or served.READ) if r.module in dense else r for n, r in roles.items()}
     plan = planning.make(tensors, roles, policy)
