@@ -97,6 +97,16 @@ def test_partly_merged_it_lists_what_is_packed_still(made, tmp_path):
     assert torch.equal(result(again), result(merged))
 
 
+def test_a_base_is_not_saved_with_the_layers_of_peft_around_its_own(made, tmp_path):
+    """Its names would be found by no load."""
+    checkpoint = made("bert", bits=8, embeddings=True)
+    model = get_peft_model(checkpoint.load(), fresh(target_modules=["word_embeddings", "query"]))
+    model.merge_adapter()
+    with pytest.raises(UsageError, match=r"word_embeddings.base_layer.weight: PEFT's layers .* merge_and_unload\(\)"):
+        model.get_base_model().save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_dequantized_it_is_a_plain_dense_model(made, name, tmp_path):
     checkpoint = made(name)

@@ -90,11 +90,11 @@ def test_a_base_model_for_a_head_and_the_other_way_round(saved, tmp_path):
         ("layers.1.block_sparse_moe.experts.2.", r"model.layers.1.mlp.experts.down_proj is \(3, 72, 40\), .* \(4, 72"),
         (
             "layers.1.block_sparse_moe.experts.2.w1",
-            r"too few tensors for model.layers.1.mlp.experts.gate_up_proj \(7 of",
+            r"missing: model.layers.1.block_sparse_moe.experts.2.w1.weight; fetch",
         ),
         (
             "block_sparse_moe.experts.2.w3",  # in every layer: nothing but the other experts tells
-            r"too few tensors for model.layers.0.mlp.experts.gate_up_proj \(7 of 8\), model.layers.1.mlp.experts",
+            r"missing: model.layers.0.block_sparse_moe.experts.2.w3.weight, model.layers.1.block_sparse_moe.experts.2",
         ),
     ],
 )

@@ -5,6 +5,7 @@ device, with all that it does on loading: renaming, fusing and splitting, ties, 
 """
 
 import contextlib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -47,8 +48,8 @@ def check_weights(model: nn.Module, tensors: Mapping[str, tuple[str, tuple[int, 
     except InputError:
         raise
     except Exception as e:  # whatever transformers raises for tensors that it cannot put together
-        parts = listed(_short_of_parts(model, tensors), 3)
-        problem = f"too few tensors for {parts}" if parts else listed(_unlike_others(model, tensors), 3) or one_line(e)
+        parts = listed([quoted(name) for name in _missing_parts(model, tensors)], 3)
+        problem = f"missing: {parts}" if parts else listed(_unlike_others(model, tensors), 3) or one_line(e)
         raise InputError(f"{where}: the weights cannot be loaded: {problem}; fetch the checkpoint again") from e
     wrong = [
         f"{name} is {tuple(got)}, config.json asks for {tuple(wanted)}" for name, got, wanted in found["mismatched"]
@@ -111,21 +112,32 @@ def _wrapper(model: nn.Module, tensors: Mapping[str, Any]) -> str | None:
     return next((wrapper for wrapper in WRAPPERS if wrapper not in own and 2 * parts[wrapper] > len(tensors)), None)
 
 
-def _short_of_parts(model: nn.Module, tensors: Mapping[str, Any]) -> list[str]:
-    """Parameters with fewer parts than their likes in other layers, or than every kind of part for every expert."""
+def _missing_parts(model: nn.Module, tensors: Mapping[str, Any]) -> list[str]:
+    """Tensors that become part of a parameter, such as one expert's matrix, and are missing beside their likes.
+
+    A parameter is to have each part that its likes of other layers have, and each of its kinds for every expert.
+    """
     rename = renamer(model)
-    parts: dict[str, list[str]] = {}
+    found: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {}  # parameter -> kind and expert -> all numbers
     for source in tensors:
         name, converted = rename(source)
         if converted:
-            parts.setdefault(name, []).append(source)
-    wanted: dict[str, int] = {}
-    for name, sources in parts.items():
-        leaf = name.rpartition(".")[2]
-        numbers, kinds = {tuple(_NUMBER.findall(s)) for s in sources}, {_NUMBER.sub("", s) for s in sources}
-        wanted[leaf] = max(wanted.get(leaf, 0), len(sources), len(numbers) * len(kinds))
-    of = {name: wanted[name.rpartition(".")[2]] for name in parts}
-    return [f"{name} ({len(sources)} of {of[name]})" for name, sources in parts.items() if len(sources) < of[name]]
+            numbers = tuple(_NUMBER.findall(source))
+            found.setdefault(name, {})[_NUMBER.sub(".#", source), numbers[-1] if numbers else ""] = numbers
+    likes: dict[str, dict[str, set[str]]] = {}  # the parameter in any layer -> kind -> experts
+    for name, parts in found.items():
+        kinds = likes.setdefault(_NUMBER.sub(".#", name), {})
+        for kind, expert in parts:
+            kinds.setdefault(kind, set()).add(expert)
+    missing = []
+    for name, parts in found.items():
+        kinds = likes[_NUMBER.sub(".#", name)]
+        layer = next(iter(parts.values()))[:-1]
+        for part in itertools.product(kinds, set().union(*kinds.values())):
+            if part not in parts:
+                numbers = iter((*layer, part[1]))
+                missing.append(re.sub("#", lambda _: next(numbers), part[0]))
+    return sorted(missing, key=natural)
 
 
 def _unlike_others(model: nn.Module, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[str]:

@@ -266,6 +266,7 @@ def save_by_names_that_are_read(modeling: Any) -> None:
     """``save_pretrained`` gives packed tensors the names of the source where these are read back, else the model's.
 
     Not every renaming of transformers can be undone: some match the name of a weight, and miss that of its scales.
+    UsageError if layers of PEFT are around those of the model.
 
     Args:
         modeling: the module ``transformers.modeling_utils``.
@@ -278,6 +279,12 @@ def save_by_names_that_are_read(modeling: Any) -> None:
         packed = [name for name in state_dict if name in stored]
         if not packed:
             return revert(model, state_dict)
+        wrapped = next((name for name in state_dict if ".base_layer." in name), None)
+        if wrapped:
+            raise UsageError(
+                f"{quoted(wrapped)}: PEFT's layers are around those of the model, and no load would find its weights; "
+                "save what PEFT returned, or what its merge_and_unload() returns"
+            )
         result = revert(model, {name: tensor for name, tensor in state_dict.items() if name not in stored})
         used, rename = getattr(model, "_weight_conversions", None), renamer(model)
         model._weight_conversions = _renamings(model)
