@@ -1,11 +1,15 @@
-"""A user's script in one of several CPU processes where accelerate believes in GPUs, as in ``sharded_cli``."""
+"""A user's script in one of several CPU processes where accelerate believes in GPUs."""
 
 import runpy
 import sys
 
-import sharded_cli  # noqa: F401  # makes accelerate believe
-import torch.distributed as dist
+
+def script(path: str) -> None:
+    import believing  # in a process of the script's own: it changes accelerate
+
+    believing.begin()
+    runpy.run_path(path, run_name="__main__")
+
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    runpy.run_path(sys.argv[1], run_name="__main__")
+    script(sys.argv[1])

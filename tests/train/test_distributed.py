@@ -1,14 +1,15 @@
 """Several micro-batches and several processes see what one sees: same losses, same metrics, one writer."""
 
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import tiny
+from together import together, train, train_sharded
 
 from loftq.finetune.evaluate import evaluate
 from loftq.finetune.recipe import dump
@@ -18,12 +19,9 @@ from loftq.finetune.train import finetune
 pytestmark = pytest.mark.slow
 
 BATCH = "training.per_device_train_batch_size"
-HERE = Path(__file__).parent
-LAUNCHERS = {
-    "ddp": ["accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--mixed_precision=no",
-            "--dynamo_backend=no", "--num_processes=2", "-m", "loftq"],
-    "fsdp2": ["torch.distributed.run", "--nproc_per_node=2", str(HERE / "sharded_cli.py")],
-}  # fmt: skip
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--mixed_precision=no",
+              "--dynamo_backend=no", "--num_processes=2", "-m", "loftq"]  # fmt: skip
+KINDS = {"ddp": train, "fsdp2": train_sharded}
 SHARDED = {"training.fsdp": True, "training.fsdp_config": {"transformer_layer_cls_to_wrap": ["BertLayer"]}}
 SAVING = {"training.save_strategy": "steps", "training.save_steps": 3}
 
@@ -53,13 +51,14 @@ def test_accumulated_micro_batches_are_one_batch(plain):
     close(finetune(tiny.recipe(place, "loftq", **changes, output=str(place / "accumulated"))), wanted)
 
 
-@pytest.mark.parametrize("kind", LAUNCHERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_and_two_that_continue(plain, tmp_path, kind):
     place, wanted = plain
     changes = SHARDED if kind == "fsdp2" else {}
     recipe = tiny.recipe(place, "loftq", **{BATCH: 4}, **SAVING, **changes, output=str(tmp_path / kind))
     (tmp_path / "recipe.yaml").write_text(dump(recipe))
-    assert launched(kind, tmp_path / "recipe.yaml").count("sst2@1 of") == 1
+    first = launched if kind == "ddp" else functools.partial(forked, kind)
+    assert first(tmp_path / "recipe.yaml").count("sst2@1 of") == 1
     run = RunDirectory(tmp_path / kind)
     result = run.result()
     assert result.processes == 2
@@ -68,7 +67,7 @@ def test_two_processes_and_two_that_continue(plain, tmp_path, kind):
     (tmp_path / kind / "metrics.json").unlink()  # as if it had been stopped after step 3
     shutil.rmtree(run.checkpoints / "checkpoint-6")
     mark(run.checkpoints / "checkpoint-3" / "trainer_state.json")
-    launched(kind, tmp_path / "recipe.yaml")
+    forked(kind, tmp_path / "recipe.yaml")
     continued = run.result()
     assert [entry["step"] for entry in continued.history if entry.get("marked")] == [1]
     close(continued, wanted)
@@ -81,15 +80,20 @@ def test_two_processes_of_other_methods(plain, tmp_path, kind, method):
     changes = SHARDED if kind == "fsdp2" else {}
     recipe = tiny.recipe(place, method, **{BATCH: 4}, **changes, output=str(tmp_path / kind))
     (tmp_path / "recipe.yaml").write_text(dump(recipe))
-    launched(kind, tmp_path / "recipe.yaml")
+    forked(kind, tmp_path / "recipe.yaml")
     close(RunDirectory(tmp_path / kind).result(), wanted)
     assert evaluate(str(tmp_path / kind)).metrics == wanted.metrics
 
 
-def launched(kind, recipe):
-    """What ``loftq train`` in two processes prints."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "MASTER_PORT": "0"}
-    command = [sys.executable, "-m", *LAUNCHERS[kind], "train", str(recipe)]
+def forked(kind, recipe):
+    """What ``loftq train`` prints in two processes."""
+    return together(lambda: KINDS[kind](recipe))
+
+
+def launched(recipe):
+    """The same, from accelerate's launcher."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
+    command = [sys.executable, "-m", *ACCELERATE, "train", str(recipe)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout

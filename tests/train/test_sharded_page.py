@@ -13,8 +13,12 @@ from pathlib import Path
 import pytest
 import tiny
 import transformers
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from peft import PeftModel
 from safetensors.torch import load_file
+from sharded_script import script
+from together import together
 
 import models
 
@@ -43,6 +47,7 @@ def place(tmp_path):
 
 
 def launched(place, config):
+    """``accelerate launch`` as the page has it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = ["-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
     command += [str(HERE / "sharded_script.py"), "train.py"]
@@ -50,7 +55,17 @@ def launched(place, config):
         [sys.executable, *command], cwd=place, env=environment, capture_output=True, text=True, timeout=280
     )
     assert ended.returncode == 0, ended.stderr
-    return ended.stderr
+
+
+def forked(place, config):
+    """The same processes, with the environment that accelerate gives them."""
+
+    def work():
+        os.chdir(place)
+        script("train.py")
+
+    arguments = launch_command_parser().parse_args(["--config_file", str(place / config), "train.py"])
+    together(work, prepare_multi_gpu_env(_validate_launch_command(arguments)[0]))
 
 
 def alone(place, monkeypatch):
@@ -85,14 +100,14 @@ def test_sharded_checkpoints_continue(place):
     PeftModel.from_pretrained(packed, place / "adapter")
     for gone in ("adapter", "run/checkpoint-4"):
         shutil.rmtree(place / gone)
-    launched(place, "fsdp2.yaml")
+    forked(place, "fsdp2.yaml")
     assert losses(place) == whole
     assert all((adapter(place)[name] == trained[name]).all() for name in trained)
 
 
 def test_whole_checkpoints_are_those_of_one_process(place, monkeypatch):
     """Without rounding, two processes with half a batch each do what one does."""
-    launched(place, "fsdp2-full.yaml")
+    forked(place, "fsdp2-full.yaml")
     whole, trained = losses(place), adapter(place)
     found, by_one = alone(place, monkeypatch)
     assert found == pytest.approx(whole, rel=1e-4)
