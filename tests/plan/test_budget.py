@@ -2,12 +2,12 @@
 
 import itertools
 import random
-import subprocess
 import sys
 
 import pytest
 from test_plan import PROJECTIONS, model
 
+from harness import Child
 from loftq.errors import UsageError
 from loftq.planning import (
     Choice,
@@ -135,10 +135,14 @@ def test_the_optimum_needs_scipy_and_says_so(monkeypatch):
 @pytest.mark.slow
 def test_the_optimum_prints_nothing():
     """HiGHS does, for its developers, on this instance."""
-    code = "import test_budget as t; f = t.curves(40, 0); [t.allocate(f, n, 'milp') for n in t.limits(f, (0.2, 0.5))]"
-    paths = f"import sys; sys.path[:0] = {sys.path!r}; "
-    ended = subprocess.run([sys.executable, "-c", paths + code], capture_output=True, text=True, check=True)
-    assert ended.stdout == ""
+
+    def solved():
+        found = curves(40, 0)
+        for most in limits(found, (0.2, 0.5)):
+            allocate(found, most, "milp")
+
+    ended = Child(solved).ended()
+    assert (ended.code, ended.out) == (0, "")
 
 
 # What a policy lets it choose from
