@@ -5,6 +5,7 @@ device, with all that it does on loading: renaming, fusing and splitting, ties, 
 """
 
 import contextlib
+import functools
 import itertools
 import re
 from collections import Counter
@@ -135,8 +136,8 @@ def _missing_parts(model: nn.Module, tensors: Mapping[str, Any]) -> list[str]:
         layer = next(iter(parts.values()))[:-1]
         for part in itertools.product(kinds, set().union(*kinds.values())):
             if part not in parts:
-                numbers = iter((*layer, part[1]))
-                missing.append(re.sub("#", lambda _: next(numbers), part[0]))
+                kind, expert = part
+                missing.append(functools.reduce(lambda text, n: text.replace("#", n, 1), (*layer, expert), kind))
     return sorted(missing, key=natural)
 
 
