@@ -190,6 +190,7 @@ def test_curves_of_something_else_are_not_used(source, tmp_path, counted):
     assert measure(solve=dataclasses.replace(BUDGET.solve, scales="fitted"))[1] == 12
     assert measure(solve=dataclasses.replace(BUDGET.solve, steps=0))[1] == 12
     assert measure(block_size=32)[1] == 12
+    assert measure(adapter_dtype="bfloat16")[1] == 12  # other bytes
     assert measure(budget_ranks="8")[1] == 12
     assert measure(bits="query=4,4")[1] == 12
     assert measure(statistics=Statistics.of("full", [], 4))[1] == 12

@@ -195,6 +195,29 @@ def test_a_trellis_is_measured_at_whole_widths_and_has_all_rates_between():
     assert len(scalar) == 9
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"code": "trellis", "embeddings": True},
+        {"bits": "q_proj=4,2.5"},
+        {"bits": "q_proj=1.5,4", "embeddings": True},
+        {"code": "fp4", "block_size": 32},
+    ],
+    ids=str,
+)
+def test_what_is_measured_is_what_a_choice_makes(options):
+    """8 bits among the widths, and a last value of ``bits`` that does not count."""
+    asked = policy(budget="9", **options)
+    plan, found = chosen_from(budget="9", **options)
+    for place in range(max(map(len, found.values()))):
+        taken = {module: mine[place % len(mine)] for module, mine in found.items()}
+        chosen = {module: Choice(c.quant.bits, c.quant.block_size, 4, 0, 0.0) for module, c in taken.items()}
+        matrices = make(*model(), asked, chosen).matrices
+        assert {m.module: m.quant for m in matrices} == {module: c.quant for module, c in taken.items()}
+    assert plan.coverage == 1.0
+
+
 def test_patterns_pin():
     _, found = chosen_from(bits="layers.1=16,up_proj=8,4", rank="down_proj=6,4", budget_ranks="2,8")
     assert [c.quant for c in found["model.layers.0.mlp.up_proj"]] == [QuantSpec(bits=8)]

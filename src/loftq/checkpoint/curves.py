@@ -132,9 +132,12 @@ def _curve(
 def _identity(
     source: Source, found: dict[str, list[Candidate]], device: str, statistics: Statistics | Streamed | None
 ) -> dict[str, Any]:
-    """Everything that the errors depend on. One step is measured, so it matters only whether any is made."""
+    """Everything that errors and bytes depend on. One step is measured, so it matters only whether any is made."""
     solve = {**asdict(source.plan.solve), "steps": min(source.plan.solve.steps, 1)}
-    listed_ = {m: [{**asdict(c), "quant": c.quant.to_dict()} for c in choices] for m, choices in found.items()}
+    listed_ = {
+        m.module: [m.factors, *({**asdict(c), "quant": c.quant.to_dict()} for c in found[m.module])]
+        for m in source.plan.matrices
+    }
     text = json.dumps(listed_, sort_keys=True)
     return {
         "source": stamp(source),

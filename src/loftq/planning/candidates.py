@@ -149,7 +149,7 @@ def _quants(matrix: Matrix, policy: Policy, widths: list[float]) -> list[QuantSp
     if policy.serve:
         held = [quant for quant in choices(policy) if quant.bits in widths and not matrix.shape[1] % quant.block_size]
         return sorted(held, key=lambda quant: (quant.bits, quant.block_size))
-    if matrix.quant.codebook.form == "trellis":
+    if not (_scalar(policy.code) or matrix.instead):
         wide = [replace(matrix.quant, bits=bits) for bits in TRELLIS_WIDTHS]
         return [quant for quant in wide if not why_not(quant, matrix.kind, matrix.shape[0])]
     size = policy.block_size
@@ -164,10 +164,14 @@ def _quants(matrix: Matrix, policy: Policy, widths: list[float]) -> list[QuantSp
 
 
 def _widths(policy: Policy) -> tuple[float, ...]:
-    """The widths of the policy's code; of all scalar codes that ``auto`` may stand for; of what is served."""
+    """The widths of the policy's code; of all scalar codes that ``auto`` may stand for; of what is served.
+
+    Of a trellis the whole ones: those of the scalar codes in its place.
+    """
     if policy.serve:
         return tuple(sorted({quant.bits for quant in choices(policy)}))
-    return codes.get(policy.code).widths if policy.code != "auto" and _scalar(policy.code) else BITS
+    own = BITS if policy.code == "auto" else codes.get(policy.code).widths
+    return tuple(bits for bits in BITS if bits in own)
 
 
 def _scalar(code: str) -> bool:
