@@ -93,6 +93,12 @@ def test_rates_have_the_mean_that_was_asked_for(bits: float, columns: int) -> No
                 assert gain <= loss * (1 + 1e-12)
 
 
+@pytest.mark.parametrize(("bits", "energy"), [(2.0625, [1.0, 0.0]), (0.0625, [3.0, 2.0, 1.0])])
+def test_rates_are_equal_where_nothing_takes_the_rest_of_a_step(bits: float, energy: list[float]) -> None:
+    rates = column_rates(torch.tensor(energy), spec_of(bits, True))
+    assert rates.tolist() == [round(16 * bits)] * len(energy)
+
+
 def test_rates_belong_to_rounding_column_by_column() -> None:
     assert quant_spec(solve_spec("descent"), 1.5).column_rates
     assert not quant_spec(solve_spec("fitted"), 1.5).column_rates

@@ -109,7 +109,8 @@ def column_rates(energy: Float[Tensor, " in"], spec: QuantSpec) -> UInt8[Tensor,
     """Rates of the least ``sum energy_i 4^(-p_i / 16)`` with the spec's rate as their mean: reverse water-filling.
 
     Gaussian columns at rate r leave ``4^-r`` of their energy at best (Shannon 1959). Rates go in steps of
-    :data:`RATE_STEP`, each to the column where it takes most; the last one may be a part of a step.
+    :data:`RATE_STEP`, each to the column where it takes most; the last one may be a part of a step. If no column can
+    take that part, because each has all steps or none, all rates are equal.
 
     Args:
         energy: of every column, times what its error counts.
@@ -123,7 +124,11 @@ def column_rates(energy: Float[Tensor, " in"], spec: QuantSpec) -> UInt8[Tensor,
     rates = steps.view_as(gains).sum(1) * RATE_STEP
     part = total % RATE_STEP
     if part:
-        rates[int(((rates > 0) & (rates <= top - part)).nonzero()[0, 0])] += part
+        between = ((rates > 0) & (rates <= top - part)).nonzero()
+        if len(between):
+            rates[between[0, 0]] += part
+        else:
+            rates.fill_(spec.rate)
     return rates.to(torch.uint8)
 
 
