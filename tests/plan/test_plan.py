@@ -210,6 +210,8 @@ def test_patterns_of_ranks():
         ({"rank": "-4"}, "rank: -4 is not"),
         ({"rank": "4.0"}, "rank: 4.0 is not"),
         ({"rank": "many"}, "rank: many is not"),
+        ({"rank": "9" * 6000}, "rank: 9{119}… is not a whole number of at least 1, or too large"),
+        ({"rank": f"layers.0-{'9' * 6000}=4,8"}, "rank: layers.0-9+… matches no module"),
         ({"rank": "mlpp=4,8"}, "rank: mlpp matches no module; the nearest are"),
         ({"rank": "16"}, r"below the shorter side .* model.layers.0.self_attn.k_proj.weight 16x64 with rank 16.*clamp"),
         ({"alpha": 0.0}, "alpha must be positive"),

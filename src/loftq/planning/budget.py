@@ -69,9 +69,11 @@ def parse_budget(text: str) -> Budget:
 def parse_size(what: str, text: str) -> int:
     """Bytes of a size such as ``500MB`` or ``2GB``. UsageError, naming ``what`` it is of, for anything else."""
     number, unit = text[:-2], text[-2:].upper()
-    if unit not in UNITS or not number.replace(".", "", 1).isdecimal() or float(number) <= 0:
-        raise UsageError(f"{what}: {text!r} is not a size like 500MB or 2GB")
-    return int(float(number) * UNITS[unit])
+    plain = unit in UNITS and number.replace(".", "", 1).isdecimal()
+    size = float(number) * UNITS[unit] if plain else 0.0
+    if not 1 <= size < math.inf:
+        raise UsageError(f"{what}: {quoted(repr(text))} is not a size like 500MB or 2GB")
+    return int(size)
 
 
 def allocate(curves: Mapping[str, Sequence[Choice]], limit: int, method: str = "greedy") -> Allocation:

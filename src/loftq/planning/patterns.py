@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 from loftq.errors import UsageError, listed, quoted
 
 V = TypeVar("V")
+DIGITS = 18  # no size and no place has as many, and Python converts only so many
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,12 @@ def matches(pattern: str, module: str) -> bool:
 
 
 def _part_matches(wanted: str, part: str) -> bool:
-    first, dash, last = wanted.partition("-")
-    if dash and first.isdecimal() and last.isdecimal():
-        return part.isdecimal() and int(first) <= int(part) <= int(last)
+    first, _, last = map(whole, wanted.partition("-"))
+    if min(first, last) >= 0:
+        return first <= whole(part) <= last
     return fnmatchcase(part, wanted)
+
+
+def whole(text: str) -> int:
+    """The whole number that ``text`` is, of up to :data:`DIGITS` digits; -1 for anything else."""
+    return int(text) if text.isdecimal() and len(text) <= DIGITS else -1

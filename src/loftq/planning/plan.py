@@ -14,7 +14,7 @@ from loftq.planning.bits import bits_rules
 from loftq.planning.budget import Choice
 from loftq.planning.containers import served, why_not_served
 from loftq.planning.names import natural, routers_among
-from loftq.planning.patterns import Rules, parse_rules
+from loftq.planning.patterns import Rules, parse_rules, whole
 from loftq.planning.pieces import Made, Piece, of_stack, restored, sources
 from loftq.planning.policy import DENSE, Policy
 from loftq.spec import (
@@ -460,9 +460,9 @@ def _reason_to_keep(
 
 
 def _rank_value(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"{option('rank')}: {quoted(text)} is not a whole number of at least 1")
-    return int(text)
+    if whole(text) < 1:
+        raise UsageError(f"{option('rank')}: {quoted(text)} is not a whole number of at least 1, or too large")
+    return whole(text)
 
 
 def _itemsize(dtype: str) -> int:

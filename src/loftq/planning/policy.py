@@ -8,6 +8,7 @@ from loftq import codes
 from loftq.errors import UsageError, checked_fields, option, quoted
 from loftq.options import TABLE, check_fields, default, fields_of, is_text
 from loftq.planning.budget import parse_budget
+from loftq.planning.patterns import whole
 from loftq.spec import QuantSpec, SolveSpec, solve_spec
 
 DENSE = 16  # as a number of bits: leave the matrix as it is
@@ -79,7 +80,7 @@ def _text(name: str, value: object) -> str:
 
 def _check_budget(policy: Policy) -> None:
     for rank in policy.budget_ranks.split(",") if policy.budget_ranks else ():
-        if not rank.isdecimal() or int(rank) < 1:
+        if whole(rank) < 1:
             raise UsageError(
                 f"{option('budget_ranks')}: {quoted(policy.budget_ranks)} is not a list of whole numbers of at least "
                 "1, such as 8,16,32"
