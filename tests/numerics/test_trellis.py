@@ -98,6 +98,8 @@ def test_rates_that_cannot_be(rates: list[int]) -> None:
     stored = {"weight_scale": torch.ones(32, 1), "weight_rate": torch.tensor(rates).byte()}
     with pytest.raises(InputError, match=r"weight_rate does not fit 2\.1875 bits a weight"):
         trellis.check_rates(stored, spec_of(35, column_rates=True))
+    with pytest.raises(InputError, match="weight_rate does not fit"):  # as `merge` reads a damaged file
+        decode({**stored, "weight": torch.zeros(1, 27, dtype=torch.int8)}, spec_of(35, column_rates=True), 3)
     trellis.check_rates({**stored, "weight_rate": torch.tensor([35, 64, 6]).byte()}, spec_of(35, column_rates=True))
 
 

@@ -285,7 +285,8 @@ def encode(quantized: Quantized, spec: QuantSpec) -> dict[str, Tensor]:
 
 
 def decode(tensors: dict[str, Tensor], spec: QuantSpec, columns: int) -> Float[Tensor, "out in"]:
-    """The float32 matrix that the tensors of the file format stand for."""
+    """The float32 matrix that the tensors of the file format stand for; raises as :func:`check_rates`."""
+    check_rates(tensors, spec)
     return dequantize(Quantized(windows(tensors, spec, columns), tensors), spec)
 
 

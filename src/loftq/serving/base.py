@@ -14,7 +14,7 @@ from loftq.architecture.experts import KIND, STACKS
 from loftq.architecture.skeleton import parameter_of
 from loftq.checkpoint.manifest import MANIFEST, kept_made, planned, read_manifest
 from loftq.checkpoint.verify import layout_of
-from loftq.errors import InputError, NumericalError, listed, option, quoted
+from loftq.errors import InputError, NumericalError, listed, naming, option, quoted
 from loftq.formats import strict_json
 from loftq.formats.layouts import Layout
 from loftq.formats.lookalikes import refuse_adapter
@@ -147,7 +147,8 @@ class Base:
         if tensor.matrix is None:
             return oriented(tensor.kind, self._kept(tensor, expert))
         one = tensor.matrix if expert is None else self._member(tensor.matrix, expert)
-        return self.layout.decode(one, self.stored(tensor.matrix, expert))
+        with naming(one.name, one.shape):
+            return self.layout.decode(one, self.stored(tensor.matrix, expert))
 
     def _kept(self, tensor: Dense, expert: int | None) -> Tensor:
         if expert is None:
