@@ -195,6 +195,15 @@ def test_copies_are_equal_and_independent(spec):
             assert torch.equal(layer(x), wanted)
 
 
+def test_replicas_compute_the_same():
+    """As ``nn.DataParallel`` makes them on two GPUs: with tensors as plain attributes, and no Parameters."""
+    for (layer, _), x in ((linear(), torch.randn(2, COLUMNS)), (embedding(), torch.tensor([1, 2]))):
+        replica = layer._replicate_for_data_parallel()
+        for name, parameter in layer.named_parameters():
+            setattr(replica, name, parameter.detach())
+        assert torch.equal(replica(x), layer(x))
+
+
 @EACH
 def test_a_state_dict_loads_into_an_empty_layer(spec):
     for layer, _ in (linear(spec), embedding(spec)):

@@ -53,10 +53,11 @@ class Packed(nn.Module):
         """Stored tensors. UsageError if a cast has rounded one of them."""
         found = []
         for name in names:
-            wanted, held = self._stored_dtypes[name], self._parameters[name]
-            if held.dtype != wanted and not (wanted.is_floating_point and held.dtype == torch.float32):  # type: ignore[union-attr]
+            wanted, held = self._stored_dtypes[name], self._parameters.get(name)
+            held = getattr(self, name) if held is None else held  # in a replica of nn.DataParallel
+            if held.dtype != wanted and not (wanted.is_floating_point and held.dtype == torch.float32):
                 raise UsageError(
-                    f"{name} of a packed layer is {held.dtype}, stored as {wanted}: something rounded it, such as a "  # type: ignore[union-attr]
+                    f"{name} of a packed layer is {held.dtype}, stored as {wanted}: something rounded it, such as a "
                     f"mixed precision policy of FSDP. Quantize with {option('scale_dtype', 'bfloat16')} and without "
                     f"{option('double_quant')}, or switch the policy's param_dtype off"
                 )
