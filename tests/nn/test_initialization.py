@@ -106,6 +106,8 @@ def test_a_start_that_is_not_used_is_told(made, init, task):
     with pytest.warns(UserWarning, match=r"the LoftQ initialization of .* is not used: .*lora_weights='loftq'") as told:
         get_peft_model(made("llama").load(), adapter)
     assert [w.filename for w in told if "LoftQ initialization" in str(w.message)] == [__file__]
+    with pytest.warns(UserWarning, match=r"the LoftQ initialization of .* is not used"):
+        made("llama").load().add_adapter(adapter)
 
 
 def test_a_start_that_is_used_is_not(made, tmp_path):
@@ -118,3 +120,5 @@ def test_a_start_that_is_used_is_not(made, tmp_path):
         model.load_adapter(tmp_path, "second")
         loftq.load_start(checkpoint.load(), checkpoint.output)
         get_peft_model(checkpoint.load(), config())
+        checkpoint.load().add_adapter(config())
+        checkpoint.load().load_adapter(str(checkpoint.output / "loftq_init"))

@@ -228,12 +228,16 @@ def warn_of_unused_starts(peft_model: Any) -> None:
 
     @patches(peft_model.PeftModel, "__init__")
     def warning(make: Any, self: Any, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
-        lora = isinstance(peft_config, LoraConfig) and peft_config.init_lora_weights != "loftq"
-        unused = lora and not is_filled_from_elsewhere() and has_packed(model) and has_start(model)
         make(self, model, peft_config, *args, **kwargs)
-        if unused:
-            warn(
-                f"the LoftQ initialization of {quoted(model.name_or_path)} is not used: this adapter begins at zero, "
-                "on weights whose quantization error nothing makes up for. Give LoraConfig(init_lora_weights='loftq'), "
-                "or use loftq.load_start(model, directory)"
-            )
+        warn_if_unused(peft_config, model)
+
+
+def warn_if_unused(config: Any, model: Any) -> None:
+    """Warn if a new adapter of this configuration left out the initialization that the model's directory has."""
+    lora = isinstance(config, LoraConfig) and config.init_lora_weights != "loftq"
+    if lora and not is_filled_from_elsewhere() and has_packed(model) and has_start(model):
+        warn(
+            f"the LoftQ initialization of {quoted(model.name_or_path)} is not used: this adapter begins at zero, "
+            "on weights whose quantization error nothing makes up for. Give LoraConfig(init_lora_weights='loftq'), "
+            "or use loftq.load_start(model, directory)"
+        )

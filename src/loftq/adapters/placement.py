@@ -118,7 +118,8 @@ def check_loading(peft_model: Any) -> None:
 
 
 def check_loading_into(integration: Any) -> None:
-    """Let ``model.load_adapter`` of transformers refuse the same; it only logs what is missing.
+    """Let ``model.load_adapter`` of transformers refuse the same; it only logs what is missing. ``add_adapter`` warns
+    as ``PeftModel`` does.
 
     Args:
         integration: the module ``transformers.integrations.peft``.
@@ -133,6 +134,13 @@ def check_loading_into(integration: Any) -> None:
             missing = _of_adapter(found.missing_keys, adapter_name or "default")
             check_placed(self, peft_model_id or "the adapter", missing, found.unexpected_keys)
         return found
+
+    @patches(integration.PeftAdapterMixin, "add_adapter")
+    def add_adapter(add: Any, self: Any, adapter_config: Any, *args: Any, **kwargs: Any) -> None:
+        from loftq.adapters.initialization import warn_if_unused  # PEFT may not be imported yet
+
+        add(self, adapter_config, *args, **kwargs)
+        warn_if_unused(adapter_config, self)
 
 
 def check_placed(model: nn.Module, source: object, missing: Iterable[str], unexpected: Iterable[str]) -> None:
