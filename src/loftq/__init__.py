@@ -120,6 +120,7 @@ _EXTENSIONS = {
         "loftq.nn.hf:pack_from_config",
         "loftq.nn.hf:save_by_names_that_are_read",
         "loftq.nn.hf:unpack_what_is_tied",
+        "loftq.nn.parts:tell_saved",
     ],
     "peft.tuners.lora.model": ["loftq.adapters.peft:install"],
     "peft.tuners.trainable_tokens.layer": ["loftq.nn.dense:train_tokens_of_dense_tables"],

@@ -1,5 +1,6 @@
 """A checkpoint loaded with another class than the one it was made from: with a head, without one, with another one."""
 
+import json
 import shutil
 
 import pytest
@@ -187,3 +188,53 @@ def test_a_part_of_a_model_is_loaded_on_its_own(whole, part, tmp_path):
     (stored,) = (t for n, t in factors.items() if f"text_model.{last}" in n)
     (placed,) = (p for n, p in start.named_parameters() if last in n)
     assert torch.equal(placed, stored.float())
+
+
+def values_of(model):
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def test_a_part_whose_configuration_has_no_type_is_loaded_and_saved_on_its_own(tmp_path):
+    """As in files of some years ago. The part has a configuration of its own, which says nothing of packed layers."""
+    whole = transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=WORDS, vision_config=PICTURES, projection_dim=32)
+    )
+    whole.save_pretrained(tmp_path / "dense")
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    del config["text_config"]["model_type"], config["vision_config"]["model_type"]
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(config))
+    loftq.quantize(tmp_path / "dense", tmp_path / "out", bits=4, rank=4, workers=1)
+    whole = transformers.CLIPModel.from_pretrained(tmp_path / "out")
+    part = transformers.CLIPTextModel.from_pretrained(tmp_path / "out")
+    assert len(packed(part)) == 6
+    assert same(values_of(part), values_of(whole.text_model))
+    whole.text_model.save_pretrained(tmp_path / "part")
+    part = transformers.CLIPTextModel.from_pretrained(tmp_path / "part")
+    assert len(packed(part)) == 6
+    assert same(values_of(part), values_of(whole.text_model))
+    whole.save_pretrained(tmp_path / "again")
+    assert same(values_of(transformers.CLIPModel.from_pretrained(tmp_path / "again")), values_of(whole))
+
+
+def test_a_model_of_two_packed_ones_is_saved_and_loaded(made, tmp_path):
+    output = str(made("bert").output)
+    model = transformers.EncoderDecoderModel.from_encoder_decoder_pretrained(output, output)
+    model.save_pretrained(tmp_path)
+    again = transformers.EncoderDecoderModel.from_pretrained(tmp_path)
+    assert len(packed(again)) == len(packed(model)) > 0
+    assert same(values_of(again), values_of(model))
+
+
+def test_a_classifier_of_other_labels_is_trained_whole(tmp_path):
+    """Its weights are in the checkpoint, in another shape, so that they begin at random."""
+    config = transformers.ViTConfig(**PICTURES, num_labels=3)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "dense")
+    loftq.quantize(tmp_path / "dense", tmp_path / "out", bits=4, rank=4, workers=1)
+    load = transformers.ViTForImageClassification.from_pretrained
+    model = load(tmp_path / "out", num_labels=5, ignore_mismatched_sizes=True)
+    assert model.hf_quantizer.new_modules == ("classifier",)
+    in_memory = loftq.get_peft_model(load(tmp_path / "dense"), bits=4, rank=4, workers=1, progress=False)
+    for tuned in (loftq.load_start(model, tmp_path / "out"), in_memory):
+        trained = {name for name, p in tuned.named_parameters() if p.requires_grad and ".lora_" not in name}
+        place = "base_model.model.classifier.modules_to_save.default"
+        assert trained == {f"{place}.weight", f"{place}.bias"}

@@ -19,6 +19,7 @@ from loftq.architecture.adapter import task_type
 from loftq.architecture.loading import guarded
 from loftq.errors import InputError, UsageError, checks_names, listed, quoted
 from loftq.nn.layers import has_packed
+from loftq.planning import HEADS
 
 # Tasks whose heads are seldom part of a checkpoint: PEFT trains and saves them with the adapter.
 HEADED_TASKS = {
@@ -136,7 +137,7 @@ def new_adapter(model: Any, config: LoraConfig, new_modules: Iterable[str]) -> P
     architecture = type(model).__name__
     headed = next((task for ending, task in HEADED_TASKS.items() if architecture.endswith(ending)), None)
     if config.modules_to_save is None:
-        heads = _heads(model) if headed else []
+        heads = _heads(model) if headed or architecture.endswith("Classification") else []
         new = [n for n in new_modules if not n.startswith(tuple(f"{head}." for head in heads))]
         config.modules_to_save = sorted({*heads, *new}) or None
     config.task_type, config.inference_mode = headed or task_type(model), False  # type: ignore[assignment]
@@ -146,8 +147,6 @@ def new_adapter(model: Any, config: LoraConfig, new_modules: Iterable[str]) -> P
 
 def _heads(model: nn.Module) -> list[str]:
     """What lies beside the backbone and has weights: DeBERTa's pooler too, not only its classifier."""
-    return [
-        name
-        for name, child in model.named_children()
-        if name != model.base_model_prefix and any(True for _ in child.parameters())
-    ]
+    children = dict(model.named_children())
+    beside = children.keys() - {model.base_model_prefix} if model.base_model_prefix in children else HEADS
+    return [name for name, child in children.items() if name in beside and any(True for _ in child.parameters())]

@@ -377,13 +377,8 @@ def unpack_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
         elif isinstance(module, PackedExperts):
             unpack_experts(module, dtype or module.compute_dtype)
     if hasattr(model, "_weight_conversions"):
-        _save_like_new(model)
+        model._weight_conversions = None  # type: ignore[assignment]  # it is saved as if it had never been packed
     return model
-
-
-def _save_like_new(model: Any) -> None:
-    """Let transformers name, fuse and split what a dense model saves as if it had not been loaded from packed files."""
-    model._weight_conversions = None
 
 
 def forget_unpacked(model: Any) -> None:
@@ -397,7 +392,7 @@ def forget_unpacked(model: Any) -> None:
         mark_quantized(model, bits)
         model.hf_quantizer.new_modules = quantizer.new_modules
     else:
-        _save_like_new(model)
+        model._weight_conversions = None
 
 
 def resolve(model: nn.Module, specs: dict[str, QuantSpec]) -> dict[str, tuple[str, QuantSpec]]:
@@ -468,13 +463,14 @@ def _prefix_mapping(found: dict[str, tuple[str, QuantSpec]]) -> dict[str, str]:
     return {rf"^(?=(?:{'|'.join(first)})\.)": new}
 
 
-def _present(files: list[Path], model: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Parameters that the files hold, by the name they will have: safetensors dtype and shape."""
+def _present(files: list[Path], model: nn.Module) -> dict[str, tuple[str, tuple[int, ...]] | None]:
+    """Parameters that the files hold, by the name they will have: safetensors dtype and shape; None for converted."""
     rename = renamer(model)
     headers = [read_header(file) for file in files if file.suffix == ".safetensors"]
     tensors = {t.name: (t.dtype, t.shape) for header in headers for t in header.tensors.values()}
-    split = dict.fromkeys(split_parameters(model, tensors), ("", ()))
-    return {**split, **{rename(name)[0]: header for name, header in tensors.items()}}
+    split: dict[str, Any] = dict.fromkeys(split_parameters(model, tensors))
+    renamed = ((*rename(tensor), header) for tensor, header in tensors.items())
+    return {**split, **{name: None if converter else header for name, converter, header in renamed}}
 
 
 def _check_packed(present: dict[str, Any], model: nn.Module, found: Iterable[str], directory: Path) -> None:
@@ -493,6 +489,9 @@ def _check_packed(present: dict[str, Any], model: nn.Module, found: Iterable[str
 
 
 def _new_modules(present: dict[str, Any], model: Any) -> tuple[str, ...]:
+    """Modules whose weights begin at random: the files lack them, or have them in another shape, of other labels."""
     tied = model.all_tied_weights_keys
-    missing = (name for name, _ in model.named_parameters() if name not in present and name not in tied)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name not in tied}
+    held = {name: shapes.get(name) if header is None else header[1] for name, header in present.items()}
+    missing = (name for name, shape in shapes.items() if held.get(name) != shape)
     return tuple(dict.fromkeys(name.rpartition(".")[0] for name in missing))

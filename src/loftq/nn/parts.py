@@ -1,4 +1,4 @@
-"""Parts of a packed model that are loaded on their own, such as the text encoder of CLIP."""
+"""Parts of a packed model that are loaded or saved on their own, and models that are put together of packed ones."""
 
 from typing import Any
 
@@ -18,9 +18,36 @@ def tell_parts(configurations: Any) -> None:
         packed, own = values.get("quantization_config"), values.get("model_type")
         if isinstance(packed, dict) and packed.get("quant_method") == "loftq" and own != cls.model_type:
             inner = {"quantization_config": packed}
-            values = {key: {**inner, **part} if _is(part, cls) else part for key, part in values.items()}
+            values = {key: {**inner, **part} if _is(key, part, cls) else part for key, part in values.items()}
         return values, rest
 
 
-def _is(part: Any, cls: Any) -> bool:
-    return isinstance(part, dict) and bool(cls.model_type) and part.get("model_type") == cls.model_type
+def _is(key: str, part: Any, cls: Any) -> bool:
+    """Whether transformers takes ``part`` for the configuration ``cls``: by its place in the file, or by its type."""
+    typed = isinstance(part, dict) and bool(cls.model_type) and part.get("model_type") == cls.model_type
+    return isinstance(part, dict) and (typed or key == cls.base_config_key)
+
+
+def tell_saved(modeling: Any) -> None:
+    """Let ``save_pretrained`` of a model that was not packed as a whole say which of its layers are packed.
+
+    A part has a configuration of its own, and so has a model of packed parts, such as ``EncoderDecoderModel``.
+
+    Args:
+        modeling: the module ``transformers.modeling_utils``.
+    """
+    from loftq.nn.hf import mark_quantized  # which needs transformers whole, and not only its configurations
+    from loftq.nn.layers import Packed
+
+    @patches(modeling.PreTrainedModel, "save_pretrained")
+    def save_pretrained(save: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        packed = [module for module in self.modules() if isinstance(module, Packed)]
+        if not packed or getattr(self, "hf_quantizer", None) or getattr(self.config, "quantization_config", None):
+            return save(self, *args, **kwargs)
+        used = getattr(self, "_weight_conversions", None)
+        mark_quantized(self, next(packed[-1].matrices())[1].bits)
+        try:
+            return save(self, *args, **kwargs)
+        finally:
+            self.hf_quantizer.remove_quantization_config(self)
+            self._weight_conversions = used
