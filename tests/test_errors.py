@@ -4,6 +4,7 @@ import pickle
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from loftq.errors import ConflictError, InputError, StorageError, listed, naming, quoted
@@ -81,7 +82,9 @@ def test_errors_travel_between_processes():
             r"^layer\.weight: not enough memory for a matrix of shape \(2, 3\); use fewer --jobs$",
         ),
         (RuntimeError("can't allocate memory"), StorageError, "not enough memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), StorageError, "not enough memory"),
         (RuntimeError("shapes differ"), RuntimeError, "^shapes differ$"),
+        (RuntimeError("they refer to a single memory location"), RuntimeError, "^they refer"),
     ],
 )
 def test_work_on_a_matrix_names_it(error, wanted, message):

@@ -23,6 +23,8 @@ from typing import Any, TypeVar
 _UNSEEN = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
+# How torch says that memory is wanting: on CUDA and MPS; on a CPU of Linux; of Windows.
+_NO_MEMORY = re.compile(r"out of memory|can(?:'t|not) allocate memory|not enough memory", re.IGNORECASE)
 _LIBRARIES = ("loftq", "peft", "transformers", "trl")
 
 
@@ -219,6 +221,22 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
+def is_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is not enough memory, of the CPU or of a device."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
+
+
+@contextlib.contextmanager
+def in_memory(told: str) -> Iterator[None]:
+    """StorageError for want of memory: ``told`` says for what, and what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        if not is_of_memory(e):
+            raise
+        raise StorageError(f"not enough memory {told}") from e
+
+
 @contextlib.contextmanager
 def naming(name: str, shape: tuple[int, ...], fewer: str = "") -> Iterator[None]:
     """Around work on one matrix: its name before the message of an error. StorageError for want of memory.
@@ -226,12 +244,9 @@ def naming(name: str, shape: tuple[int, ...], fewer: str = "") -> Iterator[None]
     Args:
         fewer: the option that sets how many matrices are worked on at a time.
     """
+    cure = f"use fewer {fewer}" if fewer else "free some, or use a larger machine"
     try:
-        yield
+        with in_memory(f"for a matrix of shape {tuple(shape)}; {cure}"):
+            yield
     except LoftqError as e:
         raise type(e)(f"{quoted(name)}: {e}") from e
-    except (MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "memory" not in str(e):
-            raise
-        cure = f"use fewer {fewer}" if fewer else "free some, or use a larger machine"
-        raise StorageError(f"{quoted(name)}: not enough memory for a matrix of shape {tuple(shape)}; {cure}") from e

@@ -11,7 +11,16 @@ from typing import Any, NoReturn
 import typer
 
 from loftq.cli.app import app
-from loftq.errors import Interrupted, LoftqError, StorageError, UsageError, nearest, quoted, speak_as_command_line
+from loftq.errors import (
+    Interrupted,
+    LoftqError,
+    StorageError,
+    UsageError,
+    is_of_memory,
+    nearest,
+    quoted,
+    speak_as_command_line,
+)
 
 
 class _Quoting(logging.Formatter):
@@ -76,8 +85,8 @@ def _failed(e: Exception) -> int:
         kind, text = Interrupted, "nobody reads the output any more; run the same command again to continue"
     elif isinstance(e, OSError):
         kind, text = StorageError, str(e)
-    elif isinstance(e, MemoryError):
-        kind, text = StorageError, "not enough memory; use fewer --workers"
+    elif is_of_memory(e):
+        kind, text = StorageError, "not enough memory; use fewer --workers, a smaller batch, or a larger machine"
     elif type(e).__module__.partition(".")[0] in ("click", "typer"):
         kind, text = UsageError, usage(e)
     else:

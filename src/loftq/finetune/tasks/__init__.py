@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from loftq.errors import UsageError, listed, meant, quoted
+from loftq.errors import UsageError, in_memory, listed, meant, option, quoted
 from loftq.finetune.tasks.base import Limits, Measuring, Task
 from loftq.finetune.tasks.data import available_splits, load_data, named_files
 from loftq.finetune.tasks.named import TASKS
@@ -70,7 +70,8 @@ def score(
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        fewer = f"training.per_device_eval_batch_size in a recipe, {option('batch_size')} of `loftq evaluate`"
+        with torch.no_grad(), in_memory(f"to evaluate {batch_size} rows at a time; try fewer: {fewer}"):
             return {**task.measure(model, tokenizer, dataset, options), "n": len(dataset)}
     finally:
         model.train(training)
