@@ -376,7 +376,9 @@ def _recipe(
     recipe: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None, output: str | Path | None
 ) -> "Recipe":
     with extra("train"):
-        from loftq.finetune.recipe import parse, read
-    asked = parse(dict(recipe)) if isinstance(recipe, Mapping) else read(as_path("recipe", recipe))
+        from loftq.finetune.recipe import KEYS, parse, read_mapping
     changes = {**(overrides or {}), **({} if output is None else {"output": as_path("output", output)})}
-    return asked.changed(**changes) if changes else asked
+    if isinstance(recipe, Mapping):
+        return parse(recipe, changes=changes)
+    path = as_path("recipe", recipe)
+    return parse(read_mapping(path, KEYS), path, changes)

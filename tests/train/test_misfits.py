@@ -11,7 +11,7 @@ import transformers
 
 import models
 from loftq.architecture.loading import load_tokenizer
-from loftq.errors import ConflictError, InputError, NumericalError, UsageError
+from loftq.errors import ConflictError, InputError, NumericalError, StorageError, UsageError
 from loftq.finetune.evaluate import evaluate
 from loftq.finetune.inputs import task_of
 from loftq.finetune.model import load_model
@@ -214,6 +214,8 @@ def test_an_adapter_on_another_base_is_refused(place, caplog):
         ({"training.report_to": "wandb"}, "training: WandbCallback requires wandb"),
         ({"training.optim": "galore_adamw", "training.optim_target_modules": "all"}, "training: .*galore"),
         ({"training.lr_scheduler_type": "cosine_with_min_lr"}, "training: One of min_lr or min_lr_rate"),
+        ({"training.use_liger_kernel": True}, "training: .*liger-kernel"),
+        ({"training.accelerator_config": "odd"}, "training: .*odd"),
     ],
 )
 def test_what_the_trainer_cannot_do(place, changes, wanted):
@@ -247,3 +249,12 @@ def test_a_lost_run_can_take_the_advice_that_it_is_given(place):
 def test_a_recipe_is_read_from_a_path_as_text(place):
     (place / "recipe.yaml").write_text("{model: a, task: sst2, method: lora}")
     assert read(str(place / "recipe.yaml"), ["seed=3"]).seed == 3
+
+
+def test_too_little_memory_is_told_with_what_to_try(place, monkeypatch):
+    def step(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("transformers.Trainer.training_step", step)
+    with pytest.raises(StorageError, match=r"a step of training; try a smaller training\.per_device_train_batch_size"):
+        finetune(tiny.recipe(place, "lora"))

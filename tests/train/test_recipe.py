@@ -127,6 +127,10 @@ def test_all_mistakes_in_one_line(file):
         ("model=''", "model: String should have at least 1 character, got ''"),
         ("generation=warm", "generation.preset: wanted 'greedy' or 'paper', got 'warm'"),
         ("generation={preset: greedy, num_beams: 4}", "num_beams: given beside preset; wanted a preset, or settings"),
+        ("training.per_device_eval_batch_size=0", "training.per_device_eval_batch_size: wanted greater than or equal"),
+        ("training.gradient_accumulation_steps=-1", "gradient_accumulation_steps: wanted greater than or equal to 1"),
+        ("training.dataloader_num_workers=-1", "training.dataloader_num_workers: wanted greater than or equal to 0"),
+        ("training.log_level=odd", "training.log_level: wanted one of detail, debug, info"),
         ("training.disable_tqdm=true", "not to be given here; say nothing: there is one bar"),
     ],
 )
@@ -165,6 +169,10 @@ def test_files_that_cannot_be_read(tmp_path):
 
 def test_missing_keys():
     assert "model: missing; task: missing; method: missing" in refusal("{}")
+    given = {"task": "sst2"}
+    whole = parse(given, changes={"model": "a", "method": "lora", "data": "rows", "data.max_train_samples": 3})
+    assert whole.to_dict()["data"] == {"directory": "rows", "max_train_samples": 3}
+    assert given == {"task": "sst2"}
 
 
 def test_a_budget_reaches_the_policy(file):

@@ -7,7 +7,7 @@ from transformers import Seq2SeqTrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from loftq.errors import UsageError
+from loftq.errors import UsageError, one_line
 from loftq.finetune.recipe import Recipe
 from loftq.finetune.tasks import Task
 
@@ -44,8 +44,8 @@ def training_arguments(recipe: Recipe, task: Task, checkpoints: Path) -> Seq2Seq
         )
         for callback in get_reporting_integration_callbacks(arguments.report_to):
             callback()  # refuses what is not installed
-    except (ValueError, ImportError, TypeError, RuntimeError) as e:
-        raise UsageError(f"training: {' '.join(str(e).split())}") from e
+    except Exception as e:  # whatever transformers raises for values that it cannot take
+        raise UsageError(f"training: {one_line(e)}") from e
     if is_deepspeed_zero3_enabled():
         raise UsageError(
             "training: ZeRO-3 of DeepSpeed leaves no process a whole tensor to save; use training.fsdp, or ZeRO-3 in a "

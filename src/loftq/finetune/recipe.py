@@ -8,7 +8,7 @@ import functools
 import itertools
 import re
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -34,6 +34,7 @@ from loftq.options import Calibration, Option, Place, Solver, Storage, is_text, 
 from loftq.spec import PRESETS, SolveSpec, solve_spec
 
 METHODS = ("full", "lora", "qlora", "loftq")
+KEYS = "model, task and method"  # that every recipe has
 MOST_TOLD = 20  # mistakes of one recipe
 DEEPEST_KEY = 8  # parts of a dotted key
 SPLIT = re.compile(r"(train|validation|test)(_\w+)?")
@@ -53,6 +54,13 @@ ELSEWHERE = {
     "label_names": "nothing: the task knows",
     "disable_tqdm": "nothing: there is one bar",
     "logging_nan_inf_filter": "nothing: a loss that is not finite ends the run",
+}
+
+# Fields of TrainingArguments that are counts, and the least that one may be; transformers takes any number.
+LEAST = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("eval_accumulation_steps", "dataloader_prefetch_factor"), 1),
+    **dict.fromkeys(("dataloader_num_workers", "num_train_epochs", "neftune_noise_alpha"), 0),
 }
 
 
@@ -199,12 +207,10 @@ class Recipe(Strict):
     def changed(self, **sections: Any) -> "Recipe":
         """A recipe with other values, by dotted key: ``changed(**{"lora.rank": 8, "method": "qlora"})``."""
         values = {name: getattr(self, name) for name in self.model_fields_set}
-        for key, value in sections.items():
-            section = key.partition(".")[0]
+        for section in {key.partition(".")[0] for key in sections}:
             if isinstance(values.get(section), BaseModel):
                 values[section] = values[section].model_dump(mode="json", exclude_none=True)
-            _put(values, key, value)
-        return parse(values)
+        return parse(values, changes=sections)
 
 
 def read(path: str | Path, overrides: Sequence[str] = (), output: Path | None = None) -> Recipe:
@@ -212,13 +218,13 @@ def read(path: str | Path, overrides: Sequence[str] = (), output: Path | None = 
 
     Raises: InputError for a file that cannot be read as YAML; UsageError naming everything that is wrong in it.
     """
-    values = read_mapping(path, "model, task and method")
+    values, changes = read_mapping(path, KEYS), {}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise UsageError(f"{quoted(override)}: wanted key=value, such as training.learning_rate=1e-4")
-        _put(values, key, strict_yaml.loads(value, quoted(key)))
-    return parse(values if output is None else {**values, "output": str(output)}, str(path))
+        changes[key] = strict_yaml.loads(value, quoted(key))
+    return parse(values, str(path), changes if output is None else {**changes, "output": str(output)})
 
 
 def read_mapping(path: str | Path, keys: str) -> dict[str, Any]:
@@ -229,8 +235,15 @@ def read_mapping(path: str | Path, keys: str) -> dict[str, Any]:
     return values
 
 
-def parse(values: dict[str, Any], name: str = "recipe") -> Recipe:
-    """A recipe out of plain values. UsageError, of one line, with all that is wrong, each with its key."""
+def parse(values: Mapping[str, Any], name: str = "recipe", changes: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe out of plain values. UsageError, of one line, with all that is wrong, each with its key.
+
+    Args:
+        changes: other values, by dotted key.
+    """
+    values = dict(values)
+    for key, value in (changes or {}).items():
+        _put(values, key, value)
     problems = _training_problems(values.get("training"))
     try:
         recipe = Recipe.model_validate(values)
@@ -314,7 +327,8 @@ def _training_problems(training: Any) -> Iterator[str]:
     from transformers import Seq2SeqTrainingArguments
 
     hints = {**typing.get_type_hints(Seq2SeqTrainingArguments), "fsdp": bool | str | None}
-    fields = [name for name in hints if name in Seq2SeqTrainingArguments.__dataclass_fields__]
+    known = Seq2SeqTrainingArguments.__dataclass_fields__
+    fields = [name for name in hints if name in known]
     for key, value in training.items():
         place = f"training.{quoted(key)}"
         if key in ELSEWHERE:
@@ -322,20 +336,23 @@ def _training_problems(training: Any) -> Iterator[str]:
         elif key not in fields:
             yield f"{place}: no field of transformers.TrainingArguments{nearest(str(key), fields, str)}"
         else:
-            yield from _value_problems(place, value, hints[key])
+            yield from _value_problems(place, value, hints[key], known[key].metadata.get("choices"), LEAST.get(key))
 
 
-def _value_problems(place: str, value: Any, hint: Any) -> Iterator[str]:
+def _value_problems(
+    place: str, value: Any, hint: Any, choices: Iterable[str] | None, least: int | None
+) -> Iterator[str]:
     kinds = typing.get_args(hint) or (hint,)
-    choices = next((k for k in kinds if isinstance(k, type) and issubclass(k, Enum)), None)
+    named = next((k for k in kinds if isinstance(k, type) and issubclass(k, Enum)), None)
+    choices = choices if named is None else [choice.value for choice in named]
     if choices is not None and isinstance(value, str):
-        allowed = [choice.value for choice in choices]
-        if value not in allowed:
-            yield f"{place}: wanted one of {', '.join(allowed)}, got {quoted(repr(value))}"
+        if value not in choices:
+            yield f"{place}: wanted one of {', '.join(choices)}, got {quoted(repr(value))}"
         return
     config = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+    bounded = hint if least is None else Annotated[hint, Field(ge=least)]
     try:
-        TypeAdapter(hint, config=config).validate_python(value)
+        TypeAdapter(bounded, config=config).validate_python(value)
     except ValidationError as e:
         wanted = e.errors()[0]["msg"].replace("Input should be", "wanted")
         yield f"{place}: {wanted}, got {quoted(repr(value))}"

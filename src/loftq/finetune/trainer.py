@@ -13,9 +13,14 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallba
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
-from loftq.errors import NumericalError, UsageError, listed, quoted
+from loftq.errors import LoftqError, NumericalError, UsageError, first_line, in_memory, listed, one_line, quoted
 from loftq.finetune import checkpoints
 from loftq.report.bars import are_shown
+
+MORE_MEMORY = (
+    "for a step of training; try a smaller training.per_device_train_batch_size with more "
+    "training.gradient_accumulation_steps, training.gradient_checkpointing=true, or a smaller max_length"
+)
 
 
 class LoftQTrainer(Seq2SeqTrainer):
@@ -33,7 +38,8 @@ class LoftQTrainer(Seq2SeqTrainer):
         forward has ``**kwargs``, BERT's and BART's too, and then multiplies their loss by the number of processes and
         of accumulated micro-batches.
         """
-        super().__init__(*args, **kwargs)
+        with _refusing():
+            super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and counts_tokens
         self.remove_callback(PrinterCallback)
         self.epoch_ends, self.postponed = False, False
@@ -43,7 +49,12 @@ class LoftQTrainer(Seq2SeqTrainer):
         """Train, from a checkpoint if one is given. Whatever stops it, no bar and no open log stays behind."""
         self.args.eval_on_start = self.args.eval_on_start and resume_from_checkpoint is None
         try:
-            return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None)
+            with in_memory(MORE_MEMORY):
+                return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None)
+        except (RuntimeError, ValueError) as e:
+            if not self.args.torch_compile or isinstance(e, LoftqError):
+                raise
+            raise UsageError(f"training.torch_compile: {first_line(e)}; leave it out") from e
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, (TrainingBar, TensorBoardCallback)):
@@ -142,8 +153,10 @@ def _refusing() -> Iterator[None]:
     """Errors of transformers over what the recipe's section ``training`` asks for, in one line."""
     try:
         yield
+    except LoftqError:
+        raise
     except (ImportError, ValueError, TypeError) as e:
-        raise UsageError(f"training: {' '.join(str(e).split())}") from e
+        raise UsageError(f"training: {one_line(e)}") from e
 
 
 def _what_to_try(loss: float, step: int, arguments: Any) -> str:
