@@ -53,14 +53,18 @@ def test_quantize_train_evaluate(place):
     assert json.loads(again.out) == trained
     again = cli("train", recipe, "training.max_steps=3", "seed=1", "-o", run)
     assert f"Already done by an earlier run of this command: {run} has adapter/" in again.out
+    unknown = {**trained, "metrics": {**trained["metrics"], "accuracy": None}}  # as a figure that is not finite is kept
+    (run / "metrics.json").write_text(json.dumps(unknown))
+    again = cli("train", recipe, "training.max_steps=3", "seed=1", "-o", run, "--json")
+    assert json.loads(again.out, parse_constant=pytest.fail) == unknown
 
 
 @pytest.mark.slow
 def test_a_task_of_ones_own_on_any_model(place):
     """``--task`` takes a recipe; here the same data as a task that the package does not have."""
     columns = {"text": "sentence", "label": "label"}
-    task = {"kind": "text-classification", "columns": columns, "labels": ["bad", "good"], "max_length": 16}
-    run = cli("train", written(place, "full", task=task, **{"training.max_steps": 1}))
+    task = {"kind": "text-classification", "columns": columns, "labels": ["bad", "good"]}
+    run = cli("train", written(place, "full", task=task, **{"training.max_steps": 1, "max_length": 5}))
     assert run.code == 0, run.err
     model = place / "full" / "model"
     ended = cli("evaluate", model, "--task", place / "recipe.yaml", "--data", place / "data", "--json")

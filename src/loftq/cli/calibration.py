@@ -1,13 +1,12 @@
 """The verb on statistics: calibrate."""
 
-import json
 from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 
 from loftq.cli.app import app
-from loftq.cli.options import Json, Model, Output, quiet, takes
+from loftq.cli.options import Json, Model, Output, print_json, quiet, takes
 from loftq.errors import extra
 from loftq.options import Collecting, fields_of
 from loftq.report.bars import Bar
@@ -46,6 +45,6 @@ def calibrate(
     if not first:
         return
     if as_json:
-        print(json.dumps(made, indent=2))
+        print_json(made)
     else:
         print_statistics(output, made, bar.began)

@@ -1,13 +1,12 @@
 """Verbs on checkpoints: quantize, status, inspect, verify."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from loftq.cli.app import app
-from loftq.cli.options import DirectoryOrUrl, Json, ModelOrUrl, OutputOrUrl, quiet, takes
+from loftq.cli.options import DirectoryOrUrl, Json, ModelOrUrl, OutputOrUrl, print_json, quiet, takes
 from loftq.errors import UsageError, extra
 from loftq.options import Calibration, Dtypes, Ranks, Solver, Storage, Work, check
 from loftq.report.bars import Bar, MatrixBar
@@ -62,7 +61,7 @@ def status(
 
     found = run(directory)
     if as_json:
-        print(json.dumps(found, indent=2))
+        print_json(found)
     else:
         print_status(directory, found)
 
@@ -87,7 +86,7 @@ def inspect(
     if plot:
         draw(inspected, plot)
     if as_json:
-        print(json.dumps(inspected, indent=2))
+        print_json(inspected)
     else:
         print_inspection(inspected)
 

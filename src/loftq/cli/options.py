@@ -1,12 +1,14 @@
 """Options that several verbs have, and the checks of their values."""
 
 import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
+from loftq.formats import strict_json
 from loftq.options import (
     Calibration,
     Codes,
@@ -93,6 +95,11 @@ def _parameter(name: str, kind: Any, option: Option) -> inspect.Parameter:
     )
     annotation = Annotated[typed if default is not None else typed | None, told]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def print_json(value: Any) -> None:
+    """A number that is not finite becomes null, for JSON has none."""
+    print(json.dumps(strict_json.finite(value), indent=2))
 
 
 def quiet() -> None:

@@ -1,13 +1,12 @@
 """The verb that decides and reads no weights, or with a budget measures them: plan."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from loftq.cli.app import app
-from loftq.cli.options import Json, ModelOrUrl, takes
+from loftq.cli.options import Json, ModelOrUrl, print_json, takes
 from loftq.errors import UsageError
 from loftq.options import Dtypes, Ranks, Storage
 
@@ -50,7 +49,7 @@ def plan(
         draw(spent, plot)
     if as_json:
         more = {name: told for name, told in (("budget", spent), ("estimate", planned.estimate)) if told}
-        print(json.dumps({"tensors": rows, "coverage": coverage, "digest": planned.digest(), **more}, indent=2))
+        print_json({"tensors": rows, "coverage": coverage, "digest": planned.digest(), **more})
         return
     print_plan(rows, coverage)
     if planned.estimate:
