@@ -1,7 +1,6 @@
 """Verbs on recipes and runs: train, evaluate, compare."""
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from loftq.cli.app import app
-from loftq.cli.options import Json, Overrides, RecipeFile, quiet
+from loftq.cli.options import Json, Overrides, RecipeFile, print_json, quiet
 from loftq.errors import extra, quoted
 from loftq.report.bars import MatrixBar, RunBar
 
@@ -37,7 +36,7 @@ def train(
     if os.environ.get("RANK", "0") != "0":
         return
     if as_json:
-        print(json.dumps(dataclasses.asdict(result), indent=2))
+        print_json(dataclasses.asdict(result))
     else:
         place = quoted(asked.output, 400)
         print_metrics(f"{result.task} of {place}", result.splits, result.metrics)
@@ -80,30 +79,31 @@ def evaluate(
 
     with extra("train"):
         quiet()
+    asked, length = _task(task)
     found = verbs.evaluate(
         target,
-        task=_task(task),
+        task=asked,
         data=data,
         splits=split or (),
         adapter=adapter,
         batch_size=batch_size,
-        max_length=max_length,
+        max_length=max_length or length,
         sampling=sampling,
     )
     if as_json:
-        print(json.dumps(dataclasses.asdict(found), indent=2))
+        print_json(dataclasses.asdict(found))
     else:
         print_metrics(f"{found.task} of {quoted(target, 400)}", found.splits, found.metrics)
 
 
-def _task(given: str | None) -> str | dict[str, Any] | None:
-    """A task's name, or the task in a YAML file: in a recipe under its key, or alone."""
+def _task(given: str | None) -> tuple[Any, Any]:
+    """A task's name, or the task in a YAML file: alone, or in a recipe under its key; and the recipe's max_length."""
     if given is None or not given.endswith((".yaml", ".yml")):
-        return given
+        return given, None
     from loftq.finetune.recipe import read_mapping
 
     values = read_mapping(given, "kind and columns, or task")
-    return values.get("task", values)
+    return (values["task"], values.get("max_length")) if "task" in values else (values, None)
 
 
 @app.command()
@@ -125,7 +125,7 @@ def compare(
     with RunBar() as bar:
         rows = run(asked, bar.begin)
     if as_json:
-        print(json.dumps(rows, indent=2))
+        print_json(rows)
     else:
         print_comparison(rows)
         print(f"\nSaved to {quoted(asked.output, 400)}: comparison.md, losses.png, bytes.png; every run in rows.jsonl.")

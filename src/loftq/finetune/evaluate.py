@@ -18,6 +18,7 @@ from loftq.finetune.run import RunDirectory
 from loftq.finetune.tasks import Task, names
 from loftq.finetune.train import evaluate_splits
 from loftq.formats.regular import local_path
+from loftq.serving.adapter import place_of
 from loftq.sources.checkpoint import resolve
 
 
@@ -43,8 +44,7 @@ def evaluate(
     generation: str | None = None,
 ) -> Evaluation:
     """What :func:`loftq.evaluate` documents; ``generation`` is its ``sampling``."""
-    if adapter is not None:
-        local_path(option("adapter"), adapter)
+    adapter = adapter and place_of(adapter)
     run = RunDirectory(local_path("the target", target))
     is_run = run.recipe.is_file()
     recipe = run.read_recipe() if is_run else _recipe_for(target, task)

@@ -59,8 +59,6 @@ def load_adapter(model: PreTrainedModel, directory: Path, new_modules: Iterable[
 
     Raises: InputError if it is no adapter for the model, was trained on another, or leaves a new module untrained.
     """
-    if not (directory / "adapter_config.json").is_file():
-        raise InputError(f"{quoted(directory)}: no adapter for this model: there is no adapter_config.json")
     found = adapted(model, directory)
     trained_on = Path(found.peft_config["default"].base_model_name_or_path or base)
     if trained_on.is_dir() and trained_on.resolve() != base.resolve():
