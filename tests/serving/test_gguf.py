@@ -343,6 +343,8 @@ def test_pieces_are_merged_by_the_place_of_their_merge(tmp_path):
 
 def test_what_gguf_cannot_hold_is_refused(tmp_path, made):
     pytest.importorskip("gguf")
+    from loftq.serving.gguf_vocab import RULES
+
     with pytest.raises(InputError, match=r"proj.weight: GGUF holds no code lloyd of 2 bits in blocks of 64; .* int 2"):
         loftq.export(made("llama").output, tmp_path / "gguf", to="gguf")
     with pytest.raises(InputError, match="GGUF holds no code lloyd"):  # so that llama.cpp's script is of no use either
@@ -369,6 +371,10 @@ def test_what_gguf_cannot_hold_is_refused(tmp_path, made):
         "its pre-tokenization is not recognized",
         "--tokenizer-rule NAME",
     )
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = next(r for r, n in RULES.items() if n == "qwen2")
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"llama\.cpp's qwen2, and tokenizer_rule='tekken' would give other tokens"):
+        loftq.export(other, tmp_path / "gguf", to="gguf", tokenizer_rule="tekken")
     without = {**content, "model": {**content["model"], "merges": []}}
     (other / "tokenizer.json").write_text(json.dumps(without))
     with pytest.raises(InputError, match=r"no merges, and llama\.cpp loads no byte-level BPE without"):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq.architecture import tokenizer
-from loftq.errors import InputError, option
+from loftq.errors import InputError, option, quoted
 from loftq.formats.regular import shown
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -47,10 +47,8 @@ def add_vocabulary(writer: Any, directory: Path, rows: int, rule: str | None) ->
     tokens, types = _tokens(path, content, model, rows)
     by_bytes = tokenizer.is_byte_level(content)
     writer.add_tokenizer_model("gpt2" if by_bytes else "llama")
-    if by_bytes:
-        writer.add_tokenizer_pre(rule or _rule(path, content))
-    else:
-        writer.add_tokenizer_pre(rule or "default")
+    writer.add_tokenizer_pre(_rule(path, content, rule) if by_bytes else rule or "default")
+    if not by_bytes:
         writer.add_token_scores(_scores(tokens, model))
         writer.add_add_space_prefix(_prepends(content))
     writer.add_token_list(tokens)
@@ -92,11 +90,17 @@ def _scores(tokens: list[str], model: dict[str, Any]) -> list[float]:
     return [-float(first.get(token, last)) for token in tokens]
 
 
-def _rule(path: Path, content: dict[str, Any]) -> str:
+def _rule(path: Path, content: dict[str, Any], given: str | None) -> str:
+    """The given one, else the recognized one. InputError if the given one is known to be another, or there is none."""
     steps = tokenizer.steps(content.get("pre_tokenizer"))
     cut = [str((step.get("pattern") or {}).get("Regex")) for step in steps if step.get("type") == "Split"]
-    rule = RULES.get("".join(cut))
-    if rule is None or {step.get("type") for step in steps} - {"Split", "ByteLevel"}:
+    rule = None if {step.get("type") for step in steps} - {"Split", "ByteLevel"} else RULES.get("".join(cut))
+    if rule is not None and given in RULES.values() and given != rule:  # llama.cpp has further names for some rules
+        raise InputError(
+            f"{shown(path)}: its pre-tokenization is llama.cpp's {quoted(rule)}, and "
+            f"{option('tokenizer_rule', given)} would give other tokens; leave it out"
+        )
+    if (rule := given or rule) is None:
         raise InputError(
             f"{shown(path)}: its pre-tokenization is not recognized; give llama.cpp's name of it: "
             f"{option('tokenizer_rule', 'NAME')}"
