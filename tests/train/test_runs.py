@@ -69,6 +69,9 @@ def test_a_finished_run_is_read_back(place, monkeypatch):
     assert finetune(recipe.changed(note="other words", compare={"seeds": [1]})) == first
     with pytest.raises(ConflictError, match=r"another recipe \(seed: 0 -> 1\); choose another output, or restart=True"):
         finetune(recipe.changed(seed=1))
+    (place / "lora" / "adapter").rename(place / "lora" / "moved")
+    with pytest.raises(ConflictError, match=r"a finished run, but adapter/ or model/ is gone; put it back, or train"):
+        finetune(recipe)
 
 
 @pytest.mark.slow
@@ -227,7 +230,7 @@ def test_a_run_is_evaluated_to_its_own_metrics(place, method):
 def test_a_model_with_an_adapter_is_evaluated(place):
     result = finetune(tiny.recipe(place, "loftq"))
     run, data = place / "loftq", str(place / "data")
-    found = evaluate(str(run / "backbone"), task="sst2", data=data, max_length=16, adapter=run / "adapter")
+    found = evaluate(str(run / "backbone"), task="sst2", data=data, max_length=16, adapter=run)
     assert found.metrics == result.metrics
     full = finetune(tiny.recipe(place, "full"))
     assert evaluate(str(place / "full" / "model"), task="sst2", data=data, max_length=16).metrics == full.metrics
@@ -294,7 +297,7 @@ def test_what_cannot_be_evaluated(place):
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "modules_to_save": None, "task_type": None}))
     with pytest.raises(InputError, match="no weights for classifier"):
         evaluate(str(place / "model"), task="sst2", data=data, max_length=16, adapter=adapter)
-    with pytest.raises(InputError, match="no adapter for this model"):
+    with pytest.raises(InputError, match=r"no adapter: there is no adapter_config\.json"):
         evaluate(str(place / "model"), task="sst2", data=data, max_length=16, adapter=place / "data")
     (place / "lora" / "metrics.json").unlink()
     with pytest.raises(InputError, match="not a finished run"):

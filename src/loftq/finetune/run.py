@@ -101,6 +101,11 @@ class RunDirectory:
                 f"{self.root}: holds a run of another recipe ({changed}); choose another {option('output')}, or "
                 f"{option('restart', True)} to replace it"
             )
+        if self.metrics.exists() and self._written is None:
+            raise ConflictError(
+                f"{self.root}: a finished run, but adapter/ or model/ is gone; put it back, or train again with "
+                f"{option('restart', True)}"
+            )
         if held is None or not self.held.exists():
             return
         before = strict_json.load_object(self.held)
@@ -161,10 +166,13 @@ class RunDirectory:
     @property
     def trained(self) -> Path:
         """What training wrote. InputError if it has not come so far."""
-        found = next((path for path in (self.adapter, self.model) if path.is_dir()), None)
-        if found is None or not self.metrics.exists():
+        if self._written is None or not self.metrics.exists():
             raise InputError(f"{quoted(self.root)}: not a finished run; `loftq train` on its recipe continues it")
-        return found
+        return self._written
+
+    @property
+    def _written(self) -> Path | None:
+        return next((path for path in (self.adapter, self.model) if path.is_dir()), None)
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
