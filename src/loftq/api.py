@@ -45,7 +45,7 @@ def quantize_weight(
 
     Args:
         weight: ``(out_features, in_features)``, of any floating-point type; a numpy array is copied.
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4 or 8; of code ``trellis`` a multiple of 1/16 from 1 to 4.
         rank: of the adapter.
         moments: second moments of the matrix's inputs, for calibrated presets: the result of
             ``statistics.moments(name)``, or your own ``H = E[x xᵀ]`` of shape ``(in, in)``, as :meth:`Moments.of`

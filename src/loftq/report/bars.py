@@ -64,8 +64,10 @@ class Bar(AbstractContextManager["Bar"]):
         if self._bar.total and self._bar.n >= self._bar.total:  # what follows may have a bar of its own
             self._bar.close()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         if self._bar is not None:
+            if kind is None and self._bar.total:  # what is left was not needed, as a calibration behind the last matrix
+                self._bar.update(self._bar.total - self._bar.n)
             self._bar.close()
 
 
