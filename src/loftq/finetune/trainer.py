@@ -51,6 +51,8 @@ class LoftQTrainer(Seq2SeqTrainer):
         try:
             with in_memory(MORE_MEMORY):
                 return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None)
+        except ImportError as e:  # of a package that only some setting needs
+            raise UsageError(f"training: {one_line(e)}") from e
         except (RuntimeError, ValueError) as e:
             if not self.args.torch_compile or isinstance(e, LoftqError):
                 raise
