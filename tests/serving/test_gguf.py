@@ -371,8 +371,9 @@ def test_what_gguf_cannot_hold_is_refused(tmp_path, made):
         "its pre-tokenization is not recognized",
         "--tokenizer-rule NAME",
     )
-    content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = next(r for r, n in RULES.items() if n == "qwen2")
-    (other / "tokenizer.json").write_text(json.dumps(content))
+    known = json.loads(json.dumps(content))
+    known["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = next(r for r, n in RULES.items() if n == "qwen2")
+    (other / "tokenizer.json").write_text(json.dumps(known))
     with pytest.raises(InputError, match=r"llama\.cpp's qwen2, and tokenizer_rule='tekken' would give other tokens"):
         loftq.export(other, tmp_path / "gguf", to="gguf", tokenizer_rule="tekken")
     without = {**content, "model": {**content["model"], "merges": []}}
