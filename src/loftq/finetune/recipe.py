@@ -350,7 +350,7 @@ def _value_problems(
             yield f"{place}: wanted one of {', '.join(choices)}, got {quoted(repr(value))}"
         return
     config = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
-    bounded = hint if least is None else Annotated[hint, Field(ge=least)]
+    bounded: Any = hint if least is None else Annotated[hint, Field(ge=least)]
     try:
         TypeAdapter(bounded, config=config).validate_python(value)
     except ValidationError as e:
