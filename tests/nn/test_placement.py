@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import loftq
@@ -194,3 +194,10 @@ def test_an_adapters_name_may_be_a_part_of_others(made, name):
         model.load_adapter(str(checkpoint.output / "loftq_init"), adapter_name=adapter)
     model.set_adapter(name)
     assert close(outputs(model), outputs(start))
+
+
+def test_a_mixed_model_loads_the_start(made):
+    checkpoint = made("llama")
+    mixed = PeftMixedModel.from_pretrained(checkpoint.load(), checkpoint.output, subfolder="loftq_init").eval()
+    with torch.no_grad():
+        assert torch.equal(outputs(mixed), outputs(checkpoint.start().eval()))

@@ -113,7 +113,9 @@ def check_loading(peft_model: Any) -> None:
         with filled_from_elsewhere():
             result = load_adapter(self, model_id, adapter_name, *args, **kwargs)
         missing = _of_adapter(result.missing_keys, adapter_name)
-        check_placed(self.get_base_model(), model_id, missing, result.unexpected_keys)
+        mixed = not hasattr(self, "get_base_model")  # a PeftMixedModel, which calls this method of PeftModel
+        model = self.base_model.model if mixed else self.get_base_model()
+        check_placed(model, model_id, missing, result.unexpected_keys)
         return result
 
 
