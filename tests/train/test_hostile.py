@@ -95,6 +95,9 @@ def test_classes_of_transformers_are_used_instead(place):
 def test_a_model_that_is_nothing_without_its_code_is_refused(place, verb):
     model = hostile(place, model_type="evil", architectures=["EvilModel"])
     (place / "recipe.yaml").write_text(dump(tiny.recipe(place, "lora", model=str(model))))
+    if verb == "evaluate":  # which wants an adapter, and looks for it first
+        (place / "lora" / "adapter").mkdir(parents=True)
+        (place / "lora" / "adapter" / "adapter_config.json").write_text("{}")
     refused(run(place, model, verb), 3, "config.json: model_type evil is not one of transformers' own")
 
 
