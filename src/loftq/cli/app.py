@@ -53,7 +53,7 @@ class _App(typer.Typer):
 app = _App(
     name="loftq",
     cls=_Verbs,
-    help="LoftQ: quantize a Hugging Face model to few bits (1.5 to 8), and initialize LoRA to cancel the error.",
+    help="LoftQ: quantize a Hugging Face model to 1 to 8 bits, and initialize LoRA to cancel the error.",
     epilog="Begin with: loftq plan MODEL --bits 2",
     no_args_is_help=True,
     add_completion=False,
