@@ -134,7 +134,11 @@ _EXTENSIONS = {
     ],
     "sentence_transformers.base.model": ["loftq.nn.sentences:tell_dtype"],
     "sentence_transformers.base.modules.transformer": ["loftq.nn.sentences:give_dense_first"],
-    "peft.mixed_model": ["loftq.nn.counts:count_weights_under"],
+    "peft.mixed_model": [
+        "loftq.nn.counts:count_weights_under",
+        "loftq.adapters.initialization:take_in_mixed_models",
+        "loftq.adapters.initialization:warn_of_unused_starts",
+    ],
     "peft.config": [
         "loftq.adapters.bases:read_config",
         "loftq.adapters.bases:write_config",

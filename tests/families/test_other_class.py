@@ -225,6 +225,15 @@ def test_a_model_of_two_packed_ones_is_saved_and_loaded(made, tmp_path):
     assert same(values_of(again), values_of(model))
 
 
+def test_a_dense_model_of_a_packed_configuration_is_saved_as_dense(made, tmp_path):
+    config = transformers.AutoConfig.from_pretrained(made("llama").output)
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert same(values_of(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)), values_of(model))
+    assert config.quantization_config["quant_method"] == "loftq"  # the user's own is left alone
+
+
 def test_a_classifier_of_other_labels_is_trained_whole(tmp_path):
     """Its weights are in the checkpoint, in another shape, so that they begin at random."""
     config = transformers.ViTConfig(**PICTURES, num_labels=3)

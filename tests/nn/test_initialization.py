@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM
 
 import loftq
 from loftq.errors import UsageError
@@ -83,6 +83,29 @@ def test_without_a_start_it_is_an_error(made, tmp_path):
         UsageError, match=r"this one has no packed layers; load a directory that .* or give a loftq_con"
     ):
         get_peft_model(dense, config(target_modules=["q_proj"]))
+
+
+def test_it_is_found_where_the_weights_were(made, tmp_path, monkeypatch):
+    """In a subfolder of a directory or of a repository of the hub, and after the working directory has changed."""
+    checkpoint = made("llama")
+    repository = tmp_path / "models--org--name"
+    shutil.copytree(checkpoint.output, repository / "snapshots" / ("0" * 40) / "two" / "bits")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(repository / "snapshots")
+    places = [("0" * 40, "two/bits"), (f"{'0' * 40}/two/bits", ""), ("org/name", "two/bits")]
+    models = [AutoModelForCausalLM.from_pretrained(place, subfolder=folder) for place, folder in places]
+    monkeypatch.chdir(tmp_path)
+    for model in models:
+        assert close(result(get_peft_model(model, config())), result(checkpoint.started()))
+
+
+def test_a_mixed_model(made):
+    checkpoint = made("llama")
+    assert close(result(get_peft_model(checkpoint.load(), config(), mixed=True)), result(checkpoint.started()))
+    with pytest.warns(UserWarning, match=r"the LoftQ initialization of .* is not used"):
+        get_peft_model(checkpoint.load(), LoraConfig(r=2, target_modules=["q_proj"]), mixed=True)
 
 
 def test_another_class_over_the_same_base(made):

@@ -5,6 +5,7 @@ divided by the ratio of the two scalings, so that ``s · B @ A`` is what was sol
 """
 
 import copy
+import posixpath
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from loftq.adapters.placement import is_filled_from_elsewhere, module_of, rename_targets
 from loftq.errors import InputError, UsageError, listed, one_line, option, quoted, warn
 from loftq.nn.experts import PackedExperts
+from loftq.nn.hf import origin
 from loftq.nn.layers import PackedWeight, has_packed
 from loftq.patching import patches
 
@@ -105,8 +107,11 @@ def read_start(model: Any) -> Start:
     from peft import PeftConfig
     from peft.utils.save_and_load import load_peft_weights
 
-    name = str(getattr(model, "name_or_path", ""))
-    place: dict[str, Any] = {"subfolder": FOLDER, "revision": getattr(model.config, "_commit_hash", None)}
+    name, folder = origin(model)
+    place: dict[str, Any] = {
+        "subfolder": posixpath.join(folder, FOLDER),
+        "revision": getattr(model.config, "_commit_hash", None),
+    }
     try:
         config = PeftConfig.from_pretrained(name, **place)
         mapping = model.__dict__.get("_checkpoint_conversion_mapping")
@@ -152,14 +157,15 @@ def _pairs(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
 
 def has_start(model: Any) -> bool:
     """Whether the directory of ``model`` has an initialization, as far as this is known without the network."""
-    name = str(getattr(model, "name_or_path", ""))
+    name, folder = origin(model)
     if not name or Path(name).exists():
         return bool(name) and (Path(name) / FOLDER / "adapter_config.json").is_file()
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, f"{FOLDER}/adapter_config.json", revision=model.config._commit_hash)
+        file = posixpath.join(folder, FOLDER, "adapter_config.json")
+        found = try_to_load_from_cache(name, file, revision=model.config._commit_hash)
     except HFValidationError:
         return False
     return found is None or isinstance(found, str)  # None: never asked for; every packed checkpoint is made with one
@@ -177,19 +183,28 @@ def _name_stacks(config: LoraConfig, model: nn.Module) -> None:
     config.rank_pattern, config.alpha_pattern = ranks, alphas
 
 
-def install(lora_model: Any) -> None:
-    """Let PEFT's LoRA use the initialization that belongs to a packed model.
+def take_in_mixed_models(mixed_model: Any) -> None:
+    """:func:`take_start` for the tuner of ``PeftMixedModel``.
 
     Args:
-        lora_model: PEFT's ``LoraModel``.
+        mixed_model: the module ``peft.mixed_model``.
+    """
+    take_start(mixed_model.MixedModel)
+
+
+def take_start(tuner: Any) -> None:
+    """Let one of PEFT's tuners use the initialization that belongs to a packed model.
+
+    Args:
+        tuner: PEFT's ``LoraModel``, or the ``MixedModel`` that makes LoRA's layers too.
     """
 
-    @patches(lora_model, "inject_adapter")
+    @patches(tuner, "inject_adapter")
     def inject_adapter(inject: Any, self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         if is_filled_from_elsewhere():
             rename_targets(config, model)
-        if getattr(config, "init_lora_weights", None) != "loftq" or type(self) is not lora_model:
+        if getattr(config, "init_lora_weights", None) != "loftq" or type(self) is not tuner:
             return inject(self, model, adapter_name, *args, **kwargs)
         if not has_packed(model):
             if not config.loftq_config:
@@ -210,9 +225,12 @@ def install(lora_model: Any) -> None:
             start.fill(model, adapter_name)
         return None
 
+
+def ask_for_no_quantizer() -> None:
+    """Let ``LoraConfig`` take ``init_lora_weights="loftq"`` without the options of PEFT's own quantizer."""
+
     @patches(LoraConfig, "__post_init__")
     def check_without_quantizer(check: Any, self: LoraConfig) -> None:
-        """PEFT asks for the options of its own quantizer, which a packed model has no use for."""
         start = self.init_lora_weights == "loftq" and not self.loftq_config
         self.init_lora_weights = True if start else self.init_lora_weights
         check(self)
@@ -223,10 +241,10 @@ def warn_of_unused_starts(peft_model: Any) -> None:
     """Let ``PeftModel`` warn, once for each, of a new LoRA adapter on a packed model without LoftQ's initialization.
 
     Args:
-        peft_model: the module ``peft.peft_model``.
+        peft_model: the module ``peft.peft_model``, or ``peft.mixed_model``, whose model is another.
     """
 
-    @patches(peft_model.PeftModel, "__init__")
+    @patches(getattr(peft_model, "PeftMixedModel", None) or peft_model.PeftModel, "__init__")
     def warning(make: Any, self: Any, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
         make(self, model, peft_config, *args, **kwargs)
         warn_if_unused(peft_config, model)

@@ -14,6 +14,7 @@ from loftq.adapters.bases import KEY, is_relative, refuse_lost, resolved
 from loftq.errors import InputError, LoftqError, quoted, warn
 from loftq.formats import fsio, strict_json
 from loftq.formats.config import EXPORTED, FOR_ORIGINAL, MANIFEST
+from loftq.nn.hf import origin
 from loftq.nn.layers import PackedWeight
 from loftq.patching import patches
 
@@ -67,7 +68,7 @@ def warn_of_other(model: Any, adapter: Any, subfolder: str | None = None) -> Non
     """Warn if an adapter is known to belong to another base than ``model``, a model of transformers."""
     place = os.path.join(str(adapter), subfolder or "")
     wanted = recorded(place) if os.path.isdir(place) else None
-    name = str(getattr(model, "name_or_path", "") or "")
+    name, _ = origin(model)
     if (wanted is None and not _is_for_original(place)) or not name:
         return
     found = identity(name) if os.path.isdir(name) else None

@@ -18,6 +18,7 @@ from loftq.adapters.placement import check_placed, filled_from_elsewhere
 from loftq.architecture.adapter import task_type
 from loftq.architecture.loading import guarded
 from loftq.errors import InputError, UsageError, checks_names, listed, quoted
+from loftq.nn.hf import origin
 from loftq.nn.layers import has_packed
 from loftq.planning import HEADS
 
@@ -61,7 +62,7 @@ def load_start(
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise UsageError("a part of the model is offloaded; an adapter is trained on a model in memory, load all of it")
     local = Path(directory).is_dir()
-    name = str(getattr(model, "name_or_path", "") or "")
+    name, _ = origin(model)
     if local and subfolder and identity(name) is not None:
         refuse_other(Path(directory) / subfolder, Path(name))
     try:

@@ -84,9 +84,11 @@ class LoftQHfQuantizer(HfQuantizer):
 
     Attributes:
         new_modules: those that the checkpoint has no weights for, such as the head of another class.
+        directory: of the weights that were loaded; None for a model that was packed in memory.
     """
 
     new_modules: tuple[str, ...] = ()
+    directory: Path | None = None
     _scales: frozenset[str] = frozenset(SUFFIXES[1:])  # how scales are called in their modules; stacks have more
     is_trainable = True  # type: ignore[assignment]
     is_compileable = True  # type: ignore[assignment]
@@ -123,8 +125,9 @@ class LoftQHfQuantizer(HfQuantizer):
         dtypes = (pair for module in holders for pair in module._stored_dtypes.items())
         self._scales |= {name for name, dtype in dtypes if dtype.is_floating_point}
         if checkpoint_files:
+            self.directory = Path(checkpoint_files[0]).parent.absolute()
             present = _present([Path(f) for f in checkpoint_files], model)
-            _check_packed(present, model, found, Path(checkpoint_files[0]).parent)
+            _check_packed(present, model, found, self.directory)
             self.new_modules = _new_modules(present, model)
         model._checkpoint_conversion_mapping = _prefix_mapping(found)  # type: ignore[assignment]
         self._dtypes = {} if hasattr(HfQuantizer, "get_new_dtype") else _dtypes_to_load(model, self._scales)
@@ -222,6 +225,18 @@ def report_model_dtype() -> None:
         return first_float.fget(self) if packed is None else packed.compute_dtype
 
     PreTrainedModel.dtype = property(dtype, doc=first_float.__doc__)  # type: ignore[assignment]
+
+
+def origin(model: Any) -> tuple[str, str]:
+    """The directory that a model was loaded from, or its hub repository and the folder there; "" where not known."""
+    name = str(getattr(model, "name_or_path", "") or "")
+    directory = getattr(getattr(model, "hf_quantizer", None), "directory", None)
+    if directory is None:
+        return name, ""
+    commit = getattr(model.config, "_commit_hash", None)
+    if commit in directory.parts:  # the hub's cache
+        return name, "/".join(directory.parts[directory.parts.index(commit) + 1 :])
+    return str(directory), ""
 
 
 def mark_quantized(model: Any, bits: float) -> None:
@@ -390,7 +405,7 @@ def forget_unpacked(model: Any) -> None:
     quantizer.remove_quantization_config(model)
     if has_packed(model):
         mark_quantized(model, bits)
-        model.hf_quantizer.new_modules = quantizer.new_modules
+        model.hf_quantizer.new_modules, model.hf_quantizer.directory = quantizer.new_modules, quantizer.directory
     else:
         model._weight_conversions = None
 

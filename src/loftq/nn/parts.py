@@ -16,10 +16,15 @@ def tell_parts(configurations: Any) -> None:
     def get_config_dict(read: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
         values, rest = read(cls, *args, **kwargs)
         packed, own = values.get("quantization_config"), values.get("model_type")
-        if isinstance(packed, dict) and packed.get("quant_method") == "loftq" and own != cls.model_type:
+        if _is_of_loftq(packed) and own != cls.model_type:
             inner = {"quantization_config": packed}
             values = {key: {**inner, **part} if _is(key, part, cls) else part for key, part in values.items()}
         return values, rest
+
+
+def _is_of_loftq(given: Any) -> bool:
+    values = given if isinstance(given, dict) else getattr(given, "__dict__", {})
+    return values.get("quant_method") == "loftq"
 
 
 def _is(key: str, part: Any, cls: Any) -> bool:
@@ -29,9 +34,10 @@ def _is(key: str, part: Any, cls: Any) -> bool:
 
 
 def tell_saved(modeling: Any) -> None:
-    """Let ``save_pretrained`` of a model that was not packed as a whole say which of its layers are packed.
+    """Let ``save_pretrained`` say which layers are packed where the model's configuration is silent, or wrong.
 
-    A part has a configuration of its own, and so has a model of packed parts, such as ``EncoderDecoderModel``.
+    A part has a configuration of its own, and so has a model of packed parts, such as ``EncoderDecoderModel``. A class
+    that is called with the configuration of a packed model gives a dense one.
 
     Args:
         modeling: the module ``transformers.modeling_utils``.
@@ -42,7 +48,14 @@ def tell_saved(modeling: Any) -> None:
     @patches(modeling.PreTrainedModel, "save_pretrained")
     def save_pretrained(save: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         packed = [module for module in self.modules() if isinstance(module, Packed)]
-        if not packed or getattr(self, "hf_quantizer", None) or getattr(self.config, "quantization_config", None):
+        told = getattr(self.config, "quantization_config", None)
+        if not packed and _is_of_loftq(told):
+            del self.config.quantization_config
+            try:
+                return save(self, *args, **kwargs)
+            finally:
+                self.config.quantization_config = told
+        if not packed or getattr(self, "hf_quantizer", None) or told:
             return save(self, *args, **kwargs)
         used = getattr(self, "_weight_conversions", None)
         mark_quantized(self, next(packed[-1].matrices())[1].bits)
