@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +45,8 @@ ROWS = {
     "a run": (["checkpoint-9/config.json", "checkpoint-9/model.safetensors"], "name one of them: checkpoint-9"),
     "runs": (["runs/a/config.json", "runs/a/model.safetensors"], "checkpoints below it; name one of them: runs/a"),
     "a part of diffusers": (["config.json", "diffusion_pytorch_model.safetensors"], "a model of diffusers, and only"),
+    "half": (["config.json", ".cache/huggingface/download/x.incomplete"], "that has not ended, x.inc.*; start"),
+    "half of a browser's": (["model.safetensors.crdownload"], r"a download that .*, model\.safetensors\.crdownload; "),
     "nothing": (["README.md"], "none of them; fetch the weights or check the path"),
 }
 
@@ -56,6 +59,16 @@ def test_what_it_is_and_what_to_do(tmp_path, row):
         (tmp_path / file).write_text("{}")
     with pytest.raises(InputError, match=f"no checkpoint; looked for .*, found .*{message}"):
         open_checkpoint(tmp_path)
+
+
+def test_half_a_download_in_the_cache_of_the_hub(tmp_path, monkeypatch):
+    for file in ("blobs/x.incomplete", "snapshots/0/config.json"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_text("{}")
+    monkeypatch.chdir(tmp_path / "snapshots")
+    for place in (Path("0"), tmp_path / "snapshots" / "0"):
+        with pytest.raises(InputError, match=r"found a download that has not ended, x\.incomplete; start it again"):
+            open_checkpoint(place)
 
 
 def test_the_base_of_an_adapter_is_named(tmp_path):

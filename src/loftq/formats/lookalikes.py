@@ -20,6 +20,9 @@ _VARIANT = re.compile(
     rf"|{_WEIGHTS}\.(?:safetensors|bin)\.index\.(?P<index>[\w-]+)\.json"
 )
 
+# What huggingface_hub, browsers and downloaders call a file that is not yet whole.
+_UNFINISHED = (".incomplete", ".part", ".crdownload", ".aria2")
+
 # Endings or names of files, what they are, what to do.
 _FORMATS = (
     (("consolidated.safetensors", "consolidated.00.pth", "params.json"), "the original format of its authors",
@@ -67,6 +70,9 @@ def _descriptions(directory: Path, names: list[str]) -> Iterator[str]:
             beside = base == ".." or base.startswith("../")  # as ours name their base
             of = f" of {quoted((directory / base).resolve() if beside else base)}"
         yield f"found a PEFT adapter{of}; {_MERGE}, or name the base to quantize that"
+    unfinished = _unfinished(directory, names)
+    if unfinished:
+        yield f"found a download that has not ended, {listed(unfinished, 3)}; start it again, and it continues"
     if "model_index.json" in names:
         yield f"found a pipeline of diffusers; {_inside(directory, names, 'it is made of models of its own')}"
     if any(name.startswith("diffusion_pytorch_model") for name in names):
@@ -98,6 +104,14 @@ def _descriptions(directory: Path, names: list[str]) -> Iterator[str]:
         yield f"found checkpoints below it; name one of them: {listed(inner, 3)}"
 
 
+def _unfinished(directory: Path, names: list[str]) -> list[str]:
+    """Files that are not yet whole: in the directory, or where huggingface_hub keeps them for it."""
+    directory = directory.absolute()
+    cached = directory.parent.name == "snapshots"
+    kept = directory.parents[1] / "blobs" if cached else directory / ".cache" / "huggingface" / "download"
+    return [name for name in (*names, *_listing(kept)) if name.endswith(_UNFINISHED)]
+
+
 def _inside(directory: Path, names: list[str], otherwise: str) -> str:
     inner = _checkpoints(directory, names)
     return f"name one of the models in it: {listed(inner, 3)}" if inner else otherwise
@@ -113,6 +127,13 @@ def _checkpoints(directory: Path, names: list[str]) -> list[str]:
         for place in places
         if (directory / place / "config.json").is_file() and any((directory / place / n).exists() for n in found)
     ]
+
+
+def _listing(directory: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))
+    except OSError:
+        return []
 
 
 def _folders(directory: Path) -> list[str]:
