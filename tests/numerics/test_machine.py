@@ -10,7 +10,7 @@ import torch
 
 from loftq.numerics import machine
 from loftq.solver import workers_for
-from loftq.spec import PRESETS, SolveSpec
+from loftq.spec import PRESETS, QuantSpec, SolveSpec
 
 GB = 10**9
 
@@ -91,12 +91,18 @@ def test_a_worker_needs_what_its_preset_holds(monkeypatch):
     """docs/methods.md: matrices as wide as the inputs, with whole second moments."""
     seen = []
     monkeypatch.setattr("loftq.solver.cost.default_workers", lambda device, each: seen.append(each) or 1)
-    for preset, calibrated in (("fitted", False), ("descent", False), ("descent", True)):
-        workers_for([(8, 8), (64, 512)], SolveSpec(**PRESETS[preset]), "cpu", calibrated)
-    fitted, alone, calibrated = seen
-    assert fitted == 12.5 * 64 * 512
-    assert alone == fitted
-    assert calibrated == fitted + 40 * 512**2
+    lloyd, trellis = QuantSpec(bits=2), QuantSpec(bits=2.1875, code="trellis")
+    rows = [
+        ("fitted", lloyd, False),
+        ("fitted", trellis, False),
+        ("descent", lloyd, False),
+        ("descent", trellis, False),  # its columns are not independent: H is whole, if only the identity
+        ("descent", lloyd, True),
+    ]
+    for preset, quant, calibrated in rows:
+        workers_for([((8, 8), quant), ((64, 512), quant)], SolveSpec(**PRESETS[preset]), "cpu", calibrated)
+    plain, squares = 12.5 * 64 * 512, 40 * 512**2
+    assert seen == [plain, plain, plain, plain + squares, plain + squares]
 
 
 def test_the_code_path_is_the_same_for_any_number_of_threads():

@@ -62,8 +62,8 @@ def convert(
     start: dict[str, torch.Tensor] = {}
     device = str(parameters[plan.matrices[0].name].device)
     members = [member for matrix in plan.matrices for member in matrix.members]
-    shapes = [m.shape for m in members]
-    workers = workers or workers_for(shapes, plan.solve, device, statistics is not None)
+    sizes = [(m.shape, m.quant) for m in members]
+    workers = workers or workers_for(sizes, plan.solve, device, statistics is not None)
     del parameters  # a dense weight is freed when its layer is replaced
     solutions = ordered_map(lambda matrix: _solve(model, matrix, plan, statistics), members, workers)
     for matrix in plan.matrices:

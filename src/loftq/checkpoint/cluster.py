@@ -111,7 +111,7 @@ def _needs(sharing: Sharing) -> Mapping[str, Any]:
     options, plan = sharing.options, sharing.job.source.plan
     workers = options.workers or 1
     calibrated = sharing.statistics is not None
-    largest = max((memory(*m.shape, plan.solve, calibrated) for m in plan.matrices), default=0)
+    largest = max((memory(*m.shape, plan.solve, m.quant, calibrated) for m in plan.matrices), default=0)
     gpus = 0 if torch.device(options.device).type == "cpu" else 1
     return {"num_cpus": workers, "num_gpus": gpus, "memory": constants()["bytes_of_process"] + workers * largest}
 

@@ -86,8 +86,8 @@ def measured(
     if keep is not None:
         head = {"kind": KIND, "identity": identity, "machine": machine}
         fsio.write_atomic(keep, [hashed_json.line(head), *(_line(module, curves[module]) for module in curves)])
-    shapes = [matrix.shape for matrix in missing]
-    workers = workers or workers_for(shapes, source.plan.solve, device, statistics is not None)
+    sizes = [(matrix.shape, matrix.quant) for matrix in missing]
+    workers = workers or workers_for(sizes, source.plan.solve, device, statistics is not None)
     for some, found_out in waves(statistics, place, missing):
         results = ordered_map(functools.partial(work_on, found_out), some, workers)
         for matrix, curve in zip(some, results, strict=True):

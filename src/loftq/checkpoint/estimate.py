@@ -47,7 +47,7 @@ def _quantizing(source: Source, workers: int, calibrated: bool) -> dict[str, Any
     plan = source.plan
     each = [(seconds(*m.shape, plan.solve, m.quant, calibrated), m.count) for m in plan.matrices]
     jobs = [time for time, count in each for _ in range(count)]
-    largest = max(memory(*m.shape, plan.solve, calibrated) for m in plan.matrices)
+    largest = max(memory(*m.shape, plan.solve, m.quant, calibrated) for m in plan.matrices)
     adapter = sum(m.adapter_numel * ITEM_BYTES[m.factors] for m in plan.matrices)
     backbone = sum(t.bytes for t in (*plan.matrices, *plan.kept))
     waiting = max(_beside_codes(m) for m in plan.matrices) + adapter * min(1, SHARD / backbone)

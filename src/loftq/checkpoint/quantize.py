@@ -404,7 +404,7 @@ def _make_units(
 
     began = time.monotonic()
     workers = options.workers or workers_for(
-        (m.shape for m in unsolved), source.plan.solve, options.device, statistics is not None
+        ((m.shape, m.quant) for m in unsolved), source.plan.solve, options.device, statistics is not None
     )
     for unit in missing:
         if not lacking[unit.index]:

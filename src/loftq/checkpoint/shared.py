@@ -85,11 +85,11 @@ class Sharing:
     def team(self) -> Team:
         """Its threads: as the options say, or as fit the machine."""
         calibrated = self.statistics is not None
-        shapes = (m.shape for m in self.job.source.plan.matrices)
+        matrices = ((m.shape, m.quant) for m in self.job.source.plan.matrices)
         solve = self.job.source.plan.solve
         return Team(
             self.crew,
-            self.options.workers or workers_for(shapes, solve, self.options.device, calibrated),
+            self.options.workers or workers_for(matrices, solve, self.options.device, calibrated),
             self.over,
         )
 

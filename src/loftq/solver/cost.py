@@ -26,14 +26,18 @@ def constants() -> dict[str, Any]:
     return json.loads((Path(__file__).parent / "constants.json").read_text("utf-8"))
 
 
-def squares(spec: SolveSpec, calibrated: bool) -> bool:
-    """Whether a matrix ``(out, in)`` is worked on with matrices ``(in, in)``, and its time grows as ``out · in²``."""
-    return spec.rounding != "nearest" and calibrated
+def squares(spec: SolveSpec, calibrated: bool, quant: QuantSpec | None = None) -> bool:
+    """Whether a matrix ``(out, in)`` is worked on with matrices ``(in, in)``, and its time grows as ``out · in²``.
+
+    Without a calibration only where descent goes over a trellis, whose columns are not independent.
+    """
+    trellis = quant is not None and quant.codebook.form == "trellis"
+    return spec.rounding != "nearest" and (calibrated or (trellis and spec.rounding == "descent"))
 
 
-def memory(rows: int, columns: int, spec: SolveSpec, calibrated: bool) -> int:
+def memory(rows: int, columns: int, spec: SolveSpec, quant: QuantSpec, calibrated: bool) -> int:
     """Bytes that a worker needs for a matrix ``(rows, columns)``."""
-    whole = calibrated and (spec.metric == "full" or squares(spec, calibrated))
+    whole = (calibrated and spec.metric == "full") or squares(spec, calibrated, quant)
     found = constants()
     return round(found["bytes_per_weight"] * rows * columns) + (found["bytes_per_square"] * columns**2 if whole else 0)
 
@@ -43,12 +47,16 @@ def seconds(
 ) -> float:
     """CPU seconds for a matrix ``(rows, columns)``, about: measured on one CPU, within a factor of two on others."""
     found = constants()
-    each = found["seconds_per_weight"] + (found["seconds_per_square"] * columns if squares(spec, calibrated) else 0)
+    whole = squares(spec, calibrated, quant)
+    each = found["seconds_per_weight"] + (found["seconds_per_square"] * columns if whole else 0)
     if quant is not None and quant.codebook.form == "trellis":
         each += found["seconds_per_trellis_weight"][str(quant.window)]
     return max(spec.steps, 1) * rows * columns * each
 
 
-def workers_for(shapes: Iterable[tuple[int, int]], spec: SolveSpec, device: str, calibrated: bool) -> int:
-    """The default number of matrices of these shapes to solve at a time."""
-    return default_workers(device, max((memory(*shape, spec, calibrated) for shape in shapes), default=0))
+def workers_for(
+    matrices: Iterable[tuple[tuple[int, int], QuantSpec]], spec: SolveSpec, device: str, calibrated: bool
+) -> int:
+    """The default number of matrices, of these shapes and codes, to solve at a time."""
+    largest = max((memory(*shape, spec, quant, calibrated) for shape, quant in matrices), default=0)
+    return default_workers(device, largest)
