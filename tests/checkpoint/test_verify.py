@@ -48,6 +48,15 @@ def test_every_file_is_told_of_when_it_is_read(out):
     assert told[0] == told.count("read") == len(manifest["files"]) + shards
 
 
+def test_a_checkpoint_near_the_directory_is_named(out):
+    """In a run of ``loftq train`` it is the backbone; its initialization lies in it."""
+    for directory in (out.parent, out / "loftq_init"):
+        refused(cli("inspect", directory), 3, f"finished; name {out}")
+    far = out.parent / "other" / "far"
+    far.mkdir(parents=True)
+    assert refused(cli("verify", far), 3).endswith("not a directory that `loftq quantize` finished")
+
+
 def flip(path, at=None):
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2 if at is None else at] ^= 1

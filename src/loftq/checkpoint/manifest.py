@@ -181,8 +181,17 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise InputError(f"{shown(directory)}: {'not a' if directory.exists() else 'no such'} directory")
     if not path.is_file():
-        raise InputError(f"{shown(path)}: missing; not a directory that `loftq quantize` finished")
+        near = [*sorted(file.parent for file in directory.glob(f"*/{MANIFEST}")), *_above(directory)]
+        cure = f"; name {', or '.join(map(shown, near[:3]))}" if near else ""
+        raise InputError(f"{shown(path)}: missing; not a directory that `loftq quantize` finished{cure}")
     return checked(hashed_json.load(path), path)
+
+
+def _above(directory: Path) -> Iterator[Path]:
+    """The directory that ``directory`` lies in, if that is a LoftQ checkpoint."""
+    parent = directory.absolute().parent
+    if (parent / MANIFEST).is_file():
+        yield parent
 
 
 def checked(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
