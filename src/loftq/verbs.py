@@ -316,7 +316,8 @@ def evaluate(
 
     Args:
         target: a directory, or a hub id.
-        task: a task's name, or a mapping as in a recipe; a run has its own.
+        task: a task's name, or a mapping: a task as in a recipe, or a recipe, whose data and lengths are used too. A
+            run has its own.
         data: a directory with files named by split, instead of the task's or the run's data.
         splits: those to report on; by default the task's.
         adapter: a trained adapter to put on ``target``.

@@ -61,16 +61,17 @@ def test_quantize_train_evaluate(place):
 
 @pytest.mark.slow
 def test_a_task_of_ones_own_on_any_model(place):
-    """``--task`` takes a recipe; here the same data as a task that the package does not have."""
+    """``--task`` takes a recipe, with its data; here the same data as a task that the package does not have."""
     columns = {"text": "sentence", "label": "label"}
     task = {"kind": "text-classification", "columns": columns, "labels": ["bad", "good"]}
     run = cli("train", written(place, "full", task=task, **{"training.max_steps": 1, "max_length": 5}))
     assert run.code == 0, run.err
     model = place / "full" / "model"
-    ended = cli("evaluate", model, "--task", place / "recipe.yaml", "--data", place / "data", "--json")
-    assert ended.code == 0, ended.err
     trained = json.loads((place / "full" / "metrics.json").read_text())["metrics"]
-    assert json.loads(ended.out)["metrics"] == trained
+    for data in ((), ("--data", place / "data")):
+        ended = cli("evaluate", model, "--task", place / "recipe.yaml", *data, "--json")
+        assert ended.code == 0, ended.err
+        assert json.loads(ended.out)["metrics"] == trained
     refused(cli("evaluate", model, "--task", place / "no.yaml"), 3, "no.yaml", "no such file")
 
 

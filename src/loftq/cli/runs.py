@@ -56,7 +56,7 @@ def evaluate(
         ),
     ],
     task: Annotated[
-        str | None, typer.Option(help="Name of a task, or a recipe file with your own task. Default: the run's.")
+        str | None, typer.Option(help="Name of a task, or a file with your own task or a recipe. Default: the run's.")
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Directory with files named by split. Default: the run's or the task's data.")
@@ -79,15 +79,14 @@ def evaluate(
 
     with extra("train"):
         quiet()
-    asked, length = _task(task)
     found = verbs.evaluate(
         target,
-        task=asked,
+        task=_task(task),
         data=data,
         splits=split or (),
         adapter=adapter,
         batch_size=batch_size,
-        max_length=max_length or length,
+        max_length=max_length,
         sampling=sampling,
     )
     if as_json:
@@ -96,14 +95,13 @@ def evaluate(
         print_metrics(f"{found.task} of {quoted(target, 400)}", found.splits, found.metrics)
 
 
-def _task(given: str | None) -> tuple[Any, Any]:
-    """A task's name, or the task in a YAML file: alone, or in a recipe under its key; and the recipe's max_length."""
+def _task(given: str | None) -> str | dict[str, Any] | None:
+    """A task's name, or what stands in a YAML file: a task, or a recipe with one."""
     if given is None or not given.endswith((".yaml", ".yml")):
-        return given, None
+        return given
     from loftq.finetune.recipe import read_mapping
 
-    values = read_mapping(given, "kind and columns, or task")
-    return (values["task"], values.get("max_length")) if "task" in values else (values, None)
+    return read_mapping(given, "kind and columns, or task")
 
 
 @app.command()

@@ -21,6 +21,9 @@ from loftq.formats.regular import local_path
 from loftq.serving.adapter import place_of
 from loftq.sources.checkpoint import resolve
 
+# Keys of a recipe that say what is evaluated.
+OF_TASKS = ("task", "data", "max_length", "max_target_length", "doc_stride", "generation")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -47,9 +50,10 @@ def evaluate(
     adapter = adapter and place_of(adapter)
     run = RunDirectory(local_path("the target", target))
     is_run = run.recipe.is_file()
-    recipe = run.read_recipe() if is_run else _recipe_for(target, task)
-    changes: dict[str, Any] = {"task": task, "generation": generation, "data": data, "max_length": max_length}
-    recipe = recipe.changed(**{key: value for key, value in changes.items() if value is not None})
+    asked = _asked(task)
+    recipe = run.read_recipe() if is_run else _recipe_for(target, asked.get("task"))
+    given = {"generation": generation, "data": data, "max_length": max_length}
+    recipe = recipe.changed(**{**asked, **{key: value for key, value in given.items() if value is not None}})
     known = task_of(recipe)
     wanted = tuple(splits) or known.eval_splits(splits_of(recipe, known))
     rows = read_data(recipe, known, wanted)
@@ -57,6 +61,13 @@ def evaluate(
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     metrics = evaluate_splits(recipe, known, model, tokenizer, rows, batch_size)
     return Evaluation(target, known.identity, list(wanted), metrics)
+
+
+def _asked(task: str | dict[str, Any] | None) -> dict[str, Any]:
+    """What a task, or a recipe with a task, says of an evaluation."""
+    if isinstance(task, dict) and "task" in task:
+        return {key: task[key] for key in OF_TASKS if task.get(key) is not None}
+    return {} if task is None else {"task": task}
 
 
 def _recipe_for(target: str, task: Any) -> Recipe:
