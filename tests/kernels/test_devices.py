@@ -1,0 +1,109 @@
+"""What CUDA devices ask of the kernels' callers, tried without one: threads, graphs, registers and shared memory."""
+
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from backends import compiled, compiled_only, interpreted, stored
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from loftq.kernels import gpu_products
+from loftq.nn import ops
+from loftq.spec import QuantSpec
+
+SMALLEST = 99 * 1024  # bytes of shared memory that a program can have on devices of compute capability 8.6 to 12
+
+
+def test_tables_outlive_their_first_use() -> None:
+    """What is cached while CUDA graphs warm up, or in inference mode, serves later calls outside of these."""
+    seen: list[Any] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            seen.extend([function] if result.is_meta else [])
+            return result
+
+    meta = torch.device("meta")
+    gpu_products.levels.cache_clear()
+    interpreted()._dynamic.cache_clear()
+    with torch.inference_mode(), Watch():
+        tables = [gpu_products.levels("nf", 3, meta), interpreted()._dynamic(meta)]
+    assert not seen, "memory of this thread, which may belong to a graph"
+    assert not any(table.is_inference() for table in tables)
+    gpu_products.levels.cache_clear()
+    interpreted()._dynamic.cache_clear()
+
+
+def test_products_of_threads_are_tuned_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, inside, most = interpreted(), [], []
+
+    class Tuner:
+        def __getitem__(self, grid: Any) -> Any:
+            return self
+
+        def __call__(self, *args: Any, **kwargs: Any) -> None:
+            inside.append(None)
+            time.sleep(0.02)
+            most.append(len(inside))
+            inside.pop()
+
+    spec = QuantSpec(bits=2)
+    tensors, x = stored(spec, 37, 72), torch.randn(2, 72)
+    monkeypatch.setattr(gpu, "_product", Tuner())
+    threads = [threading.Thread(target=gpu.linear, args=(x, tensors, spec, 72)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "most"),
+    [
+        (torch.bfloat16, (9, 0), 64),
+        (torch.float16, (8, 9), 64),
+        (torch.float32, (9, 0), 16),
+        (torch.float16, (7, 5), 16),
+    ],
+    ids=str,
+)
+def test_tokens_whose_sums_fit_the_registers(
+    dtype: torch.dtype, capability: tuple[int, int], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for tokens in (most, most + 1):
+        x: Any = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, numel=lambda tokens=tokens: 72 * tokens)
+        assert gpu_products._few(x, 72) == (tokens == most)
+
+
+def test_products_fit_the_smallest_shared_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The deepest pipeline with the most tokens of either size of numbers."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+    spec = QuantSpec(bits=8, code="uniform")
+    tensors = stored(spec, 128, 256)
+    with compiled_only(monkeypatch, 89) as kernels:
+        for dtype in (torch.float32, torch.bfloat16):
+            compiled().linear(torch.randn(gpu_products.FEW_TOKENS, 256).to(dtype), tensors, spec, 256)
+        compiled().linear(torch.randn(gpu_products.FEW_ON_CORES, 256), tensors, spec, 256)
+    assert [kernel.name for kernel in kernels] == ["_decode", "_product", "_product"]
+    assert all(kernel.metadata.shared <= SMALLEST for kernel in kernels)
+
+
+def test_a_pipeline_is_tuned_for_each_direction() -> None:
+    """They need different amounts of shared memory: what one can have is no choice for the other."""
+    assert "BY_ROWS" in compiled()._product.keys
+
+
+def test_operators_that_look_at_values_stay_out_of_cuda_graphs() -> None:
+    looking = (ops.experts, ops.experts_grad_input, ops.grouped_mm, ops.grouped_outer)
+    for name in vars(torch.ops.loftq):
+        operator = getattr(getattr(torch.ops.loftq, name), "default", None)
+        if operator is not None:
+            assert (torch.Tag.cudagraph_unsafe in operator.tags) == (operator in looking), name
