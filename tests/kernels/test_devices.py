@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 import torch
 from backends import compiled, compiled_only, interpreted, stored
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
 
 from loftq.kernels import gpu_products
 from loftq.nn import ops
+from loftq.nn.experts import pack_experts
+from loftq.numerics import encode, quantize
 from loftq.spec import QuantSpec
 
 SMALLEST = 99 * 1024  # bytes of shared memory that a program can have on devices of compute capability 8.6 to 12
@@ -107,3 +111,38 @@ def test_operators_that_look_at_values_stay_out_of_cuda_graphs() -> None:
         operator = getattr(getattr(torch.ops.loftq, name), "default", None)
         if operator is not None:
             assert (torch.Tag.cudagraph_unsafe in operator.tags) == (operator in looking), name
+
+
+def test_experts_wait_once_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All products of a forward and its backward look at the ends of the experts' rows where :func:`known` put them."""
+    seen: list[int] = []
+    told: list[Tensor] = []
+
+    def known(ends: Tensor) -> Tensor:
+        told.append(ends.clone())
+        return told[-1]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function in (ops.experts, ops.experts_grad_input):
+                seen.append(args[1].data_ptr())
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(ops, "known", known)
+    spec = QuantSpec(bits=2)
+    module: Any = MixtralExperts(MixtralConfig(hidden_size=64, intermediate_size=96, num_local_experts=4))
+    for name in ("gate_up_proj", "down_proj"):
+        bank = pack_experts(module, name, spec).banks[name]
+        for e in range(bank.experts):
+            module.load_expert(name, e, encode(quantize(torch.randn(bank.rows, bank.columns), spec), spec))
+    x = torch.randn(6, 64, requires_grad=True)
+    with Watch():
+        module(x, torch.randint(4, (6, 2)), torch.rand(6, 2)).sum().backward()
+    assert len(told) == 1
+    assert seen == [told[0].data_ptr()] * 4
+    assert x.grad is not None
+
+
+def test_known_ends_are_on_the_cpu() -> None:
+    assert ops.known(torch.arange(3)).device.type == "cpu"
+    assert ops.known(torch.arange(3, device="meta")).is_meta

@@ -183,8 +183,15 @@ torch.library.register_autograd(
 )
 
 
+def known(ends: Tensor) -> Tensor:
+    """The ends of experts' rows on the CPU, where all products of a forward and its backward look at them: a device is
+    waited for once.
+    """
+    return ends if ends.is_meta else ends.cpu()
+
+
 def _groups(ends: Tensor, count: int) -> tuple[list[tuple[int, slice]], slice]:
-    """Experts that have rows, with these; and the rows of none. One look at the device, however many experts."""
+    """Experts that have rows, with these; and the rows of none."""
     stops = [min(end, count) for end in ends.tolist()]
     starts = [0, *stops[:-1]]
     pairs = enumerate(zip(starts, stops, strict=True))
@@ -210,7 +217,8 @@ def experts(x: Tensor, ends: Tensor, stored: list[Tensor], spec: str, rows: int,
 
     Args:
         x: ``(n, in)``, sorted by expert.
-        ends: of every expert, the number of the row after its last, ``(experts,)``. What is beyond them all gives zero.
+        ends: of every expert, the number of the row after its last, ``(experts,)``; best on the CPU, by :func:`known`.
+            What is beyond them all gives zero.
         stored: each with the experts as leading axis.
     """
     return _by_expert(x, ends, stored, spec, columns, rows, "linear")
