@@ -100,6 +100,24 @@ def test_products_fit_the_smallest_shared_memory(
     assert all(kernel.metadata.shared <= SMALLEST for kernel in kernels)
 
 
+@pytest.mark.parametrize(
+    "architecture", [100, *(pytest.param(other, marks=pytest.mark.slow) for other in (75, 89, 120))]
+)
+def test_products_compile_for_every_generation(
+    architecture: int, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """In both directions, with and without tensor cores. A compiler may fail for a single one of these."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+    gpu = compiled()
+    with compiled_only(monkeypatch, architecture) as kernels:
+        for spec in (QuantSpec(bits=2), QuantSpec(bits=8, code="uniform")):
+            tensors = stored(spec, 256, 512)
+            for dtype in (torch.float32, torch.bfloat16):
+                gpu.linear(torch.randn(1, 512).to(dtype), tensors, spec, 512)
+                gpu.linear_grad_input(torch.randn(1, 256).to(dtype), tensors, spec, 512)
+    assert [kernel.name for kernel in kernels] == ["_product"] * 8
+
+
 def test_a_pipeline_is_tuned_for_each_direction() -> None:
     """They need different amounts of shared memory: what one can have is no choice for the other."""
     assert "BY_ROWS" in compiled()._product.keys

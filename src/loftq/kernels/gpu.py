@@ -9,7 +9,7 @@ contraction, then rounded once.
 :func:`quantize_residual`, :func:`feedback`, :func:`descend` and :func:`pack` are the reference's, on the device: a
 solver calls them once a step and once a matrix, beside an SVD.
 
-Tried under Triton's interpreter, and compiled for sm_80, sm_90 and sm_100; not yet measured on a GPU.
+Tried under Triton's interpreter, and compiled for sm_75 to sm_120; not yet measured on a GPU.
 """
 
 import functools
@@ -196,12 +196,18 @@ def _product(
         known = rows < n_rows
         weight = _tile(w, rows, rows, known, groups, BITS, CODES, BYTES, BLOCK, SCALED, R, G, C)
         if BY_ROWS:
-            weight, inner, n_inner = tl.trans(weight), rows, n_rows
+            inner, n_inner = rows, n_rows
         else:
             inner, n_inner = tile * C + tl.arange(0, C), w.columns
         mask = (inner < n_inner)[:, None] & (token < tokens)[None, :]
         factor = tl.load(x + token[None, :] * n_inner + inner[:, None], mask=mask, other=0)
-        acc = tl.dot(weight.to(factor.dtype), factor, acc, input_precision="ieee")
+        weight = weight.to(factor.dtype)
+        if not BY_ROWS:
+            acc = tl.dot(weight, factor, acc, input_precision="ieee")
+        elif factor.dtype == tl.float32:  # no tensor cores; transposed, Triton 3.7 does not compile it for sm_100
+            acc += tl.trans(tl.dot(tl.trans(factor), weight, input_precision="ieee"))
+        else:
+            acc = tl.dot(tl.trans(weight), factor, acc, input_precision="ieee")
     if BY_ROWS:
         place, n_outer = outer * C + tl.arange(0, C), w.columns
     else:
