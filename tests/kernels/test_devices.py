@@ -15,6 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralE
 from loftq.kernels import gpu_products
 from loftq.nn import ops
 from loftq.nn.experts import pack_experts
+from loftq.nn.layers import LoftQLinear
 from loftq.numerics import encode, quantize
 from loftq.spec import QuantSpec
 
@@ -164,3 +165,21 @@ def test_experts_wait_once_for_the_device(monkeypatch: pytest.MonkeyPatch) -> No
 def test_known_ends_are_on_the_cpu() -> None:
     assert ops.known(torch.arange(3)).device.type == "cpu"
     assert ops.known(torch.arange(3, device="meta")).is_meta
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_cuda_graphs_from_the_first_call_on() -> None:
+    """The kernels' tables are made while PyTorch warms up for them."""
+    gpu_products.levels.cache_clear()
+    spec = QuantSpec(bits=2)
+    layer = LoftQLinear(256, 128, True, spec, dtype=torch.bfloat16)
+    layer.load_stored(stored(spec, 128, 256))
+    assert layer.bias is not None
+    torch.nn.init.normal_(layer.bias)
+    layer.to("cuda")
+    graphed = torch.compile(layer, mode="reduce-overhead")
+    for _ in range(4):
+        x = torch.randn(3, 256, dtype=torch.bfloat16, device="cuda")
+        with torch.no_grad():
+            torch.testing.assert_close(graphed(x).clone(), layer(x))
