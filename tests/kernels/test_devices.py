@@ -10,7 +10,8 @@ import torch
 from backends import compiled, compiled_only, interpreted, stored
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from loftq.kernels import gpu_products
 from loftq.nn import ops
