@@ -74,8 +74,8 @@ bench: $(STAMP) .peers/.installed
 # the python with CUDA's torch, where transformers, PEFT and the other dependencies are installed
 GPU_PYTHON ?= python3
 gpu:
-	-PYTHONPATH=src $(GPU_PYTHON) -m pytest -m gpu -q -p no:cacheprovider
-	PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu.py --minutes 5
+	-PYTHONPATH=src timeout 150 $(GPU_PYTHON) -m pytest tests/kernels -m "gpu and not slow" -q -p no:cacheprovider
+	PYTHONPATH=src timeout 330 $(GPU_PYTHON) benchmarks/gpu.py --minutes 4
 
 $(TOOLS)/.installed: constraints.txt
 	$(PYTHON) -m venv $(TOOLS)

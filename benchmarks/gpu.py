@@ -1,6 +1,6 @@
 """On a CUDA device: is decoding as fast as memory, and training and decoding as fast as the peers'?
 
-    python benchmarks/gpu.py --minutes 5    # prints and writes each figure as it is known, the most telling first
+    python benchmarks/gpu.py --minutes 4    # prints and writes each figure as it is known, the most telling first
 
 Peer: a copy of the decoded matrix; bitsandbytes NF4 (QLoRA), if it is installed, and dense bfloat16 LoRA in training;
 dense bfloat16 in generating a token; the official algorithm and PEFT's loftq_init for one matrix. Models
@@ -49,8 +49,8 @@ def next_token(model: Any, context: int) -> Callable[[], None]:
 
 
 def one_token(bench: Bench, shape: tuple[Any, ...], context: int) -> None:
-    models = {way: WAYS[way](llama(*shape), RANK) for way in (*PEERS, LOFTQ4, LOFTQ2)}
-    steps = {way: next_token(model, context) for way, model in models.items()}
+    ways = (*PEERS, LOFTQ4, LOFTQ2)
+    steps = bench.built({way: lambda way=way: next_token(WAYS[way](llama(*shape), RANK), context) for way in ways})
     case = f"one token, batch 1, after {context}, hidden {shape[0]}, {shape[1]} layers, {shape[3]}"
     bench.compare(case, steps, VERSUS, repeats=15, number=5)
 
@@ -61,10 +61,21 @@ def free() -> None:
     torch.cuda.empty_cache()
 
 
+def is_usable() -> bool:
+    """Whether this process can use the device still: after some errors, such as a wrong address, nothing works."""
+    try:
+        free()
+        torch.ones(1, device="cuda").item()
+    except RuntimeError:
+        return False
+    return True
+
+
 def memory(bench: Bench, shape: tuple[Any, ...], tokens: int) -> None:
     """Bytes that PyTorch holds on the device: before training, and at the peak of two training steps."""
     case, peaks = f"memory, hidden {shape[0]}, {shape[1]} layers, {tokens} tokens, {shape[3]}", {}
-    for way in (LOFTQ4, LOFTQ2, *((BNB_NESTED,) if BNB in PEERS else ())):
+
+    def measure(way: str) -> None:
         step = training_step(WAYS[way](llama(*shape), RANK), 1, tokens)
         free()
         torch.cuda.reset_peak_memory_stats()
@@ -73,9 +84,11 @@ def memory(bench: Bench, shape: tuple[Any, ...], tokens: int) -> None:
         step()
         peaks[way] = torch.cuda.max_memory_allocated()
         bench.record(case, f"peak in training, {way}", [peaks[way]], "B")
-        del step
+
+    for way in (LOFTQ4, LOFTQ2, *((BNB_NESTED,) if BNB in PEERS else ())):
+        bench.attempt(lambda way=way: measure(way), f"{case}: {way}")
         free()
-    if BNB_NESTED in peaks:
+    if peaks.keys() >= {LOFTQ2, BNB_NESTED}:
         bench.record(case, f"peak of {LOFTQ2} / {BNB_NESTED}", [peaks[LOFTQ2] / peaks[BNB_NESTED]], "x")
 
 
@@ -95,7 +108,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("gpu: there is no CUDA device here; nothing was measured")
         return
-    bench = Bench(__file__, __doc__)
+    bench = Bench(__file__, __doc__, first=0)
+    if bench.options["first"]:
+        bench.recall()
     hidden, layers, vocabulary, size, tokens = (256, 2, 256, 1024, 64) if bench.quick else (4096, 4, 32000, 8192, 512)
     shape = (hidden, layers, vocabulary, "bfloat16", "cuda")
     whole = (hidden, 8 * layers, vocabulary, "bfloat16", "cuda")
@@ -119,9 +134,10 @@ def main() -> None:
         (lambda: whole_model(bench, 4, whole), "LoftQ of a whole model, 4 bits"),
         (lambda: whole_model(bench, 2, whole), "LoftQ of a whole model, 2 bits"),
     ]
-    for measure, what in parts:
+    for i, (measure, what) in enumerate(parts[bench.options["first"] :], bench.options["first"] + 1):
         bench.part(measure, what)
-        free()
+        if not is_usable():
+            bench.go_on(first=i)
     bench.finish()
 
 

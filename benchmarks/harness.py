@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -31,6 +31,8 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "numpy", "numba", "triton", "transformers", "peft", "bitsandbytes", "hqq", "torchao")
+
+T = TypeVar("T")
 
 for noisy in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # advice about optional parts of theirs
     logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -102,24 +104,46 @@ class Bench:
     ) -> dict[str, list[float]]:
         """Seconds of every call of every side, which take turns, in alternating order, after one call each to warm up.
 
+        In a part, a side that fails becomes a note, and the others are measured.
+
         Args:
-            slow: sides that are called once only, without warming up.
+            slow: sides that are called once only, without warming up, after the others.
             number: calls that are timed together, for calls too short for the clock.
         """
-        for side in sides.keys() - set(slow):
-            sides[side]()
         seconds: dict[str, list[float]] = {side: [] for side in sides}
-        for i in range(repeats):
-            for side in list(sides)[:: -1 if i % 2 else 1]:
-                if not (i and side in slow):
-                    gc.collect()
+
+        def call(side: str, timed: bool) -> None:
+            def measure() -> bool:
+                if timed:
                     seconds[side].append(_seconds(sides[side], number, self.clock))
-        for side, values in seconds.items():
-            row = {"side": side, "unit": "s", **_statistics(values)}
-            self._case(case)["times"].append(row)
-            self._tell(case, side, row)
+                else:
+                    sides[side]()
+                return True
+
+            if side in seconds and not self.attempt(measure, f"{case}: {side}"):
+                del seconds[side]
+
+        def tell(side: str) -> None:
+            if side in seconds:
+                row = {"side": side, "unit": "s", **_statistics(seconds[side])}
+                self._case(case)["times"].append(row)
+                self._tell(case, side, row)
+
+        quick = [side for side in sides if side not in slow]
+        for side in quick:
+            call(side, timed=False)
+        for i in range(repeats):
+            for side in quick[:: -1 if i % 2 else 1]:
+                gc.collect()
+                call(side, timed=True)
+        for side in quick:
+            tell(side)
+        for side in (side for side in sides if side in slow):
+            gc.collect()
+            call(side, timed=True)
+            tell(side)
         for v in versus:
-            if {v.side, v.peer} <= sides.keys():
+            if {v.side, v.peer} <= seconds.keys():
                 pairs = [_of(seconds[v.peer], i) / _of(seconds[v.side], i) for i in range(repeats)]
                 once = v.peer in slow and v.side in slow
                 what = f"speed of {v.side} / {v.peer}"
@@ -155,12 +179,38 @@ class Bench:
         if time.monotonic() > self.end:
             self.note(f"Not measured, the time was over: {what}.")
             return
+        self.attempt(measure, what)
+        self._write()
+
+    def attempt(self, call: Callable[[], T], what: str) -> T | None:
+        """What a call returns. In a part, None if it fails, which becomes a note."""
         try:
-            measure()
+            return call()
         except Exception as e:  # whatever a device, a driver or a peer raises
+            if not self.in_parts:
+                raise
             lines = str(e).strip().splitlines() or [""]
             self.note(f"Failed: {what}: {type(e).__name__}: {lines[0][:200]}")
+            return None
+
+    def built(self, makers: Mapping[str, Callable[[], T]]) -> dict[str, T]:
+        """What each side's maker returns, without those that fail, as :meth:`attempt` has it."""
+        made = {side: self.attempt(make, side) for side, make in makers.items()}
+        return {side: one for side, one in made.items() if one is not None}
+
+    def go_on(self, **numbers: int) -> None:
+        """Begin the script anew with other numbers and what is known so far: a process cannot use a device again that
+        failed in it."""
         self._write()
+        left = max(0.0, (self.end - time.monotonic()) / 60)
+        given = [word for name, number in numbers.items() for word in (f"--{name}", str(number))]
+        os.execv(sys.executable, [*sys.orig_argv, "--minutes", f"{left:.3f}", *given])
+
+    def recall(self) -> None:
+        """Take over what the script knew when it went on."""
+        path = self.output and self.output / f"{self.name}.json"
+        if path and path.is_file():
+            self.result |= {key: json.loads(path.read_text("utf-8"))[key] for key in ("notes", "cases")}
 
     def note(self, text: str) -> None:
         self.result["notes"].append(text)

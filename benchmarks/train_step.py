@@ -23,7 +23,7 @@ Shape = tuple[int, int, int, str, str]  # the arguments of models.llama
 def one_step(bench: Bench, shape: Shape, tokens: int, versus: tuple[Versus, ...]) -> None:
     """Training steps of all ways, in turn; all models are in memory."""
     ways = dict.fromkeys(side for v in versus for side in (v.peer, v.side))
-    steps = {way: training_step(WAYS[way](llama(*shape), RANK), 1, tokens) for way in ways}
+    steps = bench.built({w: lambda w=w: training_step(WAYS[w](llama(*shape), RANK), 1, tokens) for w in ways})
     hidden, layers, _, dtype, device = shape
     case = f"training step, hidden {hidden}, {layers} layers, {tokens} tokens, {dtype}, {device}"
     bench.compare(case, steps, versus, repeats=5)

@@ -83,6 +83,7 @@ def test_errors_travel_between_processes():
         ),
         (RuntimeError("can't allocate memory"), StorageError, "not enough memory"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), StorageError, "not enough memory"),
+        (RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling"), StorageError, "not enough memory"),
         (RuntimeError("shapes differ"), RuntimeError, "^shapes differ$"),
         (RuntimeError("they refer to a single memory location"), RuntimeError, "^they refer"),
     ],

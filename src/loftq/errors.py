@@ -23,8 +23,10 @@ from typing import Any, TypeVar
 _UNSEEN = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
-# How torch says that memory is wanting: on CUDA and MPS; on a CPU of Linux; of Windows.
-_NO_MEMORY = re.compile(r"out of memory|can(?:'t|not) allocate memory|not enough memory", re.IGNORECASE)
+# How torch says that memory is wanting: on CUDA and MPS; on a CPU of Linux; of Windows; in a library of CUDA's.
+_NO_MEMORY = re.compile(
+    r"out of memory|can(?:'t|not) allocate memory|not enough memory|_STATUS_ALLOC_FAILED", re.IGNORECASE
+)
 _LIBRARIES = ("loftq", "peft", "transformers", "trl")
 
 

@@ -63,6 +63,24 @@ def test_a_missing_compiler_is_named_once(
     assert module not in sys.modules
 
 
+def test_triton_without_a_c_compiler_is_named_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver = pytest.importorskip("triton.runtime").driver
+
+    class Broken:
+        def get_current_target(self) -> None:
+            raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(driver, "_active", Broken())
+    with caplog.at_level(logging.WARNING, "loftq"):
+        for _ in range(2):
+            assert loftq.kernels.backend(torch.device("cuda")) is reference
+    assert len(caplog.records) == 1
+    assert "Failed to find C compiler" in caplog.text
+    assert "python3-dev" in caplog.text
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_has_its_kernels() -> None:

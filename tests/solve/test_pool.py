@@ -19,6 +19,17 @@ def test_results_come_in_order(workers: int) -> None:
     assert list(ordered_map(work, range(20), workers)) == [i * i for i in range(20)]
 
 
+def test_threads_work_on_the_callers_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new thread's own would be the first one. There is no device here: what is asked of PyTorch is looked at."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "a stream of cuda:1")
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: asked.append((stream, threading.current_thread())))
+    assert list(ordered_map(lambda i: i, range(3), 1)) == [0, 1, 2]
+    assert [stream for stream, _ in asked] == ["a stream of cuda:1"]
+    assert asked[0][1] is not threading.current_thread()
+
+
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("svd", ["exact", "randomized"])
 def test_the_same_bits_for_any_number_of_workers(svd: str) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from loftq.errors import LoftqError, UsageError, quoted
 from loftq.nn.experts import PackedExperts
 from loftq.nn.layers import LoftQEmbedding, LoftQLinear, Packed, PackedWeight, has_packed
+from loftq.numerics.device import seeded
 from loftq.patching import inside, patches
 
 NOT_TRIED = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")
@@ -153,10 +154,9 @@ def _try(tuner: BaseTuner, config: Any, layers: dict[str, nn.Module]) -> dict[st
     model = nn.Module()
     for name, layer in layers.items():
         _place(model, name, layer)
-    device = next(model.parameters()).device
-    with inside(_settled), torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
+    devices = [parameter.device for parameter in model.parameters()]  # device_map may spread them
+    with inside(_settled), seeded(0, devices), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.manual_seed(0)
         tuned = type(tuner)(model, {"trial": _plain(config)}, "trial").train()  # type: ignore[arg-type]
         for parameter in tuned.parameters():
             if parameter.requires_grad:
@@ -164,7 +164,7 @@ def _try(tuner: BaseTuner, config: Any, layers: dict[str, nn.Module]) -> dict[st
         results = {}
         for name, layer in layers.items():
             tuned.zero_grad()
-            output = tuned.model.get_submodule(name)(_inputs(layer, device))
+            output = tuned.model.get_submodule(name)(_inputs(layer))
             (output * torch.randn_like(output)).sum().backward()
             gradients = {f"gradient {n}": p.grad.clone() for n, p in tuned.named_parameters() if p.grad is not None}
             results[name] = {"output": output.detach(), **gradients, **_kept(tuned)}
@@ -186,7 +186,8 @@ def _place(model: nn.Module, name: str, layer: nn.Module) -> None:
     model.add_module(leaf, layer)
 
 
-def _inputs(layer: Any, device: torch.device) -> Tensor:
+def _inputs(layer: Any) -> Tensor:
+    device = layer.weight.device
     if isinstance(layer, nn.Embedding):
         return torch.arange(ROWS, device=device) % layer.num_embeddings
     columns = getattr(layer, "in_features", None) or layer.weight.shape[0]  # a Conv1D holds (in, out)

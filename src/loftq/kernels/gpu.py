@@ -9,10 +9,11 @@ contraction, then rounded once.
 :func:`quantize_residual`, :func:`feedback`, :func:`descend` and :func:`pack` are the reference's, on the device: a
 solver calls them once a step and once a matrix, beside an SVD.
 
-Tried under Triton's interpreter, and compiled for sm_80, sm_90 and sm_100; not yet measured on a GPU.
+Tried under Triton's interpreter, and compiled for sm_75 to sm_120; not yet measured on a GPU.
 """
 
 import functools
+import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from triton import knobs  # pyright: ignore[reportMissingImports]
 
 from loftq.kernels import gpu_products
-from loftq.kernels.gpu_products import DeviceMultiplicand, ceil, dense, levels
+from loftq.kernels.gpu_products import DeviceMultiplicand, ceil, dense, kept_on, levels
 from loftq.kernels.reference import descend as descend
 from loftq.kernels.reference import feedback as feedback
 from loftq.kernels.reference import pack as pack
@@ -37,6 +38,8 @@ NESTED = tl.constexpr(NESTED_BLOCK)
 
 # Only the depth of the pipeline is tuned: other tiles or warps could add in another order, and so change bits.
 PIPELINES = [triton.Config({}, num_warps=WARPS, num_stages=stages) for stages in (1, 3)]
+TUNED_BY = ["n_rows", "steps", "T", "BY_ROWS", "BITS", "BLOCK"]  # all that a pipeline's shared memory depends on, too
+_tuning = threading.Lock()  # the tuner keeps a call's arguments in itself, and nn.DataParallel calls from threads
 
 
 def multiplicand(
@@ -53,7 +56,8 @@ def multiplicand(
 
     def product(grid: tuple[int, int], x: Tensor, y: Tensor, steps: int, **sizes: int) -> None:
         launch: Any = _product[grid]  # pyright: ignore[reportIndexIssue]
-        launch(weight, x, y, n_rows, len(x), steps, **constants, **sizes, enable_fp_fusion=True)
+        with _tuning:
+            launch(weight, x, y, n_rows, len(x), steps, **constants, **sizes, enable_fp_fusion=True)
 
     return DeviceMultiplicand(weight.packed.device, n_rows, columns, (ROWS, COLUMNS), decode, product)
 
@@ -111,7 +115,7 @@ def _weight(stored: dict[str, Tensor], spec: QuantSpec, columns: int) -> tuple[W
 
 @functools.cache
 def _dynamic(device: torch.device) -> Tensor:
-    return dynamic_8bit().to(device)
+    return kept_on(device, dynamic_8bit())
 
 
 # The kernels' constants. BITS, CODES, BYTES: the width and its group, see GROUPS. BLOCK: the block size, 0 where a row
@@ -172,7 +176,7 @@ def _decode(
     tl.store(out + at, values.to(out.dtype.element_ty), mask=known[:, None] & (column < w.columns)[None, :])
 
 
-@triton.autotune(PIPELINES[:1] if knobs.runtime.interpret else PIPELINES, key=["n_rows", "steps", "T", "BITS"])
+@triton.autotune(PIPELINES[:1] if knobs.runtime.interpret else PIPELINES, key=TUNED_BY)
 @triton.jit
 def _product(
     w, x, y, n_rows, tokens, steps,
@@ -192,12 +196,18 @@ def _product(
         known = rows < n_rows
         weight = _tile(w, rows, rows, known, groups, BITS, CODES, BYTES, BLOCK, SCALED, R, G, C)
         if BY_ROWS:
-            weight, inner, n_inner = tl.trans(weight), rows, n_rows
+            inner, n_inner = rows, n_rows
         else:
             inner, n_inner = tile * C + tl.arange(0, C), w.columns
         mask = (inner < n_inner)[:, None] & (token < tokens)[None, :]
         factor = tl.load(x + token[None, :] * n_inner + inner[:, None], mask=mask, other=0)
-        acc = tl.dot(weight.to(factor.dtype), factor, acc, input_precision="ieee")
+        weight = weight.to(factor.dtype)
+        if not BY_ROWS:
+            acc = tl.dot(weight, factor, acc, input_precision="ieee")
+        elif factor.dtype == tl.float32:  # no tensor cores; transposed, Triton 3.7 does not compile it for sm_100
+            acc += tl.trans(tl.dot(tl.trans(factor), weight, input_precision="ieee"))
+        else:
+            acc = tl.dot(tl.trans(weight), factor, acc, input_precision="ieee")
     if BY_ROWS:
         place, n_outer = outer * C + tl.arange(0, C), w.columns
     else:

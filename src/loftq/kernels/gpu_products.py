@@ -7,6 +7,7 @@ functions of :mod:`loftq.kernels.reference` by its ``multiplicand`` of the store
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from loftq.kernels.reference import Adapter, add_adapters, dense_linear
 from loftq.spec import QuantSpec
 
 FEW_TOKENS = 64  # up to here a product reads the packed weight itself. Not yet measured
+FEW_ON_CORES = 16  # the same where no tensor core multiplies: a thread's sums of more tokens do not fit its registers
+TENSOR_CORES = (8, 0)  # compute capability from which Triton uses them, for 16 bits
 PROGRAMS = 512  # a product's inner axis is split until there are about as many. Not yet measured
 DIRECT = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels read and write; other dtypes are converted
 
@@ -85,7 +88,13 @@ def linear_grad_input(
 
 
 def _few(x: Tensor, features: int) -> bool:
-    return x.dtype in DIRECT and x.numel() // features <= FEW_TOKENS
+    return x.dtype in DIRECT and x.numel() // features <= _most_tokens(x)
+
+
+def _most_tokens(x: Tensor) -> int:
+    """Of float32, whose products are to be exact to its last bits, and of all dtypes on older devices: fewer."""
+    old = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < TENSOR_CORES
+    return FEW_ON_CORES if old or x.dtype == torch.float32 else FEW_TOKENS
 
 
 def _few_products(weight: DeviceMultiplicand, x: Tensor, bias: Tensor | None, by_rows: bool) -> Tensor:
@@ -120,4 +129,14 @@ def ceil(length: int, part: int) -> int:
 @functools.cache
 def levels(code: str, bits: int, device: torch.device) -> Tensor:
     """The levels of a code on a device."""
-    return codes.levels(code, bits).to(device)
+    return kept_on(device, codes.levels(code, bits))
+
+
+def kept_on(device: torch.device, table: Tensor) -> Tensor:
+    """A table on a device, for as long as the process lives, whatever its first user is in the middle of.
+
+    It is copied by a thread of its own. The caller's may be in inference mode, or warm up for CUDA graphs: then PyTorch
+    takes its memory from the graphs' pool, and refuses what is still held there after the call.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(table.to, device).result()

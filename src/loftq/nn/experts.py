@@ -126,7 +126,7 @@ class PackedExperts(Packed):
         x = ops.autocast(hidden_states[order // k])
         first = next(name for name in FIRST if hasattr(self, name))
         count = len(getattr(self, first))
-        ends = torch.searchsorted(experts, torch.arange(count, device=experts.device), right=True)
+        ends = ops.known(torch.searchsorted(experts, torch.arange(count, device=experts.device), right=True))
         of_bias = experts.clamp(max=count - 1)
         x = self._project(first, x, ends, of_bias, (lora or {}).get(first, []))
         x = me._apply_gate(x) if me.has_gate else me.act_fn(x)
@@ -176,7 +176,7 @@ class PackedBatches(PackedExperts):
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         count = len(getattr(self, LAST))
         places = x.any(1).nonzero()[:, 0]
-        ends = torch.searchsorted(places, torch.arange(1, count + 1, device=x.device) * (len(x) // count))
+        ends = ops.known(torch.searchsorted(places, torch.arange(1, count + 1, device=x.device) * (len(x) // count)))
         part = ops.autocast(x[places])
         gate, up = self._project(FIRST[0], part, ends, ends, (lora or {}).get(FIRST[0], [])).chunk(2, -1)
         y = self._project(LAST, up * me.act_fn(gate), ends, ends, (lora or {}).get(LAST, []))
@@ -189,7 +189,7 @@ class PackedProducts(PackedExperts):
     def forward(  # type: ignore[override]
         self, inputs: Tensor, expert_size: list[int], *, lora: Mapping[str, list[StackFactors]] | None = None
     ) -> Tensor:
-        ends = torch.tensor(expert_size, device=inputs.device).cumsum(0)
+        ends = torch.tensor(expert_size, device="cpu").cumsum(0)
         return self._project("weight", ops.autocast(inputs), ends, ends, (lora or {}).get("weight", []))
 
 

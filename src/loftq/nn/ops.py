@@ -19,14 +19,18 @@ from loftq.spec import QuantSpec, from_dict, stored_rows, stored_tensors
 _library = torch.library.Library("loftq", "DEF")
 
 
-def _operator(function: Callable[..., Tensor]) -> Any:
+LOOKS = (torch.Tag.cudagraph_unsafe,)  # of an operator that looks at values: torch.compile leaves it out of CUDA graphs
+
+
+def _operator(function: Callable[..., Tensor], tags: tuple[torch.Tag, ...] = ()) -> Any:
     """An operator of PyTorch's, its schema as the annotations say.
 
     ``torch.library.custom_op`` makes the same, and asks at every call of inference whether a result shares memory with
     an argument: that took longer than all else around a small product.
     """
     name = function.__name__
-    _library.define(name + torch.library.infer_schema(function, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
+    schema = name + torch.library.infer_schema(function, mutates_args=())
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     _library.impl(name, function, "CompositeExplicitAutograd")
     return getattr(torch.ops.loftq, name).default
 
@@ -179,8 +183,15 @@ torch.library.register_autograd(
 )
 
 
+def known(ends: Tensor) -> Tensor:
+    """The ends of experts' rows on the CPU, where all products of a forward and its backward look at them: a device is
+    waited for once.
+    """
+    return ends if ends.is_meta else ends.cpu()
+
+
 def _groups(ends: Tensor, count: int) -> tuple[list[tuple[int, slice]], slice]:
-    """Experts that have rows, with these; and the rows of none. One look at the device, however many experts."""
+    """Experts that have rows, with these; and the rows of none."""
     stops = [min(end, count) for end in ends.tolist()]
     starts = [0, *stops[:-1]]
     pairs = enumerate(zip(starts, stops, strict=True))
@@ -200,13 +211,14 @@ def _by_expert(
     return y
 
 
-@_operator
+@functools.partial(_operator, tags=LOOKS)
 def experts(x: Tensor, ends: Tensor, stored: list[Tensor], spec: str, rows: int, columns: int) -> Tensor:
     """``x_i @ W_e.T`` for packed experts; only those that have rows are decoded, one at a time.
 
     Args:
         x: ``(n, in)``, sorted by expert.
-        ends: of every expert, the number of the row after its last, ``(experts,)``. What is beyond them all gives zero.
+        ends: of every expert, the number of the row after its last, ``(experts,)``; best on the CPU, by :func:`known`.
+            What is beyond them all gives zero.
         stored: each with the experts as leading axis.
     """
     return _by_expert(x, ends, stored, spec, columns, rows, "linear")
@@ -217,7 +229,7 @@ def _(x: Tensor, ends: Tensor, stored: list[Tensor], spec: str, rows: int, colum
     return x.new_empty(len(x), rows)
 
 
-@_operator
+@functools.partial(_operator, tags=LOOKS)
 def experts_grad_input(grad: Tensor, ends: Tensor, stored: list[Tensor], spec: str, rows: int, columns: int) -> Tensor:
     """``grad_i @ W_e``: the gradient of :func:`experts` with respect to its input."""
     return _by_expert(grad, ends, stored, spec, columns, columns, "linear_grad_input")
@@ -249,7 +261,7 @@ torch.library.register_autograd(
 )
 
 
-@_operator
+@functools.partial(_operator, tags=LOOKS)
 def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """``x_i @ W_e`` for dense ``(experts, in, out)``; ``x`` and ``ends`` as :func:`experts` takes them.
 
@@ -268,7 +280,7 @@ def _(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(len(x), weights.shape[2])
 
 
-@_operator
+@functools.partial(_operator, tags=LOOKS)
 def grouped_outer(x: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
     """``sum_i x_i^T grad_i`` over the rows of each expert: the gradient of :func:`grouped_mm` for its weights."""
     result = x.new_zeros(len(ends), x.shape[1], grad.shape[1])

@@ -82,8 +82,8 @@ def descend_block(
     table, gaps = (each(spec.code, spec.width).to(pull.device) for each in (levels, midpoints))
     safe = torch.where(scale == 0, 1, scale)
     codes, moved = codes.clone(), torch.zeros_like(pull)
-    for i in range(pull.shape[1]):
-        if own[i, i] <= 0:
+    for i, energy in enumerate(own.diagonal().tolist()):  # one look at a device, not one for each column
+        if energy <= 0:
             continue
         value = (table[codes[:, i].int()] - zero) * scale
         code = torch.bucketize((value + pull[:, i] / own[i, i]) / safe + zero, gaps)

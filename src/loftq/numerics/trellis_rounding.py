@@ -93,11 +93,12 @@ def descend(
     if fitted:
         scales, pull = _moved(quantized, pull, h, spec)
     codes, q = quantized.codes.clone(), dequantize(Quantized(quantized.codes, scales), spec)
+    energies = h.diagonal().tolist()  # one look at a device, not one for each column
     for first in range(0, target.shape[1], BLOCK):
         block = slice(first, min(first + BLOCK, target.shape[1]))
         near, moved = pull[:, block].contiguous(), torch.zeros_like(pull[:, block])
         for i in range(block.start, block.stop):
-            if h[i, i] <= 0:
+            if energies[i] <= 0:
                 continue
             own, j = _column(scales, i), i - first
             wanted = q[:, i : i + 1] + near[:, j : j + 1] / h[i, i]

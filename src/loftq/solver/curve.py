@@ -50,7 +50,7 @@ def errors_by_rank(
         error = metric.whiten(residual)
         left = frobenius(error) ** 2
         if spec.steps and left:
-            gone = _largest_squares(error, max(ranks), spec, name).cumsum(0)
+            gone = _largest_squares(error, max(ranks), spec, name).cpu().cumsum(0)  # CUDA's is not deterministic
             squares = [max(left - gone[rank - 1].item(), 0.0) for rank in ranks]
         else:
             squares = [left] * len(ranks)

@@ -254,7 +254,7 @@ def preserved(
     for matrix in (weight, noise):
         whitened = metric.whiten(matrix)
         b, _ = truncated_svd(whitened, rank, method=svd, generator=generator)
-        squares = torch.linalg.vector_norm(b, dim=0).double() ** 4  # b carries the roots of the singular values
+        squares = torch.linalg.vector_norm(b, dim=0).cpu().double() ** 4  # b carries the roots of the singular values
         energy = frobenius(whitened) ** 2 or 1.0
         left.append(1 - torch.cat([squares.new_zeros(1), squares.cumsum(0)]) / energy)
     k = int((left[0] * left[1].flip(0)).argmin())

@@ -23,8 +23,11 @@ def solvers(workers: int) -> Iterator[ThreadPoolExecutor]:
     are enough, and share memory with the writer.
     """
     before = torch.get_num_threads()
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 
     def begin() -> None:
+        if stream is not None:  # and its device: else "cuda" would be the first one, whichever the caller has chosen
+            torch.cuda.set_stream(stream)
         torch.set_num_threads(1)
         lend(pool)
 

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
 from loftq.errors import NumericalError
 from loftq.finetune.tasks.base import Measuring, positions_of
+from loftq.numerics.device import seeded
 from loftq.report.bars import are_shown
 
 Collate = Callable[[list[dict[str, Any]]], Any]
@@ -66,9 +66,7 @@ def generate(model: Any, tokenizer: Any, prompts: Dataset, collate: Collate, opt
     settings = dict(options.generation)
     seed, most = settings.pop("seed", 0), settings.pop("max_new_tokens")
     texts = [""] * len(prompts)
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    with seeded(seed, [parameter.device for parameter in model.parameters()]):
         for rows, batch in _batches(model, prompts, collate, options):
             start = 0 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
             settings["max_new_tokens"] = max(1, min(most, (positions_of(model.config) or math.inf) - start))
