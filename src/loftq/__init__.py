@@ -137,7 +137,7 @@ _EXTENSIONS = {
     "peft.mixed_model": [
         "loftq.nn.counts:count_weights_under",
         "loftq.adapters.initialization:take_in_mixed_models",
-        "loftq.adapters.initialization:warn_of_unused_starts",
+        "loftq.adapters.placement:load_in_mixed_models",
     ],
     "peft.config": [
         "loftq.adapters.bases:read_config",
