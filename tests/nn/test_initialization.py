@@ -91,7 +91,7 @@ def test_a_table_with_factors_is_not_trained_itself_too(made, options, field):
     with pytest.raises(UsageError, match=rf"^{field} trains \S+word_embeddings, and so does the adapter .* dense$"):
         get_peft_model(checkpoint.load(), config(**options))
     if field == "modules_to_save":
-        with pytest.raises(UsageError, match="^modules_to_save trains"):
+        with pytest.raises(UsageError, match=r"^modules_to_save trains"):
             loftq.load_start(checkpoint.load(), checkpoint.output, modules_to_save=["word_embeddings"])
 
 
@@ -115,7 +115,7 @@ def test_repeated_layers_have_the_factors_of_their_own(made, layers):
     assert len(model.base_model.model.model.layers) == sum(end - start for start, end in layers)
     assert close(result(model), result(wanted))
     varied = made("llama", bits=2, rank="layers.0=6,4")
-    with pytest.raises(UsageError, match="^layer_replication: the LoftQ initialization has ranks by the numbers"):
+    with pytest.raises(UsageError, match=r"^layer_replication: the LoftQ initialization has ranks by the numbers"):
         get_peft_model(varied.load(), config(layer_replication=layers))
 
 
