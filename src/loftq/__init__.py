@@ -109,8 +109,9 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# Module of accelerate, transformers or PEFT -> functions of ours that extend it for packed layers, given the module.
+# Module of others -> functions of ours that extend it for packed layers, given the module.
 _EXTENSIONS = {
+    "torch.optim.swa_utils": ["loftq.nn.averages:keep_codes"],
     "accelerate.utils.modeling": ["loftq.nn.accelerated:keep_dtypes"],
     "accelerate.big_modeling": ["loftq.nn.accelerated:keep_dtypes"],
     "transformers.configuration_utils": ["loftq.nn.parts:tell_parts"],
