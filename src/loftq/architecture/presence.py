@@ -89,8 +89,8 @@ def _check_large(model: nn.Module, tensors: Mapping[str, tuple[str, tuple[int, .
     large = {name: tuple(p.shape) for name, p in model.named_parameters() if p.nbytes > SMALL_BUFFERS}
     rename = renamer(model) if large else None
     named = ((*rename(tensor), shape) for tensor, (_, shape) in tensors.items()) if rename else ()
-    misfits = ((n, got, large[n]) for n, converter, got in named if n in large and not converter and got != large[n])
-    _refuse_misfits(misfits, where)
+    found = ((name, got, large[name]) for name, converter, got in named if name in large and not converter)
+    _refuse_misfits((misfit for misfit in found if misfit[1] != misfit[2]), where)
 
 
 def _check_buffers(model: nn.Module, tensors: Mapping[str, tuple[str, tuple[int, ...]]], config: Path) -> None:
