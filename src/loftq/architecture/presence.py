@@ -100,8 +100,8 @@ def _check_buffers(model: nn.Module, tensors: Mapping[str, tuple[str, tuple[int,
     if sum(sizes.values()) > max(SMALL_BUFFERS, BUFFERS_PER_WEIGHTS * held):
         name = max(sizes, key=lambda name: sizes[name])
         raise InputError(
-            f"{shown(config)}: {quoted(name)} of such a model takes {sizes[name] / 1e9:,.1f} GB, and the checkpoint has "
-            f"{held / 1e9:.3f} GB of weights; a number in it, of positions or of a window, was changed"
+            f"{shown(config)}: {quoted(name)} of such a model takes {sizes[name] / 1e9:,.1f} GB, and the checkpoint "
+            f"has {held / 1e9:.3f} GB of weights; a number in it, of positions or of a window, was changed"
         )
 
 
