@@ -109,8 +109,9 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# Module of accelerate, transformers or PEFT -> functions of ours that extend it for packed layers, given the module.
+# Module of others -> functions of ours that extend it for packed layers, given the module.
 _EXTENSIONS = {
+    "torch.optim.swa_utils": ["loftq.nn.averages:keep_codes"],
     "accelerate.utils.modeling": ["loftq.nn.accelerated:keep_dtypes"],
     "accelerate.big_modeling": ["loftq.nn.accelerated:keep_dtypes"],
     "transformers.configuration_utils": ["loftq.nn.parts:tell_parts"],
@@ -137,7 +138,7 @@ _EXTENSIONS = {
     "peft.mixed_model": [
         "loftq.nn.counts:count_weights_under",
         "loftq.adapters.initialization:take_in_mixed_models",
-        "loftq.adapters.initialization:warn_of_unused_starts",
+        "loftq.adapters.placement:load_in_mixed_models",
     ],
     "peft.config": [
         "loftq.adapters.bases:read_config",

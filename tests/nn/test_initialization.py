@@ -5,7 +5,17 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    PeftMixedModel,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
+from peft.tuners.lora import LoraModel
 from transformers import AutoModel, AutoModelForCausalLM
 
 import loftq
@@ -65,6 +75,54 @@ def test_what_disagrees_is_one_error(made, options, message):
     with pytest.raises(UsageError, match=message) as refused:
         get_peft_model(made("llama").load(), config(**options))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"modules_to_save": ["word_embeddings"]}, "modules_to_save"),
+        ({"trainable_token_indices": [4]}, "trainable_token_indices"),
+        ({"trainable_token_indices": {"word_embeddings": [4]}}, "trainable_token_indices"),
+    ],
+    ids=["whole", "tokens", "tokens of a table"],
+)
+def test_a_table_with_factors_is_not_trained_itself_too(made, options, field):
+    checkpoint = made("bert", bits=4, embeddings=True)
+    with pytest.raises(UsageError, match=rf"^{field} trains \S+word_embeddings, and so does the adapter .* dense$"):
+        get_peft_model(checkpoint.load(), config(**options))
+    if field == "modules_to_save":
+        with pytest.raises(UsageError, match=r"^modules_to_save trains"):
+            loftq.load_start(checkpoint.load(), checkpoint.output, modules_to_save=["word_embeddings"])
+
+
+def test_the_second_scaling_is_exact(made):
+    """Factors are stored in 16 bits; what they are multiplied by is not."""
+    checkpoint = made("llama", bits=2)
+    torch.testing.assert_close(
+        result(get_peft_model(checkpoint.load(), config(lora_alpha=9, use_rslora=True))),
+        result(get_peft_model(checkpoint.load(), config())),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("layers", [[[0, 1], [0, 2]], [[1, 2], [0, 1]], [[0, 2], [0, 2]]])
+def test_repeated_layers_have_the_factors_of_their_own(made, layers):
+    checkpoint = made("llama", bits=2)
+    repeat = LoraConfig(r=4, target_modules=["q_proj"], layer_replication=layers)
+    wanted = get_peft_model(checkpoint.started(), repeat)
+    model = get_peft_model(checkpoint.load(), config(layer_replication=layers))
+    assert len(model.base_model.model.model.layers) == sum(end - start for start, end in layers)
+    assert close(result(model), result(wanted))
+    varied = made("llama", bits=2, rank="layers.0=6,4")
+    with pytest.raises(UsageError, match=r"^layer_replication: the LoftQ initialization has ranks by the numbers"):
+        get_peft_model(varied.load(), config(layer_replication=layers))
+
+
+def test_a_tuner_that_has_its_own_is_told_so(made):
+    adapter = AdaLoraConfig(init_r=4, target_r=4, total_step=20, init_lora_weights="loftq")
+    with pytest.raises(UsageError, match=r"^AdaLoraConfig does not take init_lora_weights='loftq'; give LoraConfig"):
+        get_peft_model(made("llama").load(), adapter)
 
 
 def test_without_a_start_it_is_an_error(made, tmp_path):
@@ -133,6 +191,28 @@ def test_a_start_that_is_not_used_is_told(made, init, task):
         made("llama").load().add_adapter(adapter)
 
 
+PLAIN = LoraConfig(r=2, target_modules=["q_proj"])
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        lambda checkpoint: inject_adapter_in_model(PLAIN, checkpoint.load()),
+        lambda checkpoint: LoraModel(checkpoint.load(), {"default": PLAIN}, "default"),
+        lambda checkpoint: checkpoint.start().add_adapter("second", PLAIN),
+        lambda checkpoint: get_peft_model(checkpoint.load(), IA3Config(target_modules=["k_proj"])),
+        lambda checkpoint: get_peft_model(
+            checkpoint.load(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        ),
+    ],
+    ids=["injected", "tuner", "second", "ia3", "prompts"],
+)
+def test_whichever_call_and_tuner(made, begin):
+    with pytest.warns(UserWarning, match=r"the LoftQ initialization of .* is not used") as told:
+        begin(made("llama"))
+    assert len([w for w in told if "LoftQ initialization" in str(w.message)]) == 1
+
+
 def test_a_start_that_is_used_is_not(made, tmp_path):
     checkpoint = made("llama")
     with warnings.catch_warnings():
@@ -145,3 +225,5 @@ def test_a_start_that_is_used_is_not(made, tmp_path):
         get_peft_model(checkpoint.load(), config())
         checkpoint.load().add_adapter(config())
         checkpoint.load().load_adapter(str(checkpoint.output / "loftq_init"))
+        PeftMixedModel.from_pretrained(checkpoint.load(), str(checkpoint.output / "loftq_init"))
+        model.add_adapter("reference", model.peft_config["default"])  # as TRL does, which then copies the weights

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from peft import get_peft_model_state_dict
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Trainer, TrainingArguments
 
 from models import close, inputs, outputs, packed, same
@@ -55,6 +56,23 @@ def test_nothing_of_a_weights_shape_is_kept_for_backward(made):
     kept = {tuple(t.shape) for t in floats if t.is_floating_point() and t.data_ptr() not in own}
     assert kept
     assert not kept & (dense | {shape[::-1] for shape in dense})
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_an_average_over_steps_has_the_codes(made, bits):
+    """PyTorch averages integers too, and rounds down."""
+    model = made("llama", bits=bits, embeddings=True).start()
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    for _ in range(3):
+        averaged.update_parameters(model)
+    assert close(outputs(averaged.module), outputs(model))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+    averaged.update_parameters(model)
+    after, mean = (next(p for p in m.parameters() if p.requires_grad) for m in (model, averaged))
+    torch.testing.assert_close(mean, (0.9 + 0.1 * 1.5) * after / 1.5)
 
 
 @pytest.mark.slow

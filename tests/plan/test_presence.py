@@ -2,10 +2,13 @@
 
 import json
 import re
+import resource
 import shutil
+import time
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import loftq
@@ -120,7 +123,11 @@ def test_an_expert_of_another_shape(saved, tmp_path):
         ("module.", "DistributedDataParallel"),
         ("_fsdp_wrapped_module.", "FSDP"),
         ("base_model.model.", "merge_and_unload"),
-        ("student.", "has others, such as student"),
+        (
+            "student.",
+            r"called student\.model\..*, as saved from inside a module that has the model as student; save that",
+        ),
+        ("net.inner.", r"has the model as net\.inner; save that part of it with its save_pretrained"),
     ],
 )
 def test_names_from_inside_a_wrapper(saved, tmp_path, prefix, words):
@@ -161,3 +168,47 @@ def test_every_verb_says_so(saved, tmp_path):
     with pytest.raises(InputError, match="are missing"):
         loftq.quantize(source, tmp_path / "out")
     assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("config", "changed", "message"),
+    [
+        (
+            transformers.GPTNeoConfig(
+                hidden_size=32, num_layers=1, num_heads=2, attention_types=[[["global"], 1]],
+                max_position_embeddings=32, vocab_size=101,
+            ),
+            {"max_position_embeddings": 40000},
+            r"config\.json: transformer\.h\.0\.attn\.attention\.bias of such a model takes 1\.6 GB, and the checkpoint "
+            r"has 0\.000 GB of weights; a number in it, of positions or of a window, was changed",
+        ),
+        (
+            transformers.LlamaConfig(
+                hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=101
+            ),
+            {"head_dim": 2**28},
+            r"config\.json: model\.rotary_emb\.inv_freq of such a model takes 0\.5 GB",
+        ),
+        (
+            transformers.WhisperConfig(
+                d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+                encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=16, max_source_positions=20, vocab_size=101,
+                max_target_positions=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+            ),
+            {"max_source_positions": 2**25},
+            r"embed_positions\.weight is \(20, 32\), config\.json asks for \(33554432, 32\); one of the two",
+        ),
+    ],
+    ids=["mask", "rotary", "sinusoids"],
+)  # fmt: skip
+def test_what_transformers_would_compute_is_bounded(tmp_path, config, changed, message):
+    """Nothing of that size is made to find it out."""
+    model = transformers.AutoModelForCausalLM if config.model_type != "whisper" else transformers.AutoModel
+    model.from_config(config).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**written, **changed}))
+    began, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match=message):
+        loftq.plan(tmp_path, bits=4, rank=4)
+    assert time.process_time() - began < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 300 << 10

@@ -258,3 +258,9 @@ def test_too_little_memory_is_told_with_what_to_try(place, monkeypatch):
     monkeypatch.setattr("transformers.Trainer.training_step", step)
     with pytest.raises(StorageError, match=r"a step of training; try a smaller training\.per_device_train_batch_size"):
         finetune(tiny.recipe(place, "lora"))
+
+
+def test_a_hub_that_is_out_of_reach_is_told(place, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError, match=r"^training\.push_to_hub: .*; leave it out, and upload what was made$"):
+        finetune(tiny.recipe(place, "lora", **{"training.push_to_hub": True}))

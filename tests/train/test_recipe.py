@@ -187,3 +187,8 @@ def test_a_budget_reaches_the_policy(file):
     assert "budget" not in dump(read(file))
     assert policy_of(read(file, ["quantization={budget: 30MB, budget_solver: milp}"])).budget == "30MB"
     assert "budget_solver" in refusal(file, "quantization={budget: 2.5, budget_solver: best}")
+
+
+def test_what_makes_another_run_of_one_that_continues_is_not_given():
+    told = refusal(WHOLE.replace("training:", "training:\n  ignore_data_skip: true"))
+    assert told.startswith("recipe: training.ignore_data_skip: not to be given here; say nothing: a run that continues")

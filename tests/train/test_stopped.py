@@ -98,6 +98,18 @@ def test_a_kill_at_every_moment(place, setting):
     gc.unfreeze()
 
 
+def test_an_order_that_is_drawn_continues(place):
+    """In the second epoch, whose order a process that begins in it has to know."""
+    sampling = {"training.train_sampling_strategy": "group_by_length", "training.max_steps": 7}
+    recipe = tiny.recipe(place, "lora", **{**SETTINGS["in the middle"], **sampling})
+    whole = finetune(recipe)
+    (place / "lora" / "metrics.json").unlink()
+    shutil.rmtree(place / "lora" / "checkpoints" / "checkpoint-7")
+    expected = weights(place / "lora")
+    assert told(finetune(recipe)) == told(whole)
+    assert weights(place / "lora") == expected
+
+
 def test_a_newest_checkpoint_at_the_end_is_not_trained_on(place, monkeypatch):
     recipe = tiny.recipe(place, "lora", **SETTINGS["in the middle"])
     whole = finetune(recipe)

@@ -6,16 +6,22 @@ divided by the ratio of the two scalings, so that ``s · B @ A`` is what was sol
 
 import copy
 import posixpath
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from peft.tuners.lora.config import LoraConfig
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils.other import get_pattern_key
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils.other import _get_input_embeddings_name, get_pattern_key
 from torch import Tensor, nn
 
-from loftq.adapters.placement import is_filled_from_elsewhere, module_of, rename_targets
+from loftq.adapters.placement import filled_from_elsewhere, is_filled_from_elsewhere, module_of, rename_targets
 from loftq.errors import InputError, UsageError, listed, one_line, option, quoted, warn
 from loftq.nn.experts import PackedExperts
 from loftq.nn.hf import origin
@@ -59,6 +65,12 @@ class Start:
         chosen = {name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)}
         endings = tuple(f".{target}" for target in config.target_parameters or ())
         chosen |= {stack for stack in self.experts if f".{stack}".endswith(endings)}
+        refuse_trained_whole(self.factors, config, model)
+        if config.layer_replication and config.rank_pattern:
+            raise UsageError(
+                "layer_replication: the LoftQ initialization has ranks by the numbers of the layers, which this "
+                "changes; quantize with one rank for all layers, or leave layer_replication out"
+            )
         left = [module for module in self.factors if module not in chosen]
         if left:
             raise UsageError(
@@ -79,6 +91,19 @@ class Start:
                 f"and no rank_pattern, or quantize with another {option('rank')}"
             )
 
+    def replicated(self, model: nn.Module, sources: dict[int, str]) -> "Start":
+        """With the factors of every layer that shares its weight with one of ``sources``: of layers that PEFT repeats.
+
+        Args:
+            sources: module by the identity of its packed weight, before layers were repeated.
+        """
+        found = {}
+        for name, module in model.named_modules():
+            if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), PackedWeight):
+                source = sources.get(id(module.get_base_layer().weight), "")
+                found.update({name: self.factors[source]} if source in self.factors else {})
+        return replace(self, factors=found)
+
     def fill(self, model: nn.Module, adapter: str) -> None:
         """Put the factors into the layers of ``adapter``, for the scaling that these have."""
         from loftq.adapters.experts import wrapper_of
@@ -96,7 +121,20 @@ class Start:
                     f"{quoted(module)} has {rows} rows, its LoftQ initialization {len(b)}; use loftq.load_start "
                     "for a table that was resized"
                 )
-            write(layer, adapter, b * (self.scaling(module) / layer.scaling[adapter]), a)
+            write(layer, adapter, b.float() * (self.scaling(module) / layer.scaling[adapter]), a)
+
+
+def refuse_trained_whole(modules: Iterable[str], config: Any, model: nn.Module) -> None:
+    """UsageError if ``config`` trains a module, or tokens of it, that has factors: PEFT trains one or the other."""
+    tokens: Any = config.trainable_token_indices
+    tables = tokens or () if tokens is None or isinstance(tokens, dict) else [_get_input_embeddings_name(model)]
+    for field, names in (("modules_to_save", config.modules_to_save or ()), ("trainable_token_indices", tables)):
+        both = [module for module in modules if f".{module}".endswith(tuple(f".{name}" for name in names))]
+        if both:
+            raise UsageError(
+                f"{field} trains {listed(both, 3)}, and so does the adapter of the LoftQ initialization; leave it out "
+                f"of {field}, or quantize with this layer dense"
+            )
 
 
 def read_start(model: Any) -> Start:
@@ -135,7 +173,7 @@ def read_start(model: Any) -> Start:
             experts[f"{owner}.{stack}"] = mixtures[owner].banks[stack].experts
         elif module in there:
             factors[module] = pair
-    packed = [n.removesuffix(".base_layer") for n, m in there.items() if isinstance(m, PackedWeight)]
+    packed = [name for name, _ in _packed_layers(model)]
     packed += [f"{owner}.{stack}" for owner, m in mixtures.items() for stack in m.stacks]
     without = [n for n in packed if n not in factors]
     if without:
@@ -204,8 +242,10 @@ def take_start(tuner: Any) -> None:
         config = self.peft_config[adapter_name]
         if is_filled_from_elsewhere():
             rename_targets(config, model)
-        if getattr(config, "init_lora_weights", None) != "loftq" or type(self) is not tuner:
+        if getattr(config, "init_lora_weights", None) != "loftq":
             return inject(self, model, adapter_name, *args, **kwargs)
+        if type(self) is not tuner:
+            return _refuse_other_tuner(config, model) or inject(self, model, adapter_name, *args, **kwargs)
         if not has_packed(model):
             if not config.loftq_config:
                 raise UsageError(
@@ -220,10 +260,27 @@ def take_start(tuner: Any) -> None:
             _name_stacks(completed, model)
             start.check(_maybe_include_all_linear_layers(copy.copy(completed), model), model)
         self.peft_config[adapter_name] = completed
-        inject(self, model, adapter_name, *args, **kwargs)
+        sources = {id(m.weight): n for n, m in _packed_layers(model)} if completed.layer_replication else {}
+        with filled_from_elsewhere():
+            inject(self, model, adapter_name, *args, **kwargs)
         if start:
-            start.fill(model, adapter_name)
+            (start.replicated(model, sources) if sources else start).fill(model, adapter_name)
         return None
+
+
+def _refuse_other_tuner(config: Any, model: nn.Module) -> None:
+    """UsageError for a tuner that takes LoRA's options, and no initialization: AdaLoRA."""
+    if has_packed(model) and not is_filled_from_elsewhere():
+        raise UsageError(
+            f"{type(config).__name__} does not take init_lora_weights='loftq'; give LoraConfig, or leave it out"
+        )
+
+
+def _packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedWeight]]:
+    """Every packed layer, by its name without those of PEFT's layers around it."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedWeight):
+            yield name.removesuffix(".base_layer"), module
 
 
 def ask_for_no_quantizer() -> None:
@@ -238,24 +295,41 @@ def ask_for_no_quantizer() -> None:
 
 
 def warn_of_unused_starts(peft_model: Any) -> None:
-    """Let ``PeftModel`` warn, once for each, of a new LoRA adapter on a packed model without LoftQ's initialization.
+    """Let ``PeftModel`` warn of prompts on a packed model; its tuners are heard by :func:`install`.
 
     Args:
-        peft_model: the module ``peft.peft_model``, or ``peft.mixed_model``, whose model is another.
+        peft_model: the module ``peft.peft_model``.
     """
 
-    @patches(getattr(peft_model, "PeftMixedModel", None) or peft_model.PeftModel, "__init__")
-    def warning(make: Any, self: Any, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
-        make(self, model, peft_config, *args, **kwargs)
-        warn_if_unused(peft_config, model)
+    @patches(peft_model.PeftModel, "add_adapter")
+    def add_adapter(add: Any, self: Any, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        add(self, adapter_name, peft_config, *args, **kwargs)
+        if peft_config.is_prompt_learning:
+            warn_if_unused(peft_config, self.base_model)
+
+
+def install() -> None:
+    """Warn of a new adapter on a packed model without LoftQ's initialization, whichever call makes it.
+
+    Not of one that is made like another that is there: it is a copy, as TRL's reference of a model in training.
+    """
+
+    @patches(BaseTuner, "inject_adapter")
+    def inject_adapter(inject: Any, self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
+        others = [other for name, other in self.peft_config.items() if name != adapter_name]
+        inject(self, model, adapter_name, *args, **kwargs)
+        if config not in others:
+            warn_if_unused(config, model)
 
 
 def warn_if_unused(config: Any, model: Any) -> None:
     """Warn if a new adapter of this configuration left out the initialization that the model's directory has."""
-    lora = isinstance(config, LoraConfig) and config.init_lora_weights != "loftq"
-    if lora and not is_filled_from_elsewhere() and has_packed(model) and has_start(model):
+    used = isinstance(config, LoraConfig) and config.init_lora_weights == "loftq"
+    if not used and not is_filled_from_elsewhere() and has_packed(model) and has_start(model):
+        lora = "" if isinstance(config, LoraConfig) else ", and only LoRA uses it"
         warn(
-            f"the LoftQ initialization of {quoted(model.name_or_path)} is not used: this adapter begins at zero, "
+            f"the LoftQ initialization of {quoted(model.name_or_path)} is not used{lora}: this adapter begins at zero, "
             "on weights whose quantization error nothing makes up for. Give LoraConfig(init_lora_weights='loftq'), "
             "or use loftq.load_start(model, directory)"
         )

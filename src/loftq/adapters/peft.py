@@ -161,6 +161,7 @@ def _refuse_merging(tuner: BaseTuner) -> None:
 def install(_: Any = None) -> None:
     """Let PEFT's LoRA make our layers, refuse what cannot work on them, and forget merged ones."""
     guard.install()
+    initialization.install()
     initialization.take_start(LoraModel)
     initialization.ask_for_no_quantizer()
     take_ranks_of_stacks(LoraModel)

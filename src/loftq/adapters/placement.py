@@ -119,9 +119,21 @@ def check_loading(peft_model: Any) -> None:
         return result
 
 
+def load_in_mixed_models(mixed_model: Any) -> None:
+    """Let ``PeftMixedModel`` know that an adapter from a file needs no initialization.
+
+    Args:
+        mixed_model: the module ``peft.mixed_model``.
+    """
+
+    @patches(mixed_model.PeftMixedModel, "from_pretrained")
+    def from_pretrained_as_filled(from_pretrained: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
+        with filled_from_elsewhere():
+            return from_pretrained(cls, *args, **kwargs)
+
+
 def check_loading_into(integration: Any) -> None:
-    """Let ``model.load_adapter`` of transformers refuse the same; it only logs what is missing. ``add_adapter`` warns
-    as ``PeftModel`` does.
+    """Let ``model.load_adapter`` of transformers refuse the same; it only logs what is missing.
 
     Args:
         integration: the module ``transformers.integrations.peft``.
@@ -131,18 +143,12 @@ def check_loading_into(integration: Any) -> None:
     def load_adapter(
         load: Any, self: Any, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        found = load(self, peft_model_id, adapter_name, *args, **kwargs)
+        with filled_from_elsewhere():
+            found = load(self, peft_model_id, adapter_name, *args, **kwargs)
         if found is not None:
             missing = _of_adapter(found.missing_keys, adapter_name or "default")
             check_placed(self, peft_model_id or "the adapter", missing, found.unexpected_keys)
         return found
-
-    @patches(integration.PeftAdapterMixin, "add_adapter")
-    def add_adapter(add: Any, self: Any, adapter_config: Any, *args: Any, **kwargs: Any) -> None:
-        from loftq.adapters.initialization import warn_if_unused  # PEFT may not be imported yet
-
-        add(self, adapter_config, *args, **kwargs)
-        warn_if_unused(adapter_config, self)
 
 
 def check_placed(model: nn.Module, source: object, missing: Iterable[str], unexpected: Iterable[str]) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loftq.adapters.bases import refuse_no_weights
+from loftq.adapters.initialization import refuse_trained_whole
 from loftq.adapters.origins import identity, refuse_other
-from loftq.adapters.placement import check_placed, filled_from_elsewhere
+from loftq.adapters.placement import check_placed, filled_from_elsewhere, module_of
 from loftq.architecture.adapter import task_type
 from loftq.architecture.loading import guarded
 from loftq.errors import InputError, UsageError, checks_names, listed, quoted
@@ -107,6 +108,7 @@ def refuse_not_dense(model: Any, instead: str = "") -> None:
 
 def wrap(model: Any, config: LoraConfig, factors: dict[str, Tensor]) -> PeftModel:
     """:func:`new_adapter` over a packed model, filled with ``factors``; a head keeps the values it has."""
+    refuse_trained_whole({module_of(name) for name in factors if ".lora_" in name}, config, model)
     with filled_from_elsewhere():
         wrapped: Any = new_adapter(model, config, model.hf_quantizer.new_modules)
     fresh = get_peft_model_state_dict(wrapped, save_embedding_layers=False)

@@ -7,9 +7,10 @@ device, with all that it does on loading: renaming, fusing and splitting, ties, 
 import contextlib
 import functools
 import itertools
+import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ WRAPPERS = {
     "base_model": "PEFT; merge the adapter with merge_and_unload(), and save what that returns",
     "module": "DistributedDataParallel; save the model that it wraps, model.module",
 }
+SMALL_BUFFERS = 1 << 28  # bytes that any model may compute: a mask of 16384 positions
+BUFFERS_PER_WEIGHTS = 4  # of larger ones: a mask for each layer
 _NUMBER = re.compile(r"\.(\d+)(?=\.)")  # of a layer or an expert, in the name of a tensor
 
 
@@ -44,6 +47,8 @@ def check_weights(model: nn.Module, tensors: Mapping[str, tuple[str, tuple[int, 
         directory: of the checkpoint, for the message.
     """
     where = shown(directory)
+    _check_buffers(model, tensors, directory / "config.json")
+    _check_large(model, tensors, where)
     try:
         found = _load_headers(model, tensors)
     except InputError:
@@ -52,11 +57,7 @@ def check_weights(model: nn.Module, tensors: Mapping[str, tuple[str, tuple[int, 
         parts = listed([quoted(name) for name in _missing_parts(model, tensors)], 3)
         problem = f"missing: {parts}" if parts else listed(_unlike_others(model, tensors), 3) or one_line(e)
         raise InputError(f"{where}: the weights cannot be loaded: {problem}; fetch the checkpoint again") from e
-    wrong = [
-        f"{name} is {tuple(got)}, config.json asks for {tuple(wanted)}" for name, got, wanted in found["mismatched"]
-    ]
-    if wrong:
-        raise InputError(f"{where}: the weights do not fit config.json: {listed(wrong)}; one of the two was changed")
+    _refuse_misfits(found["mismatched"], where)
     missing = sorted((name for name in found["missing"] if _belongs_to_backbone(model, name)), key=natural)
     if not missing:
         return
@@ -64,11 +65,44 @@ def check_weights(model: nn.Module, tensors: Mapping[str, tuple[str, tuple[int, 
     if wrapper:
         name = next(name for name in tensors if wrapper in name.split("."))
         raise InputError(f"{where}: the tensors are called {quoted(name)}, as saved from inside {WRAPPERS[wrapper]}")
+    outside = _outside(missing, tensors)
+    if outside:
+        raise InputError(
+            f"{where}: the tensors are called {quoted(f'{outside}.{missing[0]}')}, as saved from inside a module that "
+            f"has the model as {quoted(outside)}; save that part of it with its save_pretrained"
+        )
     others = f" (it has others, such as {listed(found['unexpected'], 2)})" if found["unexpected"] else ""
     raise InputError(
         f"{where}: weights of {type(model).__name__} are missing: {listed(missing)}{others}; "
         "fetch the whole checkpoint, transformers would begin them from random numbers"
     )
+
+
+def _refuse_misfits(found: Iterable[tuple[str, Iterable[int], Iterable[int]]], where: str) -> None:
+    wrong = [f"{name} is {tuple(got)}, config.json asks for {tuple(wanted)}" for name, got, wanted in found]
+    if wrong:
+        raise InputError(f"{where}: the weights do not fit config.json: {listed(wrong)}; one of the two was changed")
+
+
+def _check_large(model: nn.Module, tensors: Mapping[str, tuple[str, tuple[int, ...]]], where: str) -> None:
+    """InputError for large parameters that the checkpoint has in another shape: transformers would compute some."""
+    large = {name: tuple(p.shape) for name, p in model.named_parameters() if p.nbytes > SMALL_BUFFERS}
+    rename = renamer(model) if large else None
+    named = ((*rename(tensor), shape) for tensor, (_, shape) in tensors.items()) if rename else ()
+    found = ((name, got, large[name]) for name, converter, got in named if name in large and not converter)
+    _refuse_misfits((misfit for misfit in found if misfit[1] != misfit[2]), where)
+
+
+def _check_buffers(model: nn.Module, tensors: Mapping[str, tuple[str, tuple[int, ...]]], config: Path) -> None:
+    """InputError for masks and tables that transformers would compute, and that are far larger than the checkpoint."""
+    held = sum(math.prod(shape) * DTYPES.get(dtype, torch.float32).itemsize for dtype, shape in tensors.values())
+    sizes = {name: buffer.nbytes for name, buffer in model.named_buffers()}
+    if sum(sizes.values()) > max(SMALL_BUFFERS, BUFFERS_PER_WEIGHTS * held):
+        name = max(sizes, key=lambda name: sizes[name])
+        raise InputError(
+            f"{shown(config)}: {quoted(name)} of such a model takes {sizes[name] / 1e9:,.1f} GB, and the checkpoint "
+            f"has {held / 1e9:.3f} GB of weights; a number in it, of positions or of a window, was changed"
+        )
 
 
 def _load_headers(model: Any, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Any]:
@@ -111,6 +145,13 @@ def _wrapper(model: nn.Module, tensors: Mapping[str, Any]) -> str | None:
     own = {part for name, _ in model.named_modules() for part in name.split(".")}
     parts = Counter(part for name in tensors for part in set(name.split(".")))
     return next((wrapper for wrapper in WRAPPERS if wrapper not in own and 2 * parts[wrapper] > len(tensors)), None)
+
+
+def _outside(missing: list[str], tensors: Mapping[str, Any]) -> str:
+    """What stands before the name of every tensor that is missing; empty if they have not all the same before them."""
+    ends = [name for name in tensors if name.endswith(f".{missing[0]}")]
+    before = {name.removesuffix(f".{missing[0]}") for name in ends}
+    return next((prefix for prefix in before if all(f"{prefix}.{name}" in tensors for name in missing)), "")
 
 
 def _missing_parts(model: nn.Module, tensors: Mapping[str, Any]) -> list[str]:

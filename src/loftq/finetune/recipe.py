@@ -46,6 +46,7 @@ ELSEWHERE = {
     "do_eval": "eval_strategy",
     "seed": "seed",
     "resume_from_checkpoint": "nothing: the same command continues by itself",
+    "ignore_data_skip": "nothing: a run that continues goes on with the rows that it has not seen",
     "predict_with_generate": "nothing: the task knows",
     "generation_max_length": "generation.max_new_tokens",
     "generation_num_beams": "generation.num_beams",

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
@@ -39,7 +40,12 @@ class LoftQTrainer(Seq2SeqTrainer):
         of accumulated micro-batches.
         """
         with _refusing():
-            super().__init__(*args, **kwargs)
+            try:
+                super().__init__(*args, **kwargs)
+            except OSError as e:
+                if not kwargs["args"].push_to_hub:
+                    raise
+                raise UsageError(f"training.push_to_hub: {one_line(e)}; leave it out, and upload what was made") from e
         self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and counts_tokens
         self.remove_callback(PrinterCallback)
         self.epoch_ends, self.postponed = False, False
@@ -61,6 +67,14 @@ class LoftQTrainer(Seq2SeqTrainer):
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, (TrainingBar, TensorBoardCallback)):
                     callback.on_train_end(self.args, self.state, self.control)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """As the Trainer's. One that would draw its order from what was drawn before gets it from the epoch."""
+        sampler: Any = super()._get_train_sampler(train_dataset)
+        if sampler is None or hasattr(sampler, "set_epoch") or isinstance(sampler, (RandomSampler, SequentialSampler)):
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return SeededByEpoch(sampler, seed)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer. UsageError if a package is missing for it, or one of its options."""
@@ -125,6 +139,28 @@ class LoftQTrainer(Seq2SeqTrainer):
         if not torch.isfinite(loss):
             raise NumericalError(_what_to_try(loss.item(), self.state.global_step + 1, self.args))
         return loss
+
+
+class SeededByEpoch(Sampler[Any]):
+    """The order of another sampler, the same for an epoch whether or not those before it were trained in this process.
+
+    accelerate tells the epoch, and sees to it for samplers of PyTorch.
+    """
+
+    def __init__(self, sampler: Any, seed: int) -> None:
+        self._sampler, self._seed, self._epoch = sampler, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed + self._epoch)
+            order = list(self._sampler)
+        return iter(order)
 
 
 class Continuing(TrainerCallback):
