@@ -157,6 +157,9 @@ def test_it_is_found_where_the_weights_were(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for model in models:
         assert close(result(get_peft_model(model, config())), result(checkpoint.started()))
+    again = AutoModelForCausalLM.from_pretrained("org/name", subfolder="two/bits")
+    again = loftq.load_start(again, "org/name", subfolder="two/bits/loftq_init")
+    assert close(result(again), result(checkpoint.started()))
 
 
 def test_a_mixed_model(made):

@@ -95,6 +95,22 @@ def refuse_lost(base: Any, place: str | os.PathLike) -> None:
     )
 
 
+def fetched(place: str | os.PathLike, subfolder: str, revision: str | None = None) -> str:
+    """The local directory of an adapter, downloaded if ``place`` is a repository of the hub and it is not there.
+
+    Without the network PEFT's ``load_peft_weights`` looks in the cache for ``subfolder`` inside of ``subfolder``.
+
+    Raises: OSError if a repository has no such adapter.
+    """
+    from transformers.utils.hub import cached_file
+
+    if os.path.isdir(place):
+        return os.path.join(place, subfolder)
+    for name in ("adapter_config.json", WEIGHTS[0]):
+        file = cached_file(place, name, subfolder=subfolder, revision=revision)
+    return os.path.dirname(str(file))
+
+
 def refuse_no_weights(adapter: str | os.PathLike) -> None:
     """InputError for an adapter's directory without its weights: PEFT would ask the hub for a model of that name."""
     if os.path.isdir(adapter) and not any(os.path.isfile(os.path.join(adapter, name)) for name in WEIGHTS):

@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils.other import _get_input_embeddings_name, get_pattern_key
 from torch import Tensor, nn
 
+from loftq.adapters.bases import fetched
 from loftq.adapters.placement import filled_from_elsewhere, is_filled_from_elsewhere, module_of, rename_targets
 from loftq.errors import InputError, UsageError, listed, one_line, option, quoted, warn
 from loftq.nn.experts import PackedExperts
@@ -146,14 +147,11 @@ def read_start(model: Any) -> Start:
     from peft.utils.save_and_load import load_peft_weights
 
     name, folder = origin(model)
-    place: dict[str, Any] = {
-        "subfolder": posixpath.join(folder, FOLDER),
-        "revision": getattr(model.config, "_commit_hash", None),
-    }
     try:
-        config = PeftConfig.from_pretrained(name, **place)
+        directory = fetched(name, posixpath.join(folder, FOLDER), getattr(model.config, "_commit_hash", None))
+        config = PeftConfig.from_pretrained(directory)
         mapping = model.__dict__.get("_checkpoint_conversion_mapping")
-        tensors = load_peft_weights(name, device="cpu", key_mapping=mapping, **place)
+        tensors = load_peft_weights(directory, device="cpu", key_mapping=mapping)
     except Exception as e:  # whatever PEFT, the hub and the network raise
         raise UsageError(
             f"init_lora_weights='loftq': no LoftQ initialization in {quoted(name or 'a model from no directory')} "

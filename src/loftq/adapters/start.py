@@ -12,7 +12,7 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loftq.adapters.bases import refuse_no_weights
+from loftq.adapters.bases import fetched, refuse_no_weights
 from loftq.adapters.initialization import refuse_trained_whole
 from loftq.adapters.origins import identity, refuse_other
 from loftq.adapters.placement import check_placed, filled_from_elsewhere, module_of
@@ -68,16 +68,17 @@ def load_start(
         refuse_other(Path(directory) / subfolder, Path(name))
     try:
         with guarded() if local else nullcontext():
-            config = PeftConfig.from_pretrained(str(directory), subfolder=subfolder)
-    except ValueError as e:
+            adapter = fetched(directory, subfolder)
+            config = PeftConfig.from_pretrained(adapter)
+    except (OSError, ValueError) as e:
         where = f"{quoted(directory, 400)}/{quoted(subfolder)}"
         raise InputError(f"{where}: no adapter is there; name the directory that `loftq quantize` made") from e
-    refuse_no_weights(Path(directory) / subfolder)
+    refuse_no_weights(adapter)
     if not isinstance(config, LoraConfig):
         raise InputError(f"{quoted(directory)}/{quoted(subfolder)}: not a LoRA adapter")
     mapping: dict[str, str] | None = model.__dict__.get("_checkpoint_conversion_mapping")
     with guarded() if local else nullcontext():
-        factors = load_peft_weights(str(directory), device="cpu", key_mapping=mapping, subfolder=subfolder)
+        factors = load_peft_weights(adapter, device="cpu", key_mapping=mapping)
     config.base_model_name_or_path, config.lora_dropout, config.modules_to_save = None, lora_dropout, modules_to_save
     return wrap(model, config, factors)
 
