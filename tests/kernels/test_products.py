@@ -77,6 +77,19 @@ def test_many_tokens(kernels: Backend, dtype: torch.dtype, product: str) -> None
     check(kernels, product, SPECS[1], (130, 200), torch.randn(tokens, features).to(dtype))
 
 
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("own", [False, True])
+def test_with_and_without_products_in_16_bits(
+    own: bool, dtype: torch.dtype, product: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A processor without them multiplies in float32."""
+    monkeypatch.setattr(products, "multiplies", lambda dtype: own)
+    features = 130 if product == "linear_grad_input" else 200
+    tokens = torch.randn(3, products.FEW_TOKENS, features).to(dtype)
+    check(backend("cpu"), product, SPECS[1], (130, 200), tokens, factor=1.2)
+
+
 @pytest.mark.sampled(5)
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 72), (37, 1), (130, 200)], ids=str)

@@ -4,17 +4,20 @@ import json
 
 import pytest
 import tiny
+import torch
 
 import loftq
 from loftq.errors import UsageError
 from loftq.finetune.recipe import dump
 
 
-def test_train_evaluate_and_compare(place, capfd):
+def test_train_evaluate_and_compare(place, capfd, caplog, monkeypatch):
+    monkeypatch.setattr("loftq.finetune.train.multiplies", lambda dtype: dtype != torch.bfloat16)
     path = place / "recipe.yaml"
     path.write_text(dump(tiny.recipe(place, output=None)))
-    run, few = place / "run", {"training.max_steps": 1, "quantization.bits": 2}
+    run, few = place / "run", {"training.max_steps": 1, "training.bf16": True, "quantization.bits": 2}
     result = loftq.train(path, overrides=few, output=run, progress=False)
+    assert "training.bf16: this processor has no products in bfloat16" in caplog.text
     assert json.loads((run / "metrics.json").read_text())["metrics"] == result.metrics
     assert loftq.evaluate(run, progress=False).metrics == result.metrics
     arms = {"arms": [{"method": "lora"}], "seeds": [0], "learning_rates": [1e-3]}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -34,11 +35,14 @@ from loftq.finetune.tasks.next_token import NextToken
 from loftq.finetune.trainer import LoftQTrainer, callbacks
 from loftq.formats import fsio, layouts, strict_json
 from loftq.formats.regular import local_path
+from loftq.numerics.machine import multiplies
 from loftq.options import fields_of
 from loftq.planning import Policy
 from loftq.sources.checkpoint import open_source, resolve
 from loftq.spec import statistics_kind
 from loftq.version import __version__
+
+logger = logging.getLogger(__name__)
 
 
 def finetune(
@@ -106,6 +110,7 @@ def _work(
     """The run itself. What can be refused is refused first."""
     writing = PartialState().is_main_process
     source = resolve(recipe.model)
+    _tell_slow(arguments)
     watched, reported = _splits(recipe, task, arguments)
     data = read_data(recipe, task, tuple(dict.fromkeys(("train", *reported, *filter(None, [watched])))))
     splits = {split: data[split] for split in reported}
@@ -285,6 +290,15 @@ def _model(recipe: Recipe, task: Task, base: Path, arguments: Seq2SeqTrainingArg
         config = LoraConfig(**{k: fields[k] for k in (*FIELDS, "fan_in_fan_out")}, lora_dropout=recipe.lora.dropout)
         return add_lora(model, config, new_modules)
     return add_start(model, base, recipe.lora.dropout)
+
+
+def _tell_slow(arguments: Seq2SeqTrainingArguments) -> None:
+    """Warn of training in 16 bits on a CPU that is faster in 32."""
+    if arguments.bf16 and arguments.device.type == "cpu" and not multiplies(torch.bfloat16):
+        logger.warning(
+            "training.bf16: this processor has no products in bfloat16, and those that PyTorch makes take many times "
+            "as long as in float32; leave bf16 out"
+        )
 
 
 def _card(recipe: Recipe, task: Task, result: RunResult, model: Any, hub_id: str | None) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from loftq.kernels.reference import Adapter, add_adapters
 from loftq.kernels.threads import run_over_rows
 from loftq.kernels.vectors import real, store
+from loftq.numerics.machine import multiplies
 from loftq.spec import QuantSpec
 
 FEW_TOKENS = 8  # up to here a product reads the packed weight once; beyond, decoding it first is faster
@@ -71,13 +72,14 @@ def linear(
             return _few_products(weight, x, bias, *adapters)
         return add_adapters(_few_products(weight, x.float(), bias).to(x.dtype), x, adapters)
     rows = x.detach().reshape(-1, weight.columns)
-    if x.dtype != torch.float32:
+    if x.dtype != torch.float32 and multiplies(x.dtype):
         y = torch.nn.functional.linear(rows, _dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))
     else:
+        rows = rows.float()
         y = rows.new_empty(len(rows), weight.rows)
         for part, decoded in _parts(weight):
             torch.mm(rows, decoded.T, out=y[:, part])
-        y = y if bias is None else y.add_(bias)
+        y = (y if bias is None else y.add_(bias)).to(x.dtype)
     return add_adapters(y.view(*x.shape[:-1], weight.rows), x, adapters)
 
 
@@ -144,13 +146,14 @@ def linear_grad_input(
     """``grad @ W``: decoded, then BLAS."""
     weight = multiplicand(stored, spec, columns)
     rows = grad.detach().reshape(-1, weight.rows)
-    if grad.dtype != torch.float32:
+    if grad.dtype != torch.float32 and multiplies(grad.dtype):
         result = rows @ _dense(weight, grad.dtype)
     else:
+        rows = rows.float()
         result = rows.new_zeros(len(rows), weight.columns)
         for part, decoded in _parts(weight):
             result.addmm_(rows[:, part], decoded)
-    return result.view(*grad.shape[:-1], weight.columns)
+    return result.view(*grad.shape[:-1], weight.columns).to(grad.dtype)
 
 
 def _parts(weight: Multiplicand) -> Iterator[tuple[slice, Tensor]]:

@@ -70,6 +70,17 @@ def code_path(device: str) -> dict[str, str]:
 
 
 @functools.cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether matrix products in ``dtype`` are fast on this CPU: in float32 and float64, and where oneDNN has 16 bits.
+
+    Else PyTorch's own loops, in bfloat16 before AVX-512 and in float16 on most processors, take many times as long as
+    products in float32 that are rounded (docs/performance.md).
+    """
+    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return dtype not in asked or bool(getattr(torch.ops.mkldnn, asked[dtype])())
+
+
+@functools.cache
 def _arithmetic() -> str:
     """Hash of the bits of products and factorizations of fixed matrices, on one thread."""
     before = torch.get_num_threads()
