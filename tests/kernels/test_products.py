@@ -84,7 +84,7 @@ def test_with_and_without_products_in_16_bits(
     own: bool, dtype: torch.dtype, product: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A processor without them multiplies in float32."""
-    monkeypatch.setattr(products, "multiplies", lambda dtype: own)
+    monkeypatch.setattr(products, "IN_FLOAT32", (torch.float32,) if own else DTYPES)
     features = 130 if product == "linear_grad_input" else 200
     tokens = torch.randn(3, products.FEW_TOKENS, features).to(dtype)
     check(backend("cpu"), product, SPECS[1], (130, 200), tokens, factor=1.2)

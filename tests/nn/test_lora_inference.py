@@ -113,6 +113,26 @@ def test_training_autocast_and_mixed_batches_go_by_peft(made, monkeypatch):
             layer(x)
 
 
+@pytest.mark.parametrize("slow", [(), (torch.bfloat16,)], ids=["fast", "slow"])
+def test_under_autocast_whatever_the_processor_multiplies(made, slow, monkeypatch):
+    """The result and the gradients are those of float32, as exactly as bfloat16 can tell."""
+    monkeypatch.setattr("loftq.adapters.peft.SLOW_DTYPES", slow)
+    monkeypatch.setattr("loftq.kernels.products.IN_FLOAT32", (torch.float32, *slow))
+    _, layer = adapted(made)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    x, grad = torch.randn(20, layer.in_features), torch.randn(20, layer.out_features)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            inner = x.clone().requires_grad_()
+            y = layer(inner)
+        assert y.dtype == (torch.bfloat16 if enabled else torch.float32)
+        results.append((y.float(), *torch.autograd.grad(y, (inner, a, b), grad.to(y.dtype))))
+    for wanted, got in zip(*results, strict=True):
+        assert got.dtype == torch.float32
+        assert (got - wanted).norm() < 0.01 * wanted.norm()
+
+
 @torch.no_grad()
 def test_compiled_it_is_one_graph(made):
     _, layer = adapted(made)

@@ -12,7 +12,7 @@ from loftq.finetune.recipe import dump
 
 
 def test_train_evaluate_and_compare(place, capfd, caplog, monkeypatch):
-    monkeypatch.setattr("loftq.finetune.train.multiplies", lambda dtype: dtype != torch.bfloat16)
+    monkeypatch.setattr("loftq.finetune.train.SLOW_DTYPES", {torch.bfloat16})
     path = place / "recipe.yaml"
     path.write_text(dump(tiny.recipe(place, output=None)))
     run, few = place / "run", {"training.max_steps": 1, "training.bf16": True, "quantization.bits": 2}

@@ -21,6 +21,7 @@ from loftq.nn import ops
 from loftq.nn.experts import PackedExperts
 from loftq.nn.hf import forget_unpacked
 from loftq.nn.layers import LoftQEmbedding, LoftQLinear, Packed, PackedWeight, has_packed
+from loftq.numerics.machine import SLOW_DTYPES
 from loftq.patching import patches
 
 READ_NO_WEIGHT = (True, False, "gaussian", "eva")  # initialisations that need no dense weight
@@ -73,8 +74,15 @@ class LoftQLoraLinear(MergesDense, lora.Linear):
         self.fan_in_fan_out = self.base_layer.conv1d  # of the dense weight to merge into, whatever the config says
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As PEFT's; in inference by one operator, for PEFT's own take as long as the product of a small layer."""
-        usual = torch.is_grad_enabled() or torch.compiler.is_compiling() or ops.autocast_dtype(x) is not None
+        """As PEFT's; in inference by one operator, for PEFT's own take as long as the product of a small layer.
+
+        Under autocast to a dtype that this CPU has no fast products in, the adapter is multiplied in its own.
+        """
+        dtype = ops.autocast_dtype(x)
+        if dtype in SLOW_DTYPES and x.device.type == "cpu" and self.cast_input_dtype_enabled:
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x.to(dtype), *args, **kwargs)
+        usual = torch.is_grad_enabled() or torch.compiler.is_compiling() or dtype is not None
         factors = None if usual or args or kwargs else self._factors()
         if factors is None:
             return super().forward(x, *args, **kwargs)

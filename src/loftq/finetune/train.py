@@ -35,7 +35,7 @@ from loftq.finetune.tasks.next_token import NextToken
 from loftq.finetune.trainer import LoftQTrainer, callbacks
 from loftq.formats import fsio, layouts, strict_json
 from loftq.formats.regular import local_path
-from loftq.numerics.machine import multiplies
+from loftq.numerics.machine import SLOW_DTYPES
 from loftq.options import fields_of
 from loftq.planning import Policy
 from loftq.sources.checkpoint import open_source, resolve
@@ -294,7 +294,7 @@ def _model(recipe: Recipe, task: Task, base: Path, arguments: Seq2SeqTrainingArg
 
 def _tell_slow(arguments: Seq2SeqTrainingArguments) -> None:
     """Warn of training in 16 bits on a CPU that is faster in 32."""
-    if arguments.bf16 and arguments.device.type == "cpu" and not multiplies(torch.bfloat16):
+    if arguments.bf16 and arguments.device.type == "cpu" and torch.bfloat16 in SLOW_DTYPES:
         logger.warning(
             "training.bf16: this processor has no products in bfloat16, and those that PyTorch makes take many times "
             "as long as in float32; leave bf16 out"

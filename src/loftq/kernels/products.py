@@ -15,12 +15,13 @@ from torch import Tensor
 from loftq.kernels.reference import Adapter, add_adapters
 from loftq.kernels.threads import run_over_rows
 from loftq.kernels.vectors import real, store
-from loftq.numerics.machine import multiplies
+from loftq.numerics.machine import SLOW_DTYPES
 from loftq.spec import QuantSpec
 
 FEW_TOKENS = 8  # up to here a product reads the packed weight once; beyond, decoding it first is faster
 TOGETHER = 4  # tokens multiplied at once, where there are several
 FEW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations that float32 holds
+IN_FLOAT32 = (torch.float32, *SLOW_DTYPES)  # of activations whose products with a decoded weight are in float32
 PART = 1 << 21  # weights decoded at a time for a product in float32
 
 summed = njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})  # sums in any order, as BLAS's
@@ -72,7 +73,7 @@ def linear(
             return _few_products(weight, x, bias, *adapters)
         return add_adapters(_few_products(weight, x.float(), bias).to(x.dtype), x, adapters)
     rows = x.detach().reshape(-1, weight.columns)
-    if x.dtype != torch.float32 and multiplies(x.dtype):
+    if x.dtype not in IN_FLOAT32:
         y = torch.nn.functional.linear(rows, _dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))
     else:
         rows = rows.float()
@@ -146,7 +147,7 @@ def linear_grad_input(
     """``grad @ W``: decoded, then BLAS."""
     weight = multiplicand(stored, spec, columns)
     rows = grad.detach().reshape(-1, weight.rows)
-    if grad.dtype != torch.float32 and multiplies(grad.dtype):
+    if grad.dtype not in IN_FLOAT32:
         result = rows @ _dense(weight, grad.dtype)
     else:
         rows = rows.float()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loftq.kernels import backend
+from loftq.numerics.machine import SLOW_DTYPES
 from loftq.spec import QuantSpec, from_dict, stored_rows, stored_tensors
 
 _library = torch.library.Library("loftq", "DEF")
@@ -261,6 +262,13 @@ torch.library.register_autograd(
 )
 
 
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if a.dtype in SLOW_DTYPES and a.device.type == "cpu":
+        out.copy_(a.float() @ b.float())
+    else:
+        torch.mm(a, b, out=out)
+
+
 @functools.partial(_operator, tags=LOOKS)
 def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """``x_i @ W_e`` for dense ``(experts, in, out)``; ``x`` and ``ends`` as :func:`experts` takes them.
@@ -270,7 +278,7 @@ def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     y = x.new_empty(len(x), weights.shape[2])
     groups, rest = _groups(ends, len(x))
     for e, part in groups:
-        torch.mm(x[part], weights[e], out=y[part])
+        _product(x[part], weights[e], out=y[part])
     y[rest] = 0
     return y
 
@@ -285,7 +293,7 @@ def grouped_outer(x: Tensor, grad: Tensor, ends: Tensor) -> Tensor:
     """``sum_i x_i^T grad_i`` over the rows of each expert: the gradient of :func:`grouped_mm` for its weights."""
     result = x.new_zeros(len(ends), x.shape[1], grad.shape[1])
     for e, part in _groups(ends, len(x))[0]:
-        torch.mm(x[part].T, grad[part], out=result[e])
+        _product(x[part].T, grad[part], out=result[e])
     return result
 
 

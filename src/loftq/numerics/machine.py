@@ -18,6 +18,21 @@ SHARE = 0.8  # of the available memory that workers may fill together
 CGROUPS = Path("/sys/fs/cgroup")
 
 
+def _slow_dtypes() -> Iterator[torch.dtype]:
+    one_dnn = torch.backends.mkldnn.is_available()
+    for dtype, asked in (
+        (torch.bfloat16, "_is_mkldnn_bf16_supported"),
+        (torch.float16, "_is_mkldnn_fp16_supported"),
+    ):
+        if not (one_dnn and getattr(torch.ops.mkldnn, asked)()):
+            yield dtype
+
+
+# Without oneDNN, which has bfloat16 from AVX-512 on and float16 on few processors, PyTorch multiplies matrices in loops
+# of its own. They take many times as long as a product in float32 that is rounded (docs/performance.md).
+SLOW_DTYPES = frozenset(_slow_dtypes())
+
+
 def default_workers(device: str, bytes_each: int) -> int:
     """Matrices to work on at a time: one per CPU of this process, fewer where memory is short; one for a GPU.
 
@@ -67,17 +82,6 @@ def code_path(device: str) -> dict[str, str]:
     if torch.device(device).type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
     return found
-
-
-@functools.cache
-def multiplies(dtype: torch.dtype) -> bool:
-    """Whether matrix products in ``dtype`` are fast on this CPU: in float32 and float64, and where oneDNN has 16 bits.
-
-    Else PyTorch's own loops, in bfloat16 before AVX-512 and in float16 on most processors, take many times as long as
-    products in float32 that are rounded (docs/performance.md).
-    """
-    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    return dtype not in asked or bool(getattr(torch.ops.mkldnn, asked[dtype])())
 
 
 @functools.cache
