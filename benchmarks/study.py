@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import transformers
 from tqdm.auto import tqdm
 
@@ -23,6 +24,7 @@ from loftq.finetune.compare import finished, read_rows, run_grids, settings
 from loftq.finetune.comparison import print_comparison
 from loftq.finetune.grid import Arm, Run, grid
 from loftq.finetune.recipe import Recipe, parse
+from loftq.numerics.machine import SLOW_DTYPES
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "docs" / "data" / "study"
@@ -71,8 +73,33 @@ def trellis_arms(calibration: Path) -> list[dict[str, Any]]:
     ]
 
 
+def multiply_in_float32() -> torch.library.Library | None:
+    """Make the matrix products of 16 bits in float32, and round them, where the CPU has no fast ones of its own.
+
+    So do the processors that have them. PyTorch's own loops would take 90 minutes for a run of two. Packed layers do
+    it by themselves; this is for dense ones, so that all methods of a study are computed alike.
+    """
+    if not SLOW_DTYPES:
+        return None
+    library = torch.library.Library("aten", "IMPL")
+
+    def replace(name: str, product: Callable[..., Any]) -> None:
+        def made(*matrices: torch.Tensor, **scalars: float) -> torch.Tensor:
+            dtype = matrices[-1].dtype
+            wide = [m.float() if dtype in SLOW_DTYPES else m for m in matrices]
+            out = wide[-1].new_empty(0)
+            return product(*wide, **scalars, out=out).to(dtype)
+
+        library.impl(name, made, "CPU")
+
+    for name in ("mm", "bmm", "addmm", "baddbmm"):  # each has a second operator, which writes into `out`
+        replace(name, getattr(torch.ops.aten, name).out)
+    return library
+
+
 def run(study: str, given: argparse.Namespace, recipes: Sequence[Recipe]) -> None:
     """Run what is missing, show what there is."""
+    products = multiply_in_float32()  # as long as the library lives
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
@@ -101,6 +128,7 @@ def run(study: str, given: argparse.Namespace, recipes: Sequence[Recipe]) -> Non
         if rows:
             print_comparison(rows)
         print(f"\n{arms[0].recipe.task}: {len(rows)} runs done, {missing} missing\n")
+    del products
 
 
 def _has(arm: Arm, only: Sequence[str]) -> bool:
