@@ -2,7 +2,10 @@
 
 import collections
 import gc
+import inspect
 import os
+import sys
+import types
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -10,8 +13,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import fsspec
 import pytest
 import torch
-from jaxtyping import install_import_hook
+from jaxtyping import install_import_hook, jaxtyped
 
+CHECKER = jaxtyped(lambda: None, typechecker=None).__code__.co_filename
 install_import_hook(["loftq.numerics", "loftq.solver"], "beartype.beartype")
 
 
@@ -29,8 +33,13 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Leave what importing made out of garbage collections: every run of a Trainer asks for several whole ones."""
-    gc.collect()
+    """Check shapes where there are any; leave what importing made out of garbage collections."""
+    for module in [module for name, module in sys.modules.items() if name.startswith("loftq.")]:
+        for name, function in list(vars(module).items()):
+            checked = isinstance(function, types.FunctionType) and function.__code__.co_filename == CHECKER
+            if checked and "jaxtyping" not in str(function.__annotations__):  # it may be an inner loop
+                setattr(module, name, inspect.unwrap(function))
+    gc.collect()  # every run of a Trainer asks for several whole ones
     gc.freeze()
 
 

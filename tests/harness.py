@@ -24,7 +24,7 @@ import loftq.cli
 import loftq.report.tables
 import loftq.solver
 import models
-from loftq.architecture import presence, skeleton
+from loftq.architecture import conversion, presence, skeleton
 from loftq.checkpoint.quantize import QuantizeOptions, quantize
 from loftq.formats import fsio
 from loftq.planning import Policy
@@ -221,10 +221,11 @@ def hooked(step: Callable[[str, Path], None], done: Callable[[str, Path], None] 
 
 @contextlib.contextmanager
 def one_skeleton() -> Iterator[None]:
-    """Build the skeleton of a source, and compare headers with it, only once: that takes two thirds of a tiny run."""
-    build, check = skeleton.build, presence.check_weights
+    """Build the skeleton of a source, and compare headers with it, only once: that takes most of a tiny run."""
+    build, check, assign = skeleton.build, presence.check_weights, conversion.converted_roles
     built: dict[Path, Any] = {}
     good: list[tuple[Any, ...]] = []
+    assigned: list[tuple[Any, ...]] = []
 
     def built_once(directory: Path, *rest: Any, **options: Any) -> Any:
         if directory not in built:
@@ -236,11 +237,18 @@ def one_skeleton() -> Iterator[None]:
             check(*given)
             good.append(given)
 
-    skeleton.build, presence.check_weights = built_once, checked_once
+    def assigned_once(model: Any, tensors: Any) -> Any:
+        found = next((roles for of, before, roles in assigned if of is model and before == tensors), None)
+        if found is None:
+            found = assign(model, tensors)
+            assigned.append((model, tensors, found))
+        return found
+
+    skeleton.build, presence.check_weights, conversion.converted_roles = built_once, checked_once, assigned_once
     try:
         yield
     finally:
-        skeleton.build, presence.check_weights = build, check
+        skeleton.build, presence.check_weights, conversion.converted_roles = build, check, assign
 
 
 def run(source: Path, output: Path, begin: Any = None, **changes: Any) -> dict[str, Any]:

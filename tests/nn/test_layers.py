@@ -1,6 +1,7 @@
 """One packed layer: what it computes, what it keeps for backward, how it moves, copies and saves."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -109,16 +110,19 @@ def test_embedding_looks_up_decoded_rows(spec):
     "spec", [s if s in SPECS[:3] else pytest.param(s, marks=pytest.mark.slow) for s in SPECS], ids=str
 )
 def test_operators_keep_their_contract(spec):
+    """Of another code only shapes and dtypes are others."""
     layer, _ = linear(spec)
     x, grad = torch.randn(3, COLUMNS, requires_grad=True), torch.randn(3, ROWS, requires_grad=True)
     key = ops.spec_key(spec)
-    torch.library.opcheck(ops.linear, (x, layer.stored, key, COLUMNS, layer.bias))
-    torch.library.opcheck(ops.linear, (x, layer.stored, key, COLUMNS, None))
-    torch.library.opcheck(ops.linear_grad_input, (grad, layer.stored, key, COLUMNS))
-    torch.library.opcheck(ops.dequantize, (layer.stored, key, COLUMNS, torch.float32))
+    less = {} if spec in SPECS[:3] else {"test_utils": ("test_schema", "test_faketensor")}
+    check = functools.partial(torch.library.opcheck, **less)
+    check(ops.linear, (x, layer.stored, key, COLUMNS, layer.bias))
+    check(ops.linear, (x, layer.stored, key, COLUMNS, None))
+    check(ops.linear_grad_input, (grad, layer.stored, key, COLUMNS))
+    check(ops.dequantize, (layer.stored, key, COLUMNS, torch.float32))
     lora = [torch.randn(2, COLUMNS)], [torch.randn(ROWS, 2)], [0.5]
-    torch.library.opcheck(ops.lora_linear, (x.detach(), layer.stored, key, COLUMNS, layer.bias.detach(), *lora))
-    torch.library.opcheck(ops.lookup, (torch.tensor([[1, 2]]), layer.stored, key, COLUMNS, torch.bfloat16))
+    check(ops.lora_linear, (x.detach(), layer.stored, key, COLUMNS, layer.bias.detach(), *lora))
+    check(ops.lookup, (torch.tensor([[1, 2]]), layer.stored, key, COLUMNS, torch.bfloat16))
 
 
 def test_second_derivatives():
