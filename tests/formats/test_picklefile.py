@@ -279,7 +279,6 @@ ODD = {
     "int": (lambda: 3, "int"),
     "none": (lambda: None, "NoneType"),
     "list": (lambda: [torch.ones(1)], "list"),
-    "nested": (lambda: {"w": torch.ones(1)}, "dict"),
     "text": (lambda: "x", "str"),
 }
 
@@ -310,7 +309,8 @@ def test_quantized_tensor_is_refused(tmp_path):
         (torch.ones(2), "wanted a dict of tensors, got Tensor"),
         ([torch.ones(2)], "wanted a dict of tensors, got list"),
         ({"state_dict": [1]}, "wanted a dict of tensors, got list"),
-        ({"state_dict": {"state_dict": {}}}, "state_dict.state_dict: wanted a plain"),
+        ({"state_dict": {"state_dict": {}}}, "state_dict.state_dict: wanted a tensor, got a dict of 0"),
+        ({"model": {"w": torch.ones(1)}, "epoch": 3}, "model: wanted a tensor, got a dict of 1; .* save it alone"),
         ({1: torch.ones(1)}, "1: wanted text as key, got int"),
         ({"state_dict": {("a",): torch.ones(1)}}, r"state_dict.\('a',\): wanted text as key, got tuple"),
         ({"": torch.ones(1)}, "empty name"),

@@ -137,7 +137,8 @@ def _check_sizes(path: Path, config: dict[str, Any]) -> None:
 
 
 def _not_a_size(key: str, value: Any, largest: int) -> str:
-    return f"{quoted(key)} is {quoted(value)}; wanted a number from 0 to {largest}"
+    shown = repr(value) if isinstance(value, str) else value
+    return f"{quoted(key)} is {quoted(shown)}; wanted a number from 0 to {largest}"
 
 
 def _sizes(config: dict[str, Any]) -> Iterator[tuple[str, Any, int]]:

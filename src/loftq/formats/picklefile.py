@@ -187,6 +187,11 @@ def _named_tensors(loaded: Any, where: str) -> dict[str, torch.Tensor]:
             got = type(key).__name__
             raise _refused(where, f"{prefix}{quoted(repr(key))}: wanted text as key, got {got}")
         check_name(key, where)
+        if isinstance(value, dict):
+            raise InputError(
+                f"{where}: {quoted(prefix + key)}: wanted a tensor, got a dict of {dict.__len__(value)}; if it holds the "
+                "weights, save it alone: torch.save of that dict, or save_pretrained of a model that has loaded it"
+            )
         tensor = _bare(value)
         problem = quoted(type(value).__name__) if tensor is None else _problem(tensor)
         if problem:

@@ -176,7 +176,7 @@ def _refuse_others(path: Path, config: dict[str, Any]) -> None:
     if more:
         raise InputError(
             f"{shown(path)}: {listed(more, 3)}: the adapter is more than s · B @ A; only plain LoRA is taken. "
-            "Merge it with PEFT: merge_and_unload()"
+            "PEFT's merge_and_unload() merges it, if it can be merged at all"
         )
     if config.get("init_lora_weights", True) not in PLAIN_STARTS:
         raise InputError(
