@@ -189,8 +189,8 @@ def _named_tensors(loaded: Any, where: str) -> dict[str, torch.Tensor]:
         check_name(key, where)
         if isinstance(value, dict):
             raise InputError(
-                f"{where}: {quoted(prefix + key)}: wanted a tensor, got a dict of {dict.__len__(value)}; if it holds the "
-                "weights, save it alone: torch.save of that dict, or save_pretrained of a model that has loaded it"
+                f"{where}: {quoted(prefix + key)}: wanted a tensor, got a dict of {dict.__len__(value)}; if it holds "
+                "the weights, save it alone: torch.save of that dict, or save_pretrained of a model that has loaded it"
             )
         tensor = _bare(value)
         problem = quoted(type(value).__name__) if tensor is None else _problem(tensor)
