@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loftq.errors import NumericalError, UsageError, option
+from loftq.errors import NumericalError, UsageError, checks_names, option
 from loftq.numerics import (
     Metric,
     Moments,
@@ -110,6 +110,7 @@ class Solution:
         return self.b / root, self.a / root
 
 
+@checks_names
 def solve(
     weight: Float[Tensor, "out in"],
     quant: QuantSpec,
