@@ -64,6 +64,7 @@ from loftq.solver import ordered_map, workers_for
 from loftq.sources.checkpoint import Source, open_source
 from loftq.sources.identity import is_unchanged, stamp
 from loftq.spec import check_statistics, statistics_kind
+from loftq.spelled import spell_size
 from loftq.version import __version__
 
 logger = logging.getLogger("loftq")
@@ -357,7 +358,7 @@ def _check_space(job: Job, work: Workspace, waiting: int = 1) -> None:
     free = shutil.disk_usage(work.root.parent).free  # work.root goes when another process finishes
     if wanted * 1.05 > free:
         raise StorageError(
-            f"{shown(work.root)}: no space: needs about {wanted * 1.05 / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; "
+            f"{shown(work.root)}: no space: needs about {spell_size(wanted * 1.05)}, {spell_size(free)} are free; "
             f"free some space, or choose another {option('output')}"
         )
 

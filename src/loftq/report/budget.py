@@ -5,6 +5,7 @@ from typing import Any
 
 from loftq.report.figures import pyplot, save
 from loftq.report.tables import console, plain_table
+from loftq.spelled import spell_error
 
 OURS, UNIFORM, PAPER = "#2b6cb0", "#1a202c", "#c05621"
 
@@ -35,7 +36,9 @@ def print_budget(report: dict[str, Any]) -> None:
         ("at no more bytes", "left"), ("MB", "right"), ("stored bits", "right"), ("expected error", "right")
     )
     for name, point in rows:
-        table.add_row(name, f"{point['bytes'] / 1e6:,.2f}", f"{point['bits_per_weight']:.3f}", f"{point['error']:.4f}")
+        table.add_row(
+            name, f"{point['bytes'] / 1e6:,.2f}", f"{point['bits_per_weight']:.3f}", spell_error(point["error"])
+        )
     out = console()
     out.print()
     out.print(table)

@@ -5,6 +5,7 @@ from typing import Any
 
 from loftq.errors import UsageError
 from loftq.report.figures import pyplot, save
+from loftq.spelled import spell_error
 
 HELPS_BELOW = 0.99  # a low-rank part that removes less than 1 % of the error is reported
 
@@ -45,10 +46,8 @@ def warnings(matrices: list[dict[str, Any]]) -> list[str]:
             lines.append(f"{m['name']}: stored in {m['bits']} bits of a scalar code ({m['instead']})")
         error, alone, _ = judged(m)
         if m["kept"] and alone and error > HELPS_BELOW * alone:
-            lines.append(
-                f"{m['name']}: the low-rank part hardly helps (error {error:.4f}, quantized alone {alone:.4f}); "
-                "a larger --rank may"
-            )
+            found = f"error {spell_error(error)}, quantized alone {spell_error(alone)}"
+            lines.append(f"{m['name']}: the low-rank part hardly helps ({found}); a larger --rank may")
     return lines
 
 
