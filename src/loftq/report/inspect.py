@@ -72,7 +72,8 @@ def plot(inspected: dict[str, Any], file: Path) -> None:
         right.plot(relative, color="#2b6cb0", alpha=0.25, linewidth=1)
         right.plot(m["kept"], relative[m["kept"]], "o", color="#c05621", markersize=3, alpha=0.6)
     right.set(xlabel="step", ylabel="error / error of quantization alone", title="Error per step (dot: the step kept)")
-    right.xaxis.get_major_locator().set_params(integer=True)
+    for axis in (left, right):
+        axis.xaxis.get_major_locator().set_params(integer=True)
     try:
         save(figure, file)
     except UsageError as e:
