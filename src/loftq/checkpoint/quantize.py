@@ -43,6 +43,7 @@ from loftq.errors import (
     ConflictError,
     InputError,
     LoftqError,
+    NumericalError,
     StorageError,
     UsageError,
     command,
@@ -210,7 +211,7 @@ def _quantize(
         except LoftqError as e:
             done = already_done(output, job.identity, False) if was_taken(e) else None
             if not done:
-                _forget_if_changed(job, work, e)
+                _forget_unfinishable(job, work, e)
                 raise
         if is_ours(work, job.identity):
             _clean(work)
@@ -419,8 +420,12 @@ def _make_units(
     return [r for r in records if r is not None]
 
 
-def _forget_if_changed(job: Job, work: Workspace, error: LoftqError) -> None:
-    """Remove the work on a source that was changed under our hands, which no command can finish, and say so."""
+def _forget_unfinishable(job: Job, work: Workspace, error: LoftqError) -> None:
+    """Remove work that no command can finish: with a value that other weights or options are needed for, or on a source
+    that was changed under our hands, which the error then says.
+    """
+    if isinstance(error, NumericalError) and is_ours(work, job.identity):
+        fsio.remove_tree(work.root)
     if isinstance(error, InputError) and not is_unchanged(job.source, job.identity["source"]):
         if is_ours(work, job.identity):
             fsio.remove_tree(work.root)
