@@ -200,11 +200,11 @@ def _located(source: Source, model: Any) -> Plan:
 
 
 def _adapter_config(plan: Plan, source: Source, model: Any, base: str, options: StartOptions) -> dict[str, Any]:
-    from loftq.architecture.adapter import adapter_config, task_type
+    from loftq.architecture.adapter import adapter_config, chosen_task, task_type, text_tasks
 
     chosen = {m.module for m in plan.matrices}
     others = [name for name, _ in model.named_modules() if name not in chosen]
-    task = options.task_type or task_type(model)
+    task = chosen_task(options.task_type, task_type(model), text_tasks(model), type(model).__name__)
     prefix = str(model.base_model_prefix)
     transposed = any(kind_of(model.get_submodule(name)) == "conv1d" for name in chosen)
     named = type(model).__name__, type(model).__module__
