@@ -208,10 +208,10 @@ def one_line(error: BaseException) -> str:
     return quoted(" ".join(str(error).split()) or type(error).__name__, 800)
 
 
-def listed(names: Iterable[object], limit: int = 10) -> str:
-    """At most ``limit`` names, then how many more."""
+def listed(names: Iterable[object], limit: int = 10, width: int | None = None) -> str:
+    """At most ``limit`` names, each as :func:`quoted` in ``width`` characters, then how many more."""
     rest = iter(names)
-    shown = ", ".join(quoted(name) for name in itertools.islice(rest, limit))
+    shown = ", ".join(quoted(name, width) for name in itertools.islice(rest, limit))
     more = sum(1 for _ in rest)
     return shown + (f" and {more} more" if more else "")
 
