@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from loftq.report import tables
-from loftq.spelled import spell_error, spell_size
+from loftq.spelled import spell_error, spell_size, spell_time
 
 TOTALS = {
     "matrices": 2,
@@ -58,6 +58,9 @@ def test_no_number_is_cut(monkeypatch, width, calibrated):
 
 def test_small_figures_are_not_rounded_away():
     assert [spell_error(e) for e in (0.16204, 0.00163, 0.000031, 0)] == ["0.1620", "0.0016", "3.1e-05", "0.0000"]
+    assert [spell_time(s) for s in (0.00123, 0.4, 90, 150, 9000)] == [
+        *("0.001 seconds", "0.4 seconds", "90.0 seconds", "2.5 minutes", "2.5 hours")
+    ]
     sizes = [spell_size(size) for size in (12, 34_560, 2_500_000, 13_476_831_232)]
     assert sizes == ["12 bytes", "34.6 KB", "2.5 MB", "13.48 GB"]
 

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from loftq.report.tables import console, plain_table, spell_time
-from loftq.spelled import spell_size
+from loftq.report.tables import console, plain_table
+from loftq.spelled import spell_size, spell_time
 
 PARTS = {
     "weights": "packed weights",

@@ -13,8 +13,8 @@ from loftq.errors import listed, quoted, visible
 from loftq.formats.regular import shown
 from loftq.report.inspect import judged, warnings
 from loftq.solver import seconds, squares
-from loftq.spec import PRESETS, SolveSpec, preset_of
-from loftq.spelled import spell_error, spell_size
+from loftq.spec import PRESETS, QuantSpec, SolveSpec, preset_of
+from loftq.spelled import spell_error, spell_size, spell_time
 
 NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")  # of a layer or an expert, as a part of a name
 MOST_OF_A_CELL = 2000  # characters; a tensor's name has half of that at most
@@ -116,23 +116,18 @@ def _ranges(numbers: list[int]) -> str:
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def print_cost(shapes: list[tuple[int, int]], spec: SolveSpec) -> None:
+def print_cost(matrices: list[tuple[tuple[int, int], QuantSpec]], spec: SolveSpec) -> None:
     """How long the quantizing will take, for presets whose time grows faster than the weights."""
     if not squares(spec, calibrated=True):
         return
-    each, plain = [seconds(*s, spec, calibrated=True) for s in shapes], SolveSpec(**PRESETS["fitted"])
-    fitted = spell_time(sum(seconds(*s, plain) for s in shapes))
+    each = [seconds(*shape, spec, quant, calibrated=True) for shape, quant in matrices]
+    plain = SolveSpec(**PRESETS["fitted"])
+    fitted = spell_time(sum(seconds(*shape, plain, quant) for shape, quant in matrices))
+    always = any(squares(spec, False, quant) for _, quant in matrices)
     console().print(
-        f"With a calibration, {preset_of(spec)} takes about {spell_time(sum(each))} of CPU time, of that "
-        f"{spell_time(max(each))} for the largest matrix: time grows as out·in². fitted takes about {fitted}."
+        f"{'' if always else 'With a calibration, '}{preset_of(spec)} takes about {spell_time(sum(each))} of CPU time, "
+        f"of that {spell_time(max(each))} for the largest matrix: time grows as out·in². fitted takes about {fitted}."
     )
-
-
-def spell_time(seconds: float) -> str:
-    """In the largest unit of which there are two."""
-    units = {"hours": 3600, "minutes": 60, "seconds": 1}
-    unit = next((u for u, n in units.items() if seconds >= 2 * n), "seconds")
-    return f"{seconds / units[unit]:.1f} {unit}"
 
 
 def print_inspection(inspected: dict[str, Any]) -> None:
