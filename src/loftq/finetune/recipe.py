@@ -243,7 +243,7 @@ def parse(values: Mapping[str, Any], name: str = "recipe", changes: Mapping[str,
     Args:
         changes: other values, by dotted key.
     """
-    values = plain_inside(values)
+    values = dict(plain_inside(values))
     for key, value in plain_inside(changes or {}).items():
         _put(values, key, value)
     problems = _training_problems(values.get("training"))

@@ -98,7 +98,8 @@ class Solution:
         rows, columns = self.quantized.codes.shape
         errors = f"error {spell_error(self.error)} (quantized alone {spell_error(self.errors[0])})"
         if self.output_errors:
-            errors += f", of outputs {spell_error(self.output_error)} ({spell_error(self.output_errors[0])})"
+            alone, left = (spell_error(self.output_errors[i]) for i in (0, self.kept))
+            errors += f", of outputs {left} ({alone})"
         stored = f"{rows}x{columns}, {self.quant.bits} bits {self.quant.code}, rank {len(self.a)}"
         return f"Solution({stored}, {errors}, step {self.kept} of {len(self.errors) - 1})"
 
