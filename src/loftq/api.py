@@ -25,6 +25,7 @@ from loftq.report.report import Report, of_checkpoint, of_start
 from loftq.solver import Solution, checked, solve
 from loftq.sources.checkpoint import resolve
 from loftq.spec import QuantSpec, SolveSpec, check_statistics, quant_spec, solve_spec
+from loftq.spelled import spell_error
 
 
 @checks_names
@@ -124,7 +125,7 @@ def get_peft_model(
         def advance(_: Matrix, solution: Solution) -> None:
             errors.append((solution.output_errors or solution.errors)[solution.kept])
             of = "output error" if statistics else "error"
-            step(f"mean {of} {sum(errors) / len(errors):.4f}")
+            step(f"mean {of} {spell_error(sum(errors) / len(errors))}")
 
         wrapped, _ = convert(model, policy, workers, advance, statistics)
     return wrapped

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import PurePath
 from typing import Any, TypeVar
 
+from loftq.values import plain
+
 # What Python counts as printable and no screen shows: of Unicode's Default_Ignorable_Code_Point; the Braille blank.
 _UNSEEN = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
@@ -143,14 +145,17 @@ C = TypeVar("C", bound=type)
 
 
 def checks_names(function: F) -> F:
-    """Decorate a function of named options: another name is a UsageError that says which one may be meant."""
+    """Decorate a function of named options: another name is a UsageError that says which one may be meant.
+
+    Numbers of numpy, and dtypes and devices of torch, come to the function as :func:`plain` values.
+    """
     names = [name for name in inspect.signature(function).parameters if name != "self"]
     what = function.__qualname__.removesuffix(".__init__")
 
     @functools.wraps(function)
     def checked(*args: Any, **options: Any) -> Any:
         check_names(what, options, names)
-        return function(*args, **options)
+        return function(*map(plain, args), **{name: plain(value) for name, value in options.items()})
 
     return checked  # type: ignore[return-value]
 
@@ -203,10 +208,10 @@ def one_line(error: BaseException) -> str:
     return quoted(" ".join(str(error).split()) or type(error).__name__, 800)
 
 
-def listed(names: Iterable[object], limit: int = 10) -> str:
-    """At most ``limit`` names, then how many more."""
+def listed(names: Iterable[object], limit: int = 10, width: int | None = None) -> str:
+    """At most ``limit`` names, each as :func:`quoted` in ``width`` characters, then how many more."""
     rest = iter(names)
-    shown = ", ".join(quoted(name) for name in itertools.islice(rest, limit))
+    shown = ", ".join(quoted(name, width) for name in itertools.islice(rest, limit))
     more = sum(1 for _ in rest)
     return shown + (f" and {more} more" if more else "")
 

@@ -455,6 +455,8 @@ def check(name: str, value: object, what: str, table: Rows = TABLE) -> None:
         check_whole(what, value, option.bounds["ge"])
     elif kind is float:
         check_number(what, value, option.bounds)
+    elif kind is str:
+        check_text(what, value)
 
 
 def check_choice(what: str, value: object, allowed: tuple) -> None:
@@ -480,6 +482,12 @@ def check_number(what: str, value: object, bounds: Mapping[str, Any]) -> None:
         below = "finite" if high == math.inf else f"at most {high}"
         wanted = f"lie between {low} and {high}" if {"ge", "le"} <= bounds.keys() else f"be {above} and {below}"
         raise UsageError(f"{what} must {wanted}, got {value}")
+
+
+def check_text(what: str, value: object) -> None:
+    """UsageError for what is no text."""
+    if not isinstance(value, str):
+        raise UsageError(f"{what}: wanted text, got {quoted(repr(value))}")
 
 
 def check_flag(what: str, value: object) -> None:

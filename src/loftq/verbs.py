@@ -34,6 +34,7 @@ from loftq.serving.options import Exporting, Generating, Merging
 from loftq.serving.output import LARGEST_FILE
 from loftq.sources.checkpoint import open_source, resolve
 from loftq.spec import check_statistics
+from loftq.spelled import spell_size
 
 if TYPE_CHECKING:
     from loftq.finetune.comparison import Comparison
@@ -207,8 +208,8 @@ def merge(
 
 
 def _sizes(made: Mapping[str, Any]) -> str:
-    size = sum(f["size"] for f in made["files"].values()) / 1e6
-    return f"{len(made['files'])} files, {size:.1f} MB"
+    size = sum(f["size"] for f in made["files"].values())
+    return f"{len(made['files'])} files, {spell_size(size)}"
 
 
 @checks_names

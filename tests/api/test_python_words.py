@@ -12,6 +12,7 @@ from torch import nn
 import loftq
 import models
 from loftq.errors import InputError, LoftqError, NumericalError, UsageError
+from loftq.finetune import recipe
 
 WEIGHT = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
 
@@ -69,6 +70,22 @@ def test_a_numpy_array_is_as_good_as_a_tensor(array):
     assert torch.equal(backwards.quantized.codes, plain.quantized.codes.flip(0))
 
 
+def test_values_of_numpy_and_torch_are_as_good_as_pythons():
+    integer, real = np.int64(4), np.float32(2.5)
+    plain = loftq.quantize_weight(WEIGHT, bits=4, rank=4, block_size=16, scale_dtype="float32", seed=1)
+    options = {"block_size": np.uint8(16), "scale_dtype": torch.float32, "seed": np.int32(1)}
+    ours = loftq.quantize_weight(WEIGHT, bits=integer, rank=integer, double_quant=np.False_, **options)
+    assert repr(ours) == repr(plain)
+    assert torch.equal(ours.b, plain.b)
+    policy = loftq.Policy(bits=real, rank=integer, alpha=real, dtype=torch.bfloat16, budget_ranks=np.array([]))
+    assert policy == loftq.Policy(bits=2.5, rank=4, alpha=2.5, dtype="bfloat16")
+    values = {"model": "m", "task": "sst2", "method": "loftq", "training": {"max_steps": integer}}
+    lora = {"rank": np.arange(3)[2], "alpha": np.float64(8)}
+    read = recipe.parse({**values, "lora": lora}, changes={"seed": integer, "quantization": {"bits": real}})
+    same = {**values, "training": {"max_steps": 4}, "lora": {"rank": 2, "alpha": 8.0}, "seed": 4}
+    assert repr(read) == repr(recipe.parse({**same, "quantization": {"bits": 2.5}}))
+
+
 OPTIONS = [
     ({"bit": 2}, "did you mean 'bits'?"),
     ({"step": 2}, "did you mean 'steps'?"),
@@ -83,6 +100,7 @@ OPTIONS = [
     ({"block_size": "64"}, "block_size must be"),
     ({"double_quant": 1}, "double_quant must be true or false"),
     ({"preset": "clog"}, "preset must be one of"),
+    ({"svd": np.int64(1)}, "svd must be one of auto, exact, randomized, got 1"),
     ({"preset": "cloq"}, "preset cloq needs statistics of the matrices' inputs; give moments=loftq.calibrate("),
     ({"preset": "qlora", "steps": 3}, "use preset='fitted'"),
     ({"preset": "descent", "order": "svd-first"}, "choose preset='fitted'"),
@@ -163,6 +181,7 @@ def test_every_call_refuses_bad_input_in_pythons_words(tmp_path):
     assert "samples must be" in refused(lambda: loftq.calibrate(model, ["a"], samples="4", progress=False))
     assert "got int" in refused(lambda: loftq.calibrate(model, 3, progress=False))
     assert "got list" in refused(lambda: loftq.calibrate(model, [[1, 2]], progress=False))
+    assert "device: wanted text, got 0" in refused(quantize(tmp_path / "source", tmp_path / "out", device=0))
     for option in ({"output": "x"}, {"revision": "main"}, {"device": "cuda"}):
         told = refused(lambda option=option: loftq.calibrate(model, ["a"], progress=False, **option))
         assert f"{next(iter(option))}: only for a checkpoint on disk, and this model is in memory" in told

@@ -2,7 +2,9 @@
 
 import re
 
+import numpy as np
 import pytest
+import torch
 
 import harness
 import loftq
@@ -61,6 +63,8 @@ def test_the_command_finds_what_the_call_made(source, made):
         ended = harness.cli(*command)
         assert ended.code == 0, ended.err
     assert loftq.verify(out) == made
+    numpys = {"bits": np.int64(2), "rank": np.int32(4), "device": torch.device("cpu"), "overwrite": np.False_}
+    assert loftq.quantize(source, out, progress=False, **numpys) == made
     with pytest.raises(UsageError, match="model: wanted a path, got an empty text"):
         loftq.plan("")
 

@@ -292,7 +292,7 @@ def test_a_disk_that_is_too_small(source, small_disk, output):
     """Refused before the work; and when others fill it meanwhile, the run continues once there is room."""
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(1_000_000))
-    refused(cli("quantize", source, "-o", small_disk / "out", *FLAGS), 4, "no space", "needs about", "MB are free")
+    refused(cli("quantize", source, "-o", small_disk / "out", *FLAGS), 4, "no space", "needs about", "KB are free")
     ballast.unlink()
 
     def fill(op, path):

@@ -283,7 +283,7 @@ def test_a_link_that_leads_out(out, tmp_path):
     """Whoever owns its target may change it after this."""
     (out / FILES[0]).rename(tmp_path / "elsewhere")
     (out / FILES[0]).symlink_to(tmp_path / "elsewhere")
-    refused(cli("verify", out), 3, FILES[0], "a symbolic link out of the checkpoint")
+    refused(cli("verify", out), 3, FILES[0], "a symbolic link out of the checkpoint", "name that")
 
 
 def test_a_directory_that_is_linked(out, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from loftq.report import tables
+from loftq.spelled import spell_error, spell_size, spell_time
 
 TOTALS = {
     "matrices": 2,
@@ -47,12 +48,21 @@ def test_no_number_is_cut(monkeypatch, width, calibrated):
     for row in [line for line in text.splitlines() if line.startswith("model.")]:
         assert {"2", "64", "0.5662", "0.4501"} <= set(row.split())
     words = " ".join(text.split())
-    for number in ("6,476,005,376", "6,738,415,616", "2,500.0", "320.0", "5.30x", "2.40%", "0.5662", "20.5%"):
+    for number in ("6,476,005,376", "6,738,415,616", "2.50 GB", "320.0 MB", "5.30x", "2.40%", "0.5662", "20.5%"):
         assert number in words
     assert ("12,682,240" in words) == (width > 100)
     if width > 200:
         assert "0.5111" in words or calibrated
         assert "Left out" not in words
+
+
+def test_small_figures_are_not_rounded_away():
+    assert [spell_error(e) for e in (0.16204, 0.00163, 0.000031, 0)] == ["0.1620", "0.0016", "3.1e-05", "0.0000"]
+    assert [spell_time(s) for s in (0.00123, 0.4, 90, 150, 9000)] == [
+        *("0.001 seconds", "0.4 seconds", "90.0 seconds", "2.5 minutes", "2.5 hours")
+    ]
+    sizes = [spell_size(size) for size in (12, 34_560, 2_500_000, 13_476_831_232)]
+    assert sizes == ["12 bytes", "34.6 KB", "2.5 MB", "13.48 GB"]
 
 
 def test_at_80_columns_names_are_whole(monkeypatch):

@@ -104,10 +104,14 @@ def test_a_damaged_layer_is_made_again(bench):
         assert len(bench.fitted) == 1
 
 
-def test_an_original_that_changed_meanwhile(bench):
+def test_an_original_that_changed_meanwhile(bench, monkeypatch):
     bench.empty()
     bench.killed(bench.calls.index("rmtree") - 12)
     assert bench.finished() == LAYERS
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "code_path", lambda device: {"cpu": "ABACUS"})
+        with pytest.raises(ConflictError, match=r"another machine .* -> ABACUS"):
+            bench.run()
     os.utime(bench.source / "model.safetensors", ns=(1, 1))
     with pytest.raises(ConflictError, match=r"unfinished work from before .*source changed .*delete the directory"):
         bench.run()

@@ -9,7 +9,8 @@ import transformers
 from peft import PeftModel
 
 import loftq
-from loftq.architecture.adapter import task_type
+from loftq.architecture.adapter import chosen_task, task_type, text_tasks
+from loftq.errors import UsageError
 from models import close, quantize, tiny
 
 
@@ -41,6 +42,18 @@ def test_a_decoder_of_audio_from_text_has_none():
     model = skeleton("SpeechT5ForTextToSpeech", transformers.SpeechT5Config, hidden_size=16, **layers, **heads)
     assert model.main_input_name == "input_ids"
     assert task_type(model) is None
+    with pytest.raises(UsageError, match=r"task_type='SEQ_2_SEQ_LM': .*; SpeechT5 does not take all; leave it out"):
+        chosen_task("SEQ_2_SEQ_LM", None, text_tasks(model), "SpeechT5")
+
+
+def test_a_task_that_is_asked_for_has_to_fit():
+    vision = transformers.ViTConfig
+    model = skeleton("ViTForImageClassification", vision, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    assert text_tasks(model) == set()
+    assert chosen_task("FEATURE_EXTRACTION", None, set(), "ViT") == "FEATURE_EXTRACTION"
+    assert text_tasks(tiny("bert")) == {"CAUSAL_LM", "SEQ_2_SEQ_LM"}  # another class may be loaded
+    assert text_tasks(tiny("llama")) == {"CAUSAL_LM"}
+    assert chosen_task(None, "CAUSAL_LM", {"CAUSAL_LM"}, "Llama") == "CAUSAL_LM"
 
 
 @pytest.mark.sampled(3)

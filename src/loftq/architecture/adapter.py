@@ -1,7 +1,7 @@
 """The LoftQ initialization as a plain PEFT adapter: its configuration, and the names and shapes of its tensors."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -35,10 +35,35 @@ def task_type(model: nn.Module) -> str | None:
     if getattr(model, "main_input_name", None) != "input_ids" or not _generates(model):
         return None
     task = "SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) else "CAUSAL_LM"
+    return task if _takes(model, task) else None
+
+
+def text_tasks(model: nn.Module) -> set[str]:
+    """The tasks of :data:`HANDED_ON` that PEFT can run with a model, or with another class of its weights."""
+    if _generates(model):
+        return {task for task in HANDED_ON if _takes(model, task)}
+    return {*HANDED_ON} if getattr(model, "main_input_name", None) == "input_ids" else set()
+
+
+def chosen_task(asked: str | None, own: str | None, fitting: Collection[str], name: str) -> str | None:
+    """The task type that was asked for, or else the model's own.
+
+    Args:
+        fitting: :func:`text_tasks` of the model.
+        name: of its class.
+
+    Raises: UsageError for a task whose inputs the model does not take.
+    """
+    if asked in HANDED_ON and asked not in fitting:
+        handed = ", ".join(HANDED_ON[asked])
+        raise UsageError(f"{option('task_type', asked)}: PEFT passes {handed}; {name} does not take all; leave it out")
+    return asked or own
+
+
+def _takes(model: nn.Module, task: str) -> bool:
     known = inspect.signature(model.forward).parameters
     swallows = any(parameter.kind == parameter.VAR_KEYWORD for parameter in known.values())
-    fits = known.keys() >= set(HANDED_ON[task]) and (swallows or known.keys() >= set(FLAGS))
-    return task if fits else None
+    return known.keys() >= set(HANDED_ON[task]) and (swallows or known.keys() >= set(FLAGS))
 
 
 def _generates(model: Any) -> bool:

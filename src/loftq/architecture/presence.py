@@ -22,6 +22,7 @@ from loftq.errors import InputError, listed, one_line, quoted
 from loftq.formats.regular import shown
 from loftq.formats.tensorfile import DTYPES
 from loftq.planning import HEADS, natural
+from loftq.spelled import spell_size
 
 # What wraps a module in training, by the part that it adds to the names of the tensors, and how to save without it.
 WRAPPERS = {
@@ -100,8 +101,8 @@ def _check_buffers(model: nn.Module, tensors: Mapping[str, tuple[str, tuple[int,
     if sum(sizes.values()) > max(SMALL_BUFFERS, BUFFERS_PER_WEIGHTS * held):
         name = max(sizes, key=lambda name: sizes[name])
         raise InputError(
-            f"{shown(config)}: {quoted(name)} of such a model takes {sizes[name] / 1e9:,.1f} GB, and the checkpoint "
-            f"has {held / 1e9:.3f} GB of weights; a number in it, of positions or of a window, was changed"
+            f"{shown(config)}: {quoted(name)} of such a model takes {spell_size(sizes[name])}, and the checkpoint "
+            f"has {spell_size(held)} of weights; a number in it, of positions or of a window, was changed"
         )
 
 

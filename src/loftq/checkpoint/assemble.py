@@ -7,7 +7,7 @@ from typing import Any
 
 from loftq import planning
 from loftq.adapters import bases
-from loftq.architecture.adapter import adapter_config
+from loftq.architecture.adapter import adapter_config, chosen_task
 from loftq.architecture.configuration import without_internal_keys, without_quantization
 from loftq.checkpoint.manifest import MANIFEST
 from loftq.checkpoint.shards import Unit, Workspace
@@ -97,7 +97,7 @@ def adapter_of(source: Source, conv1d: bool, task_type: str | None, base: str = 
     """
     chosen = {m.module for m in source.plan.matrices}
     others = [m for m in source.modules if m not in chosen]
-    task = task_type or source.task_type
+    task = chosen_task(task_type, source.task_type, source.text_tasks, source.architecture)
     transposed = conv1d and any(m.kind == "conv1d" for m in source.plan.matrices)
     named = source.architecture, source.library
     return adapter_config(source.plan, others, source.prefix, base, task, transposed, source.parameters, named)

@@ -43,6 +43,7 @@ from loftq.errors import (
     ConflictError,
     InputError,
     LoftqError,
+    NumericalError,
     StorageError,
     UsageError,
     command,
@@ -64,6 +65,7 @@ from loftq.solver import ordered_map, workers_for
 from loftq.sources.checkpoint import Source, open_source
 from loftq.sources.identity import is_unchanged, stamp
 from loftq.spec import check_statistics, statistics_kind
+from loftq.spelled import spell_size
 from loftq.version import __version__
 
 logger = logging.getLogger("loftq")
@@ -209,7 +211,7 @@ def _quantize(
         except LoftqError as e:
             done = already_done(output, job.identity, False) if was_taken(e) else None
             if not done:
-                _forget_if_changed(job, work, e)
+                _forget_unfinishable(job, work, e)
                 raise
         if is_ours(work, job.identity):
             _clean(work)
@@ -357,7 +359,7 @@ def _check_space(job: Job, work: Workspace, waiting: int = 1) -> None:
     free = shutil.disk_usage(work.root.parent).free  # work.root goes when another process finishes
     if wanted * 1.05 > free:
         raise StorageError(
-            f"{shown(work.root)}: no space: needs about {wanted * 1.05 / 1e6:.1f} MB, {free / 1e6:.1f} MB are free; "
+            f"{shown(work.root)}: no space: needs about {spell_size(wanted * 1.05)}, {spell_size(free)} are free; "
             f"free some space, or choose another {option('output')}"
         )
 
@@ -418,8 +420,12 @@ def _make_units(
     return [r for r in records if r is not None]
 
 
-def _forget_if_changed(job: Job, work: Workspace, error: LoftqError) -> None:
-    """Remove the work on a source that was changed under our hands, which no command can finish, and say so."""
+def _forget_unfinishable(job: Job, work: Workspace, error: LoftqError) -> None:
+    """Remove work that no command can finish: with a value that other weights or options are needed for, or on a source
+    that was changed under our hands, which the error then says.
+    """
+    if isinstance(error, NumericalError) and is_ours(work, job.identity):
+        fsio.remove_tree(work.root)
     if isinstance(error, InputError) and not is_unchanged(job.source, job.identity["source"]):
         if is_ours(work, job.identity):
             fsio.remove_tree(work.root)

@@ -369,7 +369,10 @@ def read_finite(kept: Kept, checkpoint: Checkpoint) -> Iterator[Tensor]:
                 limits = kept.reason == NO_PARAMETER and not original.isnan().any()
                 check_finite(tensor[~original.isinf()] if limits else tensor)
             except NumericalError as e:
-                cure = f"; it has values beyond that dtype, use {option('dtype', 'bfloat16')}"
-                cure = cure if original.isfinite().all() else ""
-                raise NumericalError(f"{quoted(kept.name)}: {e}{cure}") from e
+                told = str(e)
+                if original.isfinite().all():
+                    wider = option("dtype", "bfloat16" if kept.dtype == "F16" else "source")
+                    dtype, beyond = str(tensor.dtype).removeprefix("torch."), int(tensor.isinf().sum())
+                    told = f"{beyond} of {tensor.numel()} values lie beyond {dtype}; use {wider}"
+                raise NumericalError(f"{quoted(kept.name)}: {told}") from e
         yield tensor

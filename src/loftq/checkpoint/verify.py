@@ -50,7 +50,7 @@ def _verified(
             advance()
     if problems:
         cure = "move what was added to another place" if problems == added else "make it again, or download it again"
-        raise InputError(f"{shown(directory)}: {listed(problems)}; {cure}")
+        raise InputError(f"{shown(directory)}: {listed(problems, width=400)}; {cure}")
     _check_config(directory, manifest)
     return manifest
 

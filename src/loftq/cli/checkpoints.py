@@ -97,9 +97,10 @@ def verify(directory: DirectoryOrUrl) -> None:
     from loftq.checkpoint.verify import verify as run
     from loftq.formats.regular import shown
     from loftq.formats.remote import directory_of
+    from loftq.spelled import spell_size
 
     with Bar("verify", "read", delay=1) as bar:
         manifest = run(directory_of("the directory", directory), bar.begin)
-    size = sum(f["size"] for f in manifest["files"].values()) / 1e6
-    counts = f"{len(manifest['files'])} files, {size:.1f} MB, {len(manifest['matrices'])} matrices"
+    size = spell_size(sum(f["size"] for f in manifest["files"].values()))
+    counts = f"{len(manifest['files'])} files, {size}, {len(manifest['matrices'])} matrices"
     print(f"{shown(directory)}: {counts}: all good")

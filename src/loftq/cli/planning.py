@@ -55,6 +55,6 @@ def plan(
     if planned.estimate:
         print_estimate(planned.estimate)
     else:
-        print_cost([m.shape for m in planned.matrices for _ in range(m.count)], planned.solve)
+        print_cost([(m.shape, m.quant) for m in planned.matrices for _ in range(m.count)], planned.solve)
     if spent:
         print_budget(spent)

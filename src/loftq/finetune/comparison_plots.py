@@ -8,6 +8,7 @@ from typing import Any
 
 from loftq.finetune.comparison import NOT_CONVERGED, ArmResult, Row, arms
 from loftq.report.figures import pyplot, save
+from loftq.spelled import spell_size
 
 COLOURS = {"full": "#1a202c", "lora": "#718096", "qlora": "#c05621", "loftq": "#2b6cb0"}
 STARTS = ("#2f855a", "#6b46c1", "#b83280", "#00838f", "#975a16")  # LoftQ's other than the paper's, as they come
@@ -38,8 +39,8 @@ def plot_bytes(rows: Sequence[Row], file: Path) -> None:
     metric = rows[0]["metric"]
     found = [arm for arm in arms(rows) if arm.bytes]
     columns: dict[tuple[float, str], list[ArmResult]] = {}
-    for arm in sorted(found, key=_megabytes):
-        columns.setdefault((_megabytes(arm), str(arm.settings["bits"])), []).append(arm)
+    for arm in sorted(found, key=_size):
+        columns.setdefault((_size(arm), str(arm.settings["bits"])), []).append(arm)
     figure, axis = pyplot().subplots(figsize=(max(7, 1.5 + 1.2 * len(columns)), 4.5), layout="constrained")
     named = set()
     for at, column in enumerate(columns.values()):
@@ -53,12 +54,12 @@ def plot_bytes(rows: Sequence[Row], file: Path) -> None:
                 across = axis.get_xaxis_transform()  # y as a share of the axis
                 axis.plot(place, 0.02, "x", transform=across, **style)
                 axis.annotate(NOT_CONVERGED, (place, 0.05), xycoords=across, ha="center", fontsize=8)
-    axis.set_xticks(range(len(columns)), [f"{bits}\n{size:.1f} MB" for size, bits in columns], fontsize=8)
+    axis.set_xticks(range(len(columns)), [f"{bits}\n{spell_size(size)}" for size, bits in columns], fontsize=8)
     for between in range(1, len(columns)):
         axis.axvline(between - 0.5, color="#e2e8f0", linewidth=0.8, zorder=0)
     better = "higher" if rows[0]["greater_is_better"] else "lower"
     axis.set(
-        xlabel="bits of the code; MB on disk, backbone and adapter (not to scale)",
+        xlabel="bits of the code; size on disk, backbone and adapter (not to scale)",
         ylabel=f"{metric} ({better} is better)",
         title=rows[0]["task"],
     )
@@ -75,8 +76,9 @@ def _finish(figure: Any, axis: Any, file: Path, named: bool) -> None:
     save(figure, file)
 
 
-def _megabytes(arm: ArmResult) -> float:
-    return round(sum(arm.bytes.values()) / 1e6, 1)
+def _size(arm: ArmResult) -> float:
+    """Bytes on disk, in three digits."""
+    return float(f"{sum(arm.bytes.values()):.3g}")
 
 
 def _side_by_side(at: int, count: int) -> list[float]:

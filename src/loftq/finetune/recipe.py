@@ -32,6 +32,7 @@ from loftq.errors import InputError, UsageError, listed, nearest, quoted
 from loftq.formats import strict_yaml
 from loftq.options import Calibration, Option, Place, Solver, Storage, is_text, rows
 from loftq.spec import PRESETS, SolveSpec, solve_spec
+from loftq.values import plain_inside
 
 METHODS = ("full", "lora", "qlora", "loftq")
 KEYS = "model, task and method"  # that every recipe has
@@ -242,8 +243,8 @@ def parse(values: Mapping[str, Any], name: str = "recipe", changes: Mapping[str,
     Args:
         changes: other values, by dotted key.
     """
-    values = dict(values)
-    for key, value in (changes or {}).items():
+    values = dict(plain_inside(values))
+    for key, value in plain_inside(changes or {}).items():
         _put(values, key, value)
     problems = _training_problems(values.get("training"))
     try:

@@ -73,13 +73,17 @@ def _refused(where: str, problem: str) -> InputError:
 
 def _check_archive(file: RegularFile, stream: IO[bytes], where: str, checked: bool) -> int:
     """Check the zip directory against the file, and the records; the bytes that its tensor records hold."""
+    if not file.stamp.size:
+        raise InputError(f"{where}: an empty file; fetch it again")
     if file.stamp.size < 4 or file.read_at(0, 4) != b"PK\x03\x04":
         raise _refused(where, "not a PyTorch zip archive (a legacy or raw pickle, a tar, or no checkpoint)")
     try:
         with zipfile.ZipFile(stream) as archive:
             members, end = archive.infolist(), archive.start_dir
     except (zipfile.BadZipFile, ValueError, OverflowError, NotImplementedError, EOFError) as e:
-        raise _refused(where, f"not a sound zip archive ({quoted(e)})") from e
+        raise InputError(
+            f"{where}: not a sound zip archive, or one cut short ({quoted(e)}); fetch the file again"
+        ) from e
     if file.read_at(file.stamp.size - 22, 6) != b"PK\x05\x06\0\0":
         raise _refused(where, "bytes after the end of the zip archive")
     if len(members) > MAX_RECORDS:

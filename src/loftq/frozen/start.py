@@ -16,6 +16,7 @@ from pydantic import Field
 from loftq.architecture.experts import layers_of
 from loftq.architecture.kinds import kind_of
 from loftq.checkpoint.manifest import Count, Name, Number, Part, Shape
+from loftq.checkpoint.output_dir import MACHINE
 from loftq.checkpoint.produce import Files, Mark, produce
 from loftq.checkpoint.shards import Workspace
 from loftq.errors import InputError, StorageError, quoted
@@ -25,6 +26,7 @@ from loftq.formats.statistics import Statistics
 from loftq.formats.tensorfile import Entry, dtype_name, encode_header, read_chunks, read_header, tensor_bytes
 from loftq.frozen.replace import Begin, Layer, Original, fit, summary
 from loftq.numerics.device import check_device
+from loftq.numerics.machine import code_path
 from loftq.options import default, fields_of
 from loftq.planning import Matrix, Piece, Plan, Policy
 from loftq.sources.checkpoint import Source, open_source, resolve
@@ -137,6 +139,7 @@ def _identity(source: Source, base: Path, options: StartOptions) -> dict[str, An
         **({"statistics": options.statistics.identity} if options.statistics else {}),
         "loftq": __version__,
         "torch": torch.__version__,
+        MACHINE: code_path(options.device),
     }
 
 
@@ -197,11 +200,11 @@ def _located(source: Source, model: Any) -> Plan:
 
 
 def _adapter_config(plan: Plan, source: Source, model: Any, base: str, options: StartOptions) -> dict[str, Any]:
-    from loftq.architecture.adapter import adapter_config, task_type
+    from loftq.architecture.adapter import adapter_config, chosen_task, task_type, text_tasks
 
     chosen = {m.module for m in plan.matrices}
     others = [name for name, _ in model.named_modules() if name not in chosen]
-    task = options.task_type or task_type(model)
+    task = chosen_task(options.task_type, task_type(model), text_tasks(model), type(model).__name__)
     prefix = str(model.base_model_prefix)
     transposed = any(kind_of(model.get_submodule(name)) == "conv1d" for name in chosen)
     named = type(model).__name__, type(model).__module__

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from loftq.errors import UsageError, option
+from loftq.options import check_text
 
 
 def check_device(device: str) -> None:
@@ -13,6 +14,7 @@ def check_device(device: str) -> None:
 
     Raises: UsageError.
     """
+    check_text(option("device"), device)
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as e:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from loftq.errors import option
+from loftq.spelled import spell_size
 
 logger = logging.getLogger("loftq")
 
@@ -45,9 +46,9 @@ def default_workers(device: str, bytes_each: int) -> int:
     fitting = cores if free is None else max(1, int(SHARE * free / max(bytes_each, 1)))
     if fitting < cores:
         logger.warning(
-            "%d of %d CPUs are used: %.1f GB of memory are free, and the largest matrix needs %.1f GB on each; "
+            "%d of %d CPUs are used: %s of memory are free, and the largest matrix needs %s on each; "
             "%s sets another number",
-            *(fitting, cores, (free or 0) / 1e9, bytes_each / 1e9, option("workers")),
+            *(fitting, cores, spell_size(free or 0), spell_size(bytes_each), option("workers")),
         )
     return min(cores, fitting)
 

@@ -10,6 +10,7 @@ from loftq.options import TABLE, check_fields, default, fields_of, is_text
 from loftq.planning.budget import parse_budget
 from loftq.planning.patterns import whole
 from loftq.spec import QuantSpec, SolveSpec, solve_spec
+from loftq.values import plain_inside
 
 DENSE = 16  # as a number of bits: leave the matrix as it is
 
@@ -71,7 +72,8 @@ class Policy:
 
 def _text(name: str, value: object) -> str:
     """An option that may be patterns or lists, as the command line has it."""
-    if isinstance(value, (list, tuple)) and name == "budget_ranks":
+    value = plain_inside(value)
+    if isinstance(value, list) and name == "budget_ranks":
         return ",".join(map(str, value))
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise UsageError(f"{option(name)}: wanted a number or text, got {quoted(repr(value))}")

@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from loftq.spelled import spell_error
+
 _shown: ContextVar[bool] = ContextVar("shown", default=True)
 
 
@@ -89,7 +91,7 @@ class MatrixBar(Bar):
         error, _alone, norm = judged(report)
         self._error += (error * norm) ** 2
         self._norm += norm**2
-        return super().advance(f"error {(self._error / self._norm) ** 0.5:.4f}" if self._norm else "")
+        return super().advance(f"error {spell_error((self._error / self._norm) ** 0.5)}" if self._norm else "")
 
 
 class RunBar(Bar):

@@ -5,6 +5,7 @@ from typing import Any
 
 from loftq.report.figures import pyplot, save
 from loftq.report.tables import console, plain_table
+from loftq.spelled import spell_error, spell_size
 
 OURS, UNIFORM, PAPER = "#2b6cb0", "#1a202c", "#c05621"
 
@@ -32,15 +33,16 @@ def print_budget(report: dict[str, Any]) -> None:
     """The table: bytes, bits and expected error."""
     rows = beside(report)
     table = plain_table(
-        ("at no more bytes", "left"), ("MB", "right"), ("stored bits", "right"), ("expected error", "right")
+        ("at no more bytes", "left"), ("size", "right"), ("stored bits", "right"), ("expected error", "right")
     )
     for name, point in rows:
-        table.add_row(name, f"{point['bytes'] / 1e6:,.2f}", f"{point['bits_per_weight']:.3f}", f"{point['error']:.4f}")
+        size, error = spell_size(point["bytes"]), spell_error(point["error"])
+        table.add_row(name, size, f"{point['bits_per_weight']:.3f}", error)
     out = console()
     out.print()
     out.print(table)
     out.print(
-        "MB: all tensors, with the adapter and dense weights. Stored bits: per quantized weight. Expected error: "
+        "Size: all tensors, with the adapter and dense weights. Stored bits: per quantized weight. Expected error: "
         "relative to each matrix, root mean square over the matrices, after one step."
     )
 

@@ -6,6 +6,7 @@ from typing import Any
 from loftq.errors import quoted
 from loftq.formats.statistics import ENOUGH, fewest, samples_wanted
 from loftq.report.tables import console, plain_table
+from loftq.spelled import spell_size
 
 
 def summary(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def print_statistics(output: Path, made: dict[str, Any], began: bool) -> None:
     table.add_row("samples", f"{made['samples']:,}")
     table.add_row("tokens, fitted and held out", f"{made['tokens_fit']:,} + {made['tokens_held']:,}")
     table.add_row("matrices, groups with one input", f"{made['matrices']:,} in {made['groups']:,}")
-    table.add_row("on disk, MB", f"{made['bytes'] / 1e6:.1f}")
+    table.add_row("on disk", spell_size(made["bytes"]))
     table.add_row("fewest tokens per input feature", f"{made['fewest_tokens_per_feature']:.1f}")
     out.print(table)
     if made["kind"] == "full" and made["fewest_tokens_per_feature"] < ENOUGH:

@@ -7,6 +7,7 @@ from typing import Any
 from loftq.formats.layouts import Layout
 from loftq.planning import Plan
 from loftq.spec import preset_of
+from loftq.spelled import spell_error
 
 LOADERS = {
     "ForCausalLM": "AutoModelForCausalLM",
@@ -41,10 +42,11 @@ def model_card(
         f"{name.removesuffix('_size')} {_each(n for what, n in details if what == name)}" for name in dict(details)
     )
     better = 1 - summary["error"] / summary["qlora_error"] if summary["qlora_error"] else 0.0
+    start, alone = spell_error(summary["error"]), spell_error(summary["qlora_error"])
     outputs = []
     if "output_error" in summary:
-        alone, left = summary["qlora_output_error"], summary["output_error"]
-        outputs = [f"| relative output error on held-out tokens | {left:.4f}, quantized alone {alone:.4f} |"]
+        judged = spell_error(summary["output_error"]), spell_error(summary["qlora_output_error"])
+        outputs = ["| relative output error on held-out tokens | {}, quantized alone {} |".format(*judged)]
     return "\n".join(
         [
             "---",
@@ -75,8 +77,8 @@ def model_card(
             f"| stored bits per quantized weight | {summary['bits_per_weight']:.3f} |",
             f"| compression of everything on disk against 16 bits | {summary['compression']:.2f}x |",
             f"| trainable share | {summary['trainable_share']:.2%} |",
-            f"| relative weight error, with the initialization | {summary['error']:.4f} |",
-            f"| relative weight error, quantized alone | {summary['qlora_error']:.4f} ({better:.0%} removed) |",
+            f"| relative weight error, with the initialization | {start} |",
+            f"| relative weight error, quantized alone | {alone} ({better:.0%} removed) |",
             *outputs,
             "",
         ]
@@ -150,7 +152,7 @@ def _origin(manifest: dict[str, Any], identity: dict[str, Any]) -> dict[str, str
         "base": f"{options['bits']} bits, format {options['format']}; manifest sha256 {identity['base']}",
         **{f"adapter, {name}": f"sha256 {digest}" for name, digest in adapter.items()},
         **({} if adapter else {"adapter": "none: the quantized weights alone"}),
-        "relative weight error of the base with its initialization": f"{manifest['totals']['error']:.4f}",
+        "relative weight error of the base with its initialization": spell_error(manifest["totals"]["error"]),
         "made with": f"loftq {identity['loftq']}",
     }
 

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from loftq.report.tables import console, plain_table, spell_time
+from loftq.report.tables import console, plain_table
+from loftq.spelled import spell_size, spell_time
 
 PARTS = {
     "weights": "packed weights",
@@ -30,21 +31,17 @@ def print_estimate(estimate: dict[str, Any]) -> None:
     for workers, seconds in quantize["seconds"].items():
         here = " (this machine)" if workers == quantize["workers"] else ""
         table.add_row(f"time, {workers} worker{'s' * (workers > 1)}{here}", spell_time(seconds))
-    table.add_row("memory of a worker", _size(quantize["memory_per_worker"]))
-    table.add_row(f"memory with {quantize['workers']} workers, here", _size(quantize["memory"]))
-    table.add_row("source", _size(quantize["source"]))
-    table.add_row("output, with the adapter", _size(quantize["output"]))
-    table.add_row("disk while it is made", _size(quantize["disk"]))
+    table.add_row("memory of a worker", spell_size(quantize["memory_per_worker"]))
+    table.add_row(f"memory with {quantize['workers']} workers, here", spell_size(quantize["memory"]))
+    table.add_row("source", spell_size(quantize["source"]))
+    table.add_row("output, with the adapter", spell_size(quantize["output"]))
+    table.add_row("disk while it is made", spell_size(quantize["disk"]))
     out.print(table)
     out.print()
     table = plain_table((f"memory to train, {train['tokens']:,} tokens a batch", "left"), ("", "right"))
     for part, name in PARTS.items():
-        table.add_row(name, _size(train[part]))
+        table.add_row(name, spell_size(train[part]))
     out.print(table)
     out.print(
         f"With the constants that benchmarks/constants.py measured on {estimate['measured'].get('cpu', 'a CPU')}."
     )
-
-
-def _size(number: int) -> str:
-    return f"{number / 1e9:,.2f} GB" if number >= 1e8 else f"{number / 1e6:,.1f} MB"

@@ -5,6 +5,7 @@ from typing import Any
 
 from loftq.errors import UsageError
 from loftq.report.figures import pyplot, save
+from loftq.spelled import spell_error
 
 HELPS_BELOW = 0.99  # a low-rank part that removes less than 1 % of the error is reported
 
@@ -45,10 +46,8 @@ def warnings(matrices: list[dict[str, Any]]) -> list[str]:
             lines.append(f"{m['name']}: stored in {m['bits']} bits of a scalar code ({m['instead']})")
         error, alone, _ = judged(m)
         if m["kept"] and alone and error > HELPS_BELOW * alone:
-            lines.append(
-                f"{m['name']}: the low-rank part hardly helps (error {error:.4f}, quantized alone {alone:.4f}); "
-                "a larger --rank may"
-            )
+            found = f"error {spell_error(error)}, quantized alone {spell_error(alone)}"
+            lines.append(f"{m['name']}: the low-rank part hardly helps ({found}); a larger --rank may")
     return lines
 
 
@@ -73,7 +72,8 @@ def plot(inspected: dict[str, Any], file: Path) -> None:
         right.plot(relative, color="#2b6cb0", alpha=0.25, linewidth=1)
         right.plot(m["kept"], relative[m["kept"]], "o", color="#c05621", markersize=3, alpha=0.6)
     right.set(xlabel="step", ylabel="error / error of quantization alone", title="Error per step (dot: the step kept)")
-    right.xaxis.get_major_locator().set_params(integer=True)
+    for axis in (left, right):
+        axis.xaxis.get_major_locator().set_params(integer=True)
     try:
         save(figure, file)
     except UsageError as e:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from loftq.spelled import spell_error, spell_size
+
 
 class Report(dict[str, Any]):
     """Plain values by name, as a JSON file has them; its ``repr`` is one line with the figures that matter.
@@ -26,12 +28,12 @@ def of_checkpoint(values: Mapping[str, Any], found: str = "") -> Report:
         found: to be said after the figures.
     """
     totals = values["totals"]
-    error = f"error {totals['error']:.4f} (quantized alone {totals['qlora_error']:.4f})"
-    size = f"{totals['matrices']} matrices at {totals['bits_per_weight']:.2f} bits, {totals['disk_bytes'] / 1e6:.1f} MB"
+    error = f"error {spell_error(totals['error'])} (quantized alone {spell_error(totals['qlora_error'])})"
+    size = f"{totals['matrices']} matrices at {totals['bits_per_weight']:.2f} bits, {spell_size(totals['disk_bytes'])}"
     return Report(values, ", ".join(filter(None, (size, error, found))))
 
 
 def of_start(values: Mapping[str, Any]) -> Report:
     """Of the initialization of a quantized base: its ``layers`` and the errors of all together."""
-    errors = f"error {values['error']:.4f} (before {values['error_before']:.4f})"
+    errors = f"error {spell_error(values['error'])} (before {spell_error(values['error_before'])})"
     return Report(values, f"{len(values['layers'])} layers, {errors}")

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from loftq.errors import listed, quoted
-from loftq.report.tables import console, plain_table, spell_time
+from loftq.report.tables import console, plain_table
+from loftq.spelled import spell_time
 
 
 def line(found: dict[str, Any]) -> str:

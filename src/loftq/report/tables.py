@@ -13,7 +13,8 @@ from loftq.errors import listed, quoted, visible
 from loftq.formats.regular import shown
 from loftq.report.inspect import judged, warnings
 from loftq.solver import seconds, squares
-from loftq.spec import PRESETS, SolveSpec, preset_of
+from loftq.spec import PRESETS, QuantSpec, SolveSpec, preset_of
+from loftq.spelled import spell_error, spell_size, spell_time
 
 NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")  # of a layer or an expert, as a part of a name
 MOST_OF_A_CELL = 2000  # characters; a tensor's name has half of that at most
@@ -69,7 +70,7 @@ def print_plan(rows: list[dict[str, Any]], coverage: float) -> None:
     packed, total = sum(r["bytes"] for r in quantized), sum(r["bytes"] for r in rows)
     out.print(
         f"\n{len(quantized)} of {len(rows)} tensors are quantized: {weights:,} weights, {coverage:.1%} of those in the "
-        f"layers, at {8 * packed / weights:.3f} bits; the backbone takes {total / 1e6:,.1f} MB."
+        f"layers, at {8 * packed / weights:.3f} bits; the backbone takes {spell_size(total)}."
     )
 
 
@@ -115,23 +116,18 @@ def _ranges(numbers: list[int]) -> str:
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def print_cost(shapes: list[tuple[int, int]], spec: SolveSpec) -> None:
+def print_cost(matrices: list[tuple[tuple[int, int], QuantSpec]], spec: SolveSpec) -> None:
     """How long the quantizing will take, for presets whose time grows faster than the weights."""
     if not squares(spec, calibrated=True):
         return
-    each, plain = [seconds(*s, spec, calibrated=True) for s in shapes], SolveSpec(**PRESETS["fitted"])
-    fitted = spell_time(sum(seconds(*s, plain) for s in shapes))
+    each = [seconds(*shape, spec, quant, calibrated=True) for shape, quant in matrices]
+    plain = SolveSpec(**PRESETS["fitted"])
+    fitted = spell_time(sum(seconds(*shape, plain, quant) for shape, quant in matrices))
+    always = any(squares(spec, False, quant) for _, quant in matrices)
     console().print(
-        f"With a calibration, {preset_of(spec)} takes about {spell_time(sum(each))} of CPU time, of that "
-        f"{spell_time(max(each))} for the largest matrix: time grows as out·in². fitted takes about {fitted}."
+        f"{'' if always else 'With a calibration, '}{preset_of(spec)} takes about {spell_time(sum(each))} of CPU time, "
+        f"of that {spell_time(max(each))} for the largest matrix: time grows as out·in². fitted takes about {fitted}."
     )
-
-
-def spell_time(seconds: float) -> str:
-    """In the largest unit of which there are two."""
-    units = {"hours": 3600, "minutes": 60, "seconds": 1}
-    unit = next((u for u, n in units.items() if seconds >= 2 * n), "seconds")
-    return f"{seconds / units[unit]:.1f} {unit}"
 
 
 def print_inspection(inspected: dict[str, Any]) -> None:
@@ -167,15 +163,15 @@ def _inspected(matrices: list[dict[str, Any]]) -> dict[str, list[str]]:
         "bits": [str(m["bits"]) for m in matrices],
         "rank": [str(m["rank"]) for m in matrices],
         "bytes": [f"{m['bytes']:,}" for m in matrices],
-        "error Q": [f"{m['qlora_error']:.4f}" for m in matrices],
-        "Q + BA": [f"{m['errors'][m['kept']]:.4f}" for m in matrices],
+        "error Q": [spell_error(m["qlora_error"]) for m in matrices],
+        "Q + BA": [spell_error(m["errors"][m["kept"]]) for m in matrices],
     }
     if any("output_errors" in m for m in matrices):
-        pairs = [[f"{e:.4f}" for e in judged(m)[1::-1]] if "output_errors" in m else ["", ""] for m in matrices]
+        pairs = [[spell_error(e) for e in judged(m)[1::-1]] if "output_errors" in m else ["", ""] for m in matrices]
         columns |= {"outputs Q": [pair[0] for pair in pairs], "outputs": [pair[1] for pair in pairs]}
     columns["step"] = [f"{m['kept']}/{len(m['errors']) - 1}" for m in matrices]
     columns["error per step"] = [
-        " ".join(f"{e:.4f}" for e in m.get("output_errors", m["errors"])[1:]) for m in matrices
+        " ".join(spell_error(e) for e in m.get("output_errors", m["errors"])[1:]) for m in matrices
     ]
     return columns
 
@@ -203,7 +199,7 @@ def print_start(output: Path, report: dict[str, Any]) -> None:
         before, after = layer["errors"]
         shape = "x".join(map(str, layer["shape"]))
         reason = Text(f"zero initialization: {layer['reason']}" if layer["reason"] else "", "dim")
-        table.add_row(layer["name"], shape, str(layer["rank"]), f"{before:.4f}", f"{after:.4f}", reason)
+        table.add_row(layer["name"], shape, str(layer["rank"]), spell_error(before), spell_error(after), reason)
     out = console()
     out.print(table)
     layers = {"error": f"\nrelative error of {len(report['layers'])} layers"}
@@ -211,7 +207,7 @@ def print_start(output: Path, report: dict[str, Any]) -> None:
         if key in report:
             before, after = report[f"{key}_before"], report[key]
             change = _change(1 - after / before if before else 0.0)
-            out.print(f"{what}: {before:.4f}, with the adapter {after:.4f} ({change})")
+            out.print(f"{what}: {spell_error(before)}, with the adapter {spell_error(after)} ({change})")
     out.print(
         f"Saved to {quoted(output)}. Load it on the base: PeftModel.from_pretrained(base, DIR, is_trainable=True)"
     )
@@ -239,17 +235,17 @@ def _totals(t: dict[str, Any]) -> Table:
     rows = {
         "quantized": f"{t['matrices']} matrices, {t['quantized_weights']:,} of {t['parameters']:,} parameters",
         "stored bits per quantized weight": f"{t['bits_per_weight']:.3f}",
-        "on disk, all files": f"{t['disk_bytes'] / 1e6:,.1f} MB ({t['adapter_bytes'] / 1e6:,.1f} MB of it the adapter)",
+        "on disk, all files": f"{spell_size(t['disk_bytes'])} ({spell_size(t['adapter_bytes'])} of it the adapter)",
         "compression against 16 bits, all files": f"{t['compression']:.2f}x",
         **_largest(t),
         "trainable": f"{t['trainable_share']:.2%}",
-        "relative error of Q": f"{t['qlora_error']:.4f}",
-        "relative error of Q + s·BA": f"{t['error']:.4f} ({_change(gained)})",
+        "relative error of Q": spell_error(t["qlora_error"]),
+        "relative error of Q + s·BA": f"{spell_error(t['error'])} ({_change(gained)})",
     }
     if "output_error" in t:
         less = 1 - t["output_error"] / t["qlora_output_error"] if t["qlora_output_error"] else 0.0
-        rows["relative output error of Q (held-out)"] = f"{t['qlora_output_error']:.4f}"
-        rows["relative output error of Q + s·BA (held-out)"] = f"{t['output_error']:.4f} ({_change(less)})"
+        rows["relative output error of Q (held-out)"] = spell_error(t["qlora_output_error"])
+        rows["relative output error of Q + s·BA (held-out)"] = f"{spell_error(t['output_error'])} ({_change(less)})"
     for name, value in rows.items():
         table.add_row(name, value)
     return table
@@ -259,5 +255,5 @@ def _largest(t: dict[str, Any]) -> dict[str, str]:
     part = t.get("largest")  # not in manifests of before
     if part is None:
         return {}
-    share = f"{quoted(part['what'])}, {part['bytes'] / 1e6:,.1f} MB ({part['bytes'] / t['disk_bytes']:.0%})"
+    share = f"{quoted(part['what'])}, {spell_size(part['bytes'])} ({part['bytes'] / t['disk_bytes']:.0%})"
     return {"largest part on disk": share + (f"; smaller with {quoted(part['option'])}" if part["option"] else "")}

@@ -62,7 +62,7 @@ class Writer:
 
         Raises: InputError for a model without the head that writes text, which transformers would make up.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
         check_device(device)
         base, place = _both(target, adapter)
         self.tokenizer = load_tokenizer(base)
@@ -70,7 +70,7 @@ class Writer:
         auto = _auto_class(config, base)
         packed = (getattr(config, "quantization_config", None) or {}).get("quant_method") == "loftq"
         # on a CPU 16 bits are no faster, and less exact
-        dtype: Any = torch.float32 if packed and device == "cpu" else "auto"
+        dtype: Any = torch.float32 if packed and torch.device(device).type == "cpu" else "auto"
         model, found = load_weights(auto, base, config, dtype=dtype, output_loading_info=True)
         _refuse_random(model, found["missing_keys"], base, place)
         self.model = (model if place is None else adapted(model, place)).to(device).eval()

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loftq.errors import NumericalError, UsageError, option
+from loftq.errors import NumericalError, UsageError, checks_names, option
 from loftq.numerics import (
     Metric,
     Moments,
@@ -40,6 +40,7 @@ from loftq.numerics import (
 from loftq.options import check_whole
 from loftq.solver.rounding import Rounding
 from loftq.spec import QuantSpec, SolveSpec, check_solver, why_not
+from loftq.spelled import spell_error
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -95,9 +96,10 @@ class Solution:
 
     def __repr__(self) -> str:
         rows, columns = self.quantized.codes.shape
-        errors = f"error {self.error:.4f} (quantized alone {self.errors[0]:.4f})"
+        errors = f"error {spell_error(self.error)} (quantized alone {spell_error(self.errors[0])})"
         if self.output_errors:
-            errors += f", of outputs {self.output_error:.4f} ({self.output_errors[0]:.4f})"
+            alone, left = (spell_error(self.output_errors[i]) for i in (0, self.kept))
+            errors += f", of outputs {left} ({alone})"
         stored = f"{rows}x{columns}, {self.quant.bits} bits {self.quant.code}, rank {len(self.a)}"
         return f"Solution({stored}, {errors}, step {self.kept} of {len(self.errors) - 1})"
 
@@ -110,6 +112,7 @@ class Solution:
         return self.b / root, self.a / root
 
 
+@checks_names
 def solve(
     weight: Float[Tensor, "out in"],
     quant: QuantSpec,

@@ -36,6 +36,7 @@ class Source:
     architecture: str
     library: str  # the module of that class
     task_type: str | None  # PEFT's
+    text_tasks: set[str]  # PEFT's that fit
     modules: list[str]  # all of the model
     parameters: list[str]  # the same
     kept_modules: list[str]  # those that an adapter could wrap and that are not quantized
@@ -47,7 +48,7 @@ def open_source(model: str, policy: Policy, revision: str | None = None) -> Sour
     Reads no weights, so a budget is not spent yet. InputError for a model that what is to serve it cannot run.
     """
     from loftq.architecture import served, skeleton, tokenizer
-    from loftq.architecture.adapter import task_type
+    from loftq.architecture.adapter import task_type, text_tasks
     from loftq.architecture.conversion import converted_roles
     from loftq.architecture.experts import STACKS
 
@@ -79,6 +80,7 @@ def open_source(model: str, policy: Policy, revision: str | None = None) -> Sour
         architecture=type(built).__name__,
         library=type(built).__module__,
         task_type=task_type(built),
+        text_tasks=text_tasks(built),
         modules=[name for name, _ in built.named_modules()],
         parameters=[name for name, _ in built.named_parameters()],
         kept_modules=[m for m in skeleton.adaptable(built) if m not in chosen],
