@@ -211,7 +211,7 @@ def _quantize(
         except LoftqError as e:
             done = already_done(output, job.identity, False) if was_taken(e) else None
             if not done:
-                _forget_unfinishable(job, work, e)
+                _forget_unfinishable(job, work, e, options.device)
                 raise
         if is_ours(work, job.identity):
             _clean(work)
@@ -420,11 +420,13 @@ def _make_units(
     return [r for r in records if r is not None]
 
 
-def _forget_unfinishable(job: Job, work: Workspace, error: LoftqError) -> None:
+def _forget_unfinishable(job: Job, work: Workspace, error: LoftqError, device: str) -> None:
     """Remove work that no command can finish: with a value that other weights or options are needed for, or on a source
     that was changed under our hands, which the error then says.
+
+    A GPU may compute such a value once only; its work stays.
     """
-    if isinstance(error, NumericalError) and is_ours(work, job.identity):
+    if isinstance(error, NumericalError) and torch.device(device).type == "cpu" and is_ours(work, job.identity):
         fsio.remove_tree(work.root)
     if isinstance(error, InputError) and not is_unchanged(job.source, job.identity["source"]):
         if is_ours(work, job.identity):
