@@ -59,7 +59,7 @@ docs: $(VENV)/.docs
 serve: $(VENV)/.docs
 	$(BIN)/python -m mkdocs serve
 
-BENCHES := solver streaming one_pass train_step generate llama_cpp_token experts trellis startup scaling gpu
+BENCHES := solver streaming one_pass train_step train_bfloat16 generate llama_cpp_token experts trellis startup scaling gpu
 
 .peers/.installed: $(STAMP)
 	$(PIP) --no-deps --target .peers hqq==0.2.8.post1 torchao==0.18.0 einops==0.8.2 termcolor==3.3.0

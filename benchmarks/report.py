@@ -44,6 +44,11 @@ SCRIPTS = {  # in the order of the page: title, and what limits the result
         "The products are the same BLAS calls for every side, and most of a dense step. Every packed "
         "weight is decoded twice a step, forward and backward.",
     ),
+    "train_bfloat16": (
+        "A training step in bfloat16",
+        "Without AVX-512, PyTorch multiplies bfloat16 in loops of its own. Packed weights and their adapters are then "
+        "multiplied in float32, and rounded; the head and attention stay PyTorch's.",
+    ),
     "generate": (
         "One token, and a loaded model",
         "Packed weights are looked up sixteen at a time in a register (AVX-512; eight with AVX2), so that computing "

@@ -38,9 +38,9 @@ def plot_bytes(rows: Sequence[Row], file: Path) -> None:
     """
     metric = rows[0]["metric"]
     found = [arm for arm in arms(rows) if arm.bytes]
-    columns: dict[tuple[float, str], list[ArmResult]] = {}
+    columns: dict[tuple[str, str], list[ArmResult]] = {}
     for arm in sorted(found, key=_size):
-        columns.setdefault((_size(arm), str(arm.settings["bits"])), []).append(arm)
+        columns.setdefault((spell_size(_size(arm)), str(arm.settings["bits"])), []).append(arm)
     figure, axis = pyplot().subplots(figsize=(max(7, 1.5 + 1.2 * len(columns)), 4.5), layout="constrained")
     named = set()
     for at, column in enumerate(columns.values()):
@@ -54,7 +54,7 @@ def plot_bytes(rows: Sequence[Row], file: Path) -> None:
                 across = axis.get_xaxis_transform()  # y as a share of the axis
                 axis.plot(place, 0.02, "x", transform=across, **style)
                 axis.annotate(NOT_CONVERGED, (place, 0.05), xycoords=across, ha="center", fontsize=8)
-    axis.set_xticks(range(len(columns)), [f"{bits}\n{spell_size(size)}" for size, bits in columns], fontsize=8)
+    axis.set_xticks(range(len(columns)), [f"{bits}\n{size}" for size, bits in columns], fontsize=8)
     for between in range(1, len(columns)):
         axis.axvline(between - 0.5, color="#e2e8f0", linewidth=0.8, zorder=0)
     better = "higher" if rows[0]["greater_is_better"] else "lower"
@@ -76,9 +76,9 @@ def _finish(figure: Any, axis: Any, file: Path, named: bool) -> None:
     save(figure, file)
 
 
-def _size(arm: ArmResult) -> float:
-    """Bytes on disk, in three digits."""
-    return float(f"{sum(arm.bytes.values()):.3g}")
+def _size(arm: ArmResult) -> int:
+    """Bytes on disk."""
+    return sum(arm.bytes.values())
 
 
 def _side_by_side(at: int, count: int) -> list[float]:
