@@ -31,6 +31,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
     if bench.threads == 1:
         bench.clock = time.process_time
+        bench.note("Times are CPU seconds of one thread, since others worked on the machine.")
     has = "no fast" if torch.bfloat16 in SLOW_DTYPES else "fast"
     bench.note(f"This CPU has {has} products in bfloat16. Denormals are flushed to zero for all sides.")
     shape, tokens = ((256, 2, 256), 16) if bench.quick else ((512, 4, 1024), 128)
