@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def multiply_in_float32() -> torch.library.Library | None:
     So do the processors that have them; with PyTorch's own loops a run takes ten times as long. Packed layers do it by
     themselves: this is for dense ones, so that all methods of a study are computed alike.
     """
-    if not SLOW_DTYPES:
+    if torch.bfloat16 not in SLOW_DTYPES:
         return None
     library = torch.library.Library("aten", "IMPL")
 
@@ -92,8 +93,10 @@ def multiply_in_float32() -> torch.library.Library | None:
 
         library.impl(name, made, "CPU")
 
-    for name in ("mm", "bmm", "addmm", "baddbmm"):  # each has a second operator, which writes into `out`
-        replace(name, getattr(torch.ops.aten, name).out)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # that one is replaced
+        for name in ("mm", "bmm", "addmm", "baddbmm"):  # each has a second operator, which writes into `out`
+            replace(name, getattr(torch.ops.aten, name).out)
     return library
 
 
