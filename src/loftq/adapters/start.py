@@ -18,7 +18,7 @@ from loftq.adapters.origins import identity, refuse_other
 from loftq.adapters.placement import check_placed, filled_from_elsewhere, module_of
 from loftq.architecture.adapter import task_type
 from loftq.architecture.loading import guarded
-from loftq.errors import InputError, UsageError, checks_names, listed, quoted
+from loftq.errors import InputError, UsageError, checks_names, listed, one_line, quoted
 from loftq.nn.hf import origin
 from loftq.nn.layers import has_packed
 from loftq.planning import HEADS
@@ -72,7 +72,8 @@ def load_start(
             config = PeftConfig.from_pretrained(adapter)
     except (OSError, ValueError) as e:
         where = f"{quoted(directory, 400)}/{quoted(subfolder)}"
-        raise InputError(f"{where}: no adapter is there; name the directory that `loftq quantize` made") from e
+        why = "" if local else f" ({one_line(e)})"
+        raise InputError(f"{where}: no adapter is there; name the directory that `loftq quantize` made{why}") from e
     refuse_no_weights(adapter)
     if not isinstance(config, LoraConfig):
         raise InputError(f"{quoted(directory)}/{quoted(subfolder)}: not a LoRA adapter")

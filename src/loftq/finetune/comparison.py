@@ -276,8 +276,10 @@ def _setting(arm: ArmResult, key: str) -> str:
 
 
 def _megabytes(arm: ArmResult, *parts: str) -> str:
-    size = sum(arm.bytes[part] for part in parts) / 1e6 if arm.bytes else None
-    return "" if size is None else f"{size:.1f}" if size >= 0.05 else f"{size:.1g}"
+    if not arm.bytes:
+        return ""
+    size = sum(arm.bytes[part] for part in parts) / 1e6
+    return f"{size:.1f}" if size >= 0.05 else f"{size:.1g}"
 
 
 def _rates(arm: ArmResult) -> str:
